@@ -1,0 +1,76 @@
+# `make help` lists the targets. Each sets up .venv itself when it is missing or out of date.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+LOCK  := requirements-dev.lock
+# One worker per core; each worker is held to one thread by tests/conftest.py.
+JOBS  ?= 2
+DEMO_OUT ?= runs/demo
+
+# The first of these that is Python 3.11 or later; `make PYTHON=/path/to/python` overrides it.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; \
+	done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint types unit format demo lock clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: $(STAMP) ## set up .venv: the locked packages and this checkout, editable
+
+# .installing outlives an interrupted installation, which may leave packages half unpacked that
+# pip would take for installed: the next run then starts from an empty environment. The stamp
+# comes last, so that it only ever stands for a complete environment.
+$(STAMP): $(LOCK) pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later on PATH; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test ! -e $(VENV)/.installing || rm -rf $(VENV)
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@# Some systems package Python without ensurepip: then the pip of $(PYTHON) does its work.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		$(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || \
+		{ $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	@touch $(VENV)/.installing
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r $(LOCK)
+	@# hatchling and editables are locked too, so the build needs no environment of its own.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@rm $(VENV)/.installing
+	@touch $@
+
+test: lint types unit ## everything a change has to pass
+
+lint: $(STAMP) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict on the package
+	$(BIN)/mypy
+
+unit: $(STAMP) ## pytest, warnings as errors
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP) ## Muon against AdamW on real text, with a picture (under 4 minutes)
+	$(BIN)/muonkit compare gpt --out $(DEMO_OUT)
+
+# The lock is what the extras of pyproject.toml resolve to today in an empty environment. A local
+# version such as torch's +cpu is cut off: which build fits is the installing machine's choice.
+lock: ## renew requirements-dev.lock from pyproject.toml
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check 'torch==2.13.0' '.[dev]'
+	{ echo '# What development runs on, pinned. Written by `make lock`; do not edit.'; \
+	  $(VENV)-lock/bin/pip --disable-pip-version-check freeze --exclude muonkit | sed 's/+[a-z0-9.]*$$//'; } > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
+	rm -rf $(VENV)-lock
+
+clean: ## remove .venv, caches and builds (not runs/)
+	rm -rf $(VENV) $(VENV)-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

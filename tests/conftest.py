@@ -1,0 +1,22 @@
+"""What every test relies on: one thread per worker, no network, no window, reproducible draws."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: OpenMP and MKL read these once. Two pytest workers with two threads each
+# on two cores spend their time waiting for one another.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_variable] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# The same examples on every run, and no deadline: a machine that is busy is not a failure.
+settings.register_profile("muonkit", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("muonkit")
