@@ -19,8 +19,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "muonkit"
 
 # High to low. A module imports from the layers below its own, or from its own where that closes no
 # circle. `muonkit` is the package's __init__: the public names, which nothing below may import.
-# `scale` is a leaf since the routing table prints the scale of each parameter. A private helper of
-# a module stands in that module's layer.
+# `scale` is a leaf since the routing table prints the scale of each parameter. A private helper
+# `_NAME_...` is part of NAME; one of another name has its place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lab", "_cli"),
     ("muonkit",),
@@ -57,8 +57,12 @@ def read_sources(root: Path) -> dict[str, str]:
 
 
 def room_of(module: str) -> str:
-    """The name that stands in LAYERS: `muonkit.lab.data` -> `lab`, `muonkit` -> `muonkit`."""
-    return module.split(".")[1] if "." in module else module
+    """The name that stands in LAYERS: `muonkit.lab.data` -> `lab`, `muonkit` -> `muonkit`,
+    `muonkit._routing_tables` -> `routing`.
+    """
+    name = module.split(".")[1] if "." in module else module
+    owner = name.removeprefix("_").partition("_")[0]
+    return owner if name.startswith(f"_{owner}_") and owner in HEIGHT else name
 
 
 def _package_of(module: str, sources: Sources) -> str:
@@ -185,6 +189,9 @@ PACKAGE = {"muonkit": "", "muonkit.views": "import torch", "muonkit.lab": "", "m
         ("muonkit.placement", "from torch import Tensor", "without torch"),
         ("muonkit.orthogonalize", "from torch import distributed", "whole matrices only"),
         ("muonkit.orthogonalize", "import torch.distributed as dist", "whole matrices only"),
+        ("muonkit._views_parse", "import muonkit.optim", "higher layer"),
+        ("muonkit._plan_cost", "import torch", "without torch"),
+        ("muonkit._helpers", "", "has no layer"),
         ("muonkit.surprise", "", "has no layer"),
         ("muonkit.lab.cli", "from ..surprise import x", "has no layer"),
     ],
