@@ -1,0 +1,34 @@
+"""The lab's errors: each is one line with its remedy, and knows the exit status it stands for."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LabError(Exception):
+    """Something the caller can put right: a wrong option, file, folder or specification."""
+
+    exit_status = 2
+
+
+class DataError(LabError):
+    """A data set that is absent, truncated, or not what it should be."""
+
+
+class RunError(LabError):
+    """Something that went wrong while training, for which no option is to blame."""
+
+    exit_status = 1
+
+
+class Interrupted(LabError):
+    """The user stopped a run; everything up to here is on disk."""
+
+    exit_status = 130
+
+
+def unknown(kind: str, got: str, options: Iterable[str]) -> LabError:
+    """The error for a name that is not in a table: the closest one, and all there are."""
+    known = list(options)
+    close = get_close_matches(got, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return LabError(f"unknown {kind} {got!r}: {hint}choose from {', '.join(known)}")
