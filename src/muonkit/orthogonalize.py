@@ -1,0 +1,169 @@
+"""Orthogonalization: (nearly) the closest semi-orthogonal matrix, by matrix products alone.
+
+With G = U S V^T, the result is U p(S) V^T, where p is the composed polynomial of the schedule and
+takes the singular values of the normalized matrix near one. Nothing here knows of optimizers,
+parameters or ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from muonkit.coefficients import DEFAULT_STEPS, KELLER, Iterations, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from muonkit.coefficients import Coefficients
+
+__all__ = ["FORMS", "NS_DTYPES", "orthogonalize", "resolve_dtype", "resolve_form"]
+
+NS_DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def orthogonalize(
+    G: Tensor,
+    *,
+    ns_coefficients: Coefficients = KELLER,
+    ns_steps: int = DEFAULT_STEPS,
+    ns_form: str = "auto",
+    ns_dtype: str | torch.dtype = "auto",
+    eps: float = 1e-7,
+) -> Tensor:
+    """Replace every matrix by (nearly) its closest semi-orthogonal matrix.
+
+    Newton-Schulz: X <- aX + (bA + cA^2)X with A = XX^T (Keller Jordan 2024), on the matrix divided
+    by its largest magnitude and then by its Frobenius norm, so that any finite scale gives the
+    same result. Zero gives zero. The input is never written to; the result is differentiable.
+
+    Args:
+        G: `(..., m, n)`, floating point; the leading dimensions are a batch of matrices.
+        ns_coefficients: a schedule's name, "svd" for the exact factor, one triple (a, b, c), or one
+            triple per step.
+        ns_steps: number of iterations (see `muonkit.coefficients.resolve`).
+        ns_form: how the polynomial is evaluated; "auto" chooses.
+        ns_dtype: the dtype of the matrix products; "auto" is what the hardware multiplies natively:
+            bfloat16 on GPUs and CPUs with bf16 units, else float32 (float64 stays float64).
+        eps: lower bound of the norm that is divided by, once the largest magnitude is one.
+
+    Returns:
+        A tensor of G's shape and dtype.
+
+    Raises:
+        ValueError: fewer than two dimensions, or an unknown option.
+        TypeError: G is not a real floating-point tensor.
+    """
+    if not isinstance(G, Tensor) or not G.dtype.is_floating_point:
+        got = G.dtype if isinstance(G, Tensor) else type(G).__name__
+        raise TypeError(f"orthogonalize expects a real floating-point tensor, got {got}")
+    if G.ndim < 2:
+        raise ValueError(
+            f"orthogonalize expects matrices (..., m, n), got shape {tuple(G.shape)}; "
+            "a vector has no orthogonal factor: train it with AdamW"
+        )
+    iterations = resolve(ns_coefficients, ns_steps)
+    form = FORMS[resolve_form(ns_form)]
+    dtype = resolve_dtype(ns_dtype, G.dtype, G.device)
+    if G.numel() == 0:
+        return G.clone()
+    X = G.reshape(-1, *G.shape[-2:])
+    tall = X.shape[-2] > X.shape[-1]
+    X = _normalize(X.mT if tall else X, iterations, dtype, eps)
+    X = _exact(X) if iterations.exact else form(X, iterations)
+    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+
+def resolve_dtype(
+    ns_dtype: str | torch.dtype, input_dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype of the matrix products that `ns_dtype` stands for on this device.
+
+    Raises:
+        ValueError: not a dtype of `NS_DTYPES` nor "auto".
+    """
+    name = str(ns_dtype).removeprefix("torch.")
+    if name in NS_DTYPES:
+        return NS_DTYPES[name]
+    if name != "auto":
+        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
+        raise ValueError(f"unknown ns_dtype {ns_dtype!r}; it is one of {options}")
+    if input_dtype == torch.float64:
+        return torch.float64  # whoever keeps float64 weights asked for its precision
+    return torch.bfloat16 if _multiplies_bf16(device.type, device.index) else torch.float32
+
+
+def resolve_form(ns_form: str) -> str:
+    """The form that `ns_form` stands for.
+
+    Raises:
+        ValueError: not a key of `FORMS` nor "auto".
+    """
+    if ns_form == "auto":
+        return "standard"
+    if ns_form not in FORMS:
+        options = ", ".join(map(repr, ["auto", *FORMS]))
+        raise ValueError(f"unknown ns_form {ns_form!r}; it is one of {options}")
+    return ns_form
+
+
+@functools.lru_cache(maxsize=64)
+def _multiplies_bf16(device_type: str, index: int | None) -> bool:
+    """Whether this device multiplies bf16 matrices natively, not by emulation."""
+    if device_type == "cuda":
+        # Before Ampere bf16 products are emulated. Also true of every ROCm GPU with bf16 MFMA.
+        return torch.cuda.get_device_capability(index)[0] >= 8
+    if device_type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return device_type == "xpu"
+
+
+def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype, eps: float) -> Tensor:
+    """Every matrix divided by its norm, in at least float32; then in the dtype of the products."""
+    wide = torch.promote_types(X.dtype, torch.float32)
+    margin = iterations.margin
+    if iterations.strict:
+        # Rounding to a 16-bit dtype can push the largest singular value above 1.
+        margin *= 1 + 4 * torch.finfo(dtype).eps
+    X = X.to(wide)
+    # The square of a magnitude beyond 1e19 overflows float32, below 1e-23 it vanishes: take the
+    # magnitude out first. A maximum of zero is a zero matrix, which stays one.
+    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
+    X = X / torch.where(largest == 0, 1.0, largest)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return (X / (norm * margin).clamp(min=eps)).to(dtype)
+
+
+def _standard(X: Tensor, iterations: Iterations) -> Tensor:
+    """The polynomial on X itself: three products an iteration; `(B, m, n)` with m <= n."""
+    for a, b, c in iterations.triples:
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+# How a polynomial is evaluated: same mathematics, different FLOPs and rounding.
+FORMS: dict[str, Callable[[Tensor, Iterations], Tensor]] = {"standard": _standard}
+
+
+def _exact(X: Tensor) -> Tensor:
+    """U V^T over the singular values that are not rounding; in at least float32.
+
+    A matrix with a non-finite entry gives NaN, as the polynomial does (LAPACK would raise).
+    """
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    finite = X.isfinite().all(-1).all(-1)[:, None, None]
+    U, S, Vh = torch.linalg.svd(torch.where(finite, X, 0.0), full_matrices=False)
+    floor = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]
+    kept = (S > floor).to(X.dtype)
+    return torch.where(finite, (U * kept[..., None, :]) @ Vh, torch.nan)
