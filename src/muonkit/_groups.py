@@ -91,9 +91,9 @@ def _validate_options(group: dict[str, Any]) -> None:
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"momentum should be >= 0 and < 1 but is: {group['momentum']}")
     scale_factor(group["adjust_lr_fn"], 1, 1)
-    resolve(group["ns_coefficients"], group["ns_steps"])
+    iterations = resolve(group["ns_coefficients"], group["ns_steps"])
     resolve_form(group["ns_form"])
-    resolve_dtype(group["ns_dtype"], torch.float32, torch.device("cpu"))
+    resolve_dtype(group["ns_dtype"], torch.float32, torch.device("cpu"), iterations)
 
 
 def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
@@ -156,7 +156,9 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "cols": block.cols,
                     "ns_steps": "svd" if iterations.exact else len(iterations.triples),
                     "ns_form": "svd" if iterations.exact else resolve_form(group["ns_form"]),
-                    "ns_dtype": str(resolve_dtype(group["ns_dtype"], p.dtype, p.device)),
+                    "ns_dtype": str(
+                        resolve_dtype(group["ns_dtype"], p.dtype, p.device, iterations)
+                    ),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

@@ -35,7 +35,8 @@ class Schedule:
         band: where singular values in [1e-3, 1] of the normalized input land after the default
             number of steps (exact arithmetic; a test holds it).
         margin: the input is divided by margin * its Frobenius norm.
-        strict: the polynomials explode just above 1, so rounding must not push the input there.
+        strict: each polynomial explodes just above the interval that the one before maps to, so
+            16-bit rounding makes the composition diverge.
         source: where the numbers come from.
     """
 

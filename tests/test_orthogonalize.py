@@ -1,0 +1,318 @@
+"""The orthogonalizer's laws (DESIGN section 6), over every schedule, form and dtype.
+
+float64 is the judge throughout: the exact result is U p(S) V^T with the singular value
+decomposition and the polynomials evaluated in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muonkit import orthogonalize
+from muonkit.coefficients import SCHEDULES, resolve
+from muonkit.orthogonalize import FORMS, NS_DTYPES, _multiplies_bf16, resolve_dtype
+
+NAMES = [*SCHEDULES, "svd"]
+# Relative error (Frobenius) of one orthogonalization against float64 on well-conditioned input.
+# fp32: 5 iterations of products with unit round-off 6e-8, amplified by slopes up to 8 per step.
+# bf16: unit round-off 2^-8 = .004, fp16: 2^-11 = .0005, same amplification (NUMERICS.md measures
+# .027 and .0035 on a power law).
+TOLERANCE = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1.2e-1,
+}
+STRICT = {name for name in NAMES if resolve(name).strict}
+IMPLEMENTATIONS = [
+    (name, form, dtype)
+    for name, form, dtype in itertools.product(NAMES, FORMS, NS_DTYPES.values())
+    if not (name in STRICT and dtype.itemsize == 2)  # refused: they diverge
+]
+
+
+def implementation_id(case: tuple[str, str, torch.dtype]) -> str:
+    return f"{case[0]}-{case[1]}-{str(case[2]).removeprefix('torch.')}"
+
+
+every_implementation = pytest.mark.parametrize(
+    ("name", "form", "dtype"), IMPLEMENTATIONS, ids=map(implementation_id, IMPLEMENTATIONS)
+)
+
+
+def apply(G: torch.Tensor, name: str, form: str, dtype: torch.dtype) -> torch.Tensor:
+    return orthogonalize(G, ns_coefficients=name, ns_form=form, ns_dtype=dtype)
+
+
+def random_matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def with_spectrum(spectrum: torch.Tensor, cols: int, seed: int = 0) -> torch.Tensor:
+    m = len(spectrum)
+    U = torch.linalg.qr(random_matrix(m, m, seed=seed, dtype=torch.float64))[0]
+    V = torch.linalg.qr(random_matrix(cols, m, seed=seed + 1, dtype=torch.float64))[0]
+    return (U * spectrum.double()) @ V.mT
+
+
+def exact(G: torch.Tensor, name: str, strict_eps: float = 0.0) -> torch.Tensor:
+    """U p(S) V^T in float64."""
+    iterations = resolve(name)
+    U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+    if iterations.exact:
+        return U @ Vh
+    margin = iterations.margin * (1 + (4 * strict_eps if iterations.strict else 0))
+    s = S / (S.norm() * margin)
+    for a, b, c in iterations.triples:
+        s = a * s + b * s**3 + c * s**5
+    return (U * s) @ Vh
+
+
+def distance(X: torch.Tensor, Y: torch.Tensor) -> float:
+    return ((X.double() - Y.double()).norm() / Y.double().norm()).item()
+
+
+@every_implementation
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_equals_the_exact_polynomial(
+    name: str, form: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    G = random_matrix(*shape, dtype=torch.float64)
+    expected = exact(G, name, torch.finfo(dtype).eps)
+    tolerance = TOLERANCE[dtype]
+    if name == "svd" and dtype.itemsize == 2:
+        # The input is rounded to 16 bits; the smallest singular values feel that most.
+        tolerance *= 2
+    if name in STRICT:
+        # Slopes at the interval's ends are up to 20 times those inside.
+        tolerance *= 20
+    assert distance(apply(G, name, form, dtype), expected) < tolerance
+
+
+@every_implementation
+def test_pitfall_3_the_input_is_untouched(name: str, form: str, dtype: torch.dtype) -> None:
+    for given_dtype in (torch.float32, dtype):
+        for shape in ((12, 20), (20, 12), (2, 12, 12)):
+            G = random_matrix(*shape, dtype=given_dtype)
+            before, version = G.clone(), G._version
+            apply(G, name, form, dtype)
+            assert torch.equal(G, before)
+            assert G._version == version
+
+
+@every_implementation
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40)])
+def test_transpose_commutes(
+    name: str, form: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    G = random_matrix(*shape)
+    one, other = apply(G.mT, name, form, dtype), apply(G, name, form, dtype).mT
+    if shape[0] != shape[1] and name != "svd":
+        assert torch.equal(one, other)  # the same products on the same short side
+    else:
+        assert distance(one, other) < 2 * TOLERANCE[dtype]
+
+
+@every_implementation
+@pytest.mark.parametrize("alpha", [1e-30, 1e-12, 1e-3, 1e19, 1e30])
+def test_pitfall_2_scale_does_not_matter(
+    name: str, form: str, dtype: torch.dtype, alpha: float
+) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    G = random_matrix(32, 32, dtype=wide)  # alpha * G is rounded to its dtype
+    one, other = apply(alpha * G, name, form, dtype), apply(G, name, form, dtype)
+    assert distance(one, other) < TOLERANCE[dtype]
+    assert one.norm() > 0.5 * 32**0.5
+
+
+@every_implementation
+def test_zero_gives_zero(name: str, form: str, dtype: torch.dtype) -> None:
+    assert torch.equal(apply(torch.zeros(6, 9), name, form, dtype), torch.zeros(6, 9))
+    # ... also beside others in a batch, which it does not disturb.
+    G = random_matrix(3, 8, 8)
+    G[1] = 0
+    O = apply(G, name, form, dtype)
+    assert torch.equal(O[1], torch.zeros(8, 8))
+    assert torch.equal(O[2], apply(G[2:], name, form, dtype)[0])
+
+
+@every_implementation
+def test_pitfall_5_a_batch_equals_a_loop(name: str, form: str, dtype: torch.dtype) -> None:
+    G = random_matrix(2, 3, 10, 14) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    batch = apply(G, name, form, dtype)
+    loop = torch.stack([torch.stack([apply(M, name, form, dtype) for M in row]) for row in G])
+    assert batch.shape == G.shape
+    # Batched products may sum in another order than single ones.
+    assert distance(batch, loop) < TOLERANCE[dtype]
+
+
+@every_implementation
+def test_singular_values_land_in_the_declared_band(
+    name: str, form: str, dtype: torch.dtype
+) -> None:
+    if dtype.itemsize == 2:
+        # Rounding to 16 bits adds singular values of its own size below 4e-3 * norm.
+        spectrum, slack = torch.linspace(0.05, 1.0, 24), 0.06
+    else:
+        spectrum, slack = torch.logspace(-2.4, 0, 24), 1e-4
+    assert (spectrum / spectrum.norm()).min() > 1e-3
+    O = apply(with_spectrum(spectrum, 40).float(), name, form, dtype)
+    values = torch.linalg.svdvals(O.double())
+    low, high = (1.0, 1.0) if name == "svd" else SCHEDULES[name].band
+    assert low - slack <= values.min()
+    assert values.max() <= high + slack
+
+
+def _degenerate() -> dict[str, torch.Tensor]:
+    m, n = 32, 64
+    half = torch.cat([torch.ones(m // 2), torch.zeros(m // 2)])
+    zero_rows = random_matrix(m, n)
+    zero_rows[::2] = 0
+    return {
+        "ones": torch.ones(m, n),
+        "rank 1": random_matrix(m, 1) @ random_matrix(1, n, seed=1),
+        "one entry": torch.zeros(m, n).index_put(
+            (torch.tensor(3), torch.tensor(5)), torch.tensor(-2.0)
+        ),
+        "rank m/2": with_spectrum(half, n).float(),
+        "power law": with_spectrum(1 / torch.arange(1, m + 1), n).float(),
+        "steep": with_spectrum(torch.logspace(0, -12, m), n).float(),
+        "zero rows": zero_rows,
+        "identity": torch.eye(m),
+        "one row": random_matrix(1, n),
+        "one column": random_matrix(n, 1),
+        "1 x 1": torch.tensor([[-3.0]]),
+    }
+
+
+@every_implementation
+@pytest.mark.parametrize("kind", _degenerate())
+def test_pitfall_7_nothing_exceeds_one_and_a_half(
+    name: str, form: str, dtype: torch.dtype, kind: str
+) -> None:
+    O = apply(_degenerate()[kind], name, form, dtype)
+    assert O.isfinite().all()
+    assert torch.linalg.matrix_norm(O.double(), 2) < 1.5
+
+
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9)),
+    exponents=st.lists(st.integers(-44, 38), min_size=1, max_size=5),
+    case=st.sampled_from(IMPLEMENTATIONS),
+    given_dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    transposed=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=200)
+def test_finite_in_finite_out(
+    shape: tuple[int, int, int],
+    exponents: list[int],
+    case: tuple[str, str, torch.dtype],
+    given_dtype: torch.dtype,
+    transposed: bool,
+    seed: int,
+) -> None:
+    """Any strides, magnitudes from subnormal to the largest, mixed in one matrix."""
+    G = random_matrix(*shape, seed=seed, dtype=torch.float64)
+    powers = torch.tensor([10.0**e for e in exponents], dtype=torch.float64)
+    G = G * powers[torch.arange(G.numel()) % len(powers)].reshape(G.shape)
+    G = G.clamp(-torch.finfo(given_dtype).max, torch.finfo(given_dtype).max).to(given_dtype)
+    G = G.mT if transposed else G
+    O = apply(G, *case)
+    assert O.shape == G.shape
+    assert O.dtype == G.dtype
+    assert O.isfinite().all()
+    if G.numel():
+        assert torch.linalg.matrix_norm(O.double(), 2).max() < 1.5
+
+
+def test_a_schedule_without_safety_factor_is_refused_in_16_bits() -> None:
+    G = random_matrix(24, 24)
+    assert STRICT == {"polar_express", "cans"}
+    for name in STRICT:
+        for dtype in ("bfloat16", torch.float16):
+            with pytest.raises(ValueError, match=r"no safety factor.*polar_express_1\.05"):
+                orthogonalize(G, ns_coefficients=name, ns_dtype=dtype)
+
+
+@every_implementation
+def test_a_nan_stays_in_its_matrix(name: str, form: str, dtype: torch.dtype) -> None:
+    G = random_matrix(3, 6, 6)
+    G[1, 2, 3] = float("nan")
+    O = apply(G, name, form, dtype)
+    assert O[1].isnan().any()
+    assert O[0].isfinite().all()
+    assert O[2].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_flow_through(name: str) -> None:
+    G = random_matrix(3, 5, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: orthogonalize(x, ns_coefficients=name, ns_dtype="float64"), (G,)
+    )
+
+
+def test_pitfall_8_svd_is_svd_for_every_shape() -> None:
+    for shape in ((7, 7), (5, 11), (11, 5), (2, 5, 11)):
+        G = random_matrix(*shape)
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        assert distance(orthogonalize(G, ns_coefficients="svd"), U @ Vh) < 1e-5
+
+
+@pytest.fixture
+def _fresh_hardware_answers() -> Iterator[None]:
+    _multiplies_bf16.cache_clear()
+    yield
+    _multiplies_bf16.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_hardware_answers")
+@pytest.mark.parametrize(
+    ("device", "hardware", "expected"),
+    [
+        ("cpu", {"avx2": True, "avx512_bf16": False}, torch.float32),
+        ("cpu", {"avx2": True, "avx512_bf16": True}, torch.bfloat16),
+        ("cpu", {"amx_bf16": True}, torch.bfloat16),
+        ("cuda", (9, 0), torch.bfloat16),
+        ("cuda", (8, 0), torch.bfloat16),
+        ("cuda", (7, 5), torch.float32),
+    ],
+)
+def test_auto_is_what_the_hardware_multiplies(
+    device: str, hardware: object, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: hardware)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: hardware)
+    keller, raw = resolve("keller"), resolve("polar_express")
+    where = torch.device(device)
+    assert resolve_dtype("auto", torch.float32, where, keller) == expected
+    assert resolve_dtype("auto", torch.bfloat16, where, keller) == expected
+    assert resolve_dtype("auto", torch.float64, where, keller) == torch.float64
+    assert resolve_dtype("auto", torch.float32, where, raw) == torch.float32
+
+
+def test_misuse_is_refused() -> None:
+    G = random_matrix(4, 4)
+    with pytest.raises(ValueError, match=r"shape \(4,\).*AdamW"):
+        orthogonalize(G[0])
+    for wrong in (
+        torch.ones(3, 3, dtype=torch.int64),
+        torch.ones(3, 3, dtype=torch.complex64),
+        [1],
+    ):
+        with pytest.raises(TypeError, match="floating-point"):
+            orthogonalize(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'auto', 'float64'"):
+        orthogonalize(G, ns_dtype="float8")
+    with pytest.raises(ValueError, match="'auto', 'standard'"):
+        orthogonalize(G, ns_form="grma")
+    with pytest.raises(ValueError, match="polar_express"):
+        orthogonalize(G, ns_coefficients="kellr")
