@@ -1,0 +1,326 @@
+"""Which matrices one stored tensor fuses: q, k, v; gate and up; the experts of a mixture.
+
+Muon orthogonalizes every matrix by itself, so a tensor that stacks several must be cut where they
+meet. The cut is read from shapes wherever shapes prove it, from head counts next, from names last.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+
+from muonkit._routing_survey import name_set
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from muonkit._routing_survey import Site
+
+__all__ = ["UnknownLayout", "expert_layout", "flat_expert_layout", "fused_layout"]
+
+# Surely fused q, k, v.
+_QKV = name_set(
+    "qkv qkv_proj proj_qkv wqkv Wqkv W_qkv w_qkv to_qkv attn_qkv qkv_linear qkv_layer "
+    "in_proj_qkv qkv_projection"
+)
+# Stored head by head (Megatron's order: GPT-NeoX, Bloom, Falcon, Persimmon, Qwen3-Next).
+_QKV_BY_HEAD = name_set("query_key_value linear_qkv in_proj_qkvz")
+# Fused q, k, v in some models and something else in others: only if the shape says so too.
+_QKV_PERHAPS = name_set("c_attn in_proj att_proj attn_proj attn_in_proj")
+_KV = name_set("kv to_kv kv_proj Wkv wkv")
+_GATE_UP = name_set("gate_up_proj gate_up up_gate_proj gate_and_up_proj w13 w12 w1_w3")
+# A layer and the one that takes its output. Where the second takes half of what the first gives,
+# the first fuses two matrices (gate and up of a GLU; x and z of a Mamba block).
+_TAKES_OUTPUT = {
+    "Wi": "Wo",
+    "wi": "wo",
+    "fc1": "fc2",
+    "in_proj": "out_proj",
+    "input_linear": "output_linear",
+    "linear_in": "linear_out",
+    "w12": "w3",
+    "gate_up_proj": "down_proj",
+    "gate_up": "down",
+}
+
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "heads")
+# Linear; Hugging Face's Conv1D; 1x1 convolutions.
+_IN = ("in_features", "nx", "in_channels")
+_OUT = ("out_features", "nf", "out_channels")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+_HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "dim_head", "d_head")
+_EXPERT_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_experts",
+    "moe_num_experts",
+    "n_routed_experts",
+)
+_EXPERT_NAME = re.compile(r"[Ee]xpert|MoE|Moe|MOE|(^|_)moe(_|$)")
+_DOWN = re.compile(r"(^|_)(down|w2|wo|output|fc2|c_proj|dense_4h_to_h)(_|$)")
+_UP = re.compile(r"(^|_)(up|gate|w1|w3|v1|wi|input|fc1|c_fc|w13|w12)(_|$)")
+
+
+class UnknownLayout(ValueError):
+    """A tensor that surely fuses several matrices, with nothing to tell where they meet."""
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What a module or its config says about attention heads; None where it says nothing."""
+
+    heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+
+
+# -- 2-D: Linear and Hugging Face's Conv1D -------------------------------------------------------
+
+
+def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
+    """Where a linear layer of `rows` outputs and `cols` inputs fuses several matrices.
+
+    Returns:
+        (split, reason), such as ("split(rows=3)", "fused q, k, v: 3 equal row blocks"), or None
+        where nothing says that the layer is more than one matrix.
+
+    Raises:
+        UnknownLayout: fused by name, but neither shapes nor head counts tell how.
+    """
+    name = site.owner_name
+    if name in _QKV_BY_HEAD or (name in _QKV | _QKV_PERHAPS and _is_by_head(site)):
+        return _by_head(site, rows, "fused q, k, v, stored head by head")
+    if name in _QKV:
+        found = _qkv(site, rows, cols) or _qkv_by_partner(site, rows, cols)
+        return found or _by_head(site, rows, "fused q, k, v")
+    if name in _QKV_PERHAPS:
+        found = _qkv(site, rows, cols)
+        if found is None and name == "c_attn" and rows == 2 * cols:
+            found = ("split(rows=2)", "fused k, v of cross-attention: 2 equal row blocks")
+        return found or _halves(site, rows)
+    if name in _KV and rows == 2 * cols:
+        return "split(rows=2)", "fused k, v: 2 equal row blocks"
+    if rows == 3 * cols and _is_unnamed_attention(site, cols):
+        return "split(rows=3)", "fused q, k, v by shape: 3 equal row blocks"
+    return _halves(site, rows)
+
+
+def _qkv(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
+    """q, k, v one after the other; k and v smaller than q with grouped queries."""
+    seen = _head_counts(site)
+    if seen.heads and seen.head_dim:
+        q, kv = seen.heads * seen.head_dim, (seen.kv_heads or seen.heads) * seen.head_dim
+        if q + 2 * kv == rows:
+            return _sizes(q, kv)
+    return _sizes(cols, cols) if rows == 3 * cols else None
+
+
+def _qkv_by_partner(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
+    """The sizes of q, k and v from the layer beside, where head counts are not to be had."""
+    # The output projection takes as many features as q has.
+    for q in _widths_taken(site, cols):
+        kv = (rows - q) // 2
+        if rows > q and (rows - q) % 2 == 0 and q % kv == 0:
+            return _sizes(q, kv)
+    key, value = (_int(site.parent, n) for n in ("key_dim", "value_dim"))
+    if key and value and 2 * key + value == rows:  # linear attention
+        return (
+            f"split(rows={key}+{key}+{value})",
+            "fused q, k, v: row blocks from key and value dim",
+        )
+    return None
+
+
+def _sizes(q: int, kv: int) -> tuple[str, str]:
+    if q == kv:
+        return "split(rows=3)", "fused q, k, v: 3 equal row blocks"
+    return f"split(rows={q}+{kv}+{kv})", "fused q, k, v of grouped-query attention"
+
+
+def _by_head(site: Site, rows: int, what: str) -> tuple[str, str]:
+    """One block per head: pure in every order of q, k and v that keeps a head's rows together."""
+    head_dim = _head_counts(site).head_dim
+    if not head_dim or rows % head_dim:
+        raise UnknownLayout(
+            f"{what}, but its {rows} rows cannot be cut: no head_dim that divides them was found "
+            f"on {type(site.parent).__name__} or its config"
+        )
+    return f"split(rows={rows // head_dim})", f"{what}: one block per head (head_dim {head_dim})"
+
+
+def _is_by_head(site: Site) -> bool:
+    """Plain names over a head-by-head order: GPT-BigCode's multi-head form, and CodeGen."""
+    parent = site.parent
+    codegen = type(parent).__name__.startswith("CodeGen")
+    bigcode = type(parent).__name__.startswith("GPTBigCode")
+    return codegen or (bigcode and getattr(parent, "multi_query", None) is False)
+
+
+def _is_unnamed_attention(site: Site, width: int) -> bool:
+    counts = any(_int(site.parent, name) for name in _HEADS)
+    return counts and any(taken == width for taken in _widths_taken(site, width))
+
+
+def _halves(site: Site, rows: int) -> tuple[str, str] | None:
+    """Gate and up in one: by name unless the next layer takes it all, or as that takes half."""
+    name = site.owner_name
+    taken = _in_features(getattr(site.parent, _TAKES_OUTPUT.get(name, ""), None))
+    if rows % 2 or (taken is not None and taken != rows // 2):
+        return None
+    if name in _GATE_UP:
+        return "split(rows=2)", "fused gate and up: 2 equal row blocks"
+    if taken is not None:
+        return "split(rows=2)", f"two fused halves ({_TAKES_OUTPUT[name]} takes half of its output)"
+    return None
+
+
+def _widths_taken(site: Site, out: int) -> list[int]:
+    """Input widths of the linear layers beside or below that give `out` features back."""
+    widths = []
+    for module in site.parent.modules() if site.parent is not None else ():
+        taken, given = _in_features(module), _first([module], _OUT)
+        if module is not site.owner and taken is not None and given == out:
+            widths.append(taken)
+    return widths
+
+
+def _in_features(module: object) -> int | None:
+    return _first([module], _IN)
+
+
+def _head_counts(site: Site) -> _Heads:
+    """From the parent itself, then from its config or the nearest config above it."""
+    sources: list[object] = [site.parent]
+    configs = (getattr(above, "config", None) for above in reversed(site.ancestors))
+    sources += [config for config in configs if config is not None][:1]
+    heads, kv_heads = _first(sources, _HEADS), _first(sources, _KV_HEADS)
+    # Linear attention has its own head sizes beside the config's; equal ones cut every block pure.
+    key, value = (_int(site.parent, name) for name in ("head_k_dim", "head_v_dim"))
+    head_dim = key if key and key == value else _first(sources, _HEAD_DIM)
+    hidden = _first(sources, ("hidden_size", "embed_dim", "n_embd", "d_model", "dim"))
+    if head_dim is None and heads and hidden and hidden % heads == 0:
+        head_dim = hidden // heads
+    return _Heads(heads, kv_heads, head_dim)
+
+
+# -- experts -------------------------------------------------------------------------------------
+
+
+def expert_layout(site: Site, shape: Sequence[int]) -> tuple[str, str] | None:
+    """The view of a stack of experts, (E, rows, cols) or (E, cols, rows); None if it is none.
+
+    Raises:
+        UnknownLayout: gate and up are fused, but along which dimension cannot be told.
+    """
+    if not _is_expert_stack(site, shape[0]):
+        return None
+    transposed, basis = _is_transposed(site, shape)
+    view = "experts > transpose" if transposed else "experts"
+    reason = f"{shape[0]} experts, stored {'in × out' if transposed else 'out × in'}{basis}"
+    if not _fuses_gate_and_up(site, shape, transposed):
+        return view, reason
+    if transposed is None:
+        raise UnknownLayout(
+            "experts that fuse gate and up, but nothing tells which dimension holds the two"
+        )
+    if getattr(site.owner, "is_concatenated", True) is False:
+        # Alternate rows cannot be cut as blocks; a pair stays one matrix.
+        return view, f"{reason}; gate and up alternate, kept as one matrix"
+    return f"{view} > split(rows=2)", f"{reason}, each fused gate and up"
+
+
+def flat_expert_layout(site: Site, shape: Sequence[int]) -> tuple[str, str] | None:
+    """The view of experts stacked in the rows of a 2-D tensor (DBRX, MegaBlocks): (E·m, n)."""
+    count = _expert_count(site)
+    if not count or not _EXPERT_NAME.search(site.owner_class) or shape[0] == count:
+        return None
+    if shape[0] % count:
+        return None
+    hidden = _int(site.owner, "hidden_size")
+    down = _DOWN.search(site.key) is not None
+    # All of them are E·ffn × hidden, so a down projection is stored in × out.
+    view = f"split(rows={count})" + (" > transpose" if down and shape[1] == hidden else "")
+    return view, f"{count} experts, stacked in the rows"
+
+
+def _is_expert_stack(site: Site, count: int) -> bool:
+    if _expert_count(site) == count:
+        return True
+    names = (site.owner_class, site.owner_name, site.label)
+    return any(_EXPERT_NAME.search(name) for name in names)
+
+
+def _expert_count(site: Site) -> int | None:
+    return _first([site.owner], _EXPERT_COUNTS)
+
+
+def _is_transposed(site: Site, shape: Sequence[int]) -> tuple[bool | None, str]:
+    """Whether an expert is stored in × out, and how we know; None if nothing tells."""
+    flag = getattr(site.owner, "is_transposed", None)
+    if isinstance(flag, bool):
+        return flag, ""
+    _, first, second = shape
+    up, down = _partners(site)
+    if up is not None and down is not None:
+        # What one gives, or half of it, the other takes; they meet the model in the same width.
+        stored_out_in = up[0] in (down[1], 2 * down[1]) and up[1] == down[0]
+        stored_in_out = up[1] in (down[0], 2 * down[0]) and up[0] == down[1]
+        if stored_out_in != stored_in_out:
+            return stored_in_out, ""
+    gives = _first([site.owner], ("out_features", "output_size", "out_dim"))
+    takes = _first([site.owner], ("in_features", "input_size", "in_dim"))
+    if gives and takes and gives != takes and {gives, takes} == {first, second}:
+        return first == takes, ""
+    hidden = _first([site.owner, getattr(site.owner, "config", None)], ("hidden_size", "d_model"))
+    if hidden and first != second and hidden in (first, second):
+        output_is_first = (first == hidden) == (_DOWN.search(site.key) is not None)
+        return not output_is_first, ""
+    return None, " (assumed)"
+
+
+def _partners(site: Site) -> tuple[Sequence[int] | None, Sequence[int] | None]:
+    """The expert shapes of the owner's up (or gate-and-up) and down stacks, as stored."""
+    shapes = {k: p.shape[1:] for k, p in site.owner._parameters.items() if _is_stack(p)}
+    up = _one(shape for key, shape in shapes.items() if _UP.search(key))
+    down = _one(shape for key, shape in shapes.items() if _DOWN.search(key))
+    return up, down
+
+
+def _is_stack(param: nn.Parameter | None) -> bool:
+    return param is not None and param.ndim == 3
+
+
+def _fuses_gate_and_up(site: Site, shape: Sequence[int], transposed: bool | None) -> bool:
+    if site.key in _GATE_UP:
+        return True
+    _, down = _partners(site)
+    partner = getattr(site.parent, _TAKES_OUTPUT.get(site.owner_name, ""), None)
+    if site.label == "weight" and isinstance(partner, nn.Module):
+        weight = partner._parameters.get("weight")
+        down = weight.shape[1:] if weight is not None and weight.ndim == 3 else None
+    if down is None or _UP.search(site.key) is None or transposed is None:
+        return False
+    gives = shape[2] if transposed else shape[1]
+    takes = down[0] if transposed else down[1]
+    return gives == 2 * takes
+
+
+# -- small readers -------------------------------------------------------------------------------
+
+
+def _int(source: object, name: str) -> int | None:
+    value = getattr(source, name, None) if name else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _first(sources: Iterable[object], names: Sequence[str]) -> int | None:
+    return next((v for s in sources for n in names if (v := _int(s, n)) is not None), None)
+
+
+def _one(shapes: Iterable[Sequence[int]]) -> Sequence[int] | None:
+    """The shape, if all agree on one."""
+    distinct = {tuple(shape) for shape in shapes}
+    return distinct.pop() if len(distinct) == 1 else None
