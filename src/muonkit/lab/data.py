@@ -223,9 +223,7 @@ def digits() -> ImageData:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise DataError(
-            'the task digits needs scikit-learn: pip install "muonkit[lab]"'
-        ) from error
+        raise DataError('the task digits needs scikit-learn: pip install "muonkit[lab]"') from error
     bunch = load_digits()
     # 0…16 in the file; the pipeline's range is 0…255.
     images = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8).unsqueeze(1)
@@ -312,9 +310,7 @@ def _labels(labels: Tensor, path: Path) -> Tensor:
 
 
 def _mnist_path(name: str) -> Path:
-    return local_copy("mnist", name, name.removesuffix(".gz")) or fetch(
-        _MNIST_FILES[name], "mnist"
-    )
+    return local_copy("mnist", name, name.removesuffix(".gz")) or fetch(_MNIST_FILES[name], "mnist")
 
 
 def mnist() -> ImageData:

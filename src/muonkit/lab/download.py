@@ -50,8 +50,7 @@ def local_copy(dataset: str, *names: str) -> Path | None:
         if (folder / name).exists():
             return folder / name
     raise DataError(
-        f"no {' or '.join(names)} in {folder}: put it there, "
-        "or unset MUONKIT_DATA to download it"
+        f"no {' or '.join(names)} in {folder}: put it there, or unset MUONKIT_DATA to download it"
     )
 
 

@@ -7,7 +7,6 @@ two more points are tried beyond it, at most twice.
 
 from collections.abc import Callable
 
-from muonkit.lab.errors import RunError
 from muonkit.lab.train import Result
 
 FACTOR = 2.0
@@ -20,16 +19,15 @@ def rate(centre: float, power: int) -> float:
     return float(f"{centre * FACTOR**power:.6g}")
 
 
-def best_rate(centre: float, attempt: Callable[[float], Result], more: Callable[[int], None]) -> float:
-    """The learning rate with the lowest validation loss.
+def best_rate(
+    centre: float, attempt: Callable[[float], Result], more: Callable[[int], None]
+) -> float:
+    """The learning rate with the lowest validation loss; the lowest one if all diverged.
 
     Args:
         centre: the middle of the grid.
         attempt: trains with one learning rate (or gives back what it gave before).
         more: is told how many further attempts follow.
-
-    Raises:
-        RunError: every run diverged.
     """
     losses: dict[int, float] = {}
 
@@ -39,17 +37,16 @@ def best_rate(centre: float, attempt: Callable[[float], Result], more: Callable[
             result = attempt(rate(centre, power))
             losses[power] = float("inf") if result.val_loss is None else result.val_loss
 
+    def best() -> int:
+        # Of equal ones the lower: where all diverged, the way to go is down.
+        return min(losses, key=lambda power: (losses[power], power))
+
     attempt_all(range(-REACH, REACH + 1))
     for _ in range(EXTENSIONS):
-        best = min(losses, key=losses.__getitem__)
-        if best == min(losses):
-            attempt_all(range(best - REACH, best))
-        elif best == max(losses):
-            attempt_all(range(best + 1, best + REACH + 1))
+        if best() == min(losses):
+            attempt_all(range(best() - REACH, best()))
+        elif best() == max(losses):
+            attempt_all(range(best() + 1, best() + REACH + 1))
         else:
             break
-    best = min(losses, key=losses.__getitem__)
-    if losses[best] == float("inf"):
-        tried = f"{rate(centre, min(losses)):g} to {rate(centre, max(losses)):g}"
-        raise RunError(f"every learning rate from {tried} diverged: choose the centre with --lr")
-    return rate(centre, best)
+    return rate(centre, best())

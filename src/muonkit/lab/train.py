@@ -1,5 +1,6 @@
 """One run: one optimizer, one learning rate, one seed; durable, and bit for bit resumable."""
 
+import io
 import math
 import signal
 import statistics
@@ -19,7 +20,14 @@ from muonkit.lab.data import Data, generator
 from muonkit.lab.errors import Interrupted
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.progress import Reporter
-from muonkit.lab.store import MeasurementFile, Record, read_json, read_records, write_json
+from muonkit.lab.store import (
+    MeasurementFile,
+    Record,
+    read_json,
+    read_records,
+    write_atomically,
+    write_json,
+)
 from muonkit.lab.tasks import Task
 
 WARMUP = 0.05
@@ -189,9 +197,9 @@ class Trainer:
             # Before the state: a checkpoint must never speak of lines that are not on disk.
             "length": self.file.sync(),
         }
-        beside = self.folder / ".checkpoint.pt.tmp"
-        torch.save(state, beside)
-        beside.replace(self._checkpoint)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(self._checkpoint, content.getvalue())
 
     # --- training ---
 
@@ -296,7 +304,7 @@ def train(
     finished = folder / "result.json"
     if finished.exists():
         result = Result(**read_json(finished))
-        reporter.start(run.title, setting.steps, setting.steps)
+        reporter.start(run.title, 0, setting.steps)
         reporter.end("finished earlier")
         return result
     return Trainer(run, setting, folder, stop, reporter).train()

@@ -1,0 +1,246 @@
+"""The command line: ``muonkit compare TASK`` and ``muonkit route SPEC``.
+
+Every error of the user's is one line on standard error with its remedy, and exit status 2; 1 is
+a failure while running, 130 is Ctrl-C. ``--debug`` shows the traceback.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import muonkit
+from muonkit.lab.errors import Interrupted, LabError
+from muonkit.lab.optimizers import OPTIMIZERS
+from muonkit.lab.tasks import TASKS, Budget
+
+app = typer.Typer(
+    name="muonkit",
+    help="Muon for a whole PyTorch model: compare optimizers on real data, see how a model is "
+    "routed.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+_TASK_LIST = "\n".join(f"  {t.name:<11} {t.summary}; {t.budget}" for t in TASKS.values())
+_OPTIMIZER_LIST = "\n".join(f"  {o.name:<11} {o.summary}" for o in OPTIMIZERS.values())
+
+_COMPARE_HELP = f"""Train TASK with several optimizers and report on them.
+
+All get the same initial weights, the same batches, the same number of steps and the same
+learning-rate schedule (linear warm-up, linear decay to zero). Stopped, by Ctrl-C or otherwise, the
+same command goes on where it was.
+
+\b
+Tasks:
+{_TASK_LIST}
+
+\b
+Optimizers:
+{_OPTIMIZER_LIST}
+
+\b
+Examples:
+  muonkit compare gpt
+  muonkit compare digits --optimizers muonw,adamw,sgd --sweep --seeds 3
+  muonkit compare mnist --epochs 3 --lr muonw=2e-3,adamw=1e-3
+  MUONKIT_DATA=/data muonkit compare cifar10 --out runs/cifar
+
+\b
+MUONKIT_DATA is a folder that has mnist/ and cifar10/ with the official files; without it they are
+downloaded to MUONKIT_CACHE (default: ~/.cache/muonkit).
+"""
+
+_ROUTE_HELP = """Print which parameter of SPEC gets which algorithm and view, and why.
+
+\b
+SPEC is one of
+  package.module:factory   a model, or something that makes one when called without arguments
+  gpt2, llama, bert, ...   a model type of transformers (built without memory or network)
+  PATH, OWNER/NAME         a config.json or its folder; a model on the Hugging Face hub
+
+\b
+Examples:
+  muonkit route gpt2
+  muonkit route my_package.model:build --json
+  muonkit route llama --rule '*.down_proj.weight=adamw'
+"""
+
+
+def _rates(text: str | None) -> dict[str | None, float]:
+    """``0.01`` or ``muonw=0.02,adamw=0.001`` as learning rates by optimizer."""
+    rates: dict[str | None, float] = {}
+    for part in text.split(",") if text else ():
+        name, equals, value = part.rpartition("=")
+        try:
+            rate = float(value)
+        except ValueError:
+            rate = float("nan")
+        if not 0 < rate < float("inf"):
+            raise LabError(
+                f"--lr {text}: {value!r} is no positive number; write --lr 1e-3, or "
+                "--lr muonw=2e-3,adamw=1e-3"
+            )
+        rates[name.strip() if equals else None] = rate
+    return rates
+
+
+def _budget(steps: int | None, epochs: int | None) -> Budget | None:
+    if steps and epochs:
+        raise LabError(f"--steps {steps} and --epochs {epochs}: give one of them")
+    if steps:
+        return Budget(steps, "steps")
+    return Budget(epochs, "epochs") if epochs else None
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command("compare", help=_COMPARE_HELP)
+def compare_command(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="What to train.")],
+    optimizers: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Which optimizers to compare.")
+    ] = "muonw,adamw",
+    lr: Annotated[
+        str | None,
+        typer.Option(metavar="X | NAME=X,...", help="Peak learning rates, for all or by name."),
+    ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="First choose each optimizer's learning rate: five, a factor of 2 apart, wider "
+            "if the best is at the edge; lowest validation loss on seed 0.",
+        ),
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per optimizer.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Length in passes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for everything written [default: runs/TASK-HASH]."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="Time between checkpoints.")
+    ] = 15.0,
+    debug: Debug = False,
+) -> None:
+    from muonkit.lab.compare import compare, comparison
+
+    asked = comparison(
+        task,
+        [name.strip() for name in optimizers.split(",")],
+        lr=_rates(lr),
+        sweep=sweep,
+        seeds=seeds,
+        budget=_budget(steps, epochs),
+        batch_size=batch_size,
+        threads=threads,
+    )
+    compare(asked, out, checkpoint_seconds=checkpoint_every)
+
+
+def _rule(text: str) -> muonkit.Rule:
+    """``PATTERN=adamw`` or ``PATTERN=muon[:VIEW]`` as a routing rule."""
+    pattern, _, choice = text.partition("=")
+    algorithm, _, view = choice.partition(":")
+    if not pattern or algorithm not in ("muon", "adamw"):
+        raise LabError(
+            f"--rule {text!r}: write PATTERN=adamw, PATTERN=muon or PATTERN=muon:VIEW, for "
+            "example '*.router.weight=adamw'"
+        )
+    return muonkit.Rule(pattern, algorithm=algorithm, view=view or None)
+
+
+@app.command("route", help=_ROUTE_HELP)
+def route_command(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    adjust_lr_fn: Annotated[
+        str, typer.Option(metavar="NAME", help="The learning-rate scale to show.")
+    ] = "match_rms_adamw",
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=ALGORITHM[:VIEW]", help="Overrule; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    from muonkit.lab.specs import load_model
+
+    rules = [_rule(text) for text in rule or ()]
+    try:
+        routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn)
+    except ValueError as error:
+        raise LabError(" ".join(str(error).split())) from error
+    typer.echo(routes.to_json() if as_json else str(routes))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"muonkit {muonkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _line(error: BaseException) -> tuple[str, int]:
+    """The one line and the exit status for ``error``."""
+    if isinstance(error, Interrupted):
+        return f"{error}: the same command goes on from there", error.exit_status
+    if isinstance(error, LabError):
+        return f"error: {error}", error.exit_status
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "stopped: the same command goes on from the last checkpoint", 130
+    usage: Any = getattr(error, "format_message", None)  # a click.ClickException, by any vendor
+    if usage is not None:
+        message = " ".join(usage().split()).rstrip(".")
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "muonkit"
+        return f"error: {message}: see {command} --help", 2
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror or error}; --debug shows where", 1
+    text = " ".join(str(error).split())
+    return f"error: {type(error).__name__}: {text}; --debug shows where", 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name (default: ``sys.argv``'s).
+
+    Returns:
+        The exit status.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = typer.main.get_command(app)
+        status = command.main(args=words or ["--help"], prog_name="muonkit", standalone_mode=False)
+        if status != 130:
+            return status if isinstance(status, int) else 0
+        # Typer turns a KeyboardInterrupt into this status without a word.
+        raise KeyboardInterrupt
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        text, status = _line(error)
+        print(text, file=sys.stderr)
+        return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Loss curves as PNG, against steps and against seconds."""
+
+import io
+from collections.abc import Sequence
+from itertools import cycle
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from muonkit.lab.results import Outcome
+from muonkit.lab.store import Record
+
+#: Okabe and Ito's colours, told apart with every common kind of colour vision; with a dash
+#: pattern and a marker each, also in black and white.
+_STYLES = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#CC79A7", ":", "D"),
+)
+_SIZE, _DPI = (8.0, 4.8), 130
+
+
+def _smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and the up to ``window`` − 1 before it."""
+    means = []
+    total = 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def _training(axes: Axes, x: str, records: Sequence[Record], color: str, dash: str) -> None:
+    points = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
+    window = max(1, len(points) // 40)
+    axes.plot(
+        [r[x] for r in points[window - 1 :]],
+        _smoothed([r["loss"] for r in points], window)[window - 1 :],
+        color=color,
+        linestyle=dash,
+        linewidth=1.0,
+        alpha=0.45,
+    )
+
+
+def loss_plot(
+    title: str, against: str, outcomes: Sequence[Outcome], records: dict[str, list[Record]]
+) -> bytes:
+    """The PNG of all loss curves.
+
+    Args:
+        title: the heading.
+        against: ``"step"`` or ``"seconds"``.
+        outcomes: the runs to draw; runs of one optimizer share a colour.
+        records: each run's measurements, by optimizer and seed as ``"NAME/SEED"``.
+    """
+    canvas_figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(canvas_figure)
+    axes = canvas_figure.add_subplot()
+    styles = cycle(_STYLES)
+    style = {result.optimizer: (result.lr, next(styles)) for result, _ in _first(outcomes)}
+    lowest, first = [], []
+    for result, curve in outcomes:
+        lr, (color, dash, marker) = style[result.optimizer]
+        _training(axes, against, records[f"{result.optimizer}/{result.seed}"], color, dash)
+        is_first = (result, curve) in _first(outcomes)
+        name = f"{result.optimizer}, lr {lr:g}" + (" (diverged)" if result.diverged else "")
+        axes.plot(
+            curve.steps if against == "step" else curve.seconds,
+            curve.losses,
+            color=color,
+            linestyle=dash,
+            marker=marker,
+            markersize=4,
+            linewidth=1.8,
+            label=name if is_first else None,
+        )
+        lowest += curve.losses
+        first += curve.losses[:1]
+    if lowest and max(first) / max(min(lowest), 1e-9) > 4:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    if first:
+        # A run that explodes before it diverges would press all the others flat.
+        axes.set_ylim(top=max(first) * 1.15)
+    axes.set_xlabel("step" if against == "step" else "seconds of training")
+    axes.set_ylabel("cross-entropy, nats")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(title="validation (bold), training (thin, smoothed)")
+    image = io.BytesIO()
+    canvas.print_png(image)
+    return image.getvalue()
+
+
+def _first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The first run of each optimizer."""
+    seen: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        seen.setdefault(outcome[0].optimizer, outcome)
+    return list(seen.values())

@@ -1,0 +1,166 @@
+"""What came out: one row per optimizer, each figure a mean over seeds.
+
+*To AdamW's final loss*: for each seed, the first point of the validation curve (straight lines
+between validations) that is at or below the loss at which AdamW's curve of the same seed ends.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from muonkit.lab.store import Record
+from muonkit.lab.train import Result
+
+REFERENCE = "adamw"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean and standard deviation (n − 1) over seeds; ``of`` < ``runs`` where some have none."""
+
+    mean: float
+    std: float | None
+    of: int
+    runs: int
+
+    def text(self, digits: int = 4, unit: float = 1.0) -> str:
+        """As the tables show it: ``1.2345 ± 0.0012 (2/3)``."""
+        shown = f"{self.mean * unit:,.{digits}f}"
+        if self.std is not None:
+            shown += f" ± {self.std * unit:,.{digits}f}"
+        return shown if self.of == self.runs else f"{shown} ({self.of}/{self.runs})"
+
+
+def figure(values: Sequence[float | None]) -> Figure | None:
+    """The mean of the values that are there; None when none is."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    std = statistics.stdev(there) if len(there) > 1 else None
+    return Figure(statistics.fmean(there), std, len(there), len(values))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's validation losses against steps and against seconds of training."""
+
+    steps: list[float]
+    seconds: list[float]
+    losses: list[float]
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "Curve":
+        points = [r for r in records if r["kind"] == "validation" and r["loss"] is not None]
+        return cls(
+            [float(r["step"]) for r in points],
+            [float(r["seconds"]) for r in points],
+            [float(r["loss"]) for r in points],
+        )
+
+    def reaches(self, loss: float) -> tuple[float, float] | None:
+        """Steps and seconds at which the curve first is at or below ``loss``; None if never."""
+        for i, value in enumerate(self.losses):
+            if value > loss:
+                continue
+            if i == 0:
+                return self.steps[0], self.seconds[0]
+            before = self.losses[i - 1]
+            share = (before - loss) / (before - value)
+            return (
+                self.steps[i - 1] + share * (self.steps[i] - self.steps[i - 1]),
+                self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1]),
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer in the table. None: there is no such figure."""
+
+    optimizer: str
+    lr: float
+    seeds: int
+    diverged: int
+    train_loss: Figure | None
+    val_loss: Figure | None
+    accuracy: Figure | None
+    steps_to_reference: Figure | None
+    seconds_to_reference: Figure | None
+    step_ms: Figure | None
+    optimizer_ms: Figure | None
+    seconds: Figure | None
+
+
+Outcome = tuple[Result, Curve]
+
+
+def _row(outcomes: Sequence[Outcome], reference: dict[int, float]) -> Row:
+    results = [result for result, _ in outcomes]
+    reached = [curve.reaches(reference.get(result.seed, -math.inf)) for result, curve in outcomes]
+    return Row(
+        optimizer=results[0].optimizer,
+        lr=results[0].lr,
+        seeds=len(results),
+        diverged=sum(result.diverged for result in results),
+        train_loss=figure([result.train_loss for result in results]),
+        val_loss=figure([result.val_loss for result in results]),
+        accuracy=figure([result.accuracy for result in results]),
+        steps_to_reference=figure([point and point[0] for point in reached]),
+        seconds_to_reference=figure([point and point[1] for point in reached]),
+        step_ms=figure([result.step_ms for result in results]),
+        optimizer_ms=figure([result.optimizer_ms for result in results]),
+        seconds=figure([result.seconds for result in results]),
+    )
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    """One row per optimizer, in the order of first appearance."""
+    reference = {
+        result.seed: result.val_loss
+        for result, _ in outcomes
+        if result.optimizer == REFERENCE and result.val_loss is not None
+    }
+    names = list(dict.fromkeys(result.optimizer for result, _ in outcomes))
+    return [_row([o for o in outcomes if o[0].optimizer == name], reference) for name in names]
+
+
+def _decimals(loss: float) -> int:
+    """Four decimals, and for small losses as many as show four digits."""
+    return min(9, max(4, 3 - math.floor(math.log10(loss)))) if loss > 0 else 4
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells as text; columns without a single figure are left out."""
+
+    def loss(row: Row, figure: Figure | None) -> str:
+        if row.diverged == row.seeds:
+            return "diverged"
+        return "—" if figure is None else figure.text(_decimals(figure.mean))
+
+    def plain(figure: Figure | None, digits: int, unit: float = 1.0) -> str:
+        return "—" if figure is None else figure.text(digits, unit)
+
+    columns = {
+        "optimizer": [row.optimizer for row in rows],
+        "lr": [f"{row.lr:g}" for row in rows],
+        "train loss": [loss(row, row.train_loss) for row in rows],
+        "val loss": [loss(row, row.val_loss) for row in rows],
+        "accuracy, %": [plain(row.accuracy, 2, 100) for row in rows],
+        "steps to AdamW's loss": [plain(row.steps_to_reference, 0) for row in rows],
+        "s to AdamW's loss": [plain(row.seconds_to_reference, 1) for row in rows],
+        "ms/step": [plain(row.step_ms, 2) for row in rows],
+        "of it optimizer": [plain(row.optimizer_ms, 2) for row in rows],
+        "s in all": [plain(row.seconds, 1) for row in rows],
+    }
+    if all(row.accuracy is None for row in rows):
+        del columns["accuracy, %"]
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+NOTES = (
+    "Losses are cross-entropies in nats. Train loss: mean over the last 5% of the steps. "
+    "To AdamW's loss: where the validation curve first reaches the loss AdamW's ends at, same "
+    "seed; — if never. ms/step: median. Seconds: training steps only, validation left out. "
+    "±: standard deviation over seeds; (n/N): n of N seeds have the figure."
+)
