@@ -34,6 +34,7 @@ _TOKEN_OR_POSITION = re.compile(
     r"|position_bias|(^|_)(token|tokens|query|queries|latent|latents|prompt|prompts)$"
     r"|class_embedding|(^|_)(query|object|learned|prompt)_(embed|embeds|embedding|embeddings)$"
 )
+_POSITION = re.compile(r"pos|(^|_)w?pe$|relative")
 _POSITION_CLASS = re.compile(r"Position|PosEmb|PosEnc")
 _EMBEDDING_CLASS = re.compile(r"Embedding|EmbeddingTable")
 # 2-D raw parameters that act element by element: state-space rates, gains stored as tables.
@@ -73,8 +74,9 @@ def judge(sites: list[Site], param: nn.Parameter, facts: Survey) -> Verdict:
     for site in sites:
         _refuse_shards(site, param)
         if isinstance(site.owner, _EMBEDDINGS) and site.label == "weight":
+            kind = "positional embedding" if _POSITION.search(site.owner_name) else "embedding"
             tied = ", tied to the output head" if id(param) in facts.heads else ""
-            return _adamw(f"embedding{tied}")
+            return _adamw(f"{kind}{tied}")
     site = sites[0]
     if id(param) in facts.heads:
         return _adamw(facts.heads[id(param)])

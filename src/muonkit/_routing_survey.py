@@ -294,7 +294,10 @@ def _is_head_name(place: _Place, repeated: set[int]) -> bool:
     if name in STRONG_HEADS:
         return True
     weak = name in WEAK_HEADS or _HEAD_SUFFIX.search(name) is not None
-    return weak and not any(id(above) in repeated for above in place.ancestors)
+    # A model that names its output itself may call a hidden transform "head" (ModernBERT does).
+    return weak and not any(
+        id(above) in repeated or _output_embeddings(above) for above in place.ancestors
+    )
 
 
 def _head_modules(place: _Place, places: list[_Place]) -> list[_Place]:
