@@ -26,7 +26,9 @@ setup: $(STAMP) ## set up .venv: the locked packages and this checkout, editable
 # pip would take for installed: the next run then starts from an empty environment. The stamp
 # comes last, so that it only ever stands for a complete environment.
 $(STAMP): $(LOCK) pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later on PATH; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: Python 3.11 or later is needed, found '$(PYTHON)'; install one and name it: make PYTHON=/path/to/python" >&2; \
+		exit 1; }
 	@test ! -e $(VENV)/.installing || rm -rf $(VENV)
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@# Some systems package Python without ensurepip: then the pip of $(PYTHON) does its work.
@@ -51,7 +53,7 @@ types: $(STAMP) ## mypy --strict on the package
 	$(BIN)/mypy
 
 unit: $(STAMP) ## pytest, warnings as errors
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

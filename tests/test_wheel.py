@@ -19,9 +19,6 @@ import muonkit._cli
 
 ROOT = Path(__file__).parents[1]
 
-# One worker builds for all of these.
-pytestmark = pytest.mark.xdist_group("wheel")
-
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run to the end, with nothing of this checkout on the path; the caller judges the status."""
