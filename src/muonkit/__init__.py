@@ -1,6 +1,30 @@
-"""muonkit: the Muon optimizer for a whole PyTorch model."""
+"""muonkit: the Muon optimizer for a whole PyTorch model.
 
+Muon trains the hidden weight matrices along an orthogonalized momentum, AdamW the rest::
+
+    from muonkit import MuonW
+
+    optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)
+"""
+
+from importlib.metadata import version as _version
+
+from muonkit.optim import Muon, MuonW
 from muonkit.orthogonalize import orthogonalize
+from muonkit.routing import Route, Routes, RoutingError, Rule, route
 from muonkit.views import View
 
-__all__ = ["View", "orthogonalize"]
+__version__ = _version("muonkit")
+
+__all__ = [
+    "Muon",
+    "MuonW",
+    "Route",
+    "Routes",
+    "RoutingError",
+    "Rule",
+    "View",
+    "__version__",
+    "orthogonalize",
+    "route",
+]

@@ -10,7 +10,7 @@ from torch import Tensor
 from muonkit.coefficients import resolve
 from muonkit.orthogonalize import resolve_dtype, resolve_form
 from muonkit.scale import scale_factor
-from muonkit.views import View
+from muonkit.views import View, blocks_of
 
 __all__ = ["complete_group", "describe_group", "parameter_names", "validate_group"]
 
@@ -93,7 +93,7 @@ def _validate_options(group: dict[str, Any]) -> None:
     scale_factor(group["adjust_lr_fn"], 1, 1)
     iterations = resolve(group["ns_coefficients"], group["ns_steps"])
     resolve_form(group["ns_form"])
-    resolve_dtype(group["ns_dtype"], torch.float32, torch.device("cpu"), iterations)
+    resolve_dtype(group["ns_dtype"], torch.float32, torch.device("cpu"), iterations.strict)
 
 
 def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
                 f"with size: {shape} ({name}); {hint}"
             )
         try:
-            View.parse(group["view"]).blocks(p.shape)
+            blocks_of(group["view"], p.shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -143,7 +143,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     iterations = resolve(group["ns_coefficients"], group["ns_steps"])
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in group["params"]:
-        for block in View.parse(group["view"]).blocks(p.shape):
+        for block in blocks_of(group["view"], p.shape):
             scale = scale_factor(group["adjust_lr_fn"], block.rows, block.cols)
             row = rows.setdefault(
                 (block.rows, block.cols, p.dtype, p.device),

@@ -11,6 +11,8 @@ import functools
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
+
 __all__ = ["KELLER", "SCHEDULES", "SVD", "Coefficients", "Iterations", "Schedule", "resolve"]
 
 Triple: TypeAlias = tuple[float, float, float]
@@ -166,6 +168,8 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+# Its arguments are guarded on as constants.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(coefficients: object, steps: int = DEFAULT_STEPS) -> Iterations:
     """The iterations that `ns_coefficients` and `ns_steps` stand for.
 

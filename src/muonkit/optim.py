@@ -21,7 +21,7 @@ from muonkit.orthogonalize import orthogonalize
 from muonkit.plan import Item, make_batches
 from muonkit.routing import Routes, route
 from muonkit.scale import scale_factor
-from muonkit.views import Block, View
+from muonkit.views import Block, blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -56,8 +56,8 @@ class Muon(Optimizer):
 
             An AdamW group has lr, betas, eps and weight_decay; what it lacks comes from the
             ``adamw_`` arguments.
-        lr: learning rate, a float or a one-element tensor. In units of spectral norm per update with
-            the scale "original", of RMS per update (as AdamW's) with "match_rms_adamw".
+        lr: learning rate, a float or a one-element tensor. In units of spectral norm per update
+            with the scale "original", of RMS per update (as AdamW's) with "match_rms_adamw".
         weight_decay: decoupled decay per unit of (unscaled) lr.
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
@@ -173,7 +173,7 @@ class Muon(Optimizer):
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns the closure's loss, if there is one.
 
         Parameters without a gradient are left alone, decay included.
@@ -344,7 +344,7 @@ def _routed_groups(routes: Routes, decay_1d: bool) -> list[dict[str, Any]]:
 
 
 def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:
-    items = [params] if isinstance(params, Tensor) else list(params)
+    items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if items and isinstance(items[0], dict):
         return [{**group, "algorithm": algorithm} for group in items]
     return [{"params": items, "algorithm": algorithm}] if items else []
@@ -355,7 +355,7 @@ def _with_gradients(group: dict[str, Any]) -> list[Tensor]:
     for name, p in zip(parameter_names(group), group["params"], strict=True):
         if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(
-                f"Muon does not support sparse gradients: {name} of shape {tuple(p.shape)} has one; "
+                f"Muon does not support sparse gradients: {name} {tuple(p.shape)} has one; "
                 "build its embedding with sparse=False, or train it with torch.optim.SparseAdam"
             )
     return [p for p in group["params"] if p.grad is not None]
@@ -367,23 +367,31 @@ def _finite(work: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> bool:
         if group["nonfinite"] == "propagate" or not params:
             continue
         # The largest magnitude: a 2-norm would overflow on large finite gradients.
-        norms = torch._foreach_norm([p.grad for p in params], float("inf"))
-        finite = torch.stack([norm.isfinite().to("cpu", non_blocking=True) for norm in norms])
-        if finite.all():
+        norms = torch._foreach_norm([cast("Tensor", p.grad) for p in params], float("inf"))
+        finite = [bool(norm.isfinite()) for norm in _to_host(norms)]
+        if all(finite):
             continue
         if group["nonfinite"] == "skip":
             return False
-        with_grad = [
-            n
-            for n, p in zip(parameter_names(group), group["params"], strict=True)
-            if p.grad is not None
-        ]
-        bad = [name for name, ok in zip(with_grad, finite.tolist(), strict=True) if not ok]
+        broken = {id(p) for p, ok in zip(params, finite, strict=True) if not ok}
+        names = zip(parameter_names(group), group["params"], strict=True)
+        bad = [name for name, p in names if id(p) in broken]
         raise FloatingPointError(
-            f"the gradient of {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''} is not finite; "
-            "nothing was changed. Lower lr or clip gradients; nonfinite='skip' leaves such steps out"
+            f"the gradient of {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''} is not "
+            "finite; nothing was changed. Lower lr or clip gradients; nonfinite='skip' leaves such "
+            "steps out"
         )
     return True
+
+
+def _to_host(scalars: Sequence[Tensor]) -> list[Tensor]:
+    """0-dim tensors on the CPU, waiting once per device and not once per tensor."""
+    position: dict[int, Tensor] = {}
+    for device in {scalar.device for scalar in scalars}:
+        here = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        values = torch.stack([scalars[i].float() for i in here]).cpu()
+        position.update(zip(here, values.unbind(), strict=True))
+    return [position[i] for i in range(len(scalars))]
 
 
 class _Piece(NamedTuple):
@@ -420,27 +428,19 @@ def _batches(
     params: Sequence[Tensor], momenta: Sequence[Tensor], group: dict[str, Any]
 ) -> list[list[_Piece]]:
     """Blocks of equal matrices together, under the cap on bytes in flight."""
-    blocks = [View.parse(group["view"]).blocks(p.shape) for p in params]
-    items = [
-        Item(
-            i, j, (b.rows, b.cols, p.dtype, p.device), p.element_size() * b.batch * b.rows * b.cols
-        )
-        for i, p in enumerate(params)
-        for j, b in enumerate(blocks[i])
-        if b.rows * b.cols * b.batch
-    ]
-    return [
-        [
-            _Piece(
-                block := blocks[item.param][item.block],
-                block.region(params[item.param]),
-                block.region(cast("Tensor", params[item.param].grad)),
-                block.region(momenta[item.param]),
-            )
-            for item in batch
-        ]
-        for batch in make_batches(items)
-    ]
+    # Plain loops: torch.compile cannot trace comprehensions that nest.
+    items: list[Item] = []
+    pieces: list[_Piece] = []
+    for p, momentum in zip(params, momenta, strict=True):
+        grad = cast("Tensor", p.grad)
+        for block in blocks_of(group["view"], tuple(p.shape)):
+            elements = block.batch * block.rows * block.cols
+            if elements:
+                key = (block.rows, block.cols, p.dtype, p.device)
+                items.append(Item(len(pieces), key, elements * p.element_size()))
+                regions = block.region(p), block.region(grad), block.region(momentum)
+                pieces.append(_Piece(block, *regions))
+    return [[pieces[item.position] for item in batch] for batch in make_batches(items)]
 
 
 def _momentum_(batch: Sequence[_Piece], group: dict[str, Any]) -> Tensor:
@@ -469,7 +469,7 @@ def _apply_(batch: Sequence[_Piece], d: Tensor, group: dict[str, Any]) -> None:
     lr, decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
         lr = lr.to(d.device).reshape(())
-    matrices = d.split([piece.block.batch for piece in batch])
+    matrices = torch.split(d, [piece.block.batch for piece in batch])
     updates = [p.block.to_region(o) for p, o in zip(batch, matrices, strict=True)]
     if decay != 0:
         if group["cautious"]:

@@ -73,24 +73,29 @@ def orthogonalize(
             "a vector has no orthogonal factor: train it with AdamW"
         )
     iterations = resolve(ns_coefficients, ns_steps)
-    form = FORMS[resolve_form(ns_form)]
-    dtype = resolve_dtype(ns_dtype, G.dtype, G.device, iterations)
+    form = resolve_form(ns_form)
+    dtype = resolve_dtype(ns_dtype, G.dtype, G.device, iterations.strict)
     if G.numel() == 0:
         return G.clone()
     X = G.reshape(-1, *G.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
     X = _normalize(X.mT if tall else X, iterations, dtype, eps)
-    X = _exact(X) if iterations.exact else form(X, iterations)
+    X = _exact(X) if iterations.exact else FORMS[form](X, iterations)
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
+# Its arguments are guarded on as constants.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve_dtype(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
     device: torch.device,
-    iterations: Iterations,
+    strict: bool = False,
 ) -> torch.dtype:
     """The dtype of the matrix products that `ns_dtype` stands for on this device.
+
+    Args:
+        strict: the schedule diverges in 16 bits (`Schedule.strict`).
 
     Raises:
         ValueError: not a dtype of `NS_DTYPES` nor "auto", or one too coarse for the schedule.
@@ -98,7 +103,7 @@ def resolve_dtype(
     name = str(ns_dtype).removeprefix("torch.")
     if name in NS_DTYPES:
         dtype = NS_DTYPES[name]
-        if iterations.strict and dtype.itemsize == 2:
+        if strict and dtype.itemsize == 2:
             # Measured: singular values of 1,000 and more from a random matrix in bf16.
             raise ValueError(
                 f"this schedule has no safety factor and diverges in {name}: use "
@@ -111,7 +116,7 @@ def resolve_dtype(
         raise ValueError(f"unknown ns_dtype {ns_dtype!r}; it is one of {options}")
     if input_dtype == torch.float64:
         return torch.float64  # whoever keeps float64 weights asked for its precision
-    if iterations.strict:
+    if strict:
         return torch.float32
     return torch.bfloat16 if _multiplies_bf16(device.type, device.index) else torch.float32
 
@@ -155,7 +160,8 @@ def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype, eps: float
     largest = X.abs().amax(dim=(-2, -1), keepdim=True)
     X = X / torch.where(largest == 0, 1.0, largest)
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    return (X / (norm * margin).clamp(min=eps)).to(dtype)
+    X = X / (norm * margin).clamp(min=eps)
+    return X.to(dtype)
 
 
 def _standard(X: Tensor, iterations: Iterations) -> Tensor:

@@ -14,17 +14,15 @@ BYTES_IN_FLIGHT = 256 * 2**20
 
 
 class Item(NamedTuple):
-    """One block of one parameter.
+    """One block of one parameter, as far as the plan needs to know it.
 
     Attributes:
-        param: the parameter's position among those that step.
-        block: the block's position in the parameter's view.
+        position: where it stands in the caller's list.
         key: what must be equal for two items to be computed together.
         nbytes: bytes of its matrices.
     """
 
-    param: int
-    block: int
+    position: int
     key: Hashable
     nbytes: int
 

@@ -25,14 +25,16 @@ import functools
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-__all__ = ["Block", "View"]
+__all__ = ["Block", "View", "blocks_of"]
 
 _FIRST = ("matrix", "flatten", "experts")
 _OPTIONS = (
@@ -46,27 +48,17 @@ _SPLIT = re.compile(r"split\(\s*(rows|cols)\s*=\s*(\d+(?:\s*\+\s*\d+)*)\s*\)")
 class Block:
     """One region of a parameter, seen as a batch of equal matrices.
 
-    `index` cuts the region out of the parameter (always a view of its memory); the region is
-    `batch` matrices, stored one after the other as `stored_rows x stored_cols`.
-    `rows` and `cols` are the logical ones: outputs and inputs.
+    `index` cuts the region out of the parameter (always a view of its memory) and `shape` is the
+    region's; it holds `batch` matrices of `rows` outputs and `cols` inputs, one after the other,
+    each stored transposed if `transposed`.
     """
 
     index: tuple[slice, ...]
     shape: tuple[int, ...]
     batch: int
-    stored_rows: int
-    stored_cols: int
+    rows: int
+    cols: int
     transposed: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Number of outputs of one matrix."""
-        return self.stored_cols if self.transposed else self.stored_rows
-
-    @property
-    def cols(self) -> int:
-        """Number of inputs of one matrix."""
-        return self.stored_rows if self.transposed else self.stored_cols
 
     def region(self, tensor: Tensor) -> Tensor:
         """The block's part of `tensor` (which has the parameter's shape); shares its memory."""
@@ -74,8 +66,9 @@ class Block:
 
     def to_matrices(self, region: Tensor) -> Tensor:
         """A region as `(batch, rows, cols)`; shares memory where the strides allow it."""
-        matrices = region.reshape(self.batch, self.stored_rows, self.stored_cols)
-        return matrices.mT if self.transposed else matrices
+        if self.transposed:
+            return region.reshape(self.batch, self.cols, self.rows).mT
+        return region.reshape(self.batch, self.rows, self.cols)
 
     def to_region(self, matrices: Tensor) -> Tensor:
         """The inverse of `to_matrices`: `(batch, rows, cols)` in the shape of the region."""
@@ -120,12 +113,27 @@ class View:
         return _blocks(self, tuple(shape))
 
 
+def blocks_of(spec: str, shape: Sequence[int]) -> tuple[Block, ...]:
+    """`View.parse(spec).blocks(shape)`; under torch.compile too."""
+    if torch.compiler.is_compiling():
+        # Tuples of numbers are the constants that the compiler takes; it guards on spec and shape.
+        return tuple([Block(*fields) for fields in _constant_fields(spec, tuple(shape))])
+    return View.parse(spec).blocks(shape)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_fields(spec: str, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(vars(block).values()) for block in View.parse(spec).blocks(shape))
+
+
 @functools.lru_cache(maxsize=4096)
 def _blocks(view: View, shape: tuple[int, ...]) -> tuple[Block, ...]:
     blocks = [_first_block(view, shape)]
     for step in view.steps[1:]:
         if step == "transpose":
-            blocks = [replace(block, transposed=not block.transposed) for block in blocks]
+            blocks = [
+                replace(b, rows=b.cols, cols=b.rows, transposed=not b.transposed) for b in blocks
+            ]
             continue
         match = _SPLIT.fullmatch(step)
         assert match is not None  # parse() let it through
@@ -153,51 +161,50 @@ def _split(view: View, block: Block, axis: str, sizes: list[int]) -> list[Block]
     """Cut a block's logical rows or columns, in `sizes[0]` equal parts or in the given sizes."""
     length = block.rows if axis == "rows" else block.cols
     if len(sizes) == 1:
-        parts = sizes[0]
-        if parts < 1 or length % parts:
+        count = sizes[0]
+        if count < 1 or length % count:
             raise ValueError(
-                f"view {str(view)!r} cuts {length} {axis} in {parts} equal parts, which does not "
+                f"view {str(view)!r} cuts {length} {axis} in {count} equal parts, which does not "
                 f"go evenly; give the sizes: split({axis}=a+b+...)"
             )
-        sizes = [length // parts] * parts
+        sizes = [length // count] * count
     if sum(sizes) != length or min(sizes) < 1:
         raise ValueError(
             f"view {str(view)!r} gives sizes {sizes}, sum {sum(sizes)}, for {length} {axis}: "
             "they must be positive and sum to it"
         )
-    stored_rows_are_cut = (axis == "rows") != block.transposed
-    if stored_rows_are_cut and len(set(sizes)) == 1:
+    cuts_stored_rows = (axis == "rows") != block.transposed
+    if cuts_stored_rows and len(set(sizes)) == 1:
         # Equal blocks of stored rows are a batch already: no slicing, one Block.
-        return [replace(block, batch=block.batch * len(sizes), stored_rows=sizes[0])]
-    dim = _dim_of(view, block, stored_rows_are_cut)
-    parts_out, start = [], block.index[dim].start if block.index else 0
+        return [_resized(block, axis, sizes[0], batch=block.batch * len(sizes))]
+    dim = _dim_of(view, block, length, cuts_stored_rows)
+    parts, start = [], block.index[dim].start if block.index else 0
     for size in sizes:
         index = list(block.index or (slice(0, extent) for extent in block.shape))
         index[dim] = slice(start, start + size)
         start += size
-        region = tuple(s.stop - s.start for s in index)
-        part = replace(block, index=tuple(index), shape=region)
-        if stored_rows_are_cut:
-            parts_out.append(replace(part, stored_rows=size))
-        else:
-            parts_out.append(replace(part, stored_cols=size))
-    return parts_out
+        shape = tuple(s.stop - s.start for s in index)
+        parts.append(_resized(block, axis, size, index=tuple(index), shape=shape))
+    return parts
 
 
-def _dim_of(view: View, block: Block, stored_rows_are_cut: bool) -> int:
-    """The dimension of the region that holds a matrix's stored rows or columns."""
+def _resized(block: Block, axis: str, size: int, **changes: Any) -> Block:
+    rows, cols = (size, block.cols) if axis == "rows" else (block.rows, size)
+    return replace(block, rows=rows, cols=cols, **changes)
+
+
+def _dim_of(view: View, block: Block, length: int, stored_rows: bool) -> int:
+    """The dimension of the region that holds a matrix's stored rows, or columns."""
     if view.steps[0] == "experts":
-        dim = len(block.shape) - (2 if stored_rows_are_cut else 1)
-        extent = block.stored_rows if stored_rows_are_cut else block.stored_cols
+        dim = len(block.shape) - (2 if stored_rows else 1)
     else:
-        dim = 0 if stored_rows_are_cut else 1
-        extent = block.stored_rows if stored_rows_are_cut else block.stored_cols
-        if not stored_rows_are_cut and len(block.shape) > 2:
+        dim = 0 if stored_rows else 1
+        if not stored_rows and len(block.shape) > 2:
             raise ValueError(
                 f"view {str(view)!r} cuts the flattened columns of shape {block.shape}, which are "
                 "spread over several dimensions; cut rows, or reshape the parameter"
             )
-    if block.shape[dim] != extent:
+    if block.shape[dim] != length:
         raise ValueError(
             f"view {str(view)!r} cuts a batch of equal blocks in unequal ones; "
             "put the unequal split first"
