@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import architectures
 import pytest
 
+import architectures
 from muonkit.routing import route
 
 if TYPE_CHECKING:

@@ -1,0 +1,612 @@
+"""Routing, rule by rule: small modules, each with the verdict it must get."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from muonkit.routing import Route, RoutingError, Rule, route
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+D = 8
+
+
+def by_name(model: nn.Module, **kwargs: object) -> dict[str, Route]:
+    return {r.name: r for r in route(model, **kwargs)}  # type: ignore[arg-type]
+
+
+def got(model: nn.Module, name: str) -> tuple[str, str | None, bool]:
+    found = by_name(model)[name]
+    return found.algorithm, found.view, found.decay
+
+
+class Body(nn.Module):
+    """The module under test before a head, so that its last layer is not taken for one."""
+
+    def __init__(self, **parts: object) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.last = nn.Linear(D, 2)
+
+
+def raw(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+class Holder(nn.Module):
+    """A module of unknown class with these parameters, submodules and attributes."""
+
+    def __init__(self, **attributes: object) -> None:
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+# -- vectors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "label", "reason"),
+    [
+        (nn.LayerNorm(D), "weight", "norm gain"),
+        (nn.BatchNorm2d(D), "bias", "norm bias"),
+        (nn.Linear(D, D), "bias", "bias"),
+        (nn.PReLU(), "weight", "scalar"),
+        (Holder(logit_scale=nn.Parameter(torch.tensor(1.0))), "logit_scale", "scalar"),
+        (Holder(gamma=raw(D)), "gamma", "vector"),
+        (Holder(gamma=raw(D, 1, 1)), "gamma", "vector (stored as 8×1×1)"),
+        (Holder(mix=raw(1, 1, D)), "mix", "vector (stored as 1×1×8)"),
+        (Holder(gate=raw(D, 1)), "gate", "vector (stored as 8×1)"),
+        (Holder(cls_token=raw(1, 1, D)), "cls_token", "token or positional"),
+        (Holder(nothing=raw(0, D)), "nothing", "empty"),
+        (nn.MultiheadAttention(D, 2, add_bias_kv=True), "bias_k", "attention bias_k"),
+        (nn.MultiheadAttention(D, 2), "in_proj_bias", "bias"),
+    ],
+)
+def test_vectors_go_to_adamw_without_decay(part: nn.Module, label: str, reason: str) -> None:
+    found = by_name(Body(part=part))[f"part.{label}"]
+    assert (found.algorithm, found.view, found.decay) == ("adamw", None, False)
+    assert found.reason == reason
+    assert found.scale is None
+
+
+@pytest.mark.parametrize(
+    "label", ["pos_embed", "position_embeddings", "mask_token", "query_tokens", "rel_pos_h", "pe"]
+)
+def test_pitfall_15_tables_of_tokens_and_positions(label: str) -> None:
+    assert got(Body(part=Holder(**{label: raw(5, D)})), f"part.{label}") == ("adamw", None, False)
+
+
+def test_a_relative_position_table_is_no_matrix() -> None:
+    model = Body(attn=Holder(relative_position_bias_table=raw(49, 3)))
+    assert got(model, "attn.relative_position_bias_table")[0] == "adamw"
+
+
+# -- embeddings and heads ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wte", "wpe", "embed", "tok_emb"])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_pitfall_15_embeddings_by_class_whatever_their_name(name: str, kind: type) -> None:
+    assert got(Body(**{name: kind(10, D)}), f"{name}.weight") == ("adamw", None, True)
+
+
+def test_an_embedding_of_unknown_class_is_told_by_its_class_name() -> None:
+    class VocabParallelEmbedding(Holder):
+        pass
+
+    assert got(Body(e=VocabParallelEmbedding(weight=raw(10, D))), "e.weight")[0] == "adamw"
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_pitfall_16_tied_embedding_and_head_are_one_embedding(head_first: bool) -> None:
+    embed, head = nn.Embedding(10, D), nn.Linear(D, 10, bias=False)
+    head.weight = embed.weight
+    parts = {"lm_head": head, "wte": embed} if head_first else {"wte": embed, "lm_head": head}
+    model = Holder(**parts, fc=nn.Linear(D, D, bias=False))
+    routes = route(model)
+    assert [r.algorithm for r in routes] == ["adamw", "muon"]
+    tied = routes[0]
+    assert {tied.name, *tied.aliases} == {"wte.weight", "lm_head.weight"}
+    assert "embedding, tied to the output head" in tied.reason
+    claimed = [id(p) for group in routes.param_groups() for _, p in group["params"]]
+    assert claimed.count(id(embed.weight)) == 1
+
+
+def test_pitfall_16_a_module_used_twice_is_claimed_once() -> None:
+    block = nn.Linear(D, D, bias=False)
+    model = Holder(a=block, b=block, last=nn.Linear(D, 2))
+    first = route(model)[0]
+    assert (first.name, first.aliases, first.algorithm) == ("a.weight", ("b.weight",), "muon")
+
+
+@pytest.mark.parametrize(
+    "name", ["head", "lm_head", "classifier", "score", "logits", "unembed", "embed_out", "mlm_head"]
+)
+def test_pitfall_15_heads_by_name(name: str) -> None:
+    # Registered first: only the name can tell.
+    model = Holder(**{name: nn.Linear(D, 10)}, fc=nn.Linear(D, D))
+    assert got(model, f"{name}.weight") == ("adamw", None, True)
+    assert got(model, "fc.weight") == ("muon", "matrix", True)
+
+
+def test_head_by_get_output_embeddings() -> None:
+    class Model(Holder):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.to_words
+
+    model = Model(to_words=nn.Linear(D, 10), fc=nn.Linear(D, D))
+    assert by_name(model)["to_words.weight"].reason == "output head (get_output_embeddings)"
+    assert got(model, "fc.weight")[0] == "muon"
+
+
+def test_the_last_linear_is_the_head_of_a_classifier() -> None:
+    model = nn.Sequential(nn.Linear(4, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3))
+    assert [r.algorithm for r in route(model) if r.name.endswith("weight")] == [
+        "muon",
+        "muon",
+        "adamw",
+    ]
+
+
+def test_the_last_linear_of_a_classifier_in_a_container_beside_another() -> None:
+    class Net(Holder):
+        pass
+
+    features = nn.Sequential(nn.Conv2d(3, D, 3), nn.ReLU(), nn.Conv2d(D, D, 3))
+    tail = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3))
+    found = by_name(Net(features=features, tail=tail))
+    assert found["tail.0.weight"].algorithm == "muon"
+    assert found["tail.2.weight"].algorithm == "adamw"
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_last_linear_of_a_repeated_block_is_no_head(depth: int) -> None:
+    class Block(Holder):
+        pass
+
+    blocks = nn.ModuleList(Block(up=nn.Linear(D, D), down=nn.Linear(D, D)) for _ in range(depth))
+    assert all(r.algorithm == "muon" for r in route(Holder(blocks=blocks)) if r.param.ndim == 2)
+
+
+def test_the_output_projection_of_attention_is_no_head() -> None:
+    assert got(nn.MultiheadAttention(D, 2), "out_proj.weight") == ("muon", "matrix", True)
+
+
+def test_attention_heads_are_no_output_heads() -> None:
+    class Head(Holder):
+        pass
+
+    def head() -> Head:
+        return Head(key=nn.Linear(D, 4), query=nn.Linear(D, 4), value=nn.Linear(D, 4))
+
+    model = Body(sa_head=head(), heads=nn.ModuleList([head(), head()]), one_head=head())
+    hidden = [r for r in route(model) if r.param.ndim == 2 and not r.name.startswith("last")]
+    assert len(hidden) == 12
+    assert {r.algorithm for r in hidden} == {"muon"}
+
+
+def test_composite_and_several_heads() -> None:
+    classifier = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3))
+    model = Holder(
+        classifier=classifier,
+        heads=nn.ModuleDict({"depth": nn.Linear(D, 1), "kind": nn.Linear(D, 5)}),
+        fc=nn.Linear(D, D),
+    )
+    found = by_name(model)
+    heads = {n for n, r in found.items() if r.reason.startswith("output head")}
+    assert heads == {"classifier.2.weight", "heads.depth.weight", "heads.kind.weight"}
+    assert found["fc.weight"].algorithm == "muon"
+
+
+def test_a_1x1_convolution_may_be_the_head_and_a_larger_one_may_not() -> None:
+    def model(kernel: int) -> nn.Module:
+        return Holder(c1=nn.Conv2d(3, D, 3), c2=nn.Conv2d(D, D, 3), head=nn.Conv2d(D, 5, kernel))
+
+    assert got(model(1), "head.weight") == ("adamw", None, True)
+    assert got(model(3), "head.weight") == ("muon", "flatten", True)
+
+
+def test_a_backbone_without_head_keeps_its_last_linear() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=D, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    config.vocab_size = 10
+    bert = transformers.BertModel(config)
+    assert got(bert, "pooler.dense.weight") == ("muon", "matrix", True)
+    found = by_name(Holder(bert=bert, out=nn.Linear(D, 3)))
+    assert found["out.weight"].reason == "output head (last Linear of the model)"
+    assert found["bert.pooler.dense.weight"].algorithm == "muon"
+
+
+# -- adapters -------------------------------------------------------------------------------------
+
+
+def test_pitfall_15_own_lora_factors() -> None:
+    found = by_name(Body(fc=Holder(weight=raw(D, D), lora_A=raw(2, D), lora_B=raw(D, 2))))
+    assert found["fc.lora_A"].algorithm == found["fc.lora_B"].algorithm == "adamw"
+    assert found["fc.weight"].algorithm == "muon"
+
+
+# -- convolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_first_depthwise_grouped_and_hidden_convolutions(conv: type) -> None:
+    model = Body(
+        a=conv(6, D, 3),
+        b=conv(D, D, 3, groups=D),
+        c=conv(D, D, 3, groups=2),
+        d=conv(D, 12, 3),
+        e=conv(D, 4, 3, groups=4),
+    )
+    found = by_name(model)
+    assert found["a.weight"].reason == "first convolution (stem)"
+    assert found["b.weight"].reason == "depthwise convolution"
+    assert (found["c.weight"].view, found["d.weight"].view) == (
+        "flatten > split(rows=2)",
+        "flatten",
+    )
+    assert found["e.weight"].reason == "grouped convolution with one filter per group"
+    assert all(found[f"{n}.weight"].decay for n in "abcde")
+
+
+def test_a_convolution_after_an_embedding_is_a_stem_only_if_it_takes_an_image() -> None:
+    def view_of(inputs: int) -> str:
+        parts = {"embed": nn.Embedding(10, D), "conv": nn.Conv2d(inputs, D, 3)}
+        return got(Body(**parts), "conv.weight")[0]
+
+    assert view_of(3) == "adamw"
+    assert view_of(D) == "muon"
+
+
+def test_transposed_convolutions() -> None:
+    model = Body(
+        a=nn.ConvTranspose2d(D, 6, 3),
+        b=nn.ConvTranspose2d(D, 6, 3, groups=2),
+        c=nn.ConvTranspose2d(D, D, 3, groups=D),
+    )
+    assert got(model, "a.weight") == ("muon", "flatten > transpose", True)
+    assert got(model, "b.weight") == ("muon", "flatten > split(rows=2) > transpose", True)
+    assert got(model, "c.weight") == ("adamw", None, True)
+
+
+def test_scale_is_that_of_the_view_not_of_the_kernel() -> None:
+    """A 3×3 convolution: out 16, in 8·9 = 72 (pitfall 9)."""
+    model = Body(stem=nn.Conv2d(3, D, 3), conv=nn.Conv2d(D, 16, 3))
+    found = by_name(model)["conv.weight"]
+    assert found.scale == pytest.approx(0.2 * 72**0.5)
+    assert by_name(model, scale="spectral")["conv.weight"].scale == pytest.approx((16 / 72) ** 0.5)
+
+
+# -- fused and transposed linear layers -----------------------------------------------------------
+
+
+def attention(name: str, rows: int, cls: str = "Attention", **attributes: object) -> nn.Module:
+    kind = type(cls, (Holder,), {})
+    return Body(a=kind(**{name: nn.Linear(D, rows), "proj": nn.Linear(D, D)}, **attributes))
+
+
+@pytest.mark.parametrize("name", ["qkv", "Wqkv", "to_qkv", "c_attn", "in_proj", "qkv_proj"])
+def test_pitfall_11_fused_qkv_by_name_and_shape(name: str) -> None:
+    assert got(attention(name, 3 * D), f"a.{name}.weight") == ("muon", "split(rows=3)", True)
+
+
+def test_pitfall_11_fused_qkv_without_a_name_by_head_count_and_partner() -> None:
+    assert got(attention("inner", 3 * D, num_heads=2), "a.inner.weight")[1] == "split(rows=3)"
+    # The same shapes without a head count are any wide layer.
+    assert got(attention("inner", 3 * D), "a.inner.weight")[1] == "matrix"
+
+
+def test_pitfall_11_the_output_projection_is_not_split() -> None:
+    assert got(attention("qkv", 3 * D, num_heads=2), "a.proj.weight")[1] == "matrix"
+
+
+def test_grouped_query_attention_by_head_counts() -> None:
+    model = attention("qkv_proj", 16, num_heads=4, num_key_value_heads=2, head_dim=2)
+    assert got(model, "a.qkv_proj.weight")[1] == "split(rows=8+4+4)"
+    assert by_name(model)["a.qkv_proj.weight"].scale == pytest.approx(0.2 * 8**0.5)
+    spectral = by_name(model, scale="spectral")["a.qkv_proj.weight"].scale
+    assert spectral == pytest.approx((1.0, 0.5**0.5, 0.5**0.5))
+
+
+def test_grouped_query_attention_by_the_config_above() -> None:
+    config = SimpleNamespace(
+        num_attention_heads=4, num_key_value_heads=1, hidden_size=D, head_dim=2
+    )
+    model = attention("Wqkv", 12)
+    model.config = config  # type: ignore[assignment]
+    assert got(model, "a.Wqkv.weight")[1] == "split(rows=8+2+2)"
+
+
+def test_grouped_query_attention_by_the_output_projection() -> None:
+    assert got(attention("qkv", 12), "a.qkv.weight")[1] == "split(rows=8+2+2)"
+
+
+def test_fused_qkv_of_unknown_layout_raises_and_a_rule_settles_it() -> None:
+    model = attention("qkv", 13)
+    with pytest.raises(RoutingError, match=r"a\.qkv\.weight \(13, 8\).*Rule\('a\.qkv\.weight'"):
+        route(model)
+    settled = by_name(model, rules=[Rule("a.qkv.weight", view="split(rows=7+3+3)")])
+    assert settled["a.qkv.weight"].view == "split(rows=7+3+3)"
+
+
+def test_1x1_convolutions_fuse_qkv_too() -> None:
+    parts = {"to_qkv": nn.Conv2d(D, 24, 1), "to_out": nn.Conv2d(D, D, 1), "heads": 2}
+    model = Body(stem=nn.Conv2d(3, D, 3), a=Holder(**parts))
+    assert got(model, "a.to_qkv.weight")[1] == "flatten > split(rows=3)"
+
+
+def test_fused_gate_and_up() -> None:
+    def mlp(name: str, next_name: str, takes: int) -> str | None:
+        part = Holder(**{name: nn.Linear(D, 32), next_name: nn.Linear(takes, D)})
+        return got(Body(mlp=part), f"mlp.{name}.weight")[1]
+
+    assert mlp("gate_up_proj", "down_proj", 16) == "split(rows=2)"
+    assert mlp("gate_up_proj", "down_proj", 32) == "matrix"
+    assert mlp("fc1", "fc2", 16) == "split(rows=2)"
+    assert mlp("fc1", "fc2", 32) == "matrix"
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "name", "view"),
+    [
+        ("GPTNeoX", SMALL, "query_key_value", "split(rows=12)"),
+        (
+            "Bloom",
+            {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+            "query_key_value",
+            "split(rows=12)",
+        ),
+        ("Falcon", SMALL, "query_key_value", "split(rows=6)"),
+        ("Phi3", SMALL | {"num_key_value_heads": 2}, "qkv_proj", "split(rows=32+16+16)"),
+        ("Phi3", SMALL | {"num_key_value_heads": 2}, "gate_up_proj", "split(rows=2)"),
+        ("Mixtral", SMALL | {"num_local_experts": 4}, "gate_up_proj", "experts > split(rows=2)"),
+        ("GptOss", SMALL | {"num_local_experts": 4}, "experts.gate_up_proj", "experts > transpose"),
+        ("GptOss", SMALL | {"num_local_experts": 4}, "experts.down_proj", "experts > transpose"),
+        ("Mamba", {"hidden_size": 32, "num_hidden_layers": 1}, "in_proj", "split(rows=2)"),
+    ],
+)
+def test_fused_layers_of_transformers(
+    family: str, config: dict[str, int], name: str, view: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    cls = getattr(transformers, f"{family}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        cls(**{"vocab_size": 100, "pad_token_id": 0, **config})
+    )
+    found = [r for r in route(model) if r.name.removesuffix(".weight").endswith(name)]
+    assert [r.view for r in found] == [view]
+
+
+def test_a_linear_stored_in_by_out_is_transposed() -> None:
+    fc = nn.Linear(D, 24)
+    fc.weight = raw(D, 24)
+    assert got(Body(fc=fc), "fc.weight") == ("muon", "transpose", True)
+
+
+# -- attention and recurrent layers ---------------------------------------------------------------
+
+
+def test_pitfall_11_multihead_attention() -> None:
+    assert got(Body(a=nn.MultiheadAttention(D, 2)), "a.in_proj_weight")[1] == "split(rows=3)"
+    separate = Body(a=nn.MultiheadAttention(D, 2, kdim=4, vdim=6))
+    views = {r.view for r in route(separate) if "proj_weight" in r.name}
+    assert views == {"matrix"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "view"),
+    [
+        (nn.LSTM(D, 5, proj_size=3), "split(rows=4)"),
+        (nn.GRU(D, 5, bidirectional=True), "split(rows=3)"),
+        (nn.RNN(D, 5), "matrix"),
+    ],
+)
+def test_recurrent_layers(layer: nn.Module, view: str) -> None:
+    found = {r.name: r for r in route(Body(rnn=layer))}
+    for name, r in found.items():
+        if "weight_hr" in name:
+            assert r.view == "matrix"
+        elif "weight_" in name:
+            assert r.view == view
+        elif name.startswith("rnn.bias"):
+            assert (r.algorithm, r.decay, r.reason) == ("adamw", False, "bias")
+
+
+@pytest.mark.parametrize(("cell", "view"), [(nn.LSTMCell, "split(rows=4)"), (nn.RNNCell, "matrix")])
+def test_recurrent_cells(cell: Callable[[int, int], nn.Module], view: str) -> None:
+    assert got(Body(cell=cell(D, 5)), "cell.weight_hh")[1] == view
+
+
+def test_bilinear_forms_go_to_adamw() -> None:
+    found = by_name(Body(b=nn.Bilinear(4, 5, 6)))["b.weight"]
+    assert (found.algorithm, found.reason) == ("adamw", "bilinear form")
+
+
+# -- experts --------------------------------------------------------------------------------------
+
+
+def experts(**parts: object) -> nn.Module:
+    return Body(moe=type("TinyExperts", (Holder,), {})(**parts))
+
+
+def test_pitfall_12_experts_are_a_batch_of_matrices() -> None:
+    model = experts(up_proj=raw(4, 16, D), down_proj=raw(4, D, 16))
+    assert got(model, "moe.up_proj") == ("muon", "experts", True)
+    assert by_name(model)["moe.up_proj"].scale == pytest.approx(0.2 * 16**0.5)
+
+
+def test_pitfall_12_experts_by_count_alone() -> None:
+    model = Body(ffn=Holder(num_experts=4, a=raw(4, 16, D)))
+    assert got(model, "ffn.a")[1] == "experts"
+
+
+def test_experts_that_fuse_gate_and_up_in_either_orientation() -> None:
+    stored = experts(gate_up_proj=raw(4, 2 * 6, D), down_proj=raw(4, D, 6))
+    assert got(stored, "moe.gate_up_proj")[1] == "experts > split(rows=2)"
+    assert got(stored, "moe.down_proj")[1] == "experts"
+    turned = experts(gate_up_proj=raw(4, D, 2 * 6), down_proj=raw(4, 6, D))
+    assert got(turned, "moe.gate_up_proj")[1] == "experts > transpose > split(rows=2)"
+    assert got(turned, "moe.down_proj")[1] == "experts > transpose"
+
+
+def test_experts_whose_fused_dimension_is_unknown_raise() -> None:
+    with pytest.raises(RoutingError, match=r"moe\.gate_up_proj \(4, 12, 8\) of TinyExperts"):
+        route(experts(gate_up_proj=raw(4, 12, D)))
+
+
+def test_pitfall_12_experts_stacked_in_the_rows() -> None:
+    model = experts(num_experts=4, hidden_size=D, w1=raw(24, D), w2=raw(24, D))
+    assert got(model, "moe.w1")[1] == "split(rows=4)"
+    assert got(model, "moe.w2")[1] == "split(rows=4) > transpose"
+
+
+def test_biases_of_experts_are_biases() -> None:
+    model = experts(down_proj=raw(4, D, 6), down_proj_bias=raw(4, D), num_experts=4)
+    assert got(model, "moe.down_proj_bias") == ("adamw", None, False)
+
+
+def test_routers_and_unknown_matrices_say_whose_they_are() -> None:
+    class TopKRouter(Holder):
+        pass
+
+    found = by_name(Body(gate=TopKRouter(weight=raw(4, D)), x=Holder(proj=raw(5, D))))
+    assert found["gate.weight"].reason == "router (TopKRouter)"
+    assert (found["x.proj"].view, found["x.proj"].reason) == ("matrix", "matrix of Holder")
+
+
+# -- parametrizations and wrappers ----------------------------------------------------------------
+
+
+def test_weight_norm_is_judged_by_the_module_it_serves() -> None:
+    norm = nn.utils.parametrizations.weight_norm
+    model = Body(fc=norm(nn.Linear(D, 6)), stem=norm(nn.Conv2d(3, D, 3)), conv=nn.Conv2d(D, D, 3))
+    name = "fc.parametrizations.weight.original"
+    assert got(model, f"{name}0") == ("adamw", None, False)
+    assert got(model, f"{name}1") == ("muon", "matrix", True)
+    stem = by_name(model)["stem.parametrizations.weight.original1"]
+    assert stem.reason == "first convolution (stem)"
+
+
+def test_a_parametrized_head_stays_a_head() -> None:
+    head = nn.utils.parametrizations.spectral_norm(nn.Linear(D, 10))
+    model = Holder(head=head, fc=nn.Linear(D, D))
+    assert got(model, "head.parametrizations.weight.original") == ("adamw", None, True)
+
+
+def mlp() -> nn.Module:
+    return Holder(wte=nn.Embedding(10, D), fc=nn.Linear(D, D), lm_head=nn.Linear(D, 10))
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """Wrapped as by torch.compile; nothing runs, so the backend does not matter."""
+    wrapped: nn.Module = torch.compile(model, backend="eager")  # type: ignore[assignment]
+    return wrapped
+
+
+def test_compile_and_ddp_prefixes_are_taken_off() -> None:
+    class DistributedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    plain = mlp()
+    expected = [(r.name, r.algorithm, r.view) for r in route(plain)]
+    for wrapped in (
+        compiled(plain),
+        DistributedDataParallel(plain),
+        DistributedDataParallel(compiled(plain)),
+        compiled(DistributedDataParallel(plain)),
+        torch.optim.swa_utils.AveragedModel(plain),
+    ):
+        assert isinstance(wrapped, nn.Module)
+        assert [(r.name, r.algorithm, r.view) for r in route(wrapped)] == expected
+
+
+def test_a_compiled_submodule_keeps_its_clean_name() -> None:
+    model = mlp()
+    model.fc = compiled(model.fc)  # type: ignore[arg-type]
+    assert "fc.weight" in by_name(model)
+
+
+# -- what cannot be routed ------------------------------------------------------------------------
+
+
+def test_pitfall_17_an_unknown_tensor_raises_and_names_the_rules_that_settle_it() -> None:
+    model = Body(thing=Holder(core=raw(2, 3, 4)))
+    with pytest.raises(RoutingError) as error:
+        route(model)
+    for part in ("thing.core", "(2, 3, 4)", "Holder", "view='experts'", "algorithm='adamw'"):
+        assert part in str(error.value)
+    for rule in (Rule("thing.core", view="experts"), Rule("thing.core", algorithm="adamw")):
+        assert len(route(model, [rule])) == 3
+
+
+def test_several_unknown_tensors_are_counted() -> None:
+    model = Body(thing=Holder(a=raw(2, 3, 4), b=raw(2, 3, 4), c=raw(2, 3, 4)))
+    with pytest.raises(RoutingError, match=r"thing\.a.*\(2 more like it\)"):
+        route(model)
+
+
+def test_pitfall_17_frozen_parameters_are_listed_and_left_out_until_unfrozen() -> None:
+    model = mlp()
+    model.fc.requires_grad_(False)
+    routes = route(model)
+    frozen = [r.name for r in routes if r.algorithm == "frozen"]
+    assert frozen == ["fc.weight", "fc.bias"]
+    names = [n for group in routes.param_groups() for n, _ in group["params"]]
+    assert not set(names) & set(frozen)
+    model.fc.requires_grad_(True)
+    assert got(model, "fc.weight") == ("muon", "matrix", True)
+
+
+def test_nothing_to_train_raises() -> None:
+    with pytest.raises(RoutingError, match="ReLU has no parameters"):
+        route(nn.ReLU())
+    with pytest.raises(RoutingError, match="all 2 parameters of Linear are frozen"):
+        route(nn.Linear(3, 3).requires_grad_(False))
+
+
+def test_pitfall_18_one_dimensional_shards_raise() -> None:
+    model = mlp()
+    model.fc.weight = nn.Parameter(torch.zeros(32))  # type: ignore[union-attr]
+    with pytest.raises(RoutingError, match=r"fc\.weight \(32,\) of Linear is a 1-D piece of a mat"):
+        route(model)
+    with pytest.raises(RoutingError, match="fully_shard"):
+        route(Holder(_flat_param=raw(64)))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_modules_are_to_be_run_first() -> None:
+    model = Body(fc=nn.LazyLinear(D))
+    for rules in ([], [Rule("fc.weight", algorithm="muon")]):
+        with pytest.raises(RoutingError, match="run one batch through"):
+            route(model, rules)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match=r"takes an nn\.Module, got list"):
+        route([])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown scale 'big'; one of 'original'"):
+        route(mlp(), scale="big")
+    with pytest.raises(TypeError, match=r"rules are muonkit\.Rule objects, got str"):
+        route(mlp(), ["fc*"])  # type: ignore[list-item]
