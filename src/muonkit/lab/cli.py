@@ -150,12 +150,14 @@ def _rule(text: str) -> muonkit.Rule:
     """``PATTERN=adamw`` or ``PATTERN=muon[:VIEW]`` as a routing rule."""
     pattern, _, choice = text.partition("=")
     algorithm, _, view = choice.partition(":")
-    if not pattern or algorithm not in ("muon", "adamw"):
-        raise LabError(
-            f"--rule {text!r}: write PATTERN=adamw, PATTERN=muon or PATTERN=muon:VIEW, for "
-            "example '*.router.weight=adamw'"
-        )
-    return muonkit.Rule(pattern, algorithm=algorithm, view=view or None)
+    if pattern and algorithm == "muon":
+        return muonkit.Rule(pattern, algorithm="muon", view=view or None)
+    if pattern and choice == "adamw":
+        return muonkit.Rule(pattern, algorithm="adamw")
+    raise LabError(
+        f"--rule {text!r}: write PATTERN=adamw, PATTERN=muon or PATTERN=muon:VIEW, for "
+        "example '*.router.weight=adamw'"
+    )
 
 
 @app.command("route", help=_ROUTE_HELP)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,6 +125,10 @@ class Session:
                 raise Interrupted(f"stopped after {run.title}")
         return self.results[run]
 
+    def attempt(self, optimizer: str, lr: float) -> Result:
+        """One point of a sweep."""
+        return self.run(Run(optimizer, lr, 0))
+
     def expect(self, more: int) -> None:
         self.expected += more
         self.lines.expect(self.expected)
@@ -133,9 +138,7 @@ class Session:
         rates = dict(self.asked.lr)
         if self.asked.sweep:
             for name, centre in rates.items():
-                rates[name] = best_rate(
-                    centre, lambda lr, name=name: self.run(Run(name, lr, 0)), self.expect
-                )
+                rates[name] = best_rate(centre, partial(self.attempt, name), self.expect)
                 self.lines.say(f"{name}: lr {rates[name]:g} has the lowest validation loss")
         runs = [
             Run(name, lr, seed) for seed in range(self.asked.seeds) for name, lr in rates.items()

@@ -103,7 +103,7 @@ class ImageData:
         return self._inputs(images), self.train_y[chosen]
 
     def validation(self) -> Iterator[Batch]:
-        for x, y in zip(self.val_x.split(1000), self.val_y.split(1000), strict=True):
+        for x, y in zip(torch.split(self.val_x, 1000), torch.split(self.val_y, 1000), strict=True):
             yield self._inputs(x), y
 
     def _inputs(self, images: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class TextData:
     def validation(self) -> Iterator[Batch]:
         last = len(self.val) - self.context - 1
         starts = torch.linspace(0, last, self.val_windows).long()
-        for some in starts.split(32):
+        for some in torch.split(starts, 32):
             yield self._windows(self.val, some)
 
     def _windows(self, text: Tensor, starts: Tensor) -> Batch:
@@ -221,7 +221,7 @@ def stdlib_text(context: int, cap: int = 8_000_000, root: Path | None = None) ->
 def digits() -> ImageData:
     """1,797 8 × 8 digits that come with scikit-learn; every fifth validates."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise DataError('the task digits needs scikit-learn: pip install "muonkit[lab]"') from error
     bunch = load_digits()

@@ -36,7 +36,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+        added: Tensor = self.down(F.gelu(self.up(self.mlp_norm(x))))
+        return x + added
 
 
 class GPT(nn.Module):
@@ -95,7 +96,8 @@ class Residual(nn.Module):
         self.body = nn.Sequential(ConvBlock(width, width), ConvBlock(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        added: Tensor = self.body(x)
+        return x + added
 
 
 class ConvNet(nn.Module):

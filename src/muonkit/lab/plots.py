@@ -93,7 +93,7 @@ def loss_plot(
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="validation (bold), training (thin, smoothed)")
     image = io.BytesIO()
-    canvas.print_png(image)
+    canvas.print_png(image)  # type: ignore[no-untyped-call]
     return image.getvalue()
 
 

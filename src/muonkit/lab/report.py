@@ -73,13 +73,14 @@ class Material:
 def show(console: Console, task: str, lines: Sequence[Row]) -> None:
     """Print the table of results: a column per optimizer, so that it fits 80 characters."""
     headings, cells = table(lines)
-    shown = Table(title=f"muonkit compare {task}", caption=NOTES, caption_justify="left")
+    shown = Table(title=f"muonkit compare {task}")
     shown.add_column(headings[0], no_wrap=True)
     for row in cells:
         shown.add_column(row[0], justify="right", no_wrap=True)
     for i, heading in enumerate(headings[1:], start=1):
         shown.add_row(heading, *(row[i] for row in cells))
     console.print(shown)
+    console.print(NOTES, highlight=False)
 
 
 def _sweep_table(attempts: Sequence[Outcome]) -> list[list[str]]:

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 from torch import nn
 
@@ -86,19 +87,35 @@ def _config(transformers: Any, spec: str) -> Any:
 
     if spec in CONFIG_MAPPING:
         return transformers.AutoConfig.for_model(spec)
-    path = Path(spec)
-    try:
-        return transformers.AutoConfig.from_pretrained(spec)
-    except Exception as error:
-        if path.exists():
+    if Path(spec).exists():
+        try:
+            return transformers.AutoConfig.from_pretrained(spec)
+        except Exception as error:
             raise LabError(
                 f"{spec} is no Hugging Face configuration ({_one_line(error)}): name a "
                 "config.json with a model_type, or its folder"
             ) from error
+    try:
+        return transformers.AutoConfig.from_pretrained(spec, local_files_only=not _online(spec))
+    except Exception as error:
         raise LabError(
-            f"{spec!r} is no model type, no file, and could not be had from the hub: use "
-            "module:factory, a type such as gpt2, llama or bert, or a config.json"
+            f"{spec!r} is no model type, no file, and could not be had from the Hugging Face hub: "
+            "use module:factory, a type such as gpt2, llama or bert, or a config.json"
         ) from error
+
+
+def _online(name: str) -> bool:
+    """Whether the hub answers for ``name``; its own client would retry for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:
+        requests.head(address, timeout=10)
+    except requests.RequestException:
+        return False
+    return True
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
