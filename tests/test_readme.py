@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from readme_blocks import ROOT, Block, ReadmeError, commands, is_run, python_sections, read_blocks
 
 README = ROOT / "README.md"
