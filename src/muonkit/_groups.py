@@ -18,19 +18,26 @@ ALGORITHMS = ("muon", "adamw")
 NONFINITE = ("propagate", "skip", "raise")
 
 
-def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def complete_group(
+    group: dict[str, Any], defaults: dict[str, Any], named: bool | None = None
+) -> dict[str, Any]:
     """A copy of the group with its algorithm, view and AdamW's own defaults filled in.
 
     Muon's defaults are left to `Optimizer.add_param_group`.
 
+    Args:
+        named: whether the optimizer's other groups have names, which torch wants to be equal in
+            all; None if there are none yet.
+
     Raises:
+        KeyError: no "params".
         ValueError: unknown or contradictory algorithm; an AdamW group whose lr would be Muon's in
             units that mean nothing to it.
         TypeError: not a dict.
     """
     if not isinstance(group, dict):
         raise TypeError(f"a param group is a dict, got {type(group).__name__}")
-    group = dict(group)
+    group = {**group, "params": _named(group["params"], named)}
     if "use_muon" in group:  # Keller Jordan's spelling
         said = "muon" if group["use_muon"] else "adamw"
         if group.setdefault("algorithm", said) != said:
@@ -56,6 +63,22 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
         if value is not None:
             group.setdefault(key, value)
     return group
+
+
+def _named(params: Any, named: bool | None) -> list[Any]:
+    """The parameters with names, without, or as they are (None)."""
+    if isinstance(params, set):
+        raise TypeError(
+            "parameters need an order that is the same every time: give a list, not a set"
+        )
+    items = [params] if isinstance(params, Tensor) else list(params)
+    if named is None:
+        return items
+    bare = [item[1] if isinstance(item, tuple) else item for item in items]
+    if not named:
+        return bare
+    names = [item[0] if isinstance(item, tuple) else f"added.{i}" for i, item in enumerate(items)]
+    return list(zip(names, bare, strict=True))
 
 
 def validate_group(group: dict[str, Any]) -> None:

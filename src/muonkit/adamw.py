@@ -38,6 +38,9 @@ def adamw_step_(
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        for key in ("exp_avg", "exp_avg_sq"):
+            # No copy, unless the model was moved or cast after the last step.
+            state[key] = state[key].to(p.device, p.dtype)
     beta1, beta2 = group["betas"]
     adamw(
         list(params),

@@ -133,7 +133,8 @@ class Muon(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys. Nothing is added when it raises."""
-        group = complete_group(param_group, self.defaults)
+        named = "param_names" in self.param_groups[0] if self.param_groups else None
+        group = complete_group(param_group, self.defaults, named)
         before = len(self.param_groups)
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -205,11 +206,9 @@ class Muon(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(
                     p, memory_format=torch.contiguous_format
                 )
-            momentum = state["momentum_buffer"]
-            if momentum.dtype != p.dtype or momentum.device != p.device:
-                # The model was moved or cast, or a checkpoint restored, after the last step.
-                momentum = state["momentum_buffer"] = momentum.to(p.device, p.dtype)
-            momenta.append(momentum)
+            # No copy, unless the model was moved or cast after the last step.
+            state["momentum_buffer"] = state["momentum_buffer"].to(p.device, p.dtype)
+            momenta.append(state["momentum_buffer"])
         return momenta
 
     def describe(self) -> list[dict[str, Any]]:
