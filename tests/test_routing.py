@@ -236,6 +236,22 @@ def test_pitfall_15_own_lora_factors() -> None:
     assert found["fc.weight"].algorithm == "muon"
 
 
+def test_a_layer_inside_an_adapter_is_judged_where_it_stands() -> None:
+    saved = Holder(
+        original_module=nn.Linear(D, 24).requires_grad_(False),
+        modules_to_save=nn.ModuleDict({"mine": nn.Linear(D, 24)}),
+    )
+    adapted = Holder(
+        base_layer=nn.Linear(D, 24),
+        lora_A=nn.ModuleDict({"mine": nn.Linear(D, 2)}),
+        lora_B=nn.ModuleDict({"mine": nn.Linear(2, 24)}),
+    )
+    found = by_name(Body(a=Holder(qkv=saved), b=Holder(qkv=adapted)))
+    assert found["a.qkv.modules_to_save.mine.weight"].view == "split(rows=3)"
+    assert found["b.qkv.base_layer.weight"].view == "split(rows=3)"
+    assert found["b.qkv.lora_B.mine.weight"].algorithm == "adamw"
+
+
 # -- convolutions ---------------------------------------------------------------------------------
 
 
@@ -316,6 +332,11 @@ def test_grouped_query_attention_by_head_counts() -> None:
     assert by_name(model)["a.qkv_proj.weight"].scale == pytest.approx(0.2 * 8**0.5)
     spectral = by_name(model, scale="spectral")["a.qkv_proj.weight"].scale
     assert spectral == pytest.approx((1.0, 0.5**0.5, 0.5**0.5))
+
+
+def test_head_counts_go_before_a_width_of_three_inputs() -> None:
+    model = attention("qkv", 24, num_heads=8, num_key_value_heads=2, head_dim=2)
+    assert got(model, "a.qkv.weight")[1] == "split(rows=16+4+4)"
 
 
 def test_grouped_query_attention_by_the_config_above() -> None:
