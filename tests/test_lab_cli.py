@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ from muonkit.lab.specs import load_model
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test in an empty folder; modules written there are forgotten afterwards."""
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test in an empty folder; modules imported from there are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    yield
+    for name in ("own", "wrong", "broken", "mine"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -137,12 +140,12 @@ def test_the_default_folder_is_the_configurations_own(capsys: pytest.CaptureFixt
 
 
 def test_the_default_task_trains(tmp_path: Path) -> None:
-    words = ["compare", "gpt", "--steps", "2", "--batch-size", "2", "--out", "o"]
+    words = ["compare", "gpt", "--steps", "1", "--batch-size", "2", "--out", "o"]
     assert main(words) == 0
     results = [json.loads(path.read_text()) for path in Path("o").rglob("result.json")]
     assert {r["optimizer"] for r in results} == {"muonw", "adamw"}
-    # Untrained, every byte is about as likely as any other.
-    assert all(5.0 < r["val_loss"] < 5.7 for r in results)
+    # One step from a start where every byte is about as likely as any other: ln 256 = 5.55.
+    assert all(4.5 < r["val_loss"] < 5.6 for r in results)
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,16 +156,6 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("cifar10", "torch-muon", "MUONKIT_DATA", "Examples"))
-
-
-def test_as_a_module_it_exits_with_the_status() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "muonkit.lab.cli", "compare", "nothing"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
 
 
 # --- route ---
@@ -208,11 +201,11 @@ def test_without_transformers_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_example_of_the_help_texts_parses() -> None:
+    commands = cli.typer.main.get_command(cli.app).commands
     for text in (cli._COMPARE_HELP, cli._ROUTE_HELP):
         examples = [line.split("muonkit ")[1] for line in text.splitlines() if "  muonkit " in line]
         assert examples
         for example in examples:
-            command = cli.typer.main.get_command(cli.app)
-            words = [word.strip("'") for word in example.split()]
-            with command.make_context("muonkit", words, resilient_parsing=False) as context:
-                assert context.protected_args or context.args
+            name, *words = shlex.split(example)
+            with commands[name].make_context(name, [*words]) as context:
+                assert context.params["task" if name == "compare" else "spec"] == words[0]

@@ -118,9 +118,16 @@ def test_every_task_is_complete(task: Any) -> None:
     model = task.build()
     assert model(x).shape[-1] == (256 if task.name == "gpt" else 10)
     for spec in OPTIMIZERS.values():
+        if (task.name, spec.name) == ("cifar10", "torch-muon"):
+            continue  # it has convolutions only; see the test below
         optimizer = spec.build(model, 1e-3)
         held = [p for group in optimizer.param_groups for p in group["params"]]
         assert len({id(p) for p in held}) == len(held) == len(list(model.parameters()))
+
+
+def test_torch_muon_without_a_matrix_is_refused_not_replaced_by_adamw() -> None:
+    with pytest.raises(LabError, match="torch-muon has nothing to train here"):
+        OPTIMIZERS["torch-muon"].build(TASKS["cifar10"].build(), 1e-3)
 
 
 # --- stopped and resumed ---
@@ -163,32 +170,15 @@ def _wait_for(process: subprocess.Popen[str], out: Path, optimizer: str, steps: 
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         measurements = folder / "measurements.jsonl"
-        if (folder / "checkpoint.pt").exists() and measurements.exists():
-            if measurements.read_bytes().count(b"\n") >= steps:
-                return
+        there = (folder / "checkpoint.pt").exists() and measurements.exists()
+        if there and measurements.read_bytes().count(b"\n") >= steps:
+            return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
     raise AssertionError("the run did not get that far in two minutes")
 
 
-def test_killed_twice_it_ends_as_if_nothing_had_happened(
-    tmp_path: Path, reference: list[tuple[Any, ...]]
-) -> None:
-    out = tmp_path / "out"
-    for optimizer, steps in (("muonw", 37), ("adamw", 11)):
-        process = _begin(out)
-        _wait_for(process, out, optimizer, steps)
-        process.kill()
-        process.communicate()
-        assert not (out / "runs" / f"{optimizer}-lr0.02-seed0" / "result.json").exists()
-        assert not (out / "report.html").exists()
-    assert main([*COMMAND, "--out", str(out)]) == 0
-    assert losses(out) == reference
-    assert not list(out.rglob("*.pt"))
-    assert not list(out.rglob("*.tmp"))
-
-
-def test_ctrl_c_stops_with_a_word_and_the_same_command_goes_on(
+def test_stopped_and_killed_it_ends_as_if_nothing_had_happened(
     tmp_path: Path, reference: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -197,14 +187,25 @@ def test_ctrl_c_stops_with_a_word_and_the_same_command_goes_on(
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
+    assert "Traceback" not in said
     last = said.splitlines()[-1]
     stopped = re.search(r"stopped at step (\d+) of muonw.*the same command goes on", last)
     assert stopped, said
-    assert "Traceback" not in said
+
+    process = _begin(out)
+    _wait_for(process, out, "adamw", 37)
+    process.kill()
+    said = process.communicate()[1]
+    assert f"goes on at step {stopped[1]}/{STEPS}" in said
+    assert not (out / "runs" / "adamw-lr0.02-seed0" / "result.json").exists()
+    assert not (out / "report.html").exists()
+
     capsys.readouterr()
     assert main([*COMMAND, "--out", str(out)]) == 0
-    assert f"goes on at step {stopped[1]}/{STEPS}" in capsys.readouterr().err
+    assert "adamw lr 0.02 seed 0: goes on at step" in capsys.readouterr().err
     assert losses(out) == reference
+    assert not list(out.rglob("*.pt"))
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
@@ -432,7 +433,7 @@ def test_a_file_is_no_folder_and_nothing_lies_below_one(tmp_path: Path) -> None:
     plain.write_text("")
     with pytest.raises(LabError, match="is a file: choose another folder"):
         Folder(plain).check(_asked())
-    with pytest.raises(LabError, match="cannot write to .*choose another folder"):
+    with pytest.raises(LabError, match=r"cannot write to .*choose another folder"):
         Folder(plain / "below").create(_asked())
 
 

@@ -171,7 +171,7 @@ def test_mnist_labels_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_missing_local_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUONKIT_DATA", str(tmp_path))
-    with pytest.raises(DataError, match="no train-images-idx3-ubyte.gz or .* unset MUONKIT_DATA"):
+    with pytest.raises(DataError, match=r"no train-images-idx3-ubyte.gz or .* unset MUONKIT_DATA"):
         data.mnist()
 
 
@@ -215,7 +215,7 @@ def test_damaged_cifar_is_named(tmp_path: Path, damage: dict[str, str], message:
 def test_a_truncated_tar_file_is_named(tmp_path: Path) -> None:
     path = _cifar(tmp_path / "c.tar.gz")
     path.write_bytes(path.read_bytes()[:-40_000])
-    with pytest.raises(DataError, match="is truncated or no tar.gz"):
+    with pytest.raises(DataError, match=r"is truncated or no tar.gz"):
         data.read_cifar(path)
 
 
@@ -301,7 +301,7 @@ def test_a_wrong_checksum_leaves_nothing_behind(
 
 def test_no_network_is_one_line(server: tuple[str, list[str]], tmp_path: Path) -> None:
     address, _ = server
-    with pytest.raises(DataError, match="HTTP status 404.*no connection.*connect to the") as caught:
+    with pytest.raises(DataError, match=r"status 404.*no connection.*connect to the") as caught:
         download.fetch(_remote(f"{address}/gone.bin", "http://127.0.0.1:9/file.bin"), "set")
     assert "\n" not in str(caught.value)
 
@@ -311,7 +311,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "plain").write_text("a file, where a folder is needed")
     monkeypatch.setenv("MUONKIT_CACHE", str(tmp_path / "plain"))
-    with pytest.raises(DataError, match="cannot write .*set MUONKIT_CACHE"):
+    with pytest.raises(DataError, match=r"cannot write .*set MUONKIT_CACHE"):
         download.fetch(_remote(f"{server[0]}/file.bin"), "set")
 
 

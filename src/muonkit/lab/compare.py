@@ -220,6 +220,8 @@ def compare(
     setting = Setting(
         task, data, asked.budget.steps(per_epoch), asked.batch_size, checkpoint_seconds
     )
+    for name, lr in asked.lr.items():
+        get_optimizer(name).build(task.build(), lr)  # refused here, before anything is written
     if begun:
         _check_data(folder, data.fingerprint)
     folder.create(asked.config() | {"data": data.fingerprint})

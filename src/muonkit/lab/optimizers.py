@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import muonkit
-from muonkit.lab.errors import unknown
+from muonkit.lab.errors import LabError, unknown
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -88,6 +88,12 @@ def _build_torch_muon(model: nn.Module, lr: float) -> Optimizer:
     }
     hidden = [p for p in model.parameters() if id(p) in chosen]
     rest = [p for p in model.parameters() if id(p) not in chosen]
+    if not hidden:
+        # Together() would be AdamW under Muon's name.
+        raise LabError(
+            "torch-muon has nothing to train here: torch.optim.Muon takes 2-D hidden matrices "
+            "only, and the model has none; leave it out of --optimizers"
+        )
     muon = torch.optim.Muon(
         hidden, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
     )

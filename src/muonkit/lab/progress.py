@@ -40,9 +40,10 @@ class Reporter(Protocol):
 class Lines:
     """Plain lines, for logs and pipes: one per validation."""
 
+    _title, _steps, _loss = "", 0, float("nan")
+
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._title, self._steps, self._loss = "", 0, float("nan")
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 import muonkit
-from muonkit.lab.plots import loss_plot
 from muonkit.lab.results import NOTES, Outcome, Row, rows, table
 from muonkit.lab.store import Record, write_atomically, write_json
 
@@ -99,6 +98,9 @@ def _sweep_table(attempts: Sequence[Outcome]) -> list[list[str]]:
 
 def write(folder: Path, material: Material) -> Path:
     """Write the PNGs, ``summary.json`` and ``report.html`` to ``folder``; the report's path."""
+    # Here, because it brings matplotlib, which takes a second that no error should wait for.
+    from muonkit.lab.plots import loss_plot
+
     task = material.config["task"]
     lines = rows(material.outcomes)
     images = {}

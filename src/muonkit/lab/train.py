@@ -209,6 +209,12 @@ class Trainer:
         Raises:
             Interrupted: the user stopped it; the checkpoint is up to date.
         """
+        try:
+            return self._train()
+        finally:
+            self.file.close()
+
+    def _train(self) -> Result:
         self.reporter.start(self.run.title, self.step, self.setting.steps)
         diverged = False
         if not self.records:
@@ -270,7 +276,6 @@ class Trainer:
 
     def _finish(self, diverged: bool) -> Result:
         self.file.sync()
-        self.file.close()
         result = summarise(self.run, self.records, diverged, self.seconds)
         write_json(self.folder / "result.json", asdict(result))
         self._checkpoint.unlink(missing_ok=True)
