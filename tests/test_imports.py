@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim", "_groups", "convert"),
     ("routing", "plan", "exchange", "variants", "orthogonalize", "adamw"),
     ("views", "placement", "coefficients", "symmetric", "scale"),
-    ("kernels",),
+    ("kernels", "_compile"),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -7,14 +7,12 @@ Muon trains the hidden weight matrices along an orthogonalized momentum, AdamW t
     optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)
 """
 
-from importlib.metadata import version as _version
-
 from muonkit.optim import Muon, MuonW
 from muonkit.orthogonalize import orthogonalize
 from muonkit.routing import Route, Routes, RoutingError, Rule, route
 from muonkit.views import View
 
-__version__ = _version("muonkit")
+__version__ = "0.1.0"
 
 __all__ = [
     "Muon",

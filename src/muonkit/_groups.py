@@ -180,7 +180,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "ns_steps": "svd" if iterations.exact else len(iterations.triples),
                     "ns_form": "svd" if iterations.exact else resolve_form(group["ns_form"]),
                     "ns_dtype": str(
-                        resolve_dtype(group["ns_dtype"], p.dtype, p.device, iterations)
+                        resolve_dtype(group["ns_dtype"], p.dtype, p.device, iterations.strict)
                     ),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,

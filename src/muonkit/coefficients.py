@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
+from muonkit._compile import constant_result
 
 __all__ = ["KELLER", "SCHEDULES", "SVD", "Coefficients", "Iterations", "Schedule", "resolve"]
 
@@ -168,8 +168,7 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-# Its arguments are guarded on as constants.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def resolve(coefficients: object, steps: int = DEFAULT_STEPS) -> Iterations:
     """The iterations that `ns_coefficients` and `ns_steps` stand for.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from muonkit._compile import constant_result
 from muonkit.coefficients import DEFAULT_STEPS, KELLER, Iterations, resolve
 
 if TYPE_CHECKING:
@@ -84,8 +85,7 @@ def orthogonalize(
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
-# Its arguments are guarded on as constants.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def resolve_dtype(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from muonkit._compile import constant_result
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -121,7 +123,7 @@ def blocks_of(spec: str, shape: Sequence[int]) -> tuple[Block, ...]:
     return View.parse(spec).blocks(shape)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _constant_fields(spec: str, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(vars(block).values()) for block in View.parse(spec).blocks(shape))
 
