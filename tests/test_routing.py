@@ -78,7 +78,16 @@ def test_vectors_go_to_adamw_without_decay(part: nn.Module, label: str, reason: 
 
 
 @pytest.mark.parametrize(
-    "label", ["pos_embed", "position_embeddings", "mask_token", "query_tokens", "rel_pos_h", "pe"]
+    "label",
+    [
+        "pos_embed",
+        "position_embeddings",
+        "mask_token",
+        "query_tokens",
+        "rel_pos_h",
+        "pe",
+        "time_emb",
+    ],
 )
 def test_pitfall_15_tables_of_tokens_and_positions(label: str) -> None:
     assert got(Body(part=Holder(**{label: raw(5, D)})), f"part.{label}") == ("adamw", None, False)
@@ -191,6 +200,11 @@ def test_attention_heads_are_no_output_heads() -> None:
     hidden = [r for r in route(model) if r.param.ndim == 2 and not r.name.startswith("last")]
     assert len(hidden) == 12
     assert {r.algorithm for r in hidden} == {"muon"}
+
+
+def test_a_head_that_pools_by_attention_is_hidden() -> None:
+    pool = Holder(attention=nn.MultiheadAttention(D, 2), fc=nn.Linear(D, D))
+    assert got(Body(head=pool), "head.fc.weight") == ("muon", "matrix", True)
 
 
 def test_composite_and_several_heads() -> None:
@@ -504,6 +518,26 @@ def test_pitfall_12_experts_stacked_in_the_rows() -> None:
 def test_biases_of_experts_are_biases() -> None:
     model = experts(down_proj=raw(4, D, 6), down_proj_bias=raw(4, D), num_experts=4)
     assert got(model, "moe.down_proj_bias") == ("adamw", None, False)
+
+
+def test_relative_attention_biases_are_biases() -> None:
+    assert got(Body(attn=Holder(bias_u=raw(2, 4))), "attn.bias_u") == ("adamw", None, False)
+
+
+def test_parameters_of_a_list_are_judged_as_their_owners() -> None:
+    class AxialPositionEmbeddings(Holder):
+        pass
+
+    tables = nn.ParameterList([raw(4, 1, D), raw(1, 4, D)])
+    model = Body(pe=AxialPositionEmbeddings(weights=tables), x=nn.ParameterList([raw(4, D)]))
+    assert got(model, "pe.weights.0") == ("adamw", None, False)
+    assert got(model, "x.0") == ("muon", "matrix", True)
+
+
+def test_a_wide_gate_is_no_router() -> None:
+    found = by_name(Body(gate=nn.Linear(D, D), moe=Holder(gate=nn.Linear(D, 2))))
+    assert found["gate.weight"].reason == "hidden linear layer"
+    assert found["moe.gate.weight"].reason == "router (Linear)"
 
 
 def test_routers_and_unknown_matrices_say_whose_they_are() -> None:

@@ -32,7 +32,7 @@ _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TOKEN_OR_POSITION = re.compile(
     r"(^|_)(pos|position|positions|positional|pe|wpe)(_|$)|pos_?emb|pos_?enc|rel(ative)?_pos"
     r"|position_bias|(^|_)(token|tokens|query|queries|latent|latents|prompt|prompts)$"
-    r"|class_embedding|(^|_)(query|object|learned|prompt)_(embed|embeds|embedding|embeddings)$"
+    r"|(^|_)emb(ed|eds|edding|eddings)?$|(^|_)emb_rel"
 )
 _POSITION = re.compile(r"pos|(^|_)w?pe$|relative")
 _POSITION_CLASS = re.compile(r"Position|PosEmb|PosEnc")
@@ -42,7 +42,7 @@ _ELEMENTWISE = name_set(
     "A_log A_logs A_b_log time_decay time_first gamma beta scale layer_scale layerscale "
     "scale_shift_table"
 )
-_ROUTER = re.compile(r"[Rr]outer|TopKGate|(^|_)gate$")
+_ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _GAINS = name_set("weight scale gamma g gain")
 _STEM = re.compile(r"(^|_)stem$|patch_embed")
 _RNN_WEIGHT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
@@ -200,7 +200,9 @@ def _linear(site: Site, param: nn.Parameter, stored: tuple[int, int]) -> Verdict
     fused = fused_layout(site, *stored)
     if fused is not None:
         return _muon(*fused)
-    if _ROUTER.search(site.owner_name) or "Router" in site.owner_class:
+    # A router gives one number per expert, which a gate of a hidden width does not.
+    narrow_gate = site.owner_name == "gate" and 4 * stored[0] <= stored[1]
+    if narrow_gate or _ROUTER.search(f"{site.owner_name} {site.owner_class}"):
         return _muon("matrix", f"router ({site.owner_class})")
     return _muon("matrix", "hidden linear layer")
 
@@ -250,7 +252,8 @@ def _conv_transpose(owner: nn.Module) -> Verdict:
 
 def _raw(site: Site, param: nn.Parameter) -> Verdict:
     label, owner = site.label, site.owner_class
-    if label.endswith(("bias", "biases")) and not _TOKEN_OR_POSITION.search(label):
+    table_of_biases = label.endswith(("bias", "biases")) or label.startswith("bias_")
+    if table_of_biases and not _TOKEN_OR_POSITION.search(label):
         return _adamw("bias (a table of them)", decay=False)
     if _TOKEN_OR_POSITION.search(label) or _POSITION_CLASS.search(owner):
         return _adamw("token or positional", decay=False)

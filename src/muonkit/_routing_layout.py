@@ -100,6 +100,9 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
         found = _qkv(site, rows, cols)
         if found is None and name == "c_attn" and rows == 2 * cols:
             found = ("split(rows=2)", "fused k, v of cross-attention: 2 equal row blocks")
+        if found is not None and name == "in_proj" and "ttention" not in type(site.parent).__name__:
+            # LFM's gated convolution fuses three other matrices; they are cut the same way.
+            found = found[0], "three fused matrices: row blocks"
         return found or _halves(site, rows)
     if name in _KV and rows == 2 * cols:
         return "split(rows=2)", "fused k, v: 2 equal row blocks"

@@ -52,7 +52,7 @@ STRONG_HEADS = name_set(
     "unembed unembedding embed_out qa_outputs seq_relationship"
 )
 WEAK_HEADS = name_set("head heads score output_projection")
-_HEAD_SUFFIX = re.compile(r"(?<!multi)(?<!attn)(?<!attention)(?<!sa)_heads?$")
+_HEAD_SUFFIX = re.compile(r"(?<!multi)(?<!attn)(?<!attention)(?<!sa)(?<!pos)_heads?$")
 # A composite "head" with these inside is an attention head.
 _ATTENTION_CHILDREN = name_set("q k v qkv query key value q_proj k_proj v_proj to_q to_k to_v")
 
@@ -204,6 +204,9 @@ def _site(place: _Place, label: str) -> Site:
     if len(parts) >= 2 and parts[-2] == "parametrizations" and label.startswith("original"):
         # owner.parametrizations.weight.original1 stands for owner.weight.
         return Site(name, parts[-1], ancestors[-2], ancestors[:-2], parts[:-2])
+    if isinstance(owner, nn.ParameterList) and ancestors:
+        # A list says nothing itself: its parameters are the owner's, under the list's name.
+        return Site(name, parts[-1], ancestors[-1], ancestors[:-1], parts[:-1])
     return Site(name, _RENAMED.get(label, label), owner, ancestors, parts)
 
 
@@ -310,7 +313,11 @@ def _head_modules(place: _Place, places: list[_Place]) -> list[_Place]:
     ]
     if isinstance(place.module, (nn.ModuleList, nn.ModuleDict)):
         return [p for p in below if p.ancestors[-1] is place.module and _is_output_layer(p.module)]
-    if any(p.parts[-1] in _ATTENTION_CHILDREN for p in below):
+    # An attention head, or a head that pools by attention: what it gives is hidden.
+    if any(
+        p.parts[-1] in _ATTENTION_CHILDREN or isinstance(p.module, nn.MultiheadAttention)
+        for p in below
+    ):
         return []
     layers = [p for p in below if _is_output_layer(p.module)]
     blocks = _repeated_modules(below)

@@ -375,11 +375,12 @@ def _undecided(site: Site, param: nn.Parameter, error: Undecided) -> str:
         return f"{site.name} of {site.owner_class} {error}"
     if param.ndim < 2:
         return f"{site.name} {tuple(param.shape)} of {site.owner_class} {error}"
-    example = {2: "split(rows=2)", 3: "experts"}.get(param.ndim, "flatten")
+    views = "view='split(rows=a+b+...)'"
+    if param.ndim > 2:
+        views = "view='experts' if its last two are, view='flatten' if its first is the outputs"
     return (
         f"cannot route {site.name} {tuple(param.shape)} of {site.owner_class}: {error}. "
-        f"Settle it with Rule({site.name!r}, view={example!r}) or "
-        f"Rule({site.name!r}, algorithm='adamw')"
+        f"Settle it with Rule({site.name!r}, ...): {views}, or algorithm='adamw'"
     )
 
 
