@@ -148,6 +148,19 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def warm_up(run: Run, setting: Setting) -> None:
+    """One step of a model that is thrown away.
+
+    The first step of a process also pays for late imports and first allocations, seconds that
+    belong to no optimizer and would shift its whole curve.
+    """
+    model = setting.task.build()
+    optimizer = get_optimizer(run.optimizer).build(model, run.lr)
+    loss, _ = loss_of(model, *setting.data.batch(run.seed, 0, setting.batch_size))
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
 class Trainer:
     """The state of one run in progress."""
 
@@ -156,6 +169,7 @@ class Trainer:
     ) -> None:
         self.run, self.setting, self.folder = run, setting, folder
         self.stop, self.reporter = stop, reporter
+        warm_up(run, setting)
         # The seed alone decides the initial weights, so they are the same for every optimizer.
         torch.manual_seed(generator("weights", run.seed).initial_seed())
         self.model = setting.task.build()
