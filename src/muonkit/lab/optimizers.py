@@ -63,7 +63,8 @@ def _adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
         {"params": [p for p in every if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS)
+    # Fused is the fastest that torch has, here and on GPUs.
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=True)
 
 
 def _build_adamw(model: nn.Module, lr: float) -> Optimizer:

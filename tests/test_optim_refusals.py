@@ -1,0 +1,83 @@
+"""What the optimizer refuses: in one or two lines, with the remedy, before anything is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from muonkit import Muon, MuonW
+from optim_helpers import mlp, parameter
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_sparse_gradients_are_refused_before_anything_is_written() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 6, sparse=True), "body": nn.Linear(6, 6)})
+    groups = [
+        {"params": [model["body"].weight]},
+        {"params": [("embed.weight", model["embed"].weight)], "algorithm": "adamw", "lr": 0.1},
+    ]
+    groups[0]["params"] = [("body.weight", model["body"].weight)]
+    optimizer = Muon(groups)
+    model["body"](model["embed"](torch.tensor([1, 2]))).sum().backward()
+    before = model["body"].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"sparse gradients: embed\.weight .*sparse=False"):
+        optimizer.step()
+    assert torch.equal(model["body"].weight, before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_complex_and_integer_parameters_are_refused(algorithm: str) -> None:
+    group = {"algorithm": algorithm, "lr": 0.1}
+    with pytest.raises(RuntimeError, match="view_as_real"):
+        Muon([{"params": [nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))], **group}])
+    with pytest.raises(TypeError, match=r"torch.int64.*buffer"):
+        Muon([{"params": [torch.zeros(2, 2, dtype=torch.int64)], **group}])
+    with pytest.raises(RuntimeError, match="sparse parameters"):
+        Muon([{"params": [torch.eye(2).to_sparse()], **group}])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"lr": float("nan")}, ValueError, "Learning rate should be >= 0 but is: nan"),
+        ({"momentum": 1.0}, ValueError, "momentum should be >= 0 and < 1"),
+        ({"eps": -1.0}, ValueError, "eps should be"),
+        ({"ns_steps": 0}, ValueError, "from 1 to 99"),
+        ({"ns_coefficients": "polar"}, ValueError, "'polar_express'"),
+        ({"ns_dtype": "int8"}, ValueError, "'auto', 'float64', 'float32'"),
+        ({"ns_coefficients": "cans", "ns_dtype": "bfloat16"}, ValueError, "no safety factor"),
+        ({"ns_form": "gram!"}, ValueError, "unknown ns_form"),
+        ({"adjust_lr_fn": "muP"}, ValueError, "'original', 'match_rms_adamw', 'spectral'"),
+        ({"nonfinite": "ignore"}, ValueError, "'propagate', 'skip', 'raise'"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Muon([parameter(3, 3)], **options)
+    with pytest.raises(error, match=words):
+        MuonW(mlp(), **options)
+    with pytest.raises(error, match=words):  # in a group as well
+        Muon([{"params": [parameter(3, 3)], **options}])
+
+
+def test_wrong_groups_are_refused() -> None:
+    p = [parameter(3, 3)]
+    with pytest.raises(ValueError, match="'muon', 'adamw'"):
+        Muon([{"params": p, "algorithm": "sgd"}])
+    with pytest.raises(TypeError, match="not a set"):
+        Muon([{"params": set(p)}])
+    with pytest.raises(ValueError, match=r"use_muon=True and algorithm='adamw'"):
+        Muon([{"params": p, "algorithm": "adamw", "use_muon": True}])
+    with pytest.raises(ValueError, match=r"no lr of its own.*adamw_lr"):
+        Muon([{"params": p, "use_muon": False}], lr=0.02)
+    with pytest.raises(ValueError, match=r"betas should be two numbers in \[0, 1\)"):
+        Muon([{"params": p, "use_muon": False, "lr": 0.1, "betas": (0.9, 1.0)}])
+    with pytest.raises(ValueError, match=r"'flatten' .convolution., 'experts'"):
+        Muon([parameter(4, 3, 2, 2)])
+    with pytest.raises(ValueError, match="train it with AdamW"):
+        Muon([parameter(4)])
+    with pytest.raises(ValueError, match=r"my.weight: view .* cuts 3 rows in 2"):
+        Muon([{"params": [("my.weight", p[0])], "view": "split(rows=2)"}])
