@@ -125,10 +125,10 @@ def test_pitfall_14_the_scale_is_applied_once() -> None:
     transposed=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_magnitude_and_stride_steps_alike(
+def test_pitfalls_2_and_24_any_magnitude_and_stride_steps_alike(
     rows: int, cols: int, exponent: int, transposed: bool, seed: int
 ) -> None:
-    """PITFALLS 2 and 24: the update depends on neither the gradient's scale nor the strides."""
+    """The update depends on neither the gradient's scale nor the strides."""
     p = parameter(rows, cols, seed=seed)
     q = nn.Parameter(p.detach().T.contiguous().T) if transposed else copy.deepcopy(p)
     set_gradients([p], seed)
