@@ -105,7 +105,7 @@ def test_routes_and_rules() -> None:
     lrs = {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
     assert lrs["down.weight"] == lrs["down.bias"] == 1e-5
     assert lrs["up.bias"] == 3e-4
-    with pytest.raises(TypeError, match="give the rules to route"):
+    with pytest.raises(TypeError, match=r"give these to route\(model, rules"):
         MuonW(route(model), rules=rules)
 
 

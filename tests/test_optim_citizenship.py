@@ -73,8 +73,126 @@ def test_pitfall_22_a_scheduler_reaches_every_group_and_keeps_their_ratio(tensor
 def test_momentum_schedulers_reach_muon() -> None:
     model = mlp()
     optimizer = MuonW(model)
-    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
-    assert all(g["momentum"] == 0.95 for g in optimizer.param_groups)
+    torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1e-2, total_steps=10, max_momentum=0.75, base_momentum=0.5
+    )
+    train(model, optimizer, 1)
+    assert optimizer.param_groups[0]["momentum"] == 0.75
+    weight = model[0].weight
+    assert weight.grad is not None
+    torch.testing.assert_close(momentum_of(optimizer, weight), weight.grad * 0.25)
+
+
+def test_a_tensor_lr_is_not_shared_between_groups() -> None:
+    """Schedulers fill it group by group: a shared one would be halved once for each."""
+    lr = torch.tensor(1.0)
+    optimizer = MuonW(mlp(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    scheduler.step(1.0)
+    scheduler.step(2.0)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5] * 3
+    optimizer.add_param_group({"params": [parameter(3, 3)]})
+    assert len({id(group["lr"]) for group in optimizer.param_groups}) == 4
+    # One group keeps the caller's own tensor, as torch's does.
+    assert Muon([parameter(3, 3)], lr=lr).param_groups[0]["lr"] is lr
+
+
+def test_a_one_element_lr_of_any_shape() -> None:
+    one, two = parameter(4, 4), parameter(4, 4)
+    set_gradients([one])
+    two.grad = one.grad
+    Muon([one], lr=torch.tensor([[0.1]])).step()
+    Muon([two], lr=0.1).step()
+    torch.testing.assert_close(one, two)
+
+
+def test_an_lr_on_the_device_is_never_read_back() -> None:
+    """A meta tensor cannot be read: the step has to do without."""
+    p = nn.Parameter(torch.empty(4, 4, device="meta"))
+    p.grad = torch.empty(4, 4, device="meta")
+    optimizer = Muon([p], lr=0.1, ns_dtype="float32")
+    for cautious in (False, True):
+        group = optimizer.param_groups[0]
+        group["lr"], group["cautious"] = torch.empty((), device="meta"), cautious
+        optimizer.step()
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_decay_of_16_bit_weights_is_not_rounded_to_16_bits(algorithm: str, cautious: bool) -> None:
+    """1 - lr * decay = 0.998 is 0.996 in bf16: twice the decay, were it rounded."""
+    for lr in (0.02, torch.tensor(0.02)):
+        p = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16) * 1.3)
+        group = {"params": [p], "algorithm": algorithm, "lr": lr}
+        optimizer = Muon([group], weight_decay=0.1, cautious=cautious, ns_dtype="float32")
+        for _ in range(40):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+        # Each step's 0.0026 is less than half the spacing of bf16 at 1.3: it rounds away, in
+        # torch's Muon and AdamW too. Rounded factors would have taken 15% of the weight.
+        assert p.min() == p.max() == torch.tensor(1.3).bfloat16()
+
+
+# --- AdamW in every layout ----------------------------------------------------------------------
+
+
+def _layouts() -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(8, 6, generator=generator)
+    conv = torch.randn(4, 3, 3, 3, generator=generator)
+    last = conv.to(memory_format=torch.channels_last)
+    return {
+        "slice": (nn.Parameter(base.clone()[:, :3]), torch.randn(8, 3, generator=generator)),
+        "transposed": (nn.Parameter(base.clone().T), torch.randn(6, 8, generator=generator)),
+        "expanded gradient": (nn.Parameter(base.clone()), torch.ones(1, 1).expand(8, 6)),
+        "channels_last": (nn.Parameter(last), torch.randn(conv.shape, generator=generator)),
+        "both channels_last": (nn.Parameter(last), torch.randn_like(last)),
+    }
+
+
+@pytest.mark.parametrize("kind", _layouts())
+def test_adamw_equals_torchs_in_every_layout(kind: str) -> None:
+    """torch's fused kernel walks raw pointers: with other strides it writes out of bounds."""
+    ours, gradient = _layouts()[kind]
+    theirs = nn.Parameter(ours.detach().clone(memory_format=torch.contiguous_format))
+    group = {"params": [ours], "algorithm": "adamw", "lr": 0.01, "betas": (0.9, 0.999)}
+    optimizer = Muon([group], weight_decay=0.01)
+    reference = torch.optim.AdamW([theirs], lr=0.01, foreach=False)
+    whole = torch.as_strided(ours.detach(), (8, 6), (6, 1), 0) if kind == "slice" else None
+    outside = None if whole is None else whole[:, 3:].clone()
+    for scale in (1.0, -0.5, 2.0):
+        ours.grad = gradient if kind == "expanded gradient" else gradient * scale
+        theirs.grad = ours.grad.contiguous()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    if whole is not None:
+        assert torch.equal(whole[:, 3:], outside)
+
+
+def test_adamw_is_fused_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    import muonkit.adamw as module
+
+    asked: list[object] = []
+    original = module.adamw
+
+    def counted(*args: object, **options: object) -> None:
+        asked.append(options["fused"])
+        original(*args, **options)
+
+    monkeypatch.setattr(module, "adamw", counted)
+    train(model := mlp(), MuonW(model), 1)
+    assert asked == [True, True]
+
+
+def test_a_gradient_of_another_dtype_is_converted() -> None:
+    for algorithm in ("muon", "adamw"):
+        p = parameter(4, 4, dtype=torch.bfloat16)
+        p.grad_dtype = torch.float32
+        p.grad = torch.randn(4, 4)
+        before = p.detach().clone()
+        Muon([{"params": [p], "algorithm": algorithm, "lr": 0.1}], ns_dtype="float32").step()
+        assert not torch.equal(p, before)
 
 
 def test_tensor_lr_equals_float_lr() -> None:
@@ -110,6 +228,8 @@ def test_add_param_group_and_unfreezing() -> None:
     train(model, optimizer, 1)
     assert not torch.equal(model[2].weight, before)
     assert optimizer.param_groups[-1]["lr"] == optimizer.param_groups[0]["lr"]
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert len(set(names) & {"added.0"}) == 1
 
 
 def test_a_refused_group_is_not_added() -> None:
@@ -198,6 +318,48 @@ def test_load_refuses_another_model_and_loads_nothing() -> None:
     assert torch.equal(momentum_of(optimizer, model[0].weight), kept)
 
 
+def test_load_refuses_another_optimizers_state_and_options() -> None:
+    model = mlp()
+    optimizer = MuonW(model)
+    train(model, optimizer, 1)
+    kept = momentum_of(optimizer, model[0].weight).clone()
+    good = optimizer.state_dict()
+    adamw = copy.deepcopy(good)
+    moments = {"step": torch.tensor(1.0), "exp_avg": kept, "exp_avg_sq": kept}
+    adamw["state"][adamw["param_groups"][0]["params"][0]] = moments
+    wrong_option = copy.deepcopy(good)
+    wrong_option["param_groups"][0]["ns_coefficients"] = "zzz"
+    for state, words in (
+        (adamw, "no momentum_buffer: it was saved by another optimizer than muon"),
+        (wrong_option, "unknown ns_coefficients 'zzz'"),
+        ({"param_groups": good["param_groups"]}, r"lacks \['state'\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(state)
+    assert torch.equal(momentum_of(optimizer, model[0].weight), kept)
+
+
+def test_view_is_kept_and_a_number_of_steps_is_taken_on_load() -> None:
+    model = mlp()
+    optimizer = MuonW(model)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["view"] = "split(rows=2)"
+    for entry in state["state"].values():  # Keller Jordan's Muon counts in a number
+        if "step" in entry:
+            entry["step"] = int(entry["step"])
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["view"] == "matrix"
+    train(model, optimizer, 1)
+    assert optimizer.state[model[0].bias]["step"] == 3
+
+
+def test_an_optimizer_is_rebuilt_from_its_defaults() -> None:
+    p = parameter(3, 3)
+    optimizer = Muon([p], lr=0.3, momentum=0.5, adamw_lr=0.1)
+    assert Muon([p], **optimizer.defaults).defaults == optimizer.defaults
+
+
 def test_deepcopy_and_pickle() -> None:
     model = mlp()
     optimizer = MuonW(model)
@@ -281,6 +443,30 @@ def test_pitfall_21_grad_scaler_leaves_no_trace_of_an_overflow() -> None:
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
+def test_skip_and_raise_hold_for_the_whole_step_in_any_order() -> None:
+    for policies in (("propagate", "skip"), ("skip", "propagate"), ("skip", "raise")):
+        params = [parameter(3, 3), parameter(0, 3), parameter(3, 3)]
+        groups = [
+            {"params": params[:1], "nonfinite": policies[0]},
+            {"params": params[1:], "nonfinite": policies[1]},
+        ]
+        optimizer = Muon(groups, lr=0.1)
+        set_gradients(params)
+        for p, policy in ((params[0], policies[0]), (params[2], policies[1])):
+            assert p.grad is not None
+            if policy != "propagate":
+                p.grad[0, 0] = float("nan")
+        before = [p.detach().clone() for p in params]
+        if "raise" in policies:
+            with pytest.raises(FloatingPointError):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert optimizer.skipped_steps == 1
+            assert pickle.loads(pickle.dumps(optimizer)).skipped_steps == 1
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
 @pytest.mark.parametrize("where", [0, 2, 3, 4])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_nonfinite_gradients(where: int, value: float) -> None:
@@ -331,6 +517,11 @@ def test_mixed_dtypes_in_one_model() -> None:
     optimizer = MuonW(model, lr=0.01, ns_dtype="float32")
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, 2)
+    same_shape = [parameter(6, 6), parameter(6, 6, dtype=torch.float64)]
+    train_these = Muon(same_shape, lr=0.01)
+    set_gradients(same_shape)
+    train_these.step()
+    assert train_these.describe()[1]["ns_dtype"] == "torch.float64"
     for p, b in zip(model.parameters(), before, strict=True):
         assert p.dtype == b.dtype
         assert p.isfinite().all()
@@ -361,6 +552,21 @@ def test_empty_matrices_are_no_trouble() -> None:
 
 
 # --- torch.compile ------------------------------------------------------------------------------
+
+
+def test_a_float_lr_compiles_too() -> None:
+    torch._dynamo.reset()
+    model, twin = mlp(), mlp()
+    optimizer, reference = MuonW(model, lr=0.01), MuonW(twin, lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own remarks on the profiler
+        step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+        for t in range(3):
+            set_gradients(list(model.parameters()), t)
+            step()
+            train(twin, reference, 1, t)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_pitfall_25_one_graph_and_no_recompilation_when_lr_changes() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from muonkit import Muon, MuonW
-from optim_helpers import mlp, parameter
+from optim_helpers import mlp, parameter, set_gradients
 
 # --- what is refused ---------------------------------------------------------------------------
 
@@ -42,6 +42,14 @@ def test_complex_and_integer_parameters_are_refused(algorithm: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
+        (
+            {"lr": float("inf")},
+            ValueError,
+            "Learning rate should be >= 0 and < inf|>= 0 but is: inf",
+        ),
+        ({"lr": "0.1"}, TypeError, "Learning rate should be a number but is: '0.1'"),
+        ({"weight_decay": "0"}, TypeError, "weight decay should be a number"),
+        ({"ns_coefficients": (1.0, float("nan"), 1.0)}, ValueError, "3 values .finite."),
         ({"lr": float("nan")}, ValueError, "Learning rate should be >= 0 but is: nan"),
         ({"momentum": 1.0}, ValueError, "momentum should be >= 0 and < 1"),
         ({"eps": -1.0}, ValueError, "eps should be"),
@@ -81,3 +89,27 @@ def test_wrong_groups_are_refused() -> None:
         Muon([parameter(4)])
     with pytest.raises(ValueError, match=r"my.weight: view .* cuts 3 rows in 2"):
         Muon([{"params": [("my.weight", p[0])], "view": "split(rows=2)"}])
+
+
+def test_adamws_arguments_are_checked_before_there_is_a_group() -> None:
+    with pytest.raises(ValueError, match="betas should be"):
+        Muon([parameter(3, 3)], adamw_betas=(0.9, 1.5))
+    with pytest.raises(TypeError, match=r"no argument 'betas'; AdamW's is called adamw_betas"):
+        MuonW(mlp(), betas=(0.9, 0.95))
+    with pytest.raises(TypeError, match=r"no argument 'fused'; it has ns_form"):
+        MuonW(mlp(), fused=True)
+    with pytest.raises(TypeError, match="a dict with 'params'"):
+        Muon([parameter(3, 3)]).add_param_group({"lr": 1.0})
+
+
+def test_a_group_broken_later_is_refused_before_anything_is_written() -> None:
+    params = [parameter(4, 4), parameter(4, 4)]
+    optimizer = Muon([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+    optimizer.param_groups[1]["view"] = "split(rows=3)"
+    set_gradients(params)
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match="4 rows in 3"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    with pytest.raises(TypeError, match="a view is a string, got list"):
+        Muon([{"params": params, "view": ["matrix"]}])

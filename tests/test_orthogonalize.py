@@ -267,6 +267,24 @@ def test_pitfall_8_svd_is_svd_for_every_shape() -> None:
         assert distance(orthogonalize(G, ns_coefficients="svd"), U @ Vh) < 1e-5
 
 
+@pytest.mark.usefixtures("_fresh_hardware_answers")
+def test_pitfall_8_svd_is_exact_on_bf16_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    G = with_spectrum(1 / torch.arange(1, 33) ** 2, 64)
+    for dtype in ("auto", "bfloat16"):
+        O = orthogonalize(G.float(), ns_coefficients="svd", ns_dtype=dtype)
+        assert distance(O, exact(G, "svd")) < 2e-4  # fp32 rounding over the smallest value, 1e-3
+
+
+def test_a_strict_schedule_keeps_clear_of_its_edge() -> None:
+    """The margin of the input: a rank-1 matrix, whose one singular value is its norm."""
+    for name in STRICT:
+        for seed in range(20):
+            G = random_matrix(16, 1, seed=seed) @ random_matrix(1, 40, seed=seed + 100)
+            O = orthogonalize(G, ns_coefficients=name, ns_dtype="float32", ns_steps=5)
+            assert torch.linalg.matrix_norm(O.double(), 2) <= SCHEDULES[name].band[1] + 1e-3
+
+
 @pytest.fixture
 def _fresh_hardware_answers() -> Iterator[None]:
     _multiplies_bf16.cache_clear()

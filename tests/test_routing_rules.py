@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from muonkit import MuonW
 from muonkit.routing import Route, Routes, RoutingError, Rule, route
+from muonkit.scale import scale_factor
 
 D = 8
 
@@ -233,7 +235,7 @@ ALGORITHMS = ["adamw", "muon", "adamw", "muon", "adamw", "adamw", "adamw"]
 def test_json_round_trip() -> None:
     model = Model()
     model.fc1.bias.requires_grad_(False)
-    rule = Rule("fc2.weight", view="split(rows=12+4)", options={"lr": 1e-4, "t": torch.tensor(1)})
+    rule = Rule("fc2.weight", view="split(rows=12+4)", options={"lr": torch.tensor(1), "eps": 1e-4})
     routes = route(model, [rule])
     data = json.loads(routes.to_json())
     assert [row["name"] for row in data["routes"]] == [r.name for r in routes]
@@ -247,7 +249,7 @@ def test_json_round_trip() -> None:
             r.reason,
         )
         assert row["scale"] == (list(r.scale) if isinstance(r.scale, tuple) else r.scale)
-    assert data["routes"][3]["options"] == {"lr": 1e-4, "t": "tensor(1)"}
+    assert data["routes"][3]["options"] == {"lr": "tensor(1)", "eps": 1e-4}
     assert data["summary"]["frozen"] == {"parameters": 1, "elements": 8}
 
 
@@ -270,3 +272,29 @@ def test_routing_leaves_the_model_alone() -> None:
     route(model)
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_options_are_hyperparameters_of_the_algorithm_that_gets_them() -> None:
+    with pytest.raises(RoutingError, match=r"options \['learning_rate'\].*lr, maximize"):
+        Rule("fc1.weight", options={"learning_rate": 1e-9})
+    with pytest.raises(RoutingError, match=r"gives \['ns_steps'\] to fc1.bias, which adamw trains"):
+        route(Model(), [Rule("fc1.*", options={"ns_steps": 7})])
+    with pytest.raises(TypeError, match="put the one in brackets"):
+        route(Model(), Rule("fc1.*", decay=True))  # type: ignore[arg-type]
+
+
+def test_the_scale_in_the_table_is_the_one_that_is_used() -> None:
+    routes = route(Model(), [Rule("fc2.weight", options={"adjust_lr_fn": None})], scale="spectral")
+    shown = {r.name: r.scale for r in routes}
+    optimizer = MuonW(routes, adamw_lr=0.1)
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            if group["algorithm"] == "muon":
+                assert shown[name] == scale_factor(group["adjust_lr_fn"], *p.shape)
+    with pytest.raises(TypeError, match=r"route\(model, rules, scale='original'"):
+        MuonW(routes, adjust_lr_fn="original", adamw_lr=0.1)
+
+
+def test_decay_1d_leaves_to_rules_what_they_decide() -> None:
+    routes = route(Model(), [Rule("fc1.bias", decay=False)], decay_1d=True)
+    assert {r.name for r in routes if not r.decay} == {"fc1.bias"}

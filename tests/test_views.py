@@ -117,7 +117,7 @@ def test_the_spelling_is_canonical() -> None:
         ("split(rows=0)", (6, 2), "0 equal parts"),
         ("split(rows=4+1)", (6, 2), r"sizes \[4, 1\], sum 5, for 6 rows"),
         ("split(rows=6+0)", (6, 2), "must be positive"),
-        ("flatten > split(cols=2)", (4, 2, 2), "flattened columns"),
+        ("flatten > split(cols=2)", (4, 2, 2), "dimensions that .flatten. joins"),
         ("split(rows=2) > split(rows=2+1)", (6, 2), "unequal split first"),
         ("split(rows=2) > split(rows=2+2)", (6, 2), "sum 4, for 3 rows"),
     ],

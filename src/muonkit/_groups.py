@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from muonkit.coefficients import resolve
-from muonkit.orthogonalize import resolve_dtype, resolve_form
+from muonkit.orthogonalize import products_dtype, resolve_form
 from muonkit.scale import scale_factor
 from muonkit.views import View, blocks_of
 
-__all__ = ["complete_group", "describe_group", "parameter_names", "validate_group"]
+__all__ = [
+    "complete_group",
+    "describe_group",
+    "drop_foreign_keys",
+    "merge_saved",
+    "parameter_names",
+    "refuse_unknown",
+    "separate_lr",
+    "validate_defaults",
+    "validate_group",
+]
 
 ALGORITHMS = ("muon", "adamw")
 NONFINITE = ("propagate", "skip", "raise")
+
+# What `Optimizer.add_param_group` fills into every group, and a group of this algorithm has not.
+_ADAMW_DEFAULTS = {
+    "lr": "adamw_lr",
+    "betas": "adamw_betas",
+    "eps": "adamw_eps",
+    "weight_decay": "adamw_wd",
+}
+_MUON_KEYS = (
+    "momentum",
+    "nesterov",
+    "ns_coefficients",
+    "ns_steps",
+    "adjust_lr_fn",
+    "ns_form",
+    "ns_dtype",
+    "cautious",
+)
+_FOREIGN_KEYS = {
+    "muon": tuple(_ADAMW_DEFAULTS.values()),
+    "adamw": (*_ADAMW_DEFAULTS.values(), *_MUON_KEYS),
+}
+_MUONW_OPTIONS = ("ns_form", "ns_dtype", "maximize", "cautious", "nonfinite")
 
 
 def complete_group(
@@ -30,13 +64,12 @@ def complete_group(
             all; None if there are none yet.
 
     Raises:
-        KeyError: no "params".
         ValueError: unknown or contradictory algorithm; an AdamW group whose lr would be Muon's in
             units that mean nothing to it.
-        TypeError: not a dict.
+        TypeError: not a dict with parameters.
     """
-    if not isinstance(group, dict):
-        raise TypeError(f"a param group is a dict, got {type(group).__name__}")
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a param group is a dict with 'params', got {group!r:.80}")
     group = {**group, "params": _named(group["params"], named)}
     if "use_muon" in group:  # Keller Jordan's spelling
         said = "muon" if group["use_muon"] else "adamw"
@@ -45,6 +78,8 @@ def complete_group(
                 f"a group says use_muon={group['use_muon']} and algorithm={group['algorithm']!r}; "
                 "give one of them"
             )
+    if not group.pop("decay", True):  # routing's spelling
+        group.setdefault("weight_decay", 0.0)
     algorithm = group.setdefault("algorithm", "muon")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
@@ -53,15 +88,15 @@ def complete_group(
         if "ns_dtype" in group:
             group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
         return group
-    own = defaults["_adamw"]
-    if "lr" not in group and own["lr"] is None and defaults["adjust_lr_fn"] != "match_rms_adamw":
+    no_lr = "lr" not in group and defaults["adamw_lr"] is None
+    if no_lr and defaults["adjust_lr_fn"] != "match_rms_adamw":
         raise ValueError(
             "an AdamW group has no lr of its own, and Muon's is in other units unless "
             "adjust_lr_fn='match_rms_adamw'; add 'lr' to the group or give adamw_lr"
         )
-    for key, value in own.items():
-        if value is not None:
-            group.setdefault(key, value)
+    for key, name in _ADAMW_DEFAULTS.items():
+        if defaults[name] is not None:
+            group.setdefault(key, defaults[name])
     return group
 
 
@@ -81,6 +116,49 @@ def _named(params: Any, named: bool | None) -> list[Any]:
     return list(zip(names, bare, strict=True))
 
 
+def drop_foreign_keys(group: dict[str, Any]) -> None:
+    """Take out what `Optimizer.add_param_group` filled in for the other algorithm."""
+    for key in _FOREIGN_KEYS[group["algorithm"]]:
+        group.pop(key, None)
+
+
+def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | None = None) -> None:
+    """Give every group a tensor lr of its own.
+
+    Schedulers fill a tensor lr group by group: shared between groups, it would be scaled once for
+    each, or be the last group's.
+    """
+    for number, group in enumerate(groups):
+        rest = [*groups[:number], *groups[number + 1 :], *(others or ())]
+        if isinstance(group["lr"], Tensor) and any(group["lr"] is g["lr"] for g in rest):
+            group["lr"] = group["lr"].clone()
+
+
+def refuse_unknown(options: dict[str, Any]) -> None:
+    """Refuse keyword arguments that `MuonW` has not, with the name it has for AdamW's.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name in options:
+        if name not in _MUONW_OPTIONS:
+            own = _ADAMW_DEFAULTS.get(name)
+            remedy = f"AdamW's is called {own}" if own else f"it has {', '.join(_MUONW_OPTIONS)}"
+            raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
+
+
+def validate_defaults(defaults: dict[str, Any]) -> None:
+    """Refuse constructor arguments out of range, before there is a group.
+
+    Raises:
+        ValueError, TypeError: as `validate_group`.
+    """
+    validate_group({**defaults, "algorithm": "muon", "params": []})
+    adamw = {key: defaults[name] for key, name in _ADAMW_DEFAULTS.items()}
+    given = {key: value for key, value in adamw.items() if value is not None}
+    validate_group({**defaults, **given, "algorithm": "adamw", "params": []})
+
+
 def validate_group(group: dict[str, Any]) -> None:
     """Refuse options out of range, and parameters that the group's algorithm cannot train.
 
@@ -96,27 +174,32 @@ def _validate_options(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    # torch.optim.Muon's words; `not 0 <= x` also catches NaN.
-    if not 0.0 <= lr:
-        raise ValueError(f"Learning rate should be >= 0 but is: {lr}")
-    if not 0.0 <= group["weight_decay"]:
-        raise ValueError(f"weight decay should be >= 0 but is: {group['weight_decay']}")
-    if not 0.0 <= group["eps"]:
-        raise ValueError(f"eps should be >= 0 but is: {group['eps']}")
+    # The first words are torch.optim.Muon's.
+    _validate_number("Learning rate", lr)
+    _validate_number("weight decay", group["weight_decay"])
+    _validate_number("eps", group["eps"])
     if group["nonfinite"] not in NONFINITE:
         options = ", ".join(map(repr, NONFINITE))
         raise ValueError(f"unknown nonfinite {group['nonfinite']!r}; it is one of {options}")
     if group["algorithm"] == "adamw":
-        betas = group["betas"]
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        betas: Any = group.get("betas")
+        two = isinstance(betas, tuple | list) and len(betas) == 2
+        if not two or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas should be two numbers in [0, 1) but are: {betas}")
         return
-    if not 0.0 <= group["momentum"] < 1.0:
-        raise ValueError(f"momentum should be >= 0 and < 1 but is: {group['momentum']}")
+    _validate_number("momentum", group["momentum"], below=1.0)
     scale_factor(group["adjust_lr_fn"], 1, 1)
     iterations = resolve(group["ns_coefficients"], group["ns_steps"])
     resolve_form(group["ns_form"])
-    resolve_dtype(group["ns_dtype"], torch.float32, torch.device("cpu"), iterations.strict)
+    products_dtype(group["ns_dtype"], torch.float32, torch.device("cpu"), iterations)
+
+
+def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what} should be a number but is: {value!r}")
+    if not 0.0 <= value < below:  # also false for NaN
+        upper = f" and < {below:g}" if below < math.inf else ""
+        raise ValueError(f"{what} should be >= 0{upper} but is: {value}")
 
 
 def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
@@ -126,10 +209,10 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "
             "train torch.view_as_real of it with AdamW"
         )
-    if not p.is_floating_point():
+    if not p.is_floating_point() or p.dtype.itemsize < 2:
         raise TypeError(
-            f"{name} of shape {shape} is {p.dtype}: only floating-point parameters are trained; "
-            "leave it out, or make it a buffer"
+            f"{name} of shape {shape} is {p.dtype}: only floating-point parameters of at least 16 "
+            "bits are trained; leave it out, or make it a buffer"
         )
     if p.layout != torch.strided:
         raise RuntimeError(
@@ -148,7 +231,7 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
                 f"with size: {shape} ({name}); {hint}"
             )
         try:
-            blocks_of(group["view"], p.shape)
+            blocks_of(group["view"], shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -159,6 +242,53 @@ def parameter_names(group: dict[str, Any]) -> list[str]:
     return list(names) if names else [f"parameter {i}" for i in range(len(group["params"]))]
 
 
+def merge_saved(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with what its groups lack filled in from ours; view and algorithm are ours.
+
+    Raises:
+        ValueError: it is another model's or another optimizer's, or has options out of range.
+    """
+    missing = {"state", "param_groups"} - set(state_dict)
+    if missing:
+        raise ValueError(f"no optimizer state dict: it lacks {sorted(missing)}")
+    saved_groups = state_dict["param_groups"]
+    for number, (own, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
+            raise ValueError(
+                f"group {number} of the state dict is trained by {saved['algorithm']}, here by "
+                f"{own['algorithm']}; build the optimizer with the routes it was saved with"
+            )
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        return state_dict  # torch's own error says how they differ
+    merged = []
+    for own, saved in zip(groups, saved_groups, strict=True):
+        structure = {key: own[key] for key in ("algorithm", "view") if key in own}
+        group = {**own, **saved, **structure}
+        _validate_options(group)
+        _check_state(own, saved, state_dict["state"])
+        merged.append({**group, "params": saved["params"]})
+    return {**state_dict, "param_groups": merged}
+
+
+def _check_state(own: dict[str, Any], saved: dict[str, Any], state: dict[Any, Any]) -> None:
+    kinds = ("momentum_buffer",) if own["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
+    for name, p, key in zip(parameter_names(own), own["params"], saved["params"], strict=True):
+        entry = state.get(key)
+        if not entry:
+            continue
+        for kind in kinds:
+            if kind not in entry:
+                raise ValueError(
+                    f"the state dict has {', '.join(map(str, entry))} for {name}, no {kind}: "
+                    f"it was saved by another optimizer than {own['algorithm']}"
+                )
+            if entry[kind].shape != p.shape:
+                raise ValueError(
+                    f"the state dict's {kind} for {name} has shape {tuple(entry[kind].shape)}, the "
+                    f"parameter {tuple(p.shape)}; it was saved from another model"
+                )
+
+
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of `Muon.describe` for one group."""
     if group["algorithm"] == "adamw":
@@ -167,7 +297,10 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in group["params"]:
         for block in blocks_of(group["view"], p.shape):
+            if not block.batch * block.rows * block.cols:
+                continue
             scale = scale_factor(group["adjust_lr_fn"], block.rows, block.cols)
+            dtype = products_dtype(group["ns_dtype"], p.dtype, p.device, iterations)
             row = rows.setdefault(
                 (block.rows, block.cols, p.dtype, p.device),
                 {
@@ -179,9 +312,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "cols": block.cols,
                     "ns_steps": "svd" if iterations.exact else len(iterations.triples),
                     "ns_form": "svd" if iterations.exact else resolve_form(group["ns_form"]),
-                    "ns_dtype": str(
-                        resolve_dtype(group["ns_dtype"], p.dtype, p.device, iterations.strict)
-                    ),
+                    "ns_dtype": str(dtype),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

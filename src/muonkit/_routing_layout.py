@@ -286,7 +286,9 @@ def _is_transposed(site: Site, shape: Sequence[int]) -> tuple[bool | None, str]:
 
 def _partners(site: Site) -> tuple[Sequence[int] | None, Sequence[int] | None]:
     """The expert shapes of the owner's up (or gate-and-up) and down stacks, as stored."""
-    shapes = {k: p.shape[1:] for k, p in site.owner._parameters.items() if _is_stack(p)}
+    shapes = {
+        k: p.shape[1:] for k, p in site.owner._parameters.items() if p is not None and _is_stack(p)
+    }
     up = _one(shape for key, shape in shapes.items() if _UP.search(key))
     down = _one(shape for key, shape in shapes.items() if _DOWN.search(key))
     return up, down

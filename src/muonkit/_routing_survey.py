@@ -51,7 +51,7 @@ STRONG_HEADS = name_set(
     "lm_head classifier classifiers cls_classifier distillation_classifier logits to_logits "
     "unembed unembedding embed_out qa_outputs seq_relationship"
 )
-WEAK_HEADS = name_set("head heads score output_projection")
+WEAK_HEADS = name_set("head heads score output output_layer output_projection final_layer fc_out")
 _HEAD_SUFFIX = re.compile(r"(?<!multi)(?<!attn)(?<!attention)(?<!sa)(?<!pos)_heads?$")
 # A composite "head" with these inside is an attention head.
 _ATTENTION_CHILDREN = name_set("q k v qkv query key value q_proj k_proj v_proj to_q to_k to_v")
@@ -154,7 +154,7 @@ def survey(model: nn.Module) -> Survey:
             if param is not None:
                 found.params.setdefault(id(param), param)
                 found.sites.setdefault(id(param), []).append(_site(place, label))
-    found.heads = _heads(places, found)
+    found.heads = _heads(places)
     found.stem = _stem(places)
     return found
 
@@ -255,7 +255,7 @@ def _stem(places: list[_Place]) -> int | None:
 # -- output heads -----------------------------------------------------------------------------
 
 
-def _heads(places: list[_Place], found: Survey) -> dict[int, str]:
+def _heads(places: list[_Place]) -> dict[int, str]:
     """Heads by identity, then by name; only then the last Linear of a model that has neither."""
     repeated = _repeated_modules(places)
     heads: dict[int, str] = {}

@@ -8,7 +8,9 @@ number of steps it was made and where the singular values land then.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeAlias
 
 from muonkit._compile import constant_result
@@ -182,10 +184,11 @@ def resolve(coefficients: object, steps: int = DEFAULT_STEPS) -> Iterations:
         ValueError: unknown name, no triple, too few or too many steps for the schedule.
         TypeError: none of the above types.
     """
-    if isinstance(coefficients, list):  # JSON and YAML have no tuples
+    if isinstance(coefficients, list | tuple):  # JSON and YAML have no tuples
         coefficients = tuple(tuple(c) if isinstance(c, list) else c for c in coefficients)
-    if isinstance(steps, bool) or not isinstance(steps, int):
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise TypeError(f"ns_steps is a whole number, got {steps!r}")
+    steps = int(steps)
     if not isinstance(coefficients, str | tuple):
         raise TypeError(
             f"ns_coefficients is a name, a triple or a sequence of triples, got {coefficients!r}"
@@ -199,7 +202,7 @@ def _resolve(coefficients: str | tuple[object, ...], steps: int) -> Iterations:
         raise ValueError(f"Number of steps must be from 1 to {MAX_STEPS}, got ns_steps={steps}")
     if isinstance(coefficients, str):
         return _named(coefficients, steps)
-    if coefficients and all(isinstance(c, int | float) for c in coefficients):
+    if coefficients and all(isinstance(c, Real) for c in coefficients):
         return Iterations((_triple(coefficients),) * steps)
     triples = tuple(_triple(c) for c in coefficients)
     if not triples:
@@ -216,10 +219,10 @@ def _triple(values: object) -> Triple:
     if (
         isinstance(values, tuple | list)
         and len(values) == 3
-        and all(isinstance(v, int | float) for v in values)
+        and all(isinstance(v, Real) and math.isfinite(v) for v in values)
     ):
         return (float(values[0]), float(values[1]), float(values[2]))
-    raise ValueError(f"Coefficients must be a tuple of exactly 3 values, got {values!r}")
+    raise ValueError(f"Coefficients must be a tuple of exactly 3 values (finite), got {values!r}")
 
 
 def _named(name: str, steps: int) -> Iterations:

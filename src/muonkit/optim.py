@@ -13,13 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from muonkit._groups import complete_group, describe_group, parameter_names, validate_group
+from muonkit._groups import (
+    complete_group,
+    describe_group,
+    drop_foreign_keys,
+    merge_saved,
+    refuse_unknown,
+    separate_lr,
+    validate_defaults,
+    validate_group,
+)
+from muonkit._optim_gradients import may_step, with_gradients
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import LocalExchange
 from muonkit.orthogonalize import orthogonalize
 from muonkit.plan import Item, make_batches
-from muonkit.routing import Routes, route
+from muonkit.routing import Routes, Rule, route
 from muonkit.scale import scale_factor
 from muonkit.views import Block, blocks_of
 
@@ -30,7 +40,6 @@ if TYPE_CHECKING:
 
     from muonkit.coefficients import Coefficients
     from muonkit.exchange import Exchange
-    from muonkit.routing import Rule
 
 __all__ = ["Muon", "MuonW"]
 
@@ -56,15 +65,16 @@ class Muon(Optimizer):
 
             An AdamW group has lr, betas, eps and weight_decay; what it lacks comes from the
             ``adamw_`` arguments.
-        lr: learning rate, a float or a one-element tensor. In units of spectral norm per update
-            with the scale "original", of RMS per update (as AdamW's) with "match_rms_adamw".
+        lr: learning rate, a float or a one-element tensor (of which each of several groups gets
+            its own copy, as schedulers need it). In units of spectral norm per update with the
+            scale "original", of RMS per update (as AdamW's) with "match_rms_adamw".
         weight_decay: decoupled decay per unit of (unscaled) lr.
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
         ns_coefficients: the schedule: a name (`muonkit.coefficients.SCHEDULES` or "svd"), one
             triple, or one triple per step.
-        eps: lower bound of the norm divided by, after the largest magnitude was divided out: it
-            keeps a zero gradient zero, and has no part in any other.
+        eps: torch.optim.Muon's lower bound of the norm, kept for its signature. It has no effect:
+            a gradient of any scale gives the same update, and zero gives zero.
         ns_steps: number of Newton-Schulz iterations.
         adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
         ns_form: how the polynomial is evaluated: "auto" or "standard".
@@ -72,10 +82,11 @@ class Muon(Optimizer):
             "float32", "bfloat16", "float16" or "float64". `describe()` tells what auto chose.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
-        nonfinite: what a NaN or infinite gradient does: "propagate" (nothing is checked; the
-            parameter becomes NaN), "skip" (the whole step, momentum included, does not take place;
-            `skipped_steps` counts) or "raise" (FloatingPointError naming the parameter, before
-            anything is written). The last two wait for the device once per step.
+        nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
+            checked; the parameter becomes NaN), "skip" (the whole step of all groups, momentum
+            included, does not take place; the attribute `skipped_steps` counts) or "raise"
+            (FloatingPointError naming the parameter, before anything is written). The last two
+            wait for each device once per step.
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: defaults of AdamW groups. lr and decay are
             Muon's unless given; with another scale than "match_rms_adamw" Muon's lr means nothing
             to AdamW, and its own must be given here or in the group.
@@ -109,7 +120,7 @@ class Muon(Optimizer):
         adamw_eps: float = 1e-8,
         adamw_wd: float | None = None,
     ) -> None:
-        muon = {
+        defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
@@ -123,55 +134,41 @@ class Muon(Optimizer):
             "maximize": maximize,
             "cautious": cautious,
             "nonfinite": nonfinite,
+            "adamw_lr": adamw_lr,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "adamw_wd": adamw_wd,
         }
-        adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_wd}
-        validate_group({**muon, "algorithm": "muon", "params": []})
-        # In `defaults` so that they survive pickling, under a name that is no group key.
-        defaults = {**muon, "algorithm": "muon", "_adamw": adamw}
+        validate_defaults(defaults)
         self.skipped_steps = 0
         super().__init__(params, defaults)
+        separate_lr(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys. Nothing is added when it raises."""
         named = "param_names" in self.param_groups[0] if self.param_groups else None
         group = complete_group(param_group, self.defaults, named)
-        before = len(self.param_groups)
         super().add_param_group(group)
-        added = self.param_groups[-1]
-        del added["_adamw"]
-        try:
-            validate_group(added)
-        except Exception:
-            del self.param_groups[before:]
-            raise
+        added = self.param_groups.pop()
+        drop_foreign_keys(added)
+        validate_group(added)
+        separate_lr([added], self.param_groups)
+        self.param_groups.append(added)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("skipped_steps", 0)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, of `torch.optim.Muon` or of one with the same keys.
 
         Hyperparameters that it lacks keep their value here; view and algorithm are always kept.
+        For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
 
         Raises:
-            ValueError: other groups, other algorithms or other shapes than here; nothing is loaded.
+            ValueError: other groups, other algorithms or other shapes than here, or options that
+                the constructor refuses; nothing is loaded.
         """
-        saved_groups = state_dict["param_groups"]
-        merged = []
-        for number, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
-            if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
-                raise ValueError(
-                    f"group {number} of the state dict is trained by {saved['algorithm']}, here by "
-                    f"{own['algorithm']}; build the optimizer with the routes it was saved with"
-                )
-            kept = {key: value for key, value in own.items() if key not in ("params", *saved)}
-            structure = {key: own[key] for key in ("algorithm", "view") if key in own}
-            merged.append({**kept, **saved, **structure})
-            _check_state_shapes(own, saved, state_dict["state"])
-        if len(merged) == len(saved_groups) == len(self.param_groups):
-            state_dict = {**state_dict, "param_groups": merged}
-        super().load_state_dict(state_dict)
+        super().load_state_dict(merge_saved(self.param_groups, state_dict))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -183,18 +180,21 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, _with_gradients(group)) for group in self.param_groups]
-        if not _finite(work):
+        work = [(group, with_gradients(group)) for group in self.param_groups]
+        if not may_step(work):
             self.skipped_steps += 1
             return loss
+        # Whatever can be refused is, before the first write.
+        planned = [
+            (group, _batches(params, self._momenta(params), group))
+            for group, params in work
+            if group["algorithm"] == "muon"
+        ]
+        for group, batches in planned:
+            _muon_step(batches, group, LocalExchange())
         for group, params in work:
-            if not params:
-                continue
-            if group["algorithm"] == "adamw":
-                grads = [cast("Tensor", p.grad) for p in params]
-                adamw_step_(params, grads, [self.state[p] for p in params], group)
-            else:
-                _muon_step(params, self._momenta(params), group, LocalExchange())
+            if params and group["algorithm"] == "adamw":
+                adamw_step_(params, [self.state[p] for p in params], group)
         return loss
 
     def _momenta(self, params: Sequence[Tensor]) -> list[Tensor]:
@@ -215,8 +215,8 @@ class Muon(Optimizer):
         """What each kind of matrix gets, with every "auto" replaced by what it chose.
 
         Returns:
-            One dict per param group and matrix shape: group, algorithm, parameters; for Muon also
-            view, matrices, rows, cols, ns_steps, ns_form, ns_dtype, scale, lr (after the scale).
+            One dict per param group and matrix shape: group, algorithm; for Muon also view,
+            matrices, rows, cols, ns_steps, ns_form, ns_dtype, scale, lr (after the scale).
         """
         return [
             row for n, group in enumerate(self.param_groups) for row in describe_group(n, group)
@@ -244,7 +244,8 @@ class MuonW(Muon):
         adamw_params: the parameters for AdamW, when the split is given by hand.
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: AdamW's own hyperparameters; lr and weight decay
             are Muon's unless given.
-        decay_1d: decay gains, biases and norms too.
+        decay_1d: decay gains, biases and norms too (what no rule decides). For routes made before,
+            give it to `route`.
         **options: any other keyword argument of `Muon`.
 
     Raises:
@@ -268,7 +269,7 @@ class MuonW(Muon):
         ns_steps: int = DEFAULT_STEPS,
         adjust_lr_fn: str | None = None,
         *,
-        rules: Iterable[Rule] = (),
+        rules: Rule | Iterable[Rule] = (),
         adamw_params: ParamsT | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
@@ -277,19 +278,20 @@ class MuonW(Muon):
         decay_1d: bool = False,
         **options: Any,
     ) -> None:
-        groups: Any
+        refuse_unknown(options)
         if isinstance(model, nn.Module | Routes):
             if adamw_params is not None:
                 raise TypeError(
                     "MuonW got a model and adamw_params: pass the model alone (it routes itself; "
                     "rules=[...] overrides), or the Muon parameters with adamw_params"
                 )
-            adjust_lr_fn = adjust_lr_fn or "match_rms_adamw"
+            rules = [rules] if isinstance(rules, Rule) else list(rules)
+            routes = _routes(model, rules, adjust_lr_fn, decay_1d)
+            adjust_lr_fn = routes.scale
             weight_decay = 0.1 if weight_decay is None else weight_decay
-            routes = _routes(model, list(rules), adjust_lr_fn)
-            groups = _routed_groups(routes, decay_1d)
+            groups = routes.param_groups()
         else:
-            if adamw_params is None or rules:
+            if adamw_params is None or rules or decay_1d:
                 raise TypeError(
                     f"MuonW got {type(model).__name__}, which cannot be routed: pass the model "
                     "(MuonW(model)), or adamw_params= for what AdamW trains; for hidden matrices "
@@ -315,13 +317,18 @@ class MuonW(Muon):
         )
 
 
-def _routes(model: nn.Module | Routes, rules: Sequence[Rule], scale: str) -> Routes:
+def _routes(
+    model: nn.Module | Routes, rules: Sequence[Rule], scale: str | None, decay_1d: bool
+) -> Routes:
     if isinstance(model, Routes):
-        if rules:
-            raise TypeError("MuonW got routes and rules: give the rules to route(model, rules)")
+        if rules or decay_1d or scale not in (None, model.scale):
+            raise TypeError(
+                "MuonW got routes, and rules, decay_1d or another scale beside them: give these to "
+                f"route(model, rules, scale={scale or model.scale!r}, decay_1d={decay_1d})"
+            )
         routes = model
     else:
-        routes = route(model, rules, scale=scale)
+        routes = route(model, rules, scale=scale or "match_rms_adamw", decay_1d=decay_1d)
     if not any(r.algorithm == "muon" for r in routes):
         warnings.warn(
             "MuonW found no hidden matrix in the model: AdamW trains all of it. "
@@ -332,65 +339,11 @@ def _routes(model: nn.Module | Routes, rules: Sequence[Rule], scale: str) -> Rou
     return routes
 
 
-def _routed_groups(routes: Routes, decay_1d: bool) -> list[dict[str, Any]]:
-    groups = []
-    for group in routes.param_groups():
-        decays = group.pop("decay")
-        if not decays and not decay_1d:
-            group.setdefault("weight_decay", 0.0)
-        groups.append(group)
-    return groups
-
-
 def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:
     items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if items and isinstance(items[0], dict):
         return [{**group, "algorithm": algorithm} for group in items]
     return [{"params": items, "algorithm": algorithm}] if items else []
-
-
-def _with_gradients(group: dict[str, Any]) -> list[Tensor]:
-    """The group's parameters that have a gradient; refuses what no algorithm here can take."""
-    for name, p in zip(parameter_names(group), group["params"], strict=True):
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"Muon does not support sparse gradients: {name} {tuple(p.shape)} has one; "
-                "build its embedding with sparse=False, or train it with torch.optim.SparseAdam"
-            )
-    return [p for p in group["params"] if p.grad is not None]
-
-
-def _finite(work: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> bool:
-    """Whether the step may take place, by each group's `nonfinite`; raises for "raise"."""
-    for group, params in work:
-        if group["nonfinite"] == "propagate" or not params:
-            continue
-        # The largest magnitude: a 2-norm would overflow on large finite gradients.
-        norms = torch._foreach_norm([cast("Tensor", p.grad) for p in params], float("inf"))
-        finite = [bool(norm.isfinite()) for norm in _to_host(norms)]
-        if all(finite):
-            continue
-        if group["nonfinite"] == "skip":
-            return False
-        broken = {id(p) for p, ok in zip(params, finite, strict=True) if not ok}
-        names = zip(parameter_names(group), group["params"], strict=True)
-        bad = [name for name, p in names if id(p) in broken]
-        raise FloatingPointError(
-            f"the gradient of {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''} is not "
-            "finite; nothing was changed. Lower lr or clip gradients; nonfinite='skip' leaves such "
-            "steps out"
-        )
-    return True
-
-
-def _to_host(scalars: Sequence[Tensor]) -> list[Tensor]:
-    """0-dim tensors on the CPU, waiting once per device and not once per tensor."""
-    position: dict[int, Tensor] = {}
-    for device in {scalar.device for scalar in scalars}:
-        here = [i for i, scalar in enumerate(scalars) if scalar.device == device]
-        values = torch.stack([scalars[i].float() for i in here]).cpu()
-        position.update(zip(here, values.unbind(), strict=True))
-    return [position[i] for i in range(len(scalars))]
 
 
 class _Piece(NamedTuple):
@@ -403,12 +356,9 @@ class _Piece(NamedTuple):
 
 
 def _muon_step(
-    params: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    group: dict[str, Any],
-    exchange: Exchange,
+    batches: Sequence[Sequence[_Piece]], group: dict[str, Any], exchange: Exchange
 ) -> None:
-    for batch in _batches(params, momenta, group):
+    for batch in batches:
         u = _momentum_(batch, group)  # elementwise, where the state lives
         u = exchange.to_owners(u)  # whole matrices, (B, m, n)
         o = orthogonalize(
@@ -417,7 +367,6 @@ def _muon_step(
             ns_steps=group["ns_steps"],
             ns_form=group["ns_form"],
             ns_dtype=group["ns_dtype"],
-            eps=group["eps"],
         )
         d = exchange.to_params(o)
         _apply_(batch, d, group)
@@ -472,25 +421,21 @@ def _apply_(batch: Sequence[_Piece], d: Tensor, group: dict[str, Any]) -> None:
     updates = [p.block.to_region(o) for p, o in zip(batch, matrices, strict=True)]
     if decay != 0:
         if group["cautious"]:
-            shrinks = [(o * p > 0).to(p.dtype) for o, p in zip(updates, params, strict=True)]
-            factors = [1 - lr * decay * mask for mask in shrinks]
-            torch._foreach_mul_(params, factors)
+            shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
+            _add_(params, shrinking, -lr * decay)
         else:
-            torch._foreach_mul_(params, 1 - lr * decay)
-    step = -lr * scale_factor(group["adjust_lr_fn"], block.rows, block.cols)
-    if isinstance(step, Tensor):
+            _add_(params, params, -lr * decay)
+    _add_(params, updates, -lr * scale_factor(group["adjust_lr_fn"], block.rows, block.cols))
+
+
+def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -> None:
+    """params += factor * tensors, with the factor in full precision.
+
+    (`_foreach_mul_` by a float would round it to the parameters' dtype: in bf16, 1 - 0.002 becomes
+    1 - 0.0039.)
+    """
+    if isinstance(factor, Tensor):
         # A tensor as alpha would be read back to the host; multiplying keeps it on the device.
-        torch._foreach_add_(params, torch._foreach_mul(updates, step))
+        torch._foreach_add_(params, torch._foreach_mul(tensors, factor))
     else:
-        torch._foreach_add_(params, updates, alpha=step)
-
-
-def _check_state_shapes(own: dict[str, Any], saved: dict[str, Any], state: dict[Any, Any]) -> None:
-    for name, p, key in zip(parameter_names(own), own["params"], saved["params"], strict=False):
-        for kind in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
-            value = state.get(key, {}).get(kind)
-            if value is not None and value.shape != p.shape:
-                raise ValueError(
-                    f"the state dict's {kind} for {name} has shape {tuple(value.shape)}, the "
-                    f"parameter {tuple(p.shape)}; it was saved from another model"
-                )
+        torch._foreach_add_(params, tensors, alpha=factor)

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from muonkit.coefficients import Coefficients
 
-__all__ = ["FORMS", "NS_DTYPES", "orthogonalize", "resolve_dtype", "resolve_form"]
+__all__ = [
+    "FORMS",
+    "NS_DTYPES",
+    "orthogonalize",
+    "products_dtype",
+    "resolve_dtype",
+    "resolve_form",
+]
 
 NS_DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -38,7 +45,6 @@ def orthogonalize(
     ns_steps: int = DEFAULT_STEPS,
     ns_form: str = "auto",
     ns_dtype: str | torch.dtype = "auto",
-    eps: float = 1e-7,
 ) -> Tensor:
     """Replace every matrix by (nearly) its closest semi-orthogonal matrix.
 
@@ -55,7 +61,6 @@ def orthogonalize(
         ns_dtype: the dtype of the matrix products; "auto" is what the hardware multiplies natively:
             bfloat16 on GPUs and CPUs with bf16 units, else float32. float64 input stays float64,
             and the schedules without a safety factor, which diverge in 16 bits, get float32.
-        eps: lower bound of the norm that is divided by, once the largest magnitude is one.
 
     Returns:
         A tensor of G's shape and dtype.
@@ -63,11 +68,13 @@ def orthogonalize(
     Raises:
         ValueError: fewer than two dimensions, an unknown option, or a schedule without a safety
             factor in a 16-bit dtype.
-        TypeError: G is not a real floating-point tensor.
+        TypeError: G is not a real floating-point tensor of at least 16 bits.
     """
-    if not isinstance(G, Tensor) or not G.dtype.is_floating_point:
+    if not isinstance(G, Tensor) or not G.dtype.is_floating_point or G.dtype.itemsize < 2:
         got = G.dtype if isinstance(G, Tensor) else type(G).__name__
-        raise TypeError(f"orthogonalize expects a real floating-point tensor, got {got}")
+        raise TypeError(
+            f"orthogonalize expects a real floating-point tensor of at least 16 bits, got {got}"
+        )
     if G.ndim < 2:
         raise ValueError(
             f"orthogonalize expects matrices (..., m, n), got shape {tuple(G.shape)}; "
@@ -75,14 +82,33 @@ def orthogonalize(
         )
     iterations = resolve(ns_coefficients, ns_steps)
     form = resolve_form(ns_form)
-    dtype = resolve_dtype(ns_dtype, G.dtype, G.device, iterations.strict)
+    dtype = products_dtype(ns_dtype, G.dtype, G.device, iterations)
     if G.numel() == 0:
         return G.clone()
     X = G.reshape(-1, *G.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
-    X = _normalize(X.mT if tall else X, iterations, dtype, eps)
+    X = _normalize(X.mT if tall else X, iterations, dtype)
     X = _exact(X) if iterations.exact else FORMS[form](X, iterations)
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+
+def products_dtype(
+    ns_dtype: str | torch.dtype,
+    input_dtype: torch.dtype,
+    device: torch.device,
+    iterations: Iterations,
+) -> torch.dtype:
+    """The dtype that these iterations are computed in.
+
+    The exact factor has no products to choose a dtype for: it is decomposed in at least float32.
+
+    Raises:
+        ValueError: as `resolve_dtype`.
+    """
+    dtype = resolve_dtype(ns_dtype, input_dtype, device, iterations.strict)
+    if iterations.exact:
+        return torch.promote_types(torch.promote_types(input_dtype, torch.float32), dtype)
+    return dtype
 
 
 @constant_result
@@ -147,7 +173,7 @@ def _multiplies_bf16(device_type: str, index: int | None) -> bool:
     return device_type == "xpu"
 
 
-def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype, eps: float) -> Tensor:
+def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype) -> Tensor:
     """Every matrix divided by its norm, in at least float32; then in the dtype of the products."""
     wide = torch.promote_types(X.dtype, torch.float32)
     margin = iterations.margin
@@ -159,9 +185,8 @@ def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype, eps: float
     # magnitude out first. A maximum of zero is a zero matrix, which stays one.
     largest = X.abs().amax(dim=(-2, -1), keepdim=True)
     X = X / torch.where(largest == 0, 1.0, largest)
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    X = X / (norm * margin).clamp(min=eps)
-    return X.to(dtype)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # 0, or at least 1
+    return (X / torch.where(norm == 0, 1.0, norm * margin)).to(dtype)
 
 
 def _standard(X: Tensor, iterations: Iterations) -> Tensor:
@@ -178,11 +203,10 @@ FORMS: dict[str, Callable[[Tensor, Iterations], Tensor]] = {"standard": _standar
 
 
 def _exact(X: Tensor) -> Tensor:
-    """U V^T over the singular values that are not rounding; in at least float32.
+    """U V^T over the singular values that are not rounding; X in at least float32.
 
     A matrix with a non-finite entry gives NaN, as the polynomial does (LAPACK would raise).
     """
-    X = X.to(torch.promote_types(X.dtype, torch.float32))
     finite = X.isfinite().all(-1).all(-1)[:, None, None]
     U, S, Vh = torch.linalg.svd(torch.where(finite, X, 0.0), full_matrices=False)
     floor = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]

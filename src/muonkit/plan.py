@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BYTES_IN_FLIGHT", "Item", "make_batches"]
 
-# Cap on the bytes of one batch of matrices; the transient peak of a step is a small multiple of it.
+# Cap on the bytes of one batch of matrices, above which no batch grows (but a single parameter may
+# be larger); the transient peak of a step is a small multiple of the largest batch.
 BYTES_IN_FLIGHT = 256 * 2**20
 
 

@@ -28,6 +28,14 @@ Algorithm = Literal["muon", "adamw", "frozen"]
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 
 _RESERVED = frozenset({"params", "algorithm", "view", "decay"})
+_HYPERPARAMETERS = {
+    "muon": frozenset(
+        {"lr", "weight_decay", "maximize", "nonfinite", "momentum", "nesterov", "ns_coefficients"}
+        | {"ns_steps", "adjust_lr_fn", "ns_form", "ns_dtype", "cautious", "eps"}
+    ),
+    "adamw": frozenset({"lr", "weight_decay", "maximize", "nonfinite", "betas", "eps"}),
+}
+_OPTIONS = _HYPERPARAMETERS["muon"] | _HYPERPARAMETERS["adamw"]
 _COLUMNS = ("name", "shape", "view", "algorithm", "scale", "decay", "reason")
 
 
@@ -112,6 +120,12 @@ class Rule:
                 View.parse(self.view)
             except ValueError as error:
                 raise RoutingError(f"{self}: {error}") from error
+        unknown = sorted(self.options.keys() - _OPTIONS - _RESERVED)
+        if unknown:
+            raise RoutingError(
+                f"{self} has options {unknown}, which no param group has; they are "
+                f"{', '.join(sorted(_OPTIONS))}"
+            )
         reserved = sorted(_RESERVED.intersection(self.options))
         if reserved:
             raise RoutingError(
@@ -143,8 +157,9 @@ def _spell(match: object) -> str:
 class Routes(Sequence[Route]):
     """The routes of a model, in registration order. `print` it to see the table."""
 
-    def __init__(self, routes: Sequence[Route]) -> None:
+    def __init__(self, routes: Sequence[Route], scale: str = "match_rms_adamw") -> None:
         self._routes = tuple(routes)
+        self.scale = scale  # what the table's scales are, unless a rule says otherwise
 
     @overload
     def __getitem__(self, index: int) -> Route: ...
@@ -152,7 +167,7 @@ class Routes(Sequence[Route]):
     def __getitem__(self, index: slice) -> Routes: ...
     def __getitem__(self, index: int | slice) -> Route | Routes:
         if isinstance(index, slice):
-            return Routes(self._routes[index])
+            return Routes(self._routes[index], self.scale)
         return self._routes[index]
 
     def __len__(self) -> int:
@@ -206,8 +221,8 @@ class Routes(Sequence[Route]):
         return json.dumps({"routes": rows, "summary": summary}, indent=2, default=repr)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Param groups for an optimizer: {"params": [(name, parameter), ...], "algorithm",
-        "view" (muon only), "decay", **options}.
+        """Param groups for `Muon`: {"params": [(name, parameter), ...], "algorithm",
+        "view" (muon only), "decay" (False stands for weight_decay 0), **options}.
 
         Parameters that agree in all but themselves share a group; groups come in the order of
         their first parameter. Frozen parameters are left out.
@@ -258,7 +273,11 @@ def _cells(route: Route) -> tuple[str, ...]:
 
 
 def route(
-    model: nn.Module, rules: Sequence[Rule] = (), *, scale: str = "match_rms_adamw"
+    model: nn.Module,
+    rules: Sequence[Rule] = (),
+    *,
+    scale: str = "match_rms_adamw",
+    decay_1d: bool = False,
 ) -> Routes:
     """Decide for every parameter of `model` which algorithm trains it, and in which view.
 
@@ -266,7 +285,9 @@ def route(
         model: any module; `torch.compile`, DistributedDataParallel and the like are looked through.
         rules: overrides; for each parameter the first rule that matches decides.
         scale: the name of the learning-rate scale that the table shows (a key of
-            `muonkit.scale.SCALES`); a rule's option "adjust_lr_fn" goes before it.
+            `muonkit.scale.SCALES`), and that `MuonW` uses; a rule's option "adjust_lr_fn" goes
+            before it.
+        decay_1d: decay gains, biases and other vectors too, where no rule decides.
 
     Raises:
         RoutingError: the model has no parameters, or none that is trainable; a parameter that
@@ -290,18 +311,20 @@ def route(
     routes, errors = [], []
     for key in facts.params:
         try:
-            routes.append(_route_one(facts, key, chosen.get(key), scale))
+            routes.append(_route_one(facts, key, chosen.get(key), scale, decay_1d))
         except RoutingError as error:
             errors.append(error)
     if errors:
         more = f" ({len(errors) - 1} more like it)" if len(errors) > 1 else ""
         raise RoutingError(f"{errors[0]}{more}") from errors[0]
-    return Routes(routes)
+    return Routes(routes, scale)
 
 
 def _choose_rules(facts: Survey, rules: Sequence[Rule]) -> dict[int, Rule]:
     """The deciding rule of every parameter that has one; every rule has to decide something."""
     chosen: dict[int, Rule] = {}
+    if isinstance(rules, Rule):
+        raise TypeError("rules is a sequence of rules: put the one in brackets")
     for position, rule in enumerate(rules):
         if not isinstance(rule, Rule):
             raise TypeError(f"rules are muonkit.Rule objects, got {type(rule).__name__}")
@@ -326,7 +349,7 @@ def _choose_rules(facts: Survey, rules: Sequence[Rule]) -> dict[int, Rule]:
     return chosen
 
 
-def _route_one(facts: Survey, key: int, rule: Rule | None, scale: str) -> Route:
+def _route_one(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: bool) -> Route:
     param, sites = facts.params[key], facts.sites[key]
     options = dict(rule.options) if rule else {}
     algorithm: Algorithm
@@ -339,6 +362,12 @@ def _route_one(facts: Survey, key: int, rule: Rule | None, scale: str) -> Route:
     else:
         verdict = _verdict(facts, key, rule)
         algorithm = "muon" if verdict.algorithm == "muon" else "adamw"
+        foreign = sorted(options.keys() - _HYPERPARAMETERS[algorithm])
+        if foreign:
+            raise RoutingError(
+                f"{rule} gives {foreign} to {sites[0].name}, which {algorithm} trains and has "
+                f"{', '.join(sorted(_HYPERPARAMETERS[algorithm]))}; make the rule match less"
+            )
     lazy = isinstance(param, nn.parameter.UninitializedParameter)
     return Route(
         name=sites[0].name,
@@ -346,8 +375,8 @@ def _route_one(facts: Survey, key: int, rule: Rule | None, scale: str) -> Route:
         shape=() if lazy else tuple(param.shape),
         algorithm=algorithm,
         view=verdict.view,
-        decay=verdict.decay,
-        scale=_scale(verdict, param, str(options.get("adjust_lr_fn") or scale)),
+        decay=verdict.decay or (decay_1d and rule is None and algorithm == "adamw"),
+        scale=_scale(verdict, param, options.get("adjust_lr_fn", scale)),
         reason=verdict.reason,
         options=options,
         param=param,
@@ -419,7 +448,7 @@ def _no_view(site: Site, param: nn.Parameter, rule: Rule) -> str:
     )
 
 
-def _scale(verdict: Verdict, param: nn.Parameter, name: str) -> float | tuple[float, ...] | None:
+def _scale(verdict: Verdict, param: nn.Parameter, name: Any) -> float | tuple[float, ...] | None:
     """The factor on lr of every matrix: one number where all agree."""
     if verdict.view is None:
         return None

@@ -85,7 +85,6 @@ class View:
     steps: tuple[str, ...]
 
     @staticmethod
-    @functools.lru_cache(maxsize=1024)
     def parse(spec: str) -> View:
         """Read a view from its spelling.
 
@@ -95,6 +94,11 @@ class View:
         """
         if not isinstance(spec, str):
             raise TypeError(f"a view is a string, got {type(spec).__name__}; one of {_OPTIONS}")
+        return View._parse(spec)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def _parse(spec: str) -> View:
         steps = ["".join(step.split()) for step in spec.split(">")]
         if steps[0] not in _FIRST:
             steps.insert(0, "matrix")
@@ -203,8 +207,9 @@ def _dim_of(view: View, block: Block, length: int, stored_rows: bool) -> int:
         dim = 0 if stored_rows else 1
         if not stored_rows and len(block.shape) > 2:
             raise ValueError(
-                f"view {str(view)!r} cuts the flattened columns of shape {block.shape}, which are "
-                "spread over several dimensions; cut rows, or reshape the parameter"
+                f"view {str(view)!r} cuts the dimensions that 'flatten' joins in shape "
+                f"{block.shape}, where a block is not one region; cut the first dimension, or "
+                "reshape the parameter"
             )
     if block.shape[dim] != length:
         raise ValueError(
