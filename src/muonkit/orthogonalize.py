@@ -87,7 +87,8 @@ def orthogonalize(
         return G.clone()
     X = G.reshape(-1, *G.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
-    X = _normalize(X.mT if tall else X, iterations, dtype)
+    # Row-major, or the products of the first iteration run at two thirds of their rate.
+    X = _normalize(X.mT.contiguous() if tall else X, iterations, dtype)
     X = _exact(X) if iterations.exact else FORMS[form](X, iterations)
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
@@ -186,15 +187,25 @@ def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype) -> Tensor:
     largest = X.abs().amax(dim=(-2, -1), keepdim=True)
     X = X / torch.where(largest == 0, 1.0, largest)
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # 0, or at least 1
-    return (X / torch.where(norm == 0, 1.0, norm * margin)).to(dtype)
+    norm = torch.where(norm == 0, 1.0, norm * margin)
+    # In place where autograd does not need X as it was: one pass over memory less.
+    X = X / norm if X.requires_grad else X.div_(norm)
+    return X.to(dtype)
 
 
 def _standard(X: Tensor, iterations: Iterations) -> Tensor:
     """The polynomial on X itself: three products an iteration; `(B, m, n)` with m <= n."""
     for a, b, c in iterations.triples:
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
-        X = torch.baddbmm(X, B, X, beta=a)
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+        if X.dtype.itemsize > 2:
+            # a on the diagonal: (aI + bA + cA^2)X as one plain product. On a CPU, a product that
+            # adds to a matrix copies that matrix first, a third more time for the largest ones.
+            P.diagonal(dim1=-2, dim2=-1).add_(a)
+            X = P @ X
+        else:
+            # 16 bits would round a; as the product's beta it stays exact.
+            X = torch.baddbmm(X, P, X, beta=a)
     return X
 
 
