@@ -59,9 +59,9 @@ class Task:
 
 _CONTEXT = 128
 
-# The learning rates: of muonw and adamw for gpt, and of muonw, adamw and sgd for mnist, what --sweep
-# chose on 2026-11-22 (docs/lab.md has the grids); torch-muon's are muonw's, since the scale is the
-# same. All others are guesses from which --sweep starts.
+# The learning rates of muonw and adamw for gpt, and of muonw, adamw and sgd for mnist, are what
+# --sweep chose on 2026-11-22 (docs/lab.md has the grids); torch-muon's are muonw's, since the scale
+# is the same. All others are guesses from which --sweep starts.
 
 TASKS: dict[str, Task] = {
     task.name: task
