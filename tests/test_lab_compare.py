@@ -343,7 +343,7 @@ def test_each_seed_is_held_against_adamw_of_the_same_seed() -> None:
     assert muonw.val_loss.text() == "2.0000 ± 1.4142"
 
 
-def test_one_seed_has_no_deviation_and_no_reference_no_column() -> None:
+def test_one_seed_has_no_deviation_and_no_reference_no_figure() -> None:
     (row,) = rows([(_result("sgd", 0, 0.00123456), Curve([0], [0], [1.0]))])
     headings, ((*cells,),) = table([row])
     shown = dict(zip(headings, cells, strict=True))

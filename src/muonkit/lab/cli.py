@@ -175,8 +175,8 @@ def route_command(
 ) -> None:
     from muonkit.lab.specs import load_model
 
-    rules = [_rule(text) for text in rule or ()]
     try:
+        rules = [_rule(text) for text in rule or ()]
         routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn)
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error

@@ -114,12 +114,14 @@ class Session:
         self.asked, self.setting, self.folder, self.lines = asked, setting, folder, lines
         self.stop = StopRequest()
         self.results: dict[Run, Result] = {}
+        self.trained = False  # whether any run was, this time
         self.expected = 0
 
     def run(self, run: Run) -> Result:
         """The result of ``run``, trained at most once."""
         if run not in self.results:
             folder = self.folder.run(run.key)
+            self.trained |= not (folder / "result.json").exists()
             self.results[run] = train(run, self.setting, folder, self.stop, self.lines)
             if self.stop.received:
                 raise Interrupted(f"stopped after {run.title}")
@@ -225,7 +227,6 @@ def compare(
     if begun:
         _check_data(folder, data.fingerprint)
     folder.create(asked.config() | {"data": data.fingerprint})
-    was_finished = folder.finished
     with folder.locked(), reporter(progress) as lines:
         session = Session(asked, setting, folder, lines)
         with session.stop.listening():
@@ -233,7 +234,8 @@ def compare(
             material = _material(session, runs)
         path = report.write(folder.path, material)
     report.show(output, asked.task, rows(material.outcomes))
-    if was_finished:
-        output.print(f"{folder.path} was finished already: nothing was trained", soft_wrap=True)
-    output.print(f"report: {path}", soft_wrap=True, highlight=False)
+    if not session.trained:
+        said = f"{folder.path} was finished already: nothing was trained"
+        output.print(said, soft_wrap=True, markup=False)
+    output.print(f"report: {path}", soft_wrap=True, highlight=False, markup=False)
     return path

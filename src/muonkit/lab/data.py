@@ -353,12 +353,16 @@ def _cifar_members(path: Path) -> dict[str, bytes]:
     found = {}
     try:
         # One pass: seeking in a gzipped tar unpacks it again from the start.
-        with tarfile.open(path, "r|gz") as tar:
-            for member in tar:
-                name = member.name.rpartition("/")[2]
-                content = tar.extractfile(member) if name in _CIFAR_BATCHES else None
-                if content is not None:
-                    found[name] = content.read()
+        with gzip.open(path) as unpacked:
+            with tarfile.open(fileobj=unpacked, mode="r|") as tar:
+                for member in tar:
+                    name = member.name.rpartition("/")[2]
+                    content = tar.extractfile(member) if name in _CIFAR_BATCHES else None
+                    if content is not None:
+                        found[name] = content.read()
+            # To the very end, where gzip's checksum is: tarfile stops at the last member.
+            while unpacked.read(1 << 20):
+                pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is truncated or no tar.gz ({error}): {_REPLACE}") from error
     except OSError as error:

@@ -3,8 +3,9 @@
 import io
 from collections.abc import Sequence
 from itertools import cycle
+from statistics import fmean
 
-import matplotlib
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,12 +26,8 @@ _SIZE, _DPI = (8.0, 4.8), 130
 
 def _smoothed(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and the up to ``window`` − 1 before it."""
-    means = []
-    total = 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        means.append(total / min(i + 1, window))
-    return means
+    # Each window anew: in a running sum, one exploded value would spoil all that follow.
+    return [fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
 def _training(axes: Axes, x: str, records: Sequence[Record], color: str, dash: str) -> None:
@@ -62,11 +59,11 @@ def loss_plot(
     axes = canvas_figure.add_subplot()
     styles = cycle(_STYLES)
     style = {result.optimizer: (result.lr, next(styles)) for result, _ in _first(outcomes)}
-    lowest, first = [], []
+    heads = _first(outcomes)
     for result, curve in outcomes:
         lr, (color, dash, marker) = style[result.optimizer]
         _training(axes, against, records[f"{result.optimizer}/{result.seed}"], color, dash)
-        is_first = (result, curve) in _first(outcomes)
+        is_first = (result, curve) in heads
         name = f"{result.optimizer}, lr {lr:g}" + (" (diverged)" if result.diverged else "")
         axes.plot(
             curve.steps if against == "step" else curve.seconds,
@@ -78,15 +75,13 @@ def loss_plot(
             linewidth=1.8,
             label=name if is_first else None,
         )
-        lowest += curve.losses
-        first += curve.losses[:1]
-    if lowest and max(first) / max(min(lowest), 1e-9) > 4:
+    limits = _limits(outcomes, records)
+    if limits and limits[1] / max(limits[0], 1e-9) > 4:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    if first:
-        # A run that explodes before it diverges would press all the others flat.
-        axes.set_ylim(top=max(first) * 1.15)
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if limits:
+        axes.set_ylim(limits[0] / 1.15, limits[1] * 1.15)
     axes.set_xlabel("step" if against == "step" else "seconds of training")
     axes.set_ylabel("cross-entropy, nats")
     axes.set_title(title)
@@ -95,6 +90,27 @@ def loss_plot(
     image = io.BytesIO()
     canvas.print_png(image)  # type: ignore[no-untyped-call]
     return image.getvalue()
+
+
+def _limits(
+    outcomes: Sequence[Outcome], records: dict[str, list[Record]]
+) -> tuple[float, float] | None:
+    """Lowest and highest loss to show: from where the runs begin down to where the sound ones get.
+
+    What explodes before it diverges would press all the others flat.
+    """
+    first = [curve.losses[0] for _, curve in outcomes if curve.losses]
+    if not first:
+        return None
+    sound = [o for o in outcomes if not o[0].diverged] or outcomes
+    shown = [loss for _, curve in sound for loss in curve.losses]
+    for result, _ in sound:
+        mine = [r for r in records[f"{result.optimizer}/{result.seed}"] if r["kind"] == "train"]
+        window = max(1, len(mine) // 40)
+        losses = [r["loss"] for r in mine if r["loss"] is not None]
+        shown += _smoothed(losses, window)[window - 1 :]
+    low = min((loss for loss in shown if loss <= max(first)), default=min(first))
+    return max(low, 1e-9), max(first)
 
 
 def _first(outcomes: Sequence[Outcome]) -> list[Outcome]:

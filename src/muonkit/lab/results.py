@@ -131,7 +131,7 @@ def _decimals(loss: float) -> int:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells as text; columns without a single figure are left out."""
+    """Headings and cells as text; accuracy is left out where no run has it."""
 
     def loss(row: Row, figure: Figure | None) -> str:
         if row.diverged == row.seeds:

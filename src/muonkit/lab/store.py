@@ -15,11 +15,11 @@ are only appended to; the checkpoint holds their length, and what lies behind it
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import LabError, RunError
 
 try:
     import fcntl
@@ -33,13 +33,25 @@ _LOCK = ".lock"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``: the whole of it, or nothing, also if the power fails."""
+    """Write ``content`` to ``path``: the whole of it, or nothing.
+
+    Raises:
+        RunError: there is no room, or no right to write; nothing is left behind.
+    """
     beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; make room there, or choose another "
+            "folder with --out, and give the command again"
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -78,9 +90,15 @@ class MeasurementFile:
 
 
 def read_records(path: Path, length: int | None = None) -> list[Record]:
-    """The records in the first ``length`` bytes (all of them when None)."""
+    """The records in the first ``length`` bytes (all of them when None).
+
+    Raises:
+        ValueError: the file is shorter than that, or a line is no JSON.
+    """
     with path.open("rb") as file:
         content = file.read() if length is None else file.read(length)
+    if length is not None and len(content) != length:
+        raise ValueError(f"{path} has {len(content)} bytes, expected {length} or more")
     return [json.loads(line) for line in content.splitlines()]
 
 
@@ -92,10 +110,6 @@ class Folder:
 
     def run(self, key: str) -> Path:
         return self.path / "runs" / key
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "summary.json").exists()
 
     def check(self, config: Record) -> bool:
         """Whether the folder holds a comparison of ``config`` to go on with. Changes nothing.

@@ -42,7 +42,6 @@ class Task:
         lr: default learning rate of each optimizer, the centre of its sweep.
         evaluations: validations per run, evenly spaced, the last one at the end.
         accuracy: whether the share of right answers is reported (it is not for text).
-        duration: the time one run takes on two CPU cores, in words.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Task:
     lr: Mapping[str, float]
     evaluations: int
     accuracy: bool
-    duration: str
 
 
 _CONTEXT = 128
@@ -76,7 +74,6 @@ TASKS: dict[str, Task] = {
             lr={"muonw": 0.016, "adamw": 2e-3, "sgd": 0.3, "torch-muon": 0.016},
             evaluations=20,
             accuracy=False,
-            duration="about a minute",
         ),
         Task(
             name="digits",
@@ -88,7 +85,6 @@ TASKS: dict[str, Task] = {
             lr={"muonw": 4e-3, "adamw": 4e-3, "sgd": 0.1, "torch-muon": 4e-3},
             evaluations=20,
             accuracy=True,
-            duration="a few seconds",
         ),
         Task(
             name="mnist",
@@ -100,7 +96,6 @@ TASKS: dict[str, Task] = {
             lr={"muonw": 1e-3, "adamw": 2e-3, "sgd": 0.1, "torch-muon": 1e-3},
             evaluations=20,
             accuracy=True,
-            duration="about ten seconds",
         ),
         Task(
             name="cifar10",
@@ -112,7 +107,6 @@ TASKS: dict[str, Task] = {
             lr={"muonw": 4e-3, "adamw": 4e-3, "sgd": 0.1, "torch-muon": 4e-3},
             evaluations=10,
             accuracy=True,
-            duration="several minutes",
         ),
     )
 }

@@ -1,5 +1,6 @@
 """One run: one optimizer, one learning rate, one seed; durable, and bit for bit resumable."""
 
+import copy
 import io
 import math
 import signal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from muonkit.lab.data import Data, generator
-from muonkit.lab.errors import Interrupted
+from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.progress import Reporter
 from muonkit.lab.store import (
@@ -189,16 +190,26 @@ class Trainer:
 
     def _resume(self) -> int:
         """Take up the checkpoint, if there is a sound one; the length of its measurements."""
+        if not self._checkpoint.exists():
+            return 0
+        # Whatever is wrong with a file shows as any exception at all: the run starts over then.
         try:
             saved: dict[str, Any] = torch.load(self._checkpoint, weights_only=True)
             records = read_records(self.folder / "measurements.jsonl", saved["length"])
-        except FileNotFoundError:
+            model, optimizer = copy.deepcopy((self.model, self.optimizer))
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            step, seconds, length = int(saved["step"]), float(saved["seconds"]), saved["length"]
+            torch.set_rng_state(saved["rng"])
+        except Exception as error:
+            self.reporter.say(
+                f"{self._checkpoint} is damaged ({type(error).__name__}): "
+                f"{self.run.title} starts over"
+            )
             return 0
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-        self.step, self.seconds, self.records = saved["step"], saved["seconds"], records
-        return int(saved["length"])
+        self.model, self.optimizer = model, optimizer
+        self.step, self.seconds, self.records = step, seconds, records
+        return int(length)
 
     def save(self) -> None:
         """Replace the checkpoint by one of this moment."""
@@ -238,6 +249,8 @@ class Trainer:
             diverged = not self._one_step()
             if self.step in self.setting.evaluation_steps and not diverged:
                 diverged = not self._evaluate()
+            if diverged:
+                break  # no checkpoint: it would not know, and the run would go on from NaN
             if self.stop.received:
                 self.save()
                 raise Interrupted(f"stopped at step {self.step} of {self.run.title}")
@@ -316,13 +329,35 @@ def summarise(run: Run, records: list[Record], diverged: bool, seconds: float) -
     )
 
 
+def _finished(folder: Path) -> Result:
+    """The result in a run's folder.
+
+    Raises:
+        LabError: it is damaged, or its measurements are, or both are of another version.
+    """
+    try:
+        result = Result(**read_json(folder / "result.json"))
+        records = read_records(folder / "measurements.jsonl")
+        steps = sum(record["kind"] == "train" for record in records)
+        figures = (result.train_loss, result.val_loss)
+        sound = all(isinstance(x, float) or (x is None and result.diverged) for x in figures)
+        if steps != result.steps or not sound:
+            raise ValueError(f"{steps} steps measured of {result.steps}, losses {figures}")
+    except (OSError, ValueError, TypeError, KeyError, LabError) as error:
+        raise LabError(
+            f"{folder} is damaged or of another version ({' '.join(str(error).split()):.120}): "
+            "delete it, and the same command trains that run again"
+        ) from error
+    return result
+
+
 def train(
     run: Run, setting: Setting, folder: Path, stop: StopRequest, reporter: Reporter
 ) -> Result:
     """The result of ``run``: read from ``folder`` when it is there, else trained (further)."""
     finished = folder / "result.json"
     if finished.exists():
-        result = Result(**read_json(finished))
+        result = _finished(folder)
         reporter.start(run.title, 0, setting.steps)
         reporter.end("finished earlier")
         return result
