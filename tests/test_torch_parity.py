@@ -101,7 +101,7 @@ def _torch_step(p: torch.Tensor, momentum: torch.Tensor, g: torch.Tensor, o: dic
         (torch.float64, 0.03),
         (torch.float32, 0.03),
         # bf16 weights: each update is rounded to 2^-9 of the weight once more, on both sides.
-        (torch.bfloat16, 0.12),
+        (torch.bfloat16, 0.04),
     ],
 )
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
