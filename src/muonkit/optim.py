@@ -233,8 +233,9 @@ class MuonW(Muon):
         optimizer = MuonW(muon_params, lr=0.02, adamw_params=rest, adamw_lr=3e-4)   # or by hand
 
     When it routes, the scale is "match_rms_adamw" unless `adjust_lr_fn` is given: a learning rate
-    and decay tuned for AdamW carry over. When the split is given by hand, the defaults are Keller
-    Jordan's first version's: scale "original" and no decay.
+    and decay tuned for AdamW carry over in long trainings; in short ones sweep upward from there.
+    When the split is given by hand, the defaults are Keller Jordan's first version's: scale
+    "original" and no decay.
 
     Args:
         model: a module, the `Routes` of one, or the parameters for Muon (then with adamw_params).
