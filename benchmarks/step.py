@@ -1,194 +1,380 @@
-"""Time one optimizer step against torch.optim.Muon, paired in one process.
+"""Time one optimizer step on fixed sets of hidden matrices, against every peer installed.
 
-    python benchmarks/step.py                      # the 2-layer, d = 384 GPT
-    python benchmarks/step.py --set gpt2-small --rounds 10 --json step.json
+    python benchmarks/step.py                                   # the 2-layer, d = 384 GPT
+    python benchmarks/step.py --set all --json step.json --plot step.png
+    python benchmarks/step.py --set vit-tiny --only "torch fp32,heavyball fp32"
 
-Every round runs each implementation once, in an order that rotates, so that a change of the
-machine's speed meets all of them; quoted are medians, and the ratios are medians over rounds with
-their quartiles. The limit is the time that the counted FLOPs of the standard form (general
-products) take at the best product rate measured in the same run.
+Paired: all implementations live in one process, on the same weights and gradients; every round runs
+each of them once, in an order that rotates, so that a change of the machine's speed meets all.
+Quoted are medians, and ratios to ours within a round with their quartiles.
 
-torch.optim.Muon as shipped computes in bf16 whatever the hardware; on a CPU without bf16 units a
-step of it takes minutes, so it runs only `--shipped-rounds` times.
+The limit is the time that the FLOPs of the cheapest exact form take (for each matrix the less of
+the standard form and the gram form with one restart, symmetric products at half cost, momentum and
+the rest at nothing) at the best rate of a float32 product measured before, between and after the
+rounds. Effective GFLOP/s are those same FLOPs over the time of a step, whatever the implementation
+really computed.
+
+A peer whose step takes longer than --budget seconds runs in one round, or in two; one that would
+take longer than --longest, judged by one small product in its dtype, does not run at all (that is
+torch.optim.Muon as shipped on a CPU without bf16 units: look at one-layer-768).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
-import platform
+import math
+import os
 import statistics
-import time
-from collections.abc import Callable
+import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+# torch reads these once: its profiler, which tells the bytes of a step, announces itself otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import machine
 import torch
-from torch import nn
-from torch.optim import _muon as torch_muon
+from peers import PEERS, Implementation, Peer
+from sets import SETS, TINY, Workload, cheapest_flops, matrices, standard_flops
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from muonkit import Muon
-
-Shape = tuple[int, int]
-
-
-def gpt_shapes(layers: int, d: int) -> list[Shape]:
-    """Hidden matrices of a GPT: fused QKV, attention output, MLP up and down."""
-    return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * layers
+OURS = "muonkit"
+SHORTEST = 0.02  # seconds; a shorter step is repeated until one measurement takes this long
 
 
-SETS: dict[str, list[Shape]] = {
-    "gpt-2x384": gpt_shapes(2, 384),
-    "gpt2-small": gpt_shapes(12, 768),
-    "one-layer-768": gpt_shapes(1, 768),
-}
+class CountOperations(TorchDispatchMode):
+    """Counts what reaches the dispatcher: on a GPU, about the kernels launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
-def newton_schulz_fp32(
-    grad: torch.Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float
-) -> torch.Tensor:
-    """torch.optim.Muon's own loop with its cast changed to float32 and nothing else."""
-    a, b, c = ns_coefficients
-    X = grad.float().clone()
-    if grad.size(0) > grad.size(1):
-        X = X.T
-    X.div_(X.norm().clamp(min=eps))
-    for _ in range(ns_steps):
-        A = X @ X.T
-        B = torch.addmm(A, A, A, beta=b, alpha=c)
-        X = torch.addmm(X, B, X, beta=a)
-    return X.T if grad.size(0) > grad.size(1) else X
+@dataclass
+class Runner:
+    """One implementation in the race."""
+
+    peer: Peer
+    made: Implementation
+    workload: Workload
+    first_seconds: float
+    movement: list[Tensor]  # of the weights, by the first step
+    writes_gradients: bool
+    estimate: float = 0.0
+
+    def ready(self) -> None:
+        """The same gradients for everyone; outside of what is timed."""
+        if self.writes_gradients:
+            self.workload.restore_gradients()
+        self.made.give_gradients()
+
+    def time(self) -> float:
+        self.ready()
+        return machine.timed(self.made.step, max(1, math.ceil(SHORTEST / self.estimate)))
 
 
-def standard_flops(shapes: list[Shape], steps: int = 5) -> int:
-    """FLOPs of the matrix products, standard form, general products: 4m^2n + 2m^3 an iteration."""
-    return sum(steps * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in shapes)
+def absence(error: BaseException, peer: Peer) -> str:
+    """Why a peer is not in the table, in one line."""
+    message = str(error)
+    if "from user code:" in message:  # torch.compile's: the line it stopped at, then advice
+        message = message.partition("from user code:")[2].partition("\n\n")[0]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    said = ": ".join([type(error).__name__, *lines[-1:]])
+    if isinstance(error, ImportError):
+        try:
+            importlib.metadata.version(peer.package or "torch")
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed (benchmarks/requirements-peers.txt)"
+    return f"does not run here: {said}"
 
 
-def product_rate() -> float:
-    """The best FLOP/s of a float32 product of this machine, over a few sizes."""
-    best = 0.0
-    for n in (512, 1024, 2048):
-        a, b = torch.randn(n, n), torch.randn(n, n)
-        for _ in range(8):
-            start = time.perf_counter()
-            a @ b
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
+def enter(peer: Peer, workload: Workload, longest: float) -> Runner | str:
+    """Make a peer and take its first step; the reason where it cannot."""
+    dtype = getattr(torch, peer.products)
+    expected = machine.product_seconds(dtype, standard_flops(workload.entries))
+    if expected > longest:
+        return f"not run: a step would take about {expected:.0f} s in {peer.products}"
+    before = [w.clone() for w in workload.weights]
+    workload.restore_gradients()
+    try:
+        made = Implementation(peer, workload.parameters(peer.views))
+        first = machine.timed(made.step)
+    except Exception as error:  # another package's: whatever it is, the others can still run
+        return absence(error, peer)
+    finally:
+        movement = torch._foreach_sub(workload.weights, before)
+        torch._foreach_copy_(workload.weights, before)
+    changed = workload.gradients_changed()
+    return Runner(peer, made, workload, first, list(movement), changed)
 
 
-def parameters(shapes: list[Shape]) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(s, generator=generator) * 0.02) for s in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
-    return params
+def warm_up(runner: Runner, budget: float) -> None:
+    """A second step, unless the first one already said that it takes long."""
+    runner.estimate = runner.first_seconds
+    if runner.peer.compiled or runner.first_seconds < budget:
+        runner.ready()
+        runner.estimate = max(1e-6, machine.timed(runner.made.step))
 
 
-def implementations(shapes: list[Shape]) -> dict[str, Callable[[], object]]:
-    ours = Muon(parameters(shapes), ns_dtype="float32")
-    theirs = torch.optim.Muon(parameters(shapes))
-    shipped = torch_muon._zeropower_via_newtonschulz
+def race(
+    runners: dict[str, Runner], rounds: int, budget: float, rate: machine.ProductRate
+) -> list[dict[str, float]]:
+    """Seconds of each in each round, and the product rate before, between and after."""
+    allowed = {}
+    for name, runner in runners.items():
+        warm_up(runner, budget)
+        slow = name != OURS and runner.estimate > budget
+        allowed[name] = rounds if not slow else 1 if runner.estimate > 2 * budget else 2
+    rate.probe(8)
+    results: list[dict[str, float]] = []
+    for number in range(rounds):
+        names = [name for name in runners if number < allowed[name]]
+        start = number % len(names)
+        results.append({name: runners[name].time() for name in names[start:] + names[:start]})
+        if number % max(1, rounds // 4) == 0:
+            rate.probe(1)
+    rate.probe(8)
+    return results
 
-    def with_orthogonalization(function: Callable[..., torch.Tensor]) -> Callable[[], object]:
-        def step() -> None:
-            torch_muon._zeropower_via_newtonschulz = function
-            try:
-                theirs.step()
-            finally:
-                torch_muon._zeropower_via_newtonschulz = shipped
 
-        return step
+def distance(movement: list[Tensor], reference: list[Tensor]) -> float:
+    """Of two movements of all weights, relative to the second (Frobenius)."""
+    difference = torch._foreach_norm(torch._foreach_sub(movement, reference))
+    size = torch._foreach_norm(reference)
+    return float(torch.stack(list(difference)).norm() / torch.stack(list(size)).norm())
 
+
+def operations(runner: Runner) -> int | None:
+    """Dispatched operations of one step; None for a compiled one, which would not stay compiled."""
+    if runner.peer.compiled:
+        return None
+    runner.ready()
+    with CountOperations() as counter:
+        runner.made.step()
+    return counter.count
+
+
+def peak_bytes(runner: Runner) -> int:
+    """The most that one step holds beyond what it found, by torch's allocator; 0 for none.
+
+    What a BLAS library allocates for itself is not in it.
+    """
+    runner.ready()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        runner.made.step()
+    recorded = profiler.profiler
+    assert recorded is not None
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors in an optimizer's state, however it is nested."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if hasattr(state, "values") else state
+    return sum(state_bytes(v) for v in values) if isinstance(state, dict | list | tuple) else 0
+
+
+def row(
+    name: str, runner: Runner, results: list[dict[str, float]], reference: list[Tensor], slow: bool
+) -> dict[str, Any]:
+    """What is written of one implementation."""
+    peer = runner.peer
+    pairs = [(r[name], r[OURS]) for r in results if name in r]
+    needs = {e.view for e in runner.workload.entries} - peer.views
     return {
-        "muonkit": ours.step,
-        "torch fp32 loop": with_orthogonalization(newton_schulz_fp32),
-        "torch as shipped": with_orthogonalization(shipped),
+        "ms": statistics.median(seconds for seconds, _ in pairs) * 1e3,
+        "quartiles_ms": [q * 1e3 for q in machine.quartiles([seconds for seconds, _ in pairs])],
+        "times_muonkit": machine.quartiles([seconds / ours for seconds, ours in pairs]),
+        "rounds": len(pairs),
+        "first_ms": runner.first_seconds * 1e3,
+        "products": peer.products,
+        "distance_of_first_step": distance(runner.movement, reference),
+        "writes_gradients": runner.writes_gradients,
+        "given_as_matrices": sorted(needs),
+        "operations": None if slow else operations(runner),
+        "state_bytes": state_bytes(dict(runner.made.optimizer.state)),
+        "peak_bytes": None if slow else peak_bytes(runner),
+        "version": importlib.metadata.version(peer.package) if peer.package else None,
+        "differs": peer.differs,
+        "seconds": [seconds for seconds, _ in pairs],
     }
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def measure(
+    entries: list[Any], names: list[str], rounds: int, budget: float, longest: float
+) -> dict[str, Any]:
+    """Everything about one set."""
+    workload = Workload(entries)
+    runners: dict[str, Runner] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        entered = enter(PEERS[name], workload, longest)
+        if isinstance(entered, Runner):
+            runners[name] = entered
+        else:
+            absent[name] = entered
+    if OURS not in runners:
+        raise SystemExit(f"muonkit itself: {absent[OURS]}")
+    rate = machine.ProductRate()
+    results = race(runners, rounds, budget, rate)
+    reference = runners[OURS].movement
+    rows = {
+        name: row(name, runner, results, reference, runner.estimate > budget)
+        for name, runner in runners.items()
+    }
+    flops = cheapest_flops(entries)
+    limit = flops / rate.value
+    for record in rows.values():
+        record["effective_gflops"] = flops / record["ms"] / 1e6
+        record["share_of_limit"] = limit * 1e3 / record["ms"]
+    others = [name for name in rows if PEERS[name].make is not PEERS[OURS].make]
+    others = [name for name in others if not name.startswith(OURS)]
+    return {
+        "matrices": len(matrices(entries)),
+        "parameters": len(entries),
+        "gflop": flops / 1e9,
+        "gflop_standard": standard_flops(entries) / 1e9,
+        "product_gflops": rate.value / 1e9,
+        "product_gflops_by_size": {size: r / 1e9 for size, r in rate.best.items()},
+        "limit_ms": limit * 1e3,
+        "best_peer": min(others, key=lambda name: rows[name]["ms"], default=None),
+        "rows": rows,
+        "absent": absent,
+    }
 
 
-def measure(shapes: list[Shape], rounds: int, shipped_rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step; the lists of one round belong together."""
-    every = implementations(shapes)
-    usual = [name for name in every if name != "torch as shipped"]
-    for name in usual:
-        every[name]()
-        every[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in every}
-    for number in range(rounds):
-        order = usual if number % 2 == 0 else usual[::-1]
-        if number < shipped_rounds:
-            order = [*order, "torch as shipped"]
-        for name in order:
-            seconds[name].append(timed(every[name]))
-    return seconds
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return (values[0],) * 3
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--set", choices=SETS, default="gpt-2x384")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--shipped-rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    shapes = SETS[options.set]
-    rate = product_rate()
-    seconds = measure(shapes, options.rounds, options.shipped_rounds)
-    rate = max(rate, product_rate())
-    flops = standard_flops(shapes)
-    limit = flops / rate
+def show(name: str, result: dict[str, Any]) -> None:
     print(
-        f"{options.set}: {len(shapes)} matrices, {flops / 1e9:.1f} GFLOP a step (standard form), "
-        f"best product {rate / 1e9:.0f} GFLOP/s, limit {limit * 1e3:.1f} ms; "
-        f"torch {torch.__version__}, {options.threads} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}"
+        f"\n{name}: {result['matrices']} matrices; cheapest form {result['gflop']:.2f} GFLOP "
+        f"(standard, general products: {result['gflop_standard']:.2f}); best product "
+        f"{result['product_gflops']:.0f} GFLOP/s; limit {result['limit_ms']:.2f} ms"
     )
-    rows = {}
-    for name, values in seconds.items():
-        if not values:
-            continue
-        ratios = [v / o for v, o in zip(values, seconds["muonkit"], strict=False)]
-        low, middle, high = quartiles(ratios)
-        median = statistics.median(values)
-        rows[name] = {
-            "ms": median * 1e3,
-            "times_muonkit": [low, middle, high],
-            "share_of_limit": limit / median,
-            "rounds": len(values),
-        }
+    print(
+        f"  {'':28}{'ms':>10}{'x muonkit':>11}{'quartiles':>16}{'GFLOP/s':>9}{'limit':>7}"
+        f"{'ops':>6}{'peak MiB':>9}{'distance':>10}{'rounds':>8}"
+    )
+    for peer, r in sorted(result["rows"].items(), key=lambda item: item[1]["ms"]):
+        low, middle, high = r["times_muonkit"]
+        ops = "" if r["operations"] is None else r["operations"]
+        peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}"
         print(
-            f"  {name:18} {median * 1e3:10.1f} ms   x{middle:.2f} of muonkit's "
-            f"[{low:.2f}, {high:.2f}]   {limit / median:5.0%} of the limit   "
-            f"({len(values)} rounds)"
+            f"  {peer:28}{r['ms']:10.2f}{middle:11.2f}{f'[{low:.2f}, {high:.2f}]':>16}"
+            f"{r['effective_gflops']:9.1f}{r['share_of_limit']:7.0%}{ops:>6}{peak:>9}"
+            f"{r['distance_of_first_step']:10.1e}{r['rounds']:8}"
         )
-    if options.json:
-        record = {
-            "set": options.set,
-            "gflop": flops / 1e9,
-            "gflops": rate / 1e9,
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "seconds": seconds,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    for peer, reason in result["absent"].items():
+        print(f"  {peer:28}{reason}")
+    for peer, r in result["rows"].items():
+        if r["given_as_matrices"]:
+            views = ", ".join(r["given_as_matrices"])
+            print(f"  ({peer}: no {views} parameters; given the same matrices one by one)")
+    best = result["best_peer"]
+    if best:
+        low, middle, high = (1 / q for q in reversed(result["rows"][best]["times_muonkit"]))
+        print(f"  muonkit takes {middle:.2f} [{low:.2f}, {high:.2f}] of the best peer's ({best})")
+
+
+# Okabe and Ito's colours that no kind of colour blindness confuses.
+COLOURS = {"ours": "#0072B2", "float32": "#E69F00", "16 bits": "#999999", "limit": "#D55E00"}
+
+
+def plot(sets: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
+    """Horizontal bars, one panel a set: time relative to ours, logarithmic, limit marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heights = [len(result["rows"]) + 2 for result in sets.values()]
+    figure, axes = pyplot.subplots(
+        len(sets),
+        1,
+        figsize=(8, 0.26 * sum(heights) + 1),
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    for axis, (name, result) in zip(axes[:, 0], sets.items(), strict=True):
+        rows = sorted(result["rows"].items(), key=lambda item: -item[1]["times_muonkit"][1])
+        for position, (peer, r) in enumerate(rows):
+            low, middle, high = r["times_muonkit"]
+            kind = "ours" if peer.startswith(OURS) else r["products"]
+            colour = COLOURS.get(kind, COLOURS["16 bits"])
+            spread = [[middle - low], [high - middle]]
+            axis.barh(position, middle, color=colour, xerr=spread, ecolor="black", height=0.7)
+            axis.text(high * 1.04, position, f"{middle:.2f}", va="center", fontsize=8)
+        axis.axvline(result["rows"][OURS]["share_of_limit"], color=COLOURS["limit"], ls="--")
+        axis.set_yticks(range(len(rows)), [peer for peer, _ in rows], fontsize=8)
+        axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.set_title(f"{name}: muonkit {result['rows'][OURS]['ms']:.1f} ms", fontsize=9)
+    axes[-1, 0].set_xlabel("time of a step, muonkit = 1; dashed: the limit; grey: 16-bit products")
+    figure.suptitle(
+        f"{facts['cpu']}, {facts['threads']} threads, {facts['capability']}, "
+        f"torch {facts['torch']}, {facts['date']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = {**SETS, **TINY}
+    parser.add_argument("--set", choices=["all", *every], default="gpt-2x384")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", help="names of implementations, with commas; muonkit always runs")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds; see above")
+    parser.add_argument("--longest", type=float, default=60.0, help="seconds; see above")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    names = list(PEERS)
+    if options.only:
+        chosen = [name.strip() for name in options.only.split(",")]
+        unknown = [name for name in chosen if name not in PEERS]
+        if unknown:
+            parser.error(f"--only: unknown {unknown}; known are {', '.join(PEERS)}")
+        names = list(dict.fromkeys([OURS, *chosen]))
+    if options.rounds < 1:
+        parser.error(f"--rounds is at least 1, got {options.rounds}")
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", module="torch._inductor")
+    facts = machine.facts()
+    print(
+        f"{facts['cpu']}, {facts['threads']} threads, {facts['capability']}, "
+        f"torch {facts['torch']}, {facts['date']}"
+    )
+    sets = {}
+    for name in SETS if options.set == "all" else [options.set]:
+        sets[name] = measure(every[name], names, options.rounds, options.budget, options.longest)
+        show(name, sets[name])
+        if options.json:  # after every set: a long run that is stopped keeps what it has
+            record = {"kind": "step", "machine": facts, "sets": sets}
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+    if options.plot:
+        plot(sets, facts, options.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What a measurement is judged by: the machine it ran on, and the speed of its matrix products.
+
+Shared by the benchmarks; nothing here knows of optimizers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# (rows, inner, cols) of the products whose best rate is the machine's: square ones, and the wide
+# and the deep ones that a 3072 x 768 matrix is made of.
+PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (768, 3072, 768), (768, 768, 3072))
+
+
+def facts() -> dict[str, Any]:
+    """CPU, cores, threads, versions, date and the command line, for the JSON and the page."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def timed(function: Callable[[], object], times: int = 1) -> float:
+    """Seconds of one call, the mean of `times` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    return (time.perf_counter() - start) / times
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile; of a single value, three times that value."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+class ProductRate:
+    """The best rate of a float32 product seen so far, over sizes and calls; FLOP/s."""
+
+    def __init__(self) -> None:
+        self.best: dict[str, float] = {}
+        generator = torch.Generator().manual_seed(0)
+        self._operands = {
+            (m, k, n): (
+                torch.randn(m, k, generator=generator),
+                torch.randn(k, n, generator=generator),
+                torch.empty(m, n),
+            )
+            for m, k, n in PRODUCTS
+        }
+
+    def probe(self, times: int) -> None:
+        """Run every size `times` times."""
+        for (m, k, n), (a, b, out) in self._operands.items():
+            for _ in range(times):
+                seconds = timed(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+                size = f"{m}x{k}x{n}"
+                self.best[size] = max(self.best.get(size, 0.0), 2 * m * k * n / seconds)
+
+    @property
+    def value(self) -> float:
+        return max(self.best.values())
+
+
+def product_seconds(dtype: torch.dtype, flops: float) -> float:
+    """What `flops` of products in this dtype would take, judged by one product of 256 x 256.
+
+    A CPU without units for a 16-bit dtype is a hundred times slower in it; this tells before a step
+    is begun that takes minutes.
+    """
+    a = torch.randn(256, 256).to(dtype)
+    a @ a
+    return min(timed(lambda: a @ a) for _ in range(3)) / (2 * 256**3) * flops
