@@ -60,6 +60,23 @@ class CountOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much is measured.
+
+    Attributes:
+        rounds: in each, every implementation takes one step (a short one several).
+        budget: seconds of a step beyond which a peer runs in one or two rounds only.
+        longest: seconds of a step beyond which a peer does not run.
+        probes: products of each size that are timed for the limit, before and after the rounds.
+    """
+
+    rounds: int = 15
+    budget: float = 20.0
+    longest: float = 60.0
+    probes: int = 8
+
+
 @dataclass
 class Runner:
     """One implementation in the race."""
@@ -102,7 +119,7 @@ def enter(peer: Peer, workload: Workload, longest: float) -> Runner | str:
     """Make a peer and take its first step; the reason where it cannot."""
     dtype = getattr(torch, peer.products)
     expected = machine.product_seconds(dtype, standard_flops(workload.entries))
-    if expected > longest:
+    if expected > longest and peer.name != OURS:
         return f"not run: a step would take about {expected:.0f} s in {peer.products}"
     before = [w.clone() for w in workload.weights]
     workload.restore_gradients()
@@ -127,15 +144,16 @@ def warm_up(runner: Runner, budget: float) -> None:
 
 
 def race(
-    runners: dict[str, Runner], rounds: int, budget: float, rate: machine.ProductRate
+    runners: dict[str, Runner], limits: Limits, rate: machine.ProductRate
 ) -> list[dict[str, float]]:
     """Seconds of each in each round, and the product rate before, between and after."""
+    rounds, budget = limits.rounds, limits.budget
     allowed = {}
     for name, runner in runners.items():
         warm_up(runner, budget)
         slow = name != OURS and runner.estimate > budget
         allowed[name] = rounds if not slow else 1 if runner.estimate > 2 * budget else 2
-    rate.probe(8)
+    rate.probe(limits.probes)
     results: list[dict[str, float]] = []
     for number in range(rounds):
         names = [name for name in runners if number < allowed[name]]
@@ -143,7 +161,7 @@ def race(
         results.append({name: runners[name].time() for name in names[start:] + names[:start]})
         if number % max(1, rounds // 4) == 0:
             rate.probe(1)
-    rate.probe(8)
+    rate.probe(limits.probes)
     return results
 
 
@@ -217,15 +235,13 @@ def row(
     }
 
 
-def measure(
-    entries: list[Any], names: list[str], rounds: int, budget: float, longest: float
-) -> dict[str, Any]:
+def measure(entries: list[Any], names: list[str], limits: Limits) -> dict[str, Any]:
     """Everything about one set."""
     workload = Workload(entries)
     runners: dict[str, Runner] = {}
     absent: dict[str, str] = {}
     for name in names:
-        entered = enter(PEERS[name], workload, longest)
+        entered = enter(PEERS[name], workload, limits.longest)
         if isinstance(entered, Runner):
             runners[name] = entered
         else:
@@ -233,10 +249,10 @@ def measure(
     if OURS not in runners:
         raise SystemExit(f"muonkit itself: {absent[OURS]}")
     rate = machine.ProductRate()
-    results = race(runners, rounds, budget, rate)
+    results = race(runners, limits, rate)
     reference = runners[OURS].movement
     rows = {
-        name: row(name, runner, results, reference, runner.estimate > budget)
+        name: row(name, runner, results, reference, runner.estimate > limits.budget)
         for name, runner in runners.items()
     }
     flops = cheapest_flops(entries)
@@ -244,8 +260,7 @@ def measure(
     for record in rows.values():
         record["effective_gflops"] = flops / record["ms"] / 1e6
         record["share_of_limit"] = limit * 1e3 / record["ms"]
-    others = [name for name in rows if PEERS[name].make is not PEERS[OURS].make]
-    others = [name for name in others if not name.startswith(OURS)]
+    others = [name for name in rows if not name.startswith(OURS)]
     return {
         "matrices": len(matrices(entries)),
         "parameters": len(entries),
@@ -340,11 +355,13 @@ def main() -> int:
     )
     every = {**SETS, **TINY}
     parser.add_argument("--set", choices=["all", *every], default="gpt-2x384")
-    parser.add_argument("--rounds", type=int, default=15)
+    usual = Limits()
+    parser.add_argument("--rounds", type=int, default=usual.rounds)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", help="names of implementations, with commas; muonkit always runs")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds; see above")
-    parser.add_argument("--longest", type=float, default=60.0, help="seconds; see above")
+    parser.add_argument("--budget", type=float, default=usual.budget, help="seconds; see above")
+    parser.add_argument("--longest", type=float, default=usual.longest, help="seconds; see above")
+    parser.add_argument("--probes", type=int, default=usual.probes, help="products timed per size")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -355,8 +372,12 @@ def main() -> int:
         if unknown:
             parser.error(f"--only: unknown {unknown}; known are {', '.join(PEERS)}")
         names = list(dict.fromkeys([OURS, *chosen]))
-    if options.rounds < 1:
-        parser.error(f"--rounds is at least 1, got {options.rounds}")
+    if options.rounds < 1 or options.probes < 1:
+        parser.error(
+            "expected --rounds and --probes of at least 1, "
+            f"got {options.rounds} and {options.probes}"
+        )
+    limits = Limits(options.rounds, options.budget, options.longest, options.probes)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="torch._inductor")
     facts = machine.facts()
@@ -366,7 +387,7 @@ def main() -> int:
     )
     sets = {}
     for name in SETS if options.set == "all" else [options.set]:
-        sets[name] = measure(every[name], names, options.rounds, options.budget, options.longest)
+        sets[name] = measure(every[name], names, limits)
         show(name, sets[name])
         if options.json:  # after every set: a long run that is stopped keeps what it has
             record = {"kind": "step", "machine": facts, "sets": sets}

@@ -1,0 +1,156 @@
+"""A whole training step with MuonW against fused AdamW, paired in one process.
+
+    python benchmarks/train_overhead.py                       # the lab's gpt task
+    python benchmarks/train_overhead.py --width 384 --layers 6 --context 256 --json overhead.json
+
+Model and data are the lab's `gpt` task (`muonkit lab`), the optimizers those that it compares, each
+at its default learning rate: MuonW, and torch.optim.AdamW(fused=True), torch's fastest. Both train
+their own copy of one initial model on the same batches. A block is a few steps of one optimizer;
+blocks alternate, and so does which one goes first. Quoted are medians over blocks, and the ratio
+within a pair of blocks with its quartiles. `share` is the optimizer's part of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from torch import nn
+
+from muonkit import route
+from muonkit.lab.data import TextData, stdlib_text
+from muonkit.lab.models import GPT
+from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.tasks import get_task
+from muonkit.lab.train import loss_of
+
+SEED = 0
+WARM_UP = 2  # steps; the first ones also allocate
+
+
+class Training:
+    """One model, its optimizer, and the seconds of its steps."""
+
+    def __init__(self, name: str, model: nn.Module, data: TextData, batch_size: int) -> None:
+        self.model = model
+        self.optimizer = get_optimizer(name).build(model, get_task("gpt").lr[name])
+        self.data = data
+        self.batch_size = batch_size
+        self.done = 0
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of forward and backward, and of the optimizer."""
+        x, y = self.data.batch(SEED, self.done, self.batch_size)
+        self.done += 1
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss, _ = loss_of(self.model, x, y)
+        loss.backward()
+        middle = time.perf_counter()
+        self.optimizer.step()
+        return middle - start, time.perf_counter() - middle
+
+    def block(self, steps: int) -> tuple[float, float]:
+        """Mean seconds of a step, and of the optimizer's part of it."""
+        parts = [self.step() for _ in range(steps)]
+        optimizer = sum(o for _, o in parts) / steps
+        return sum(f for f, _ in parts) / steps + optimizer, optimizer
+
+
+def measure(trainings: dict[str, Training], blocks: int, steps: int) -> dict[str, Any]:
+    """Medians of each, and the ratios of MuonW's blocks to AdamW's."""
+    for training in trainings.values():
+        training.block(WARM_UP)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in trainings}
+    for number in range(blocks):
+        order = list(trainings) if number % 2 == 0 else list(trainings)[::-1]
+        for name in order:
+            taken[name].append(trainings[name].block(steps))
+    result: dict[str, Any] = {}
+    for name, values in taken.items():
+        result[name] = {
+            "step_ms": statistics.median(step for step, _ in values) * 1e3,
+            "optimizer_ms": statistics.median(optimizer for _, optimizer in values) * 1e3,
+            "share": statistics.median(optimizer / step for step, optimizer in values),
+            "seconds": [step for step, _ in values],
+        }
+    pairs = list(zip(taken["muonw"], taken["adamw"], strict=True))
+    result["ratio"] = machine.quartiles([m[0] / a[0] for m, a in pairs])
+    result["ratio_optimizer"] = machine.quartiles([m[1] / a[1] for m, a in pairs])
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    task = get_task("gpt")
+    parser.add_argument("--batch-size", type=int, default=task.batch_size)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=5, help="in a block")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.width % options.heads:
+        parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(SEED)
+    data = stdlib_text(options.context)
+    model = GPT(256, options.context, options.width, options.layers, options.heads)
+    trainings = {
+        name: Training(name, copy.deepcopy(model), data, options.batch_size)
+        for name in ("muonw", "adamw")
+    }
+    result = measure(trainings, options.blocks, options.steps)
+    tokens = options.batch_size * options.context
+    hidden = sum(r.param.numel() for r in route(model) if r.algorithm == "muon")
+    record = {
+        "kind": "overhead",
+        "machine": machine.facts(),
+        "model": {k: getattr(options, k) for k in ("width", "layers", "heads", "context")},
+        "batch_size": options.batch_size,
+        "tokens": tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "hidden": hidden,
+        "blocks": options.blocks,
+        "steps": options.steps,
+        **result,
+    }
+    show(record)
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def show(record: dict[str, Any]) -> None:
+    model = record["model"]
+    print(
+        f"GPT, width {model['width']}, {model['layers']} layers, "
+        f"{record['parameters'] / 1e6:.2f} M parameters ({record['hidden'] / 1e6:.2f} M by Muon), "
+        f"{record['tokens']} tokens a step; "
+        f"{record['machine']['threads']} threads; {record['blocks']} blocks of {record['steps']}"
+    )
+    for name in ("muonw", "adamw"):
+        r = record[name]
+        print(
+            f"  {name:6} step {r['step_ms']:9.2f} ms, optimizer {r['optimizer_ms']:8.2f} ms "
+            f"({r['share']:.1%}), {record['tokens'] / r['step_ms'] * 1e3:.0f} tokens/s"
+        )
+    low, middle, high = record["ratio"]
+    print(f"  a step with MuonW takes {middle:.3f} [{low:.3f}, {high:.3f}] of AdamW's")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
