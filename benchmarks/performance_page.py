@@ -91,12 +91,13 @@ def step_details(name: str, s: Record) -> str:
                 spread(r["times_muonkit"]),
                 f"{r['share_of_limit']:.0%}",
                 "" if r["operations"] is None else r["operations"],
+                "" if r["calls"] is None else r["calls"],
                 f"{r['first_ms'] / 1e3:.1f}",
                 f"{r['distance_of_first_step']:.0e}",
                 r["rounds"],
             ]
         )
-    head = ["implementation", "products", "ms", "× muonkit", "of the limit", "operations"]
+    head = ["implementation", "products", "ms", "× muonkit", "of the limit", "operations", "calls"]
     head += ["first step, s", "distance", "rounds"]
     return f"### {name}\n\n" + table(head, rows)
 

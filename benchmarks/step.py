@@ -8,11 +8,11 @@ Paired: all implementations live in one process, on the same weights and gradien
 each of them once, in an order that rotates, so that a change of the machine's speed meets all.
 Quoted are medians, and ratios to ours within a round with their quartiles.
 
-The limit is the time that the FLOPs of the cheapest exact form take (for each matrix the less of
-the standard form and the gram form with one restart, symmetric products at half cost, momentum and
-the rest at nothing) at the best rate of a float32 product measured before, between and after the
-rounds. Effective GFLOP/s are those same FLOPs over the time of a step, whatever the implementation
-really computed.
+The limit is the time that the FLOPs of the cheapest exact form take (for each matrix the least of
+the standard form and the gram form with one restart or none, symmetric products at half cost,
+momentum and the rest at nothing) at the best rate of a float32 product measured before, between and
+after the rounds. Effective GFLOP/s are those same FLOPs over the time of a step, whatever the
+implementation really computed.
 
 A peer whose step takes longer than --budget seconds runs in one round, or in two; one that would
 take longer than --longest, judged by one small product in its dtype, does not run at all (that is
@@ -85,9 +85,10 @@ class Runner:
     made: Implementation
     workload: Workload
     first_seconds: float
-    movement: list[Tensor]  # of the weights, by the first step
+    movement: list[Tensor]  # of the weights, by the first step; kept of ours only
     writes_gradients: bool
-    estimate: float = 0.0
+    distance: float = 0.0  # of that movement from ours
+    estimate: float = 0.0  # seconds of a step
 
     def ready(self) -> None:
         """The same gradients for everyone; outside of what is timed."""
@@ -115,32 +116,43 @@ def absence(error: BaseException, peer: Peer) -> str:
     return f"does not run here: {said}"
 
 
-def enter(peer: Peer, workload: Workload, longest: float) -> Runner | str:
-    """Make a peer and take its first step; the reason where it cannot."""
+def distance(movement: list[Tensor], reference: list[Tensor]) -> float:
+    """Of two movements of all weights, relative to the second (Frobenius)."""
+    difference = torch._foreach_norm(torch._foreach_sub(movement, reference))
+    size = torch._foreach_norm(reference)
+    return float(torch.stack(list(difference)).norm() / torch.stack(list(size)).norm())
+
+
+def enter(
+    peer: Peer, workload: Workload, limits: Limits, reference: list[Tensor] | None
+) -> Runner | str:
+    """Make a peer, take its first step and warm it up; the reason where it cannot.
+
+    Args:
+        reference: how the first step of ours moved the weights; None for ours itself.
+    """
     dtype = getattr(torch, peer.products)
     expected = machine.product_seconds(dtype, standard_flops(workload.entries))
-    if expected > longest and peer.name != OURS:
+    if expected > limits.longest and peer.name != OURS:
         return f"not run: a step would take about {expected:.0f} s in {peer.products}"
     before = [w.clone() for w in workload.weights]
     workload.restore_gradients()
     try:
         made = Implementation(peer, workload.parameters(peer.views))
         first = machine.timed(made.step)
+        movement = list(torch._foreach_sub(workload.weights, before))
+        runner = Runner(peer, made, workload, first, movement, workload.gradients_changed())
+        if reference is not None:
+            runner.distance, runner.movement = distance(movement, reference), []
+        runner.estimate = first
+        if peer.compiled or first < limits.budget:  # else the first step has said enough
+            runner.ready()
+            runner.estimate = max(1e-6, machine.timed(made.step))
     except Exception as error:  # another package's: whatever it is, the others can still run
         return absence(error, peer)
     finally:
-        movement = torch._foreach_sub(workload.weights, before)
         torch._foreach_copy_(workload.weights, before)
-    changed = workload.gradients_changed()
-    return Runner(peer, made, workload, first, list(movement), changed)
-
-
-def warm_up(runner: Runner, budget: float) -> None:
-    """A second step, unless the first one already said that it takes long."""
-    runner.estimate = runner.first_seconds
-    if runner.peer.compiled or runner.first_seconds < budget:
-        runner.ready()
-        runner.estimate = max(1e-6, machine.timed(runner.made.step))
+    return runner
 
 
 def race(
@@ -150,7 +162,6 @@ def race(
     rounds, budget = limits.rounds, limits.budget
     allowed = {}
     for name, runner in runners.items():
-        warm_up(runner, budget)
         slow = name != OURS and runner.estimate > budget
         allowed[name] = rounds if not slow else 1 if runner.estimate > 2 * budget else 2
     rate.probe(limits.probes)
@@ -165,13 +176,6 @@ def race(
     return results
 
 
-def distance(movement: list[Tensor], reference: list[Tensor]) -> float:
-    """Of two movements of all weights, relative to the second (Frobenius)."""
-    difference = torch._foreach_norm(torch._foreach_sub(movement, reference))
-    size = torch._foreach_norm(reference)
-    return float(torch.stack(list(difference)).norm() / torch.stack(list(size)).norm())
-
-
 def operations(runner: Runner) -> int | None:
     """Dispatched operations of one step; None for a compiled one, which would not stay compiled."""
     if runner.peer.compiled:
@@ -182,10 +186,12 @@ def operations(runner: Runner) -> int | None:
     return counter.count
 
 
-def peak_bytes(runner: Runner) -> int:
-    """The most that one step holds beyond what it found, by torch's allocator; 0 for none.
+def profile(runner: Runner) -> tuple[int, int]:
+    """Of one step: the calls of torch's own operations, and the most bytes held at a time.
 
-    What a BLAS library allocates for itself is not in it.
+    Calls inside another package's operation (torch.library) are counted, which `operations` takes
+    for a single one; calls inside torch's own are not. The bytes are those beyond what the step
+    found, by torch's allocator; what a BLAS library allocates for itself is not among them.
     """
     runner.ready()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -198,7 +204,15 @@ def peak_bytes(runner: Runner) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    calls = [e for e in profiler.events() if e.name.startswith("aten::")]
+    return sum(not _inside_torch(e) for e in calls), peak
+
+
+def _inside_torch(event: Any) -> bool:
+    outer = event.cpu_parent
+    while outer is not None and not outer.name.startswith("aten::"):
+        outer = outer.cpu_parent
+    return outer is not None
 
 
 def state_bytes(state: Any) -> int:
@@ -210,9 +224,11 @@ def state_bytes(state: Any) -> int:
 
 
 def row(
-    name: str, runner: Runner, results: list[dict[str, float]], reference: list[Tensor], slow: bool
+    name: str, runner: Runner, results: list[dict[str, float]], budget: float
 ) -> dict[str, Any]:
     """What is written of one implementation."""
+    slow = runner.estimate > budget
+    calls, peak = (None, None) if slow else profile(runner)
     peer = runner.peer
     pairs = [(r[name], r[OURS]) for r in results if name in r]
     needs = {e.view for e in runner.workload.entries} - peer.views
@@ -223,12 +239,13 @@ def row(
         "rounds": len(pairs),
         "first_ms": runner.first_seconds * 1e3,
         "products": peer.products,
-        "distance_of_first_step": distance(runner.movement, reference),
+        "distance_of_first_step": runner.distance,
         "writes_gradients": runner.writes_gradients,
         "given_as_matrices": sorted(needs),
         "operations": None if slow else operations(runner),
+        "calls": calls,
         "state_bytes": state_bytes(dict(runner.made.optimizer.state)),
-        "peak_bytes": None if slow else peak_bytes(runner),
+        "peak_bytes": peak,
         "version": importlib.metadata.version(peer.package) if peer.package else None,
         "differs": peer.differs,
         "seconds": [seconds for seconds, _ in pairs],
@@ -240,21 +257,19 @@ def measure(entries: list[Any], names: list[str], limits: Limits) -> dict[str, A
     workload = Workload(entries)
     runners: dict[str, Runner] = {}
     absent: dict[str, str] = {}
-    for name in names:
-        entered = enter(PEERS[name], workload, limits.longest)
+    reference: list[Tensor] | None = None
+    for name in names:  # ours is the first
+        entered = enter(PEERS[name], workload, limits, reference)
         if isinstance(entered, Runner):
             runners[name] = entered
+            reference = reference or entered.movement
         else:
             absent[name] = entered
-    if OURS not in runners:
-        raise SystemExit(f"muonkit itself: {absent[OURS]}")
+            if name == OURS:
+                raise SystemExit(f"muonkit itself: {entered}")
     rate = machine.ProductRate()
     results = race(runners, limits, rate)
-    reference = runners[OURS].movement
-    rows = {
-        name: row(name, runner, results, reference, runner.estimate > limits.budget)
-        for name, runner in runners.items()
-    }
+    rows = {name: row(name, runner, results, limits.budget) for name, runner in runners.items()}
     flops = cheapest_flops(entries)
     limit = flops / rate.value
     for record in rows.values():
@@ -283,16 +298,16 @@ def show(name: str, result: dict[str, Any]) -> None:
     )
     print(
         f"  {'':28}{'ms':>10}{'x muonkit':>11}{'quartiles':>16}{'GFLOP/s':>9}{'limit':>7}"
-        f"{'ops':>6}{'peak MiB':>9}{'distance':>10}{'rounds':>8}"
+        f"{'ops':>6}{'calls':>6}{'peak MiB':>9}{'distance':>10}{'rounds':>7}"
     )
     for peer, r in sorted(result["rows"].items(), key=lambda item: item[1]["ms"]):
         low, middle, high = r["times_muonkit"]
-        ops = "" if r["operations"] is None else r["operations"]
+        ops, calls = ("" if r[key] is None else r[key] for key in ("operations", "calls"))
         peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}"
         print(
             f"  {peer:28}{r['ms']:10.2f}{middle:11.2f}{f'[{low:.2f}, {high:.2f}]':>16}"
-            f"{r['effective_gflops']:9.1f}{r['share_of_limit']:7.0%}{ops:>6}{peak:>9}"
-            f"{r['distance_of_first_step']:10.1e}{r['rounds']:8}"
+            f"{r['effective_gflops']:9.1f}{r['share_of_limit']:7.0%}{ops:>6}{calls:>6}{peak:>9}"
+            f"{r['distance_of_first_step']:10.1e}{r['rounds']:7}"
         )
     for peer, reason in result["absent"].items():
         print(f"  {peer:28}{reason}")
