@@ -51,10 +51,16 @@ BLOCKS: dict[int, tuple[tuple[float, Blocks], ...]] = {
 
 # Where nothing is known of strides and alignment, every element has an address of its own: two
 # registers each, and larger blocks spill.
-UNALIGNED: tuple[tuple[float, Blocks], ...] = (
-    (32, Blocks(32, 32, 4, 3)),
-    (float("inf"), Blocks(64, 32, 8, 3)),
-)
+UNALIGNED: dict[int, tuple[tuple[float, Blocks], ...]] = {
+    2: (
+        (32, Blocks(32, 32, 4, 3)),
+        (float("inf"), Blocks(64, 32, 8, 3)),
+    ),
+    4: (
+        (32, Blocks(32, 16, 4, 3)),
+        (float("inf"), Blocks(64, 16, 8, 3)),
+    ),
+}
 
 
 def choose(m: int, dtype: torch.dtype, aligned: bool) -> Blocks:
@@ -64,7 +70,7 @@ def choose(m: int, dtype: torch.dtype, aligned: bool) -> Blocks:
         dtype: of L, R and C.
         aligned: rows of all of them are dense and begin at multiples of 16 bytes.
     """
-    rows = BLOCKS[dtype.itemsize] if aligned else UNALIGNED
+    rows = (BLOCKS if aligned else UNALIGNED)[dtype.itemsize]
     return next(blocks for largest, blocks in rows if m <= largest)
 
 

@@ -1,0 +1,343 @@
+"""Check and time the Triton kernel and the step on a GPU, in one command.
+
+    python benchmarks/gpu.py --json gpu.json
+
+Written without a GPU at hand: nothing in it was ever run on hardware, nor was the kernel. What can
+be tried without one was (`--device cpu`: every line below but CUDA's events and graphs, tiny sizes,
+the kernel replaced by plain products; its figures mean nothing).
+
+1. The kernel against float64, over sizes, layouts and dtypes.
+2. Its time against torch's general product (mm for one matrix, bmm for a batch) of the same
+   operands. "Effective" TFLOP/s count a general product's FLOPs over the time taken. The limit is
+   the longer of the FLOPs that a symmetric product needs over the best rate of torch's products
+   measured here, and the bytes it must move over the rate of a copy measured here.
+3. A step of `muonkit.Muon` over GPT-2 small's 48 hidden matrices, against fused AdamW and
+   torch.optim.Muon. The limit is the FLOPs of the cheapest form over the rate of products.
+4. The step captured in a CUDA graph and replayed: the same weights as steps taken one by one.
+
+Times are medians with quartiles, each round in an order that rotates. Exits with 0 if all checks
+pass, 1 if one fails, 2 where there is no GPU that the kernel runs on: then it says so, in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from machine import facts, quartiles
+from sets import SETS, TINY, Entry, Workload, cheapest_flops
+from torch import Tensor, nn
+
+from muonkit import Muon, kernels
+
+Task = Callable[[], object]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# (matrices, m, k): square and wide single ones, and batches as a model's layers make them.
+PRODUCTS = [(1, m, k) for m in (256, 512, 1024, 2048, 4096, 8192) for k in (m, 4 * m)] + [
+    (48, 256, 1024), (12, 768, 768), (12, 768, 3072), (64, 128, 128), (512, 64, 64),
+]  # fmt: skip
+DRY_PRODUCTS = [(1, 64, 64), (1, 48, 96), (3, 33, 40)]
+CHECKED = [
+    (1, 1, 1), (2, 17, 5), (3, 64, 64), (2, 100, 300), (1, 129, 1000), (5, 512, 512), (1, 1031, 77),
+    (2, 768, 3072), (1, 2304, 768), (1, 4096, 4096),
+]  # fmt: skip
+DRY_CHECKED = [(1, 1, 1), (2, 17, 5), (3, 64, 64)]
+
+
+class Device:
+    """Where it runs: a GPU, or the CPU for a dry run, where plain products stand for the kernel."""
+
+    def __init__(self, name: str, rounds: int) -> None:
+        self.torch, self.dry, self.rounds = torch.device(name), name == "cpu", rounds
+
+    def product(
+        self, L: Tensor, R: Tensor, D: Tensor | None, alpha: float, beta: float, gamma: float
+    ) -> Tensor:
+        if not self.dry:
+            return kernels.symmetric_product(L, R, D, alpha, beta, gamma)
+        C = alpha * (L.float() @ R.float().mT)
+        C = C if D is None else C + beta * D.float()
+        C.diagonal(dim1=-2, dim2=-1).add_(gamma)
+        return (C.tril() + C.tril(-1).mT).to(L.dtype)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        generator = torch.Generator(self.torch).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.torch).to(dtype)
+
+    def wait(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize(self.torch)
+
+    def seconds(self, task: Task, times: int) -> float:
+        """Of one call, the mean of `times` in a row, by the device's own clock."""
+        if self.dry:
+            start = time.perf_counter()
+            for _ in range(times):
+                task()
+            return (time.perf_counter() - start) / times
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        for _ in range(times):
+            task()
+        end_event.record()
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event) / 1e3 / times
+
+    def compare(self, tasks: dict[str, Task]) -> dict[str, list[float]]:
+        """Seconds of every task in every round; a round runs all of them, in a rotating order."""
+        times = {}
+        for name, task in tasks.items():
+            for _ in range(2):
+                task()  # compiles, allocates, tunes
+            self.wait()
+            # Long enough that the events' own time does not count: 2 ms.
+            times[name] = max(1, min(200, round(2e-3 / max(self.seconds(task, 1), 1e-7))))
+        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+        names = list(tasks)
+        for number in range(self.rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                seconds[name].append(self.seconds(tasks[name], times[name]))
+        return seconds
+
+
+# ---- 1. the kernel against float64
+
+
+def layouts(X: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "dense", X
+    yield "transposed", X.mT.contiguous().mT
+    wide = torch.full((X.shape[0], X.shape[1], X.shape[2] + 3), torch.nan, device=X.device)
+    wide = wide.to(X.dtype)
+    wide[..., 1:-2] = X
+    yield "sliced", wide[..., 1:-2]
+    yield "expanded", X[:1].expand_as(X)
+
+
+def check(device: Device) -> dict[str, object]:
+    """The largest error of each dtype, over the magnitudes added, and the bound it must keep."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    worst: dict[str, object] = {}
+    for name, dtype in DTYPES.items():
+        shares = [
+            found
+            for batch, m, k in (DRY_CHECKED if device.dry else CHECKED)
+            for layout, X in layouts(device.randn(batch, m, k, dtype=dtype))
+            for found in errors(device, X, layout)
+        ]
+        share, error, where = max(shares)
+        worst[name] = {"error": error, "of_bound": share, "where": where, "good": share <= 1}
+        print(f"  {name}: {error:.1e} of the magnitudes, {share:.2f} of the bound, at {where}")
+    return worst
+
+
+def errors(device: Device, X: Tensor, layout: str) -> Iterator[tuple[float, float, str]]:
+    """(error over bound, error, what) of the Gram matrix, and of a product with D and I added."""
+    batch, m, k = X.shape
+    other = device.randn(batch, m, k, dtype=X.dtype, seed=1)
+    D = device.randn(batch, m, m, dtype=X.dtype, seed=2)
+    own = torch.finfo(X.dtype).eps / 2 if X.dtype.itemsize == 2 else 0.0
+    bound = (k + 5) * 2.0**-24 + own
+    for R, add, beta, gamma in ((X, None, 0.0, 0.0), (other, D, -4.775, 3.4445)):
+        C = device.product(X, R, add, 1.25, beta, gamma)
+        exact = 1.25 * (X.double() @ R.double().mT)
+        size = 1.25 * (X.double().abs() @ R.double().abs().mT)
+        if add is not None:
+            exact, size = exact + beta * add.double(), size + abs(beta) * add.double().abs()
+        exact.diagonal(dim1=-2, dim2=-1).add_(gamma)
+        size.diagonal(dim1=-2, dim2=-1).add_(gamma)
+        exact, size = (E.tril() + E.tril(-1).mT for E in (exact, size))
+        # float16 below 2^-14 rounds to multiples of 2^-24.
+        rest = ((C.double() - exact).abs() - 2.0**-25 * (X.dtype == torch.float16)) / size
+        error = float(rest.max())
+        same = torch.equal(C, C.mT) and torch.equal(C, device.product(X, R, add, 1.25, beta, gamma))
+        what = f"{batch}x{m}x{k} {layout}{'' if add is None else ' + D'}"
+        yield (error / bound if same and error == error else float("inf")), error, what
+
+
+# ---- 2. the kernel's time
+
+
+def rates(device: Device) -> dict[str, float]:
+    """FLOP/s of torch's best general product in each dtype, and bytes/s of a copy."""
+    best: dict[str, float] = {}
+    for name, dtype in DTYPES.items():
+        for n in (64,) if device.dry else (4096, 8192):
+            X = device.randn(n, n, dtype=dtype)
+            taken = device.compare({"mm": lambda X=X: X @ X})["mm"]
+            best[name] = max(best.get(name, 0.0), 2 * n**3 / min(taken))
+    source = torch.zeros(2**12 if device.dry else 2**30, dtype=torch.uint8, device=device.torch)
+    into = torch.empty_like(source)
+    taken = device.compare({"copy": lambda: into.copy_(source)})["copy"]
+    return best | {"copy": 2 * source.numel() / min(taken)}
+
+
+def time_products(device: Device, rate: dict[str, float]) -> list[dict[str, object]]:
+    rows = []
+    for name, dtype in DTYPES.items():
+        for batch, m, k in DRY_PRODUCTS if device.dry else PRODUCTS:
+            if dtype == torch.float32 and m * k > 4096 * 4096:
+                continue  # seconds a product, without tensor cores
+            X = device.randn(batch, m, k, dtype=dtype)
+            rows.append(time_product(device, rate, name, "gram", X))
+            if m == k:
+                rows.append(time_product(device, rate, name, "P = aI + bA + cA^2", X))
+    return rows
+
+
+def time_product(
+    device: Device, rate: dict[str, float], name: str, kind: str, X: Tensor
+) -> dict[str, object]:
+    batch, m, k = X.shape
+    operands = batch * m * k + (batch * m * m if kind != "gram" else 0)
+    if kind == "gram":
+        one = X[0]
+        general: Task = (lambda: one @ one.mT) if batch == 1 else (lambda: torch.bmm(X, X.mT))
+        tasks = {"muonkit": lambda: device.product(X, X, None, 1.0, 0.0, 0.0), "torch": general}
+    else:
+        X = X + X.mT
+        operands = batch * m * m  # A is L, R and D: read once
+        tasks = {
+            "muonkit": lambda: device.product(X, X, X, 2.0315, -4.775, 3.4445),
+            "torch": lambda: torch.baddbmm(X, X, X.mT, beta=-4.775, alpha=2.0315),
+        }
+    seconds = device.compare(tasks)
+    needed = batch * m * (m + 1) * k  # FLOPs on and below the diagonal
+    by_bytes = (operands + batch * m * m) * X.element_size() / rate["copy"]
+    limit = max(needed / rate[name], by_bytes)
+    low, middle, high = quartiles(
+        [t / o for t, o in zip(seconds["torch"], seconds["muonkit"], strict=True)]
+    )
+    own = statistics.median(seconds["muonkit"])
+    effective = 2 * batch * m * m * k / own / 1e12
+    print(
+        f"  {name} {kind:18} {batch:4} x {m:5} x {k:5}: {own * 1e6:9.1f} us, {effective:7.1f} "
+        f"TFLOP/s effective, x{middle:.2f} [{low:.2f}, {high:.2f}] of torch, {limit / own:4.0%} of "
+        f"the limit ({'bytes' if by_bytes == limit else 'products'})"
+    )
+    return {
+        "dtype": name, "kind": kind, "shape": [batch, m, k], "seconds": seconds,
+        "effective_tflops": effective, "times_torch": [low, middle, high], "limit": limit,
+    }  # fmt: skip
+
+
+# ---- 3. a whole step
+
+
+def parameters(device: Device, entries: list[Entry]) -> list[nn.Parameter]:
+    load = Workload(entries)
+    made = [nn.Parameter(weight.to(device.torch, copy=True)) for weight in load.weights]
+    for parameter, gradient in zip(made, load.gradients, strict=True):
+        parameter.grad = gradient.to(device.torch, copy=True)
+    return made
+
+
+def time_steps(device: Device, rate: dict[str, float]) -> dict[str, object]:
+    entries = TINY["tiny"][:4] if device.dry else SETS["gpt2-small"]
+    optimizers = {
+        "muonkit.Muon": Muon(parameters(device, entries), lr=1e-3, ns_dtype="bfloat16"),
+        "torch.optim.Muon": torch.optim.Muon(parameters(device, entries), lr=1e-3),
+        "AdamW (fused)": torch.optim.AdamW(parameters(device, entries), lr=1e-3, fused=True),
+    }
+    seconds = device.compare({name: each.step for name, each in optimizers.items()})
+    limit = cheapest_flops(entries) / rate["bf16"]
+    rows = {}
+    for name, taken in seconds.items():
+        ratios = [t / o for t, o in zip(taken, seconds["muonkit.Muon"], strict=True)]
+        low, middle, high = quartiles(ratios)
+        median = statistics.median(taken)
+        rows[name] = {"seconds": taken, "times_muonkit": [low, middle, high]}
+        share = "" if "AdamW" in name else f", {limit / median:.0%} of the limit"
+        print(f"  {name:17} {median * 1e3:8.3f} ms, x{middle:.2f} [{low:.2f}, {high:.2f}]{share}")
+    return {"matrices": len(entries), "limit": limit, "rows": rows}
+
+
+# ---- 4. a CUDA graph
+
+
+def graph(device: Device) -> dict[str, object]:
+    """Five steps one by one, and the same five of which the last two are replays of a graph."""
+    entries = TINY["tiny"][:4] if device.dry else SETS["gpt2-small"][:8]
+    eager, captured = parameters(device, entries), parameters(device, entries)
+    # lr as a tensor: a float would be part of the graph.
+    one, other = (Muon(p, lr=torch.tensor(0.02, device=device.torch)) for p in (eager, captured))
+    for _ in range(5):
+        one.step()
+    replay = other.step if device.dry else capture(other)
+    for _ in range(2):
+        replay()
+    device.wait()
+    if device.dry:
+        for _ in range(3):
+            other.step()
+    equal = all(torch.equal(p, q) for p, q in zip(eager, captured, strict=True))
+    print(f"  captured, replayed: {'the same weights' if equal else 'DIFFERENT WEIGHTS'}")
+    return {"equal": equal}
+
+
+def capture(optimizer: torch.optim.Optimizer) -> Task:
+    """A graph of one step, after the three on a stream of its own that PyTorch asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        optimizer.step()  # recorded, not run
+    return recorded.replay
+
+
+def missing_gpu() -> str | None:
+    """Why this cannot run here, or None."""
+    need = "it needs an NVIDIA GPU of compute capability 8.0 or ROCm, and Triton"
+    if not torch.cuda.is_available():
+        return f"no GPU: torch {torch.__version__} sees none; {need}. Nothing was checked or timed."
+    if not kernels.available(torch.device("cuda", torch.cuda.current_device())):
+        got = f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_capability()}"
+        return f"no kernel for {got}; {need}. Nothing was checked or timed."
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    why = missing_gpu() if options.device == "cuda" else None
+    if why:
+        print(why)
+        return 2
+    device = Device(options.device, options.rounds)
+    name = "dry run on the CPU" if device.dry else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}\n1. the kernel against float64")
+    record: dict[str, object] = {**facts(), "device": name, "dry": device.dry}
+    record["errors"] = worst = check(device)
+    record["rates"] = rate = rates(device)
+    shown = ", ".join(f"{key} {value / 1e12:.1f}" for key, value in rate.items() if key != "copy")
+    print(
+        f"2. symmetric products; torch's best: {shown} TFLOP/s; copy {rate['copy'] / 1e9:.0f} GB/s"
+    )
+    record["products"] = time_products(device, rate)
+    print("3. one step, GPT-2 small's 48 hidden matrices")
+    record["step"] = time_steps(device, rate)
+    print("4. the step in a CUDA graph")
+    record["graph"] = captured = graph(device)
+    good = bool(captured["equal"]) and all(row["good"] for row in worst.values())
+    if options.json:
+        options.json.write_text(json.dumps(record | {"good": good}, indent=1) + "\n")
+    print("all checks passed" if good else "A CHECK FAILED: see above")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
