@@ -30,7 +30,7 @@ from torch import Tensor
 
 from muonkit import orthogonalize
 from muonkit.coefficients import SCHEDULES, resolve
-from muonkit.orthogonalize import FORMS
+from muonkit.forms import FORMS
 
 LARGEST = 1.5  # no singular value may be above
 TIMES_STANDARD = 2.0  # in 16 bits, no form may be further away than this many times `standard`

@@ -69,6 +69,7 @@ class ProductRate:
 
     def __init__(self) -> None:
         self.best: dict[str, float] = {}
+        self._all: dict[str, list[float]] = {}
         generator = torch.Generator().manual_seed(0)
         self._operands = {
             (m, k, n): (
@@ -86,10 +87,16 @@ class ProductRate:
                 seconds = timed(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
                 size = f"{m}x{k}x{n}"
                 self.best[size] = max(self.best.get(size, 0.0), 2 * m * k * n / seconds)
+                self._all.setdefault(size, []).append(2 * m * k * n / seconds)
 
     @property
     def value(self) -> float:
         return max(self.best.values())
+
+    @property
+    def sustained(self) -> float:
+        """The best size's median over all calls: what the machine holds beside its neighbours."""
+        return max(statistics.median(rates) for rates in self._all.values())
 
 
 def product_seconds(dtype: torch.dtype, flops: float) -> float:

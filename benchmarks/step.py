@@ -9,7 +9,7 @@ each of them once, in an order that rotates, so that a change of the machine's s
 Quoted are medians, and ratios to ours within a round with their quartiles.
 
 The limit is the time that the FLOPs of the cheapest exact form take (for each matrix the least of
-the standard form and the gram form with one restart or none, symmetric products at half cost,
+the standard form and the gram form with one restart, symmetric products at half cost,
 momentum and the rest at nothing) at the best rate of a float32 product measured before, between and
 after the rounds. Effective GFLOP/s are those same FLOPs over the time of a step, whatever the
 implementation really computed.
@@ -282,6 +282,7 @@ def measure(entries: list[Any], names: list[str], limits: Limits) -> dict[str, A
         "gflop": flops / 1e9,
         "gflop_standard": standard_flops(entries) / 1e9,
         "product_gflops": rate.value / 1e9,
+        "sustained_gflops": rate.sustained / 1e9,
         "product_gflops_by_size": {size: r / 1e9 for size, r in rate.best.items()},
         "limit_ms": limit * 1e3,
         "best_peer": min(others, key=lambda name: rows[name]["times_muonkit"][1], default=None),
@@ -294,7 +295,8 @@ def show(name: str, result: dict[str, Any]) -> None:
     print(
         f"\n{name}: {result['matrices']} matrices; cheapest form {result['gflop']:.2f} GFLOP "
         f"(standard, general products: {result['gflop_standard']:.2f}); best product "
-        f"{result['product_gflops']:.0f} GFLOP/s; limit {result['limit_ms']:.2f} ms"
+        f"{result['product_gflops']:.0f} GFLOP/s (median {result['sustained_gflops']:.0f}); limit "
+        f"{result['limit_ms']:.2f} ms"
     )
     print(
         f"  {'':28}{'ms':>10}{'x muonkit':>11}{'quartiles':>16}{'GFLOP/s':>9}{'limit':>7}"

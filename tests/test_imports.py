@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("integrations", "diagnostics"),
     ("optim", "_groups", "convert"),
     ("routing", "plan", "exchange", "variants", "orthogonalize", "adamw"),
-    ("views", "placement", "coefficients", "symmetric", "scale"),
-    ("kernels", "_compile"),
+    ("views", "placement", "coefficients", "forms", "symmetric", "scale"),
+    ("kernels", "scratch", "_compile"),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -38,7 +38,7 @@ FREE_ROOMS = frozenset({"lab", "_cli", "integrations"})
 EXTRA_PACKAGES = {"kernels": frozenset({"triton"})}
 
 # Placement and plan are plain arithmetic, so that 4,096 ranks are simulated without a tensor.
-TORCHLESS_ROOMS = frozenset({"plan", "placement"})
+TORCHLESS_ROOMS = frozenset({"plan", "placement", "forms"})
 
 # torch alone loads about two thousand modules; ours are a few dozen at most, standard library's
 # included, which is what keeps `import muonkit` under a tenth of a second on top of it.

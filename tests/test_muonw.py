@@ -152,6 +152,6 @@ def test_pitfall_18_what_muon_trains_can_be_read_back() -> None:
     rows = MuonW(Tiny(), ns_dtype="float32").describe()
     muon = [row for row in rows if row["algorithm"] == "muon"]
     assert [(r["matrices"], r["rows"], r["cols"]) for r in muon] == [(1, 16, 8), (1, 8, 16)]
-    assert {r["ns_form"] for r in muon} == {"standard"}
+    assert {r["ns_form"] for r in muon} == {"gram"}  # n = 2m
     assert {r["ns_dtype"] for r in muon} == {"torch.float32"}
     assert muon[0]["lr"] == pytest.approx(3e-4 * 0.2 * 4)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from muonkit import Muon, MuonW, orthogonalize
+from muonkit import Muon, MuonW
+from muonkit.orthogonalize import orthogonalize_
 from optim_helpers import mlp, momentum_of, parameter, set_gradients, train
 
 # --- living with the rest of PyTorch ----------------------------------------------------------
@@ -388,11 +389,11 @@ def test_pitfall_26_accumulation_orthogonalizes_once_a_step(
 
     calls: list[int] = []
 
-    def counted(u: torch.Tensor, **options: object) -> torch.Tensor:
+    def counted(u: torch.Tensor, *options: object) -> torch.Tensor:
         calls.append(u.shape[0])
-        return orthogonalize(u, **options)  # type: ignore[arg-type]
+        return orthogonalize_(u, *options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "orthogonalize", counted)
+    monkeypatch.setattr(module, "orthogonalize_", counted)
     model = mlp()
     whole = copy.deepcopy(model)
     optimizer = MuonW(model, lr=0.01)

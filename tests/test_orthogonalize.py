@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from muonkit import orthogonalize
 from muonkit.coefficients import SCHEDULES, resolve
-from muonkit.orthogonalize import FORMS, NS_DTYPES, _multiplies_bf16, resolve_dtype
+from muonkit.forms import FORMS
+from muonkit.orthogonalize import NS_DTYPES, _multiplies_bf16, resolve_dtype
 
 NAMES = [*SCHEDULES, "svd"]
 # Relative error (Frobenius) of one orthogonalization against float64 on well-conditioned input.
@@ -29,6 +30,9 @@ TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1.2e-1,
 }
+# The Gram form's share of it: within a segment rounding errors grow up to the limits in
+# muonkit.forms, which were chosen so that it is at most this many times off as far.
+GRAM = {torch.float64: 25, torch.float32: 25, torch.float16: 2, torch.bfloat16: 2}
 STRICT = {name for name in NAMES if resolve(name).strict}
 IMPLEMENTATIONS = [
     (name, form, dtype)
@@ -44,6 +48,10 @@ def implementation_id(case: tuple[str, str, torch.dtype]) -> str:
 every_implementation = pytest.mark.parametrize(
     ("name", "form", "dtype"), IMPLEMENTATIONS, ids=map(implementation_id, IMPLEMENTATIONS)
 )
+
+
+def tolerance(form: str, dtype: torch.dtype) -> float:
+    return TOLERANCE[dtype] * (GRAM[dtype] if form == "gram" else 1)
 
 
 def apply(G: torch.Tensor, name: str, form: str, dtype: torch.dtype) -> torch.Tensor:
@@ -86,14 +94,14 @@ def test_equals_the_exact_polynomial(
 ) -> None:
     G = random_matrix(*shape, dtype=torch.float64)
     expected = exact(G, name, torch.finfo(dtype).eps)
-    tolerance = TOLERANCE[dtype]
+    limit = tolerance(form, dtype)
     if name == "svd" and dtype.itemsize == 2:
         # The input is rounded to 16 bits; the smallest singular values feel that most.
-        tolerance *= 2
+        limit *= 2
     if name in STRICT:
         # Slopes at the interval's ends are up to 20 times those inside.
-        tolerance *= 20
-    assert distance(apply(G, name, form, dtype), expected) < tolerance
+        limit *= 20
+    assert distance(apply(G, name, form, dtype), expected) < limit
 
 
 @every_implementation
@@ -112,12 +120,11 @@ def test_pitfall_3_the_input_is_untouched(name: str, form: str, dtype: torch.dty
 def test_transpose_commutes(
     name: str, form: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    G = random_matrix(*shape)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    G = random_matrix(*shape, dtype=wide)
     one, other = apply(G.mT, name, form, dtype), apply(G, name, form, dtype).mT
-    if shape[0] != shape[1] and name != "svd":
-        assert torch.equal(one, other)  # the same products on the same short side
-    else:
-        assert distance(one, other) < 2 * TOLERANCE[dtype]
+    # Not to the bit: a transposed operand is summed in another order.
+    assert distance(one, other) < 2 * tolerance(form, dtype)
 
 
 @every_implementation
@@ -128,7 +135,7 @@ def test_pitfall_2_scale_does_not_matter(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     G = random_matrix(32, 32, dtype=wide)  # alpha * G is rounded to its dtype
     one, other = apply(alpha * G, name, form, dtype), apply(G, name, form, dtype)
-    assert distance(one, other) < TOLERANCE[dtype]
+    assert distance(one, other) < tolerance(form, dtype)
     assert one.norm() > 0.5 * 32**0.5
 
 
@@ -150,7 +157,7 @@ def test_pitfall_5_a_batch_equals_a_loop(name: str, form: str, dtype: torch.dtyp
     loop = torch.stack([torch.stack([apply(M, name, form, dtype) for M in row]) for row in G])
     assert batch.shape == G.shape
     # Batched products may sum in another order than single ones.
-    assert distance(batch, loop) < TOLERANCE[dtype]
+    assert distance(batch, loop) < tolerance(form, dtype)
 
 
 @every_implementation
@@ -329,7 +336,7 @@ def test_misuse_is_refused() -> None:
             orthogonalize(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'auto', 'float64'"):
         orthogonalize(G, ns_dtype="float8")
-    with pytest.raises(ValueError, match="'auto', 'standard'"):
+    with pytest.raises(ValueError, match="'auto', 'standard', 'gram'"):
         orthogonalize(G, ns_form="grma")
     with pytest.raises(ValueError, match="polar_express"):
         orthogonalize(G, ns_coefficients="kellr")

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from muonkit.coefficients import resolve
-from muonkit.orthogonalize import products_dtype, resolve_form
+from muonkit._optim_batches import planned
+from muonkit.orthogonalize import NS_DTYPES, choose
 from muonkit.scale import scale_factor
 from muonkit.views import View, blocks_of
 
+if TYPE_CHECKING:
+    from muonkit.orthogonalize import Choice
+
 __all__ = [
+    "NS_OPTIONS",
     "complete_group",
     "describe_group",
     "drop_foreign_keys",
     "merge_saved",
+    "momentum_dtype",
     "parameter_names",
     "refuse_unknown",
     "separate_lr",
     "validate_defaults",
     "validate_group",
 ]
+
+# What `orthogonalize` takes from a group, in its order.
+NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 
 ALGORITHMS = ("muon", "adamw")
 NONFINITE = ("propagate", "skip", "raise")
@@ -43,13 +52,24 @@ _MUON_KEYS = (
     "adjust_lr_fn",
     "ns_form",
     "ns_dtype",
+    "momentum_dtype",
+    "bytes_in_flight",
     "cautious",
 )
 _FOREIGN_KEYS = {
     "muon": tuple(_ADAMW_DEFAULTS.values()),
     "adamw": (*_ADAMW_DEFAULTS.values(), *_MUON_KEYS),
 }
-_MUONW_OPTIONS = ("ns_form", "ns_dtype", "maximize", "cautious", "nonfinite")
+_DTYPE_KEYS = ("ns_dtype", "momentum_dtype")
+_MUONW_OPTIONS = (
+    "ns_form",
+    "ns_dtype",
+    "momentum_dtype",
+    "bytes_in_flight",
+    "maximize",
+    "cautious",
+    "nonfinite",
+)
 
 
 def complete_group(
@@ -85,8 +105,9 @@ def complete_group(
         raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
     if algorithm == "muon":
         group["view"] = str(View.parse(group.get("view", "matrix")))
-        if "ns_dtype" in group:
-            group["ns_dtype"] = str(group["ns_dtype"]).removeprefix("torch.")
+        for key in _DTYPE_KEYS:
+            if key in group:
+                group[key] = str(group[key]).removeprefix("torch.")
         return group
     no_lr = "lr" not in group and defaults["adamw_lr"] is None
     if no_lr and defaults["adjust_lr_fn"] != "match_rms_adamw":
@@ -189,9 +210,24 @@ def _validate_options(group: dict[str, Any]) -> None:
         return
     _validate_number("momentum", group["momentum"], below=1.0)
     scale_factor(group["adjust_lr_fn"], 1, 1)
-    iterations = resolve(group["ns_coefficients"], group["ns_steps"])
-    resolve_form(group["ns_form"])
-    products_dtype(group["ns_dtype"], torch.float32, torch.device("cpu"), iterations)
+    _choose(group, 1, 1, torch.float32, torch.device("cpu"))
+    if group["momentum_dtype"] not in ("auto", *NS_DTYPES):
+        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
+        raise ValueError(
+            f"unknown momentum_dtype {group['momentum_dtype']!r}; it is one of {options}"
+        )
+    cap = group["bytes_in_flight"]
+    if isinstance(cap, bool) or not isinstance(cap, Integral):
+        raise TypeError(f"bytes_in_flight is a whole number of bytes, got {cap!r}")
+    if cap < 1:
+        raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
+
+
+def _choose(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> Choice:
+    coefficients, steps, form, ns_dtype = (group[key] for key in NS_OPTIONS)
+    return choose(coefficients, steps, form, ns_dtype, dtype, device, rows, cols)
 
 
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
@@ -234,6 +270,11 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             blocks_of(group["view"], shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+def momentum_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype:
+    """The dtype that the momentum of this parameter is kept in."""
+    return NS_DTYPES.get(group["momentum_dtype"], p.dtype)
 
 
 def parameter_names(group: dict[str, Any]) -> list[str]:
@@ -293,16 +334,15 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of `Muon.describe` for one group."""
     if group["algorithm"] == "adamw":
         return [{"group": number, "algorithm": "adamw", "parameters": len(group["params"])}]
-    iterations = resolve(group["ns_coefficients"], group["ns_steps"])
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for p in group["params"]:
-        for block in blocks_of(group["view"], p.shape):
-            if not block.batch * block.rows * block.cols:
-                continue
+    params = group["params"]
+    for batch_rows, batch_cols, blocks in planned(params, group):
+        for index, block in blocks:
+            p = params[index]
+            choice = _choose(group, batch_rows, batch_cols, p.dtype, p.device)
             scale = scale_factor(group["adjust_lr_fn"], block.rows, block.cols)
-            dtype = products_dtype(group["ns_dtype"], p.dtype, p.device, iterations)
             row = rows.setdefault(
-                (block.rows, block.cols, p.dtype, p.device),
+                (block.rows, block.cols, p.dtype, p.device, batch_rows, batch_cols),
                 {
                     "group": number,
                     "algorithm": "muon",
@@ -310,9 +350,14 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "matrices": 0,
                     "rows": block.rows,
                     "cols": block.cols,
-                    "ns_steps": "svd" if iterations.exact else len(iterations.triples),
-                    "ns_form": "svd" if iterations.exact else resolve_form(group["ns_form"]),
-                    "ns_dtype": str(dtype),
+                    "computed_as": (batch_rows, batch_cols),
+                    "ns_steps": "svd" if choice.exact else len(choice.triples),
+                    "ns_form": choice.form,
+                    "restarts": choice.restarts,
+                    "blocks": choice.blocks,
+                    "gflop": choice.flops / 1e9,
+                    "ns_dtype": str(choice.dtype),
+                    "momentum_dtype": str(momentum_dtype(group, p)),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

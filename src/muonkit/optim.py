@@ -7,37 +7,41 @@ so schedulers, `add_param_group` and `state_dict` reach all of them.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from muonkit._groups import (
+    NS_OPTIONS,
     complete_group,
     describe_group,
     drop_foreign_keys,
     merge_saved,
+    momentum_dtype,
     refuse_unknown,
     separate_lr,
     validate_defaults,
     validate_group,
 )
+from muonkit._optim_batches import join, make, take_apart
 from muonkit._optim_gradients import may_step, with_gradients
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import LocalExchange
-from muonkit.orthogonalize import orthogonalize
-from muonkit.plan import Item, make_batches
+from muonkit.orthogonalize import orthogonalize_
+from muonkit.plan import BYTES_IN_FLIGHT
 from muonkit.routing import Routes, Rule, route
 from muonkit.scale import scale_factor
-from muonkit.views import Block, blocks_of
+from muonkit.scratch import scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch.optim.optimizer import ParamsT
 
+    from muonkit._optim_batches import Batch
     from muonkit.coefficients import Coefficients
     from muonkit.exchange import Exchange
 
@@ -77,9 +81,17 @@ class Muon(Optimizer):
             a gradient of any scale gives the same update, and zero gives zero.
         ns_steps: number of Newton-Schulz iterations.
         adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
-        ns_form: how the polynomial is evaluated: "auto" or "standard".
+        ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
+            with the fewer FLOPs on each shape (see `muonkit.forms`).
         ns_dtype: dtype of the matrix products: "auto" (what the hardware multiplies natively),
             "float32", "bfloat16", "float16" or "float64". `describe()` tells what auto chose.
+        momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
+            above. In "bfloat16" it takes half of float32's memory and is off by at most
+            2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
+            once a step); it is computed, and used in the step, in the gradient's dtype.
+        bytes_in_flight: cap on the bytes of the matrices that are computed together, as they are
+            in the parameters' dtype; a larger parameter is computed alone. At most about three
+            times as many are allocated during a step.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -112,6 +124,8 @@ class Muon(Optimizer):
         *,
         ns_form: str = "auto",
         ns_dtype: str | torch.dtype = "auto",
+        momentum_dtype: str | torch.dtype = "auto",
+        bytes_in_flight: int = BYTES_IN_FLIGHT,
         maximize: bool = False,
         cautious: bool = False,
         nonfinite: str = "propagate",
@@ -131,6 +145,8 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "ns_form": ns_form,
             "ns_dtype": str(ns_dtype).removeprefix("torch."),
+            "momentum_dtype": str(momentum_dtype).removeprefix("torch."),
+            "bytes_in_flight": bytes_in_flight,
             "maximize": maximize,
             "cautious": cautious,
             "nonfinite": nonfinite,
@@ -168,7 +184,16 @@ class Muon(Optimizer):
             ValueError: other groups, other algorithms or other shapes than here, or options that
                 the constructor refuses; nothing is loaded.
         """
-        super().load_state_dict(merge_saved(self.param_groups, state_dict))
+        merged = merge_saved(self.param_groups, state_dict)
+        super().load_state_dict(merged)
+        # torch has cast every state to its parameter's dtype.
+        for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                momentum = merged["state"].get(key, {}).get("momentum_buffer")
+                if momentum is not None and momentum_dtype(group, p) != p.dtype:
+                    self.state[p]["momentum_buffer"] = momentum.to(
+                        p.device, momentum_dtype(group, p), copy=True
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -186,7 +211,7 @@ class Muon(Optimizer):
             return loss
         # Whatever can be refused is, before the first write.
         planned = [
-            (group, _batches(params, self._momenta(params), group))
+            (group, make(params, self._momenta(params, group), group))
             for group, params in work
             if group["algorithm"] == "muon"
         ]
@@ -197,17 +222,18 @@ class Muon(Optimizer):
                 adamw_step_(params, [self.state[p] for p in params], group)
         return loss
 
-    def _momenta(self, params: Sequence[Tensor]) -> list[Tensor]:
+    def _momenta(self, params: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
         momenta = []
         for p in params:
             state = self.state[p]
+            dtype = momentum_dtype(group, p)
             if "momentum_buffer" not in state:
                 # Row-major whatever the parameter's strides: the state is in logical shape.
                 state["momentum_buffer"] = torch.zeros_like(
-                    p, memory_format=torch.contiguous_format
+                    p, dtype=dtype, memory_format=torch.contiguous_format
                 )
             # No copy, unless the model was moved or cast after the last step.
-            state["momentum_buffer"] = state["momentum_buffer"].to(p.device, p.dtype)
+            state["momentum_buffer"] = state["momentum_buffer"].to(p.device, dtype)
             momenta.append(state["momentum_buffer"])
         return momenta
 
@@ -347,86 +373,67 @@ def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:
     return [{"params": items, "algorithm": algorithm}] if items else []
 
 
-class _Piece(NamedTuple):
-    """One block of one parameter: its regions of parameter, gradient and momentum."""
-
-    block: Block
-    param: Tensor
-    grad: Tensor
-    momentum: Tensor
-
-
-def _muon_step(
-    batches: Sequence[Sequence[_Piece]], group: dict[str, Any], exchange: Exchange
-) -> None:
+def _muon_step(batches: Sequence[Batch], group: dict[str, Any], exchange: Exchange) -> None:
     for batch in batches:
         u = _momentum_(batch, group)  # elementwise, where the state lives
         u = exchange.to_owners(u)  # whole matrices, (B, m, n)
-        o = orthogonalize(
-            u,
-            ns_coefficients=group["ns_coefficients"],
-            ns_steps=group["ns_steps"],
-            ns_form=group["ns_form"],
-            ns_dtype=group["ns_dtype"],
-        )
+        o = orthogonalize_(u, *(group[key] for key in NS_OPTIONS))  # u's memory is its own
         d = exchange.to_params(o)
         _apply_(batch, d, group)
 
 
-def _batches(
-    params: Sequence[Tensor], momenta: Sequence[Tensor], group: dict[str, Any]
-) -> list[list[_Piece]]:
-    """Blocks of equal matrices together, under the cap on bytes in flight."""
-    # Plain loops: torch.compile cannot trace comprehensions that nest.
-    items: list[Item] = []
-    pieces: list[_Piece] = []
-    for p, momentum in zip(params, momenta, strict=True):
-        grad = cast("Tensor", p.grad)
-        for block in blocks_of(group["view"], tuple(p.shape)):
-            elements = block.batch * block.rows * block.cols
-            if elements:
-                key = (block.rows, block.cols, p.dtype, p.device)
-                items.append(Item(len(pieces), key, elements * p.element_size()))
-                regions = block.region(p), block.region(grad), block.region(momentum)
-                pieces.append(_Piece(block, *regions))
-    return [[pieces[item.position] for item in batch] for batch in make_batches(items)]
-
-
-def _momentum_(batch: Sequence[_Piece], group: dict[str, Any]) -> Tensor:
+def _momentum_(batch: Batch, group: dict[str, Any]) -> Tensor:
     """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
 
-    Returns U as whole matrices, `(B, m, n)`. Without Nesterov it may share the momentum's memory,
-    so nobody writes to it; gradients are never written to.
+    Returns U as whole matrices, `(B, m, n)`, in memory of its own; gradients are never written to.
     """
-    grads = [piece.grad for piece in batch]
-    momenta = [piece.momentum for piece in batch]
-    if any(g.dtype != m.dtype for g, m in zip(grads, momenta, strict=True)):  # Tensor.grad_dtype
-        grads = [g.to(m.dtype) for g, m in zip(grads, momenta, strict=True)]
-    if group["maximize"]:
-        grads = list(torch._foreach_neg(grads))
-    mu = group["momentum"]
-    torch._foreach_lerp_(momenta, grads, 1 - mu)
-    updates = torch._foreach_lerp(grads, momenta, mu) if group["nesterov"] else momenta
-    matrices = [piece.block.to_matrices(u) for piece, u in zip(batch, updates, strict=True)]
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    mu, nesterov = group["momentum"], group["nesterov"]
+    stacks = []
+    for part in batch.parts:
+        U = _stacked(part.grads, alone=len(batch.parts) == 1)
+        U = U.to(torch.promote_types(U.dtype, part.momenta[0].dtype))
+        if group["maximize"]:
+            U.neg_()
+        directions = U.unbind()
+        if U.dtype == part.momenta[0].dtype:
+            torch._foreach_lerp_(part.momenta, directions, 1 - mu)
+            if nesterov:
+                torch._foreach_lerp_(directions, part.momenta, mu)
+            else:
+                torch._foreach_copy_(directions, part.momenta)
+        else:
+            # The momentum is kept in fewer bits than it is computed in.
+            M = torch.stack(part.momenta).to(U.dtype).lerp_(U, 1 - mu)
+            torch._foreach_copy_(part.momenta, M.unbind())
+            U = U.lerp_(M, mu) if nesterov else M
+        stacks.append(U)
+    return join(batch, stacks)
 
 
-def _apply_(batch: Sequence[_Piece], d: Tensor, group: dict[str, Any]) -> None:
+def _stacked(tensors: list[Tensor], alone: bool) -> Tensor:
+    """A copy of the tensors; of one part at a time the memory is scratch."""
+    if not alone or torch.compiler.is_compiling():
+        return torch.stack(tensors)
+    first = tensors[0]
+    shape = (len(tensors), *first.shape)
+    return torch.stack(tensors, out=scratch("update", shape, first.dtype, first.device))
+
+
+def _apply_(batch: Batch, d: Tensor, group: dict[str, Any]) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D, D as `(B, m, n)`."""
-    params = [piece.param for piece in batch]
-    block = batch[0].block
     lr, decay = group["lr"], group["weight_decay"]
     if isinstance(lr, Tensor):
         lr = lr.to(d.device).reshape(())
-    matrices = torch.split(d, [piece.block.batch for piece in batch])
-    updates = [p.block.to_region(o) for p, o in zip(batch, matrices, strict=True)]
-    if decay != 0:
-        if group["cautious"]:
-            shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
-            _add_(params, shrinking, -lr * decay)
-        else:
-            _add_(params, params, -lr * decay)
-    _add_(params, updates, -lr * scale_factor(group["adjust_lr_fn"], block.rows, block.cols))
+    for part, updates in zip(batch.parts, take_apart(batch, d), strict=True):
+        params = part.params
+        if decay != 0:
+            if group["cautious"]:
+                shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
+                _add_(params, shrinking, -lr * decay)
+            else:
+                _add_(params, params, -lr * decay)
+        scale = scale_factor(group["adjust_lr_fn"], part.block.rows, part.block.cols)
+        _add_(params, updates, -lr * scale)
 
 
 def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -> None:

@@ -8,26 +8,30 @@ parameters or ranks.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from muonkit._compile import constant_result
-from muonkit.coefficients import DEFAULT_STEPS, KELLER, Iterations, resolve
+from muonkit.coefficients import DEFAULT_STEPS, KELLER, Iterations, Triple, resolve
+from muonkit.forms import choose_form, product_flops, segments
+from muonkit.scratch import scratch
+from muonkit.symmetric import block_count, method, symmetric_product
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from muonkit.coefficients import Coefficients
 
 __all__ = [
-    "FORMS",
     "NS_DTYPES",
+    "Choice",
+    "choose",
     "orthogonalize",
+    "orthogonalize_",
     "products_dtype",
     "resolve_dtype",
-    "resolve_form",
 ]
 
 NS_DTYPES: dict[str, torch.dtype] = {
@@ -80,17 +84,112 @@ def orthogonalize(
             f"orthogonalize expects matrices (..., m, n), got shape {tuple(G.shape)}; "
             "a vector has no orthogonal factor: train it with AdamW"
         )
-    iterations = resolve(ns_coefficients, ns_steps)
-    form = resolve_form(ns_form)
-    dtype = products_dtype(ns_dtype, G.dtype, G.device, iterations)
+    rows, cols = G.shape[-2:]
+    options = ns_coefficients, ns_steps, ns_form, ns_dtype
+    if not (torch.is_grad_enabled() and G.requires_grad):
+        return orthogonalize_(G.clone(memory_format=torch.contiguous_format), *options)
+    exact, triples, restarts, margin, dtype = _constants(*options, G.dtype, G.device, rows, cols)
     if G.numel() == 0:
         return G.clone()
-    X = G.reshape(-1, *G.shape[-2:])
-    tall = X.shape[-2] > X.shape[-1]
-    # Row-major, or the products of the first iteration run at two thirds of their rate.
-    X = _normalize(X.mT.contiguous() if tall else X, iterations, dtype)
-    X = _exact(X) if iterations.exact else FORMS[form](X, iterations)
-    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+    X = _normalize(G.reshape(-1, rows, cols), margin, dtype)
+    O = _exact(X) if exact else _evaluate(X, triples, restarts)
+    return O.to(G.dtype).reshape(G.shape)
+
+
+def orthogonalize_(
+    X: Tensor,
+    ns_coefficients: Coefficients,
+    ns_steps: int,
+    ns_form: str,
+    ns_dtype: str | torch.dtype,
+) -> Tensor:
+    """`orthogonalize` in place, not differentiable: nothing of X's size is allocated.
+
+    Returns:
+        X, contiguous or `(B, m, n)`.
+    """
+    rows, cols = X.shape[-2:]
+    exact, triples, restarts, margin, dtype = _constants(
+        ns_coefficients, ns_steps, ns_form, ns_dtype, X.dtype, X.device, rows, cols
+    )
+    if X.numel():
+        batch = X if X.ndim == 3 else X.view(-1, rows, cols)
+        if exact:
+            batch.copy_(_exact(_normalize(batch, margin, dtype)))
+        else:
+            flat = [number for triple in triples for number in triple]
+            torch.ops.muonkit.newton_schulz_(batch, flat, restarts, margin, dtype)
+    return X
+
+
+class Choice(NamedTuple):
+    """What is computed for one shape, every "auto" replaced.
+
+    Attributes:
+        exact: singular value decomposition; what follows is then empty.
+        triples: (a, b, c) of every iteration.
+        restarts: see `muonkit.forms.Evaluation`.
+        margin: the input is divided by margin times its norm.
+        dtype: of the matrix products.
+        form: a key of `muonkit.forms.FORMS`, or "svd".
+        blocks: in how many blocks of rows a symmetric product is computed.
+        flops: of the matrix products for one matrix.
+    """
+
+    exact: bool
+    triples: tuple[Triple, ...]
+    restarts: tuple[int, ...]
+    margin: float
+    dtype: torch.dtype
+    form: str
+    blocks: int
+    flops: int
+
+
+def choose(
+    ns_coefficients: Coefficients,
+    ns_steps: int,
+    ns_form: str,
+    ns_dtype: str | torch.dtype,
+    input_dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    cols: int,
+) -> Choice:
+    """What `orthogonalize` does with matrices of this shape and dtype on this device.
+
+    Raises:
+        ValueError, TypeError: as `orthogonalize`.
+    """
+    iterations = resolve(ns_coefficients, ns_steps)
+    dtype = products_dtype(ns_dtype, input_dtype, device, iterations)
+    m, n = sorted((rows, cols))
+    blocks = block_count(m, dtype, device)
+    form, restarts = choose_form(ns_form, m, n, iterations.triples, dtype.itemsize, blocks)
+    if iterations.exact:
+        return Choice(True, (), (), 1.0, dtype, "svd", 1, 0)
+    margin = iterations.margin
+    if iterations.strict:
+        # Rounding can push the largest singular value above 1.
+        margin *= 1 + 4 * torch.finfo(dtype).eps
+    flops = product_flops(m, n, iterations.triples, restarts, blocks)
+    return Choice(False, iterations.triples, restarts, margin, dtype, form, blocks, flops)
+
+
+@constant_result
+def _constants(
+    ns_coefficients: Coefficients,
+    ns_steps: int,
+    ns_form: str,
+    ns_dtype: str | torch.dtype,
+    input_dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    cols: int,
+) -> tuple[bool, tuple[Triple, ...], tuple[int, ...], float, torch.dtype]:
+    """The first fields of `choose`, as the plain tuple that torch.compile takes for a constant."""
+    choice = choose(ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device, rows, cols)
+    return choice[:5]
 
 
 def products_dtype(
@@ -112,7 +211,6 @@ def products_dtype(
     return dtype
 
 
-@constant_result
 def resolve_dtype(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
@@ -148,20 +246,6 @@ def resolve_dtype(
     return torch.bfloat16 if _multiplies_bf16(device.type, device.index) else torch.float32
 
 
-def resolve_form(ns_form: str) -> str:
-    """The form that `ns_form` stands for.
-
-    Raises:
-        ValueError: not a key of `FORMS` nor "auto".
-    """
-    if ns_form == "auto":
-        return "standard"
-    if ns_form not in FORMS:
-        options = ", ".join(map(repr, ["auto", *FORMS]))
-        raise ValueError(f"unknown ns_form {ns_form!r}; it is one of {options}")
-    return ns_form
-
-
 @functools.lru_cache(maxsize=64)
 def _multiplies_bf16(device_type: str, index: int | None) -> bool:
     """Whether this device multiplies bf16 matrices natively, not by emulation."""
@@ -174,18 +258,17 @@ def _multiplies_bf16(device_type: str, index: int | None) -> bool:
     return device_type == "xpu"
 
 
-def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype) -> Tensor:
-    """Every matrix divided by its norm, in at least float32; then in the dtype of the products."""
-    wide = torch.promote_types(X.dtype, torch.float32)
-    margin = iterations.margin
-    if iterations.strict:
-        # Rounding can push the largest singular value above 1.
-        margin *= 1 + 4 * torch.finfo(dtype).eps
-    X = X.to(wide)
+def _normalize(X: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
+    """Every matrix divided by `margin` times its norm, in at least float32; then in `dtype`."""
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
     # The square of a magnitude beyond 1e19 overflows float32, below 1e-23 it vanishes: take the
     # magnitude out first. A maximum of zero is a zero matrix, which stays one.
-    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
-    X = X / torch.where(largest == 0, 1.0, largest)
+    largest = torch.maximum(X.amax(dim=(-2, -1), keepdim=True), -X.amin(dim=(-2, -1), keepdim=True))
+    largest = torch.where(largest == 0, 1.0, largest)
+    if X.requires_grad:
+        X = X / largest
+    else:
+        X = torch.div(X, largest, out=scratch("normalized", tuple(X.shape), X.dtype, X.device))
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # 0, or at least 1
     norm = torch.where(norm == 0, 1.0, norm * margin)
     # In place where autograd does not need X as it was: one pass over memory less.
@@ -193,24 +276,55 @@ def _normalize(X: Tensor, iterations: Iterations, dtype: torch.dtype) -> Tensor:
     return X.to(dtype)
 
 
-def _standard(X: Tensor, iterations: Iterations) -> Tensor:
-    """The polynomial on X itself: three products an iteration; `(B, m, n)` with m <= n."""
-    for a, b, c in iterations.triples:
-        A = X @ X.mT
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
-        if X.dtype.itemsize > 2:
-            # a on the diagonal: (aI + bA + cA^2)X as one plain product. On a CPU, a product that
-            # adds to a matrix copies that matrix first, a third more time for the largest ones.
-            P.diagonal(dim1=-2, dim2=-1).add_(a)
-            X = P @ X
-        else:
-            # 16 bits would round a; as the product's beta it stays exact.
-            X = torch.baddbmm(X, P, X, beta=a)
+def _evaluate(
+    X: Tensor, triples: tuple[Triple, ...], restarts: Sequence[int], out: Tensor | None = None
+) -> Tensor:
+    """The polynomial on normalized matrices, `(B, m, n)` or `(B, n, m)`; see `muonkit.forms`.
+
+    Args:
+        out: where the result goes, not the memory of X.
+    """
+    tall = X.shape[-2] > X.shape[-1]
+    product = functools.partial(symmetric_product, blocks=method(X.mT if tall else X))
+    runs = segments(triples, restarts)
+    for run, segment in enumerate(runs, start=1):
+        rows = X.mT if tall else X
+        target = out if run == len(runs) else _room(X, run)
+        A = product(rows, rows, name="A")
+        if len(segment) == 1 and X.dtype.itemsize == 2:
+            # 16 bits would round a on P's diagonal; as the last product's beta it stays exact.
+            ((a, b, c),) = segment
+            P = _polynomial(product, A, 0.0, b, c, "P")
+            X = torch.baddbmm(X, *((X, P) if tall else (P, X)), beta=a, out=target)
+            continue
+        Q = None
+        for number, (a, b, c) in enumerate(segment, start=1):
+            # Q and P in turn take the memory of the Q and P before the last.
+            P = _polynomial(product, A, a, b, c, f"P{number % 2}")
+            Q = P if Q is None else product(P, Q, name=f"Q{number % 2}")
+            if number < len(segment):
+                A = product(product(P, A, name="PA"), P, name="A")
+        assert Q is not None
+        X = torch.bmm(*((X, Q) if tall else (Q, X)), out=target)
     return X
 
 
-# How a polynomial is evaluated: same mathematics, different FLOPs and rounding.
-FORMS: dict[str, Callable[[Tensor, Iterations], Tensor]] = {"standard": _standard}
+def _room(X: Tensor, run: int) -> Tensor | None:
+    """For the result of a segment, which is not the last: not X's own memory."""
+    if torch.is_grad_enabled() and X.requires_grad:
+        return None
+    return scratch(f"X{run % 2}", tuple(X.shape), X.dtype, X.device)
+
+
+def _polynomial(
+    product: Callable[..., Tensor], A: Tensor, a: float, b: float, c: float, name: str
+) -> Tensor:
+    """aI + bA + cA^2."""
+    if c:
+        return product(A, A, A, alpha=c, beta=b, gamma=a, name=name)
+    P = b * A
+    P.diagonal(dim1=-2, dim2=-1).add_(a)
+    return P
 
 
 def _exact(X: Tensor) -> Tensor:
@@ -223,3 +337,40 @@ def _exact(X: Tensor) -> Tensor:
     floor = max(X.shape[-2:]) * torch.finfo(X.dtype).eps * S[..., :1]
     kept = (S > floor).to(X.dtype)
     return torch.where(finite, (U * kept[..., None, :]) @ Vh, torch.nan)
+
+
+def _newton_schulz_(
+    G: Tensor,
+    coefficients: Sequence[float],
+    restarts: Sequence[int],
+    margin: float,
+    dtype: torch.dtype,
+) -> None:
+    """Normalize and evaluate in place, as one operation of torch: one node in a compiled graph.
+
+    On a CPU a few matrices at a time, so that what is written is still in the cache when it is
+    read, and temporaries stay small enough for malloc to keep them (fresh pages cost more than the
+    arithmetic on them); elsewhere the whole batch at once.
+    """
+    triples = tuple(zip(coefficients[::3], coefficients[1::3], coefficients[2::3], strict=True))
+    together = G.shape[0]
+    if G.device.type == "cpu":
+        nbytes = G.shape[-2] * G.shape[-1] * dtype.itemsize
+        together = max(torch.get_num_threads(), _CPU_BYTES_TOGETHER // nbytes)
+    for start in range(0, G.shape[0], together):
+        some = G[start : start + together]
+        out = some if dtype == G.dtype and some.is_contiguous() else None
+        O = _evaluate(_normalize(some, margin, dtype), triples, restarts, out)
+        if out is None:
+            some.copy_(O)
+
+
+_CPU_BYTES_TOGETHER = 4 * 2**20
+
+# Not torch.library.custom_op, whose wrapper costs as much as several small products.
+torch.library.define(
+    "muonkit::newton_schulz_",
+    "(Tensor(a!) G, float[] coefficients, int[] restarts, float margin, ScalarType dtype) -> ()",
+)
+torch.library.impl("muonkit::newton_schulz_", "CompositeExplicitAutograd", _newton_schulz_)
+torch.library.register_fake("muonkit::newton_schulz_", lambda *_: None)

@@ -2,45 +2,147 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+from muonkit._compile import constant_result
 
-__all__ = ["BYTES_IN_FLIGHT", "Item", "make_batches"]
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+__all__ = ["BYTES_IN_FLIGHT", "Item", "PlannedBatch", "make_batches"]
 
 # Cap on the bytes of one batch of matrices, above which no batch grows (but a single parameter may
-# be larger); the transient peak of a step is a small multiple of the largest batch.
-BYTES_IN_FLIGHT = 256 * 2**20
+# be larger); the transient peak of a step is a small multiple of the largest batch. Enough to make
+# a batch of all but the largest matrices, and as much as `muonkit.scratch` keeps.
+BYTES_IN_FLIGHT = 64 * 2**20
+
+# FLOPs that take as long as the launches of one more batch: up to here it is cheaper to pad
+# matrices with zeros, into the batch of a larger shape, than to compute them on their own. The
+# CPU's is measured (docs/performance.md): 50 operations of 3 us at 60 GFLOP/s. A GPU's launches
+# cost about the same and its FLOPs a thousandth, but that was never measured: a cautious guess.
+_FLOPS_OF_A_LAUNCH = {"cpu": 10**7}
+_FLOPS_OF_A_LAUNCH_ELSEWHERE = 10**9
+
+# FLOPs that take as long as moving one element into a padded batch and out of it again.
+_FLOPS_OF_A_MOVE = 300
 
 
 class Item(NamedTuple):
     """One block of one parameter, as far as the plan needs to know it.
 
     Attributes:
-        position: where it stands in the caller's list.
         key: what must be equal for two items to be computed together.
-        nbytes: bytes of its matrices.
+        device: type of the device, "cpu".
+        matrices, rows, cols: how many matrices, and their shape.
+        itemsize: bytes per element.
     """
 
-    position: int
     key: Hashable
-    nbytes: int
+    device: str
+    matrices: int
+    rows: int
+    cols: int
+    itemsize: int
 
 
-def make_batches(items: Iterable[Item], cap: int = BYTES_IN_FLIGHT) -> list[list[Item]]:
-    """Group items of equal key, in order of appearance, with at most `cap` bytes in a batch.
-
-    An item larger than the cap is a batch of its own.
+class PlannedBatch(NamedTuple):
+    """Attributes:
+    rows, cols: of every matrix in the batch; smaller ones are padded with zeros, or transposed
+        and padded.
+    positions: of its items in the caller's list.
     """
-    open_batches: dict[Hashable, list[Item]] = {}
-    sizes: dict[Hashable, int] = {}
-    batches: list[list[Item]] = []
-    for item in items:
-        if item.key not in open_batches or sizes[item.key] + item.nbytes > cap:
-            open_batches[item.key] = []
-            sizes[item.key] = 0
-            batches.append(open_batches[item.key])
-        open_batches[item.key].append(item)
-        sizes[item.key] += item.nbytes
-    return batches
+
+    rows: int
+    cols: int
+    positions: tuple[int, ...]
+
+
+def make_batches(items: tuple[Item, ...], cap: int = BYTES_IN_FLIGHT) -> list[PlannedBatch]:
+    """Items of equal key and shape together, small ones of several shapes too, under the cap.
+
+    Zero rows and columns stay zero in every product, so padding changes nothing but the FLOPs. An
+    item larger than the cap is a batch of its own.
+    """
+    return [PlannedBatch(*fields) for fields in _make_batches(items, cap)]
+
+
+@constant_result
+def _make_batches(
+    items: tuple[Item, ...], cap: int
+) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    return _cached(items, cap)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(items: tuple[Item, ...], cap: int) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    classes: dict[tuple[Hashable, int, int], list[int]] = {}
+    for position, item in enumerate(items):
+        classes.setdefault((item.key, item.rows, item.cols), []).append(position)
+    merged = _merge([((rows, cols), at) for (_, rows, cols), at in classes.items()], items)
+    return tuple(
+        (rows, cols, positions)
+        for (rows, cols), at in merged
+        for positions in _under_cap(rows * cols, at, items, cap)
+    )
+
+
+_Class = tuple[tuple[int, int], list[int]]
+
+
+def _merge(classes: list[_Class], items: tuple[Item, ...]) -> list[_Class]:
+    """Join the two classes whose joining costs the fewest FLOPs, while that is below a launch."""
+    while True:
+        best: tuple[float, int, int] | None = None
+        for j in range(len(classes)):
+            for i in range(j):
+                first = items[classes[i][1][0]]
+                if first.key != items[classes[j][1][0]].key:
+                    continue
+                launch = _FLOPS_OF_A_LAUNCH.get(first.device, _FLOPS_OF_A_LAUNCH_ELSEWHERE)
+                extra = _extra_flops([classes[i], classes[j]], items)
+                if extra < launch and (best is None or extra < best[0]):
+                    best = extra, i, j
+        if best is None:
+            return classes
+        _, i, j = best
+        joined = _envelope([classes[i], classes[j]]), classes[i][1] + classes[j][1]
+        classes = [*classes[:i], joined, *classes[i + 1 : j], *classes[j + 1 :]]
+
+
+def _envelope(classes: list[_Class]) -> tuple[int, int]:
+    """The least wide shape that holds matrices of all classes, tall ones transposed."""
+    sides = [sorted(shape) for shape, _ in classes]
+    return max(m for m, _ in sides), max(n for _, n in sides)
+
+
+def _extra_flops(classes: list[_Class], items: tuple[Item, ...]) -> int:
+    m, n = _envelope(classes)
+    return sum(
+        (_flops(m, n) - _flops(*sorted(shape)) + _FLOPS_OF_A_MOVE * m * n)
+        * sum(items[i].matrices for i in at)
+        for shape, at in classes
+    )
+
+
+def _flops(m: int, n: int) -> int:
+    """Of five iterations on one matrix, in the standard form: more than any other."""
+    return 20 * m * m * n + 10 * m**3
+
+
+def _under_cap(
+    elements: int, at: list[int], items: tuple[Item, ...], cap: int
+) -> list[tuple[int, ...]]:
+    """In as few batches as the cap allows, of about equal size."""
+    sizes = {i: items[i].matrices * elements * items[i].itemsize for i in at}
+    total, largest = sum(sizes.values()), max(sizes.values())
+    even = total // -(-total // cap) + largest - 1
+    batches: list[list[int]] = []
+    size = 0
+    for position in sorted(at):
+        if not batches or size + sizes[position] > min(cap, even):
+            batches.append([])
+            size = 0
+        batches[-1].append(position)
+        size += sizes[position]
+    return [tuple(batch) for batch in batches]

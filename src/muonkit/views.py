@@ -66,16 +66,19 @@ class Block:
         """The block's part of `tensor` (which has the parameter's shape); shares its memory."""
         return tensor[self.index] if self.index else tensor
 
-    def to_matrices(self, region: Tensor) -> Tensor:
-        """A region as `(batch, rows, cols)`; shares memory where the strides allow it."""
-        if self.transposed:
-            return region.reshape(self.batch, self.cols, self.rows).mT
-        return region.reshape(self.batch, self.rows, self.cols)
+    def to_matrices(self, regions: Tensor) -> Tensor:
+        """A region, or N of them stacked `(N, *shape)`, as `(N * batch, rows, cols)`.
 
-    def to_region(self, matrices: Tensor) -> Tensor:
-        """The inverse of `to_matrices`: `(batch, rows, cols)` in the shape of the region."""
+        Shares memory where the strides allow it.
+        """
+        if self.transposed:
+            return regions.reshape(-1, self.cols, self.rows).mT
+        return regions.reshape(-1, self.rows, self.cols)
+
+    def to_regions(self, matrices: Tensor) -> Tensor:
+        """The inverse of `to_matrices`: `(N * batch, rows, cols)` as `(N, *shape)`."""
         stored = matrices.mT if self.transposed else matrices
-        return stored.reshape(self.shape)
+        return stored.reshape(-1, *self.shape)
 
 
 @dataclass(frozen=True)

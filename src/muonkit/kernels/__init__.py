@@ -12,7 +12,9 @@ import importlib
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "available", "symmetric_product"]
+from muonkit.kernels._blocks import choose
+
+__all__ = ["DTYPES", "available", "symmetric_product", "tile"]
 
 # What the kernel multiplies, always with sums in float32. Not float64: sums would lose it.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +39,11 @@ def _gpu_available(index: int | None) -> bool:
         # Whatever a broken driver or installation raises: there is no kernel then.
         return False
     return True
+
+
+def tile(m: int, dtype: torch.dtype) -> int:
+    """Rows and columns of the tiles in which a dense `(m, m)` product of this dtype is computed."""
+    return choose(m, dtype, True).tile
 
 
 def symmetric_product(

@@ -1,0 +1,182 @@
+"""Symmetric products at half the cost: only what lies on or below the diagonal is computed.
+
+On CUDA and ROCm one Triton kernel does it (`muonkit.kernels`); everywhere else blocks of rows in
+plain torch: halve the matrix until a block is small, compute the blocks on and below the diagonal,
+mirror the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from muonkit import kernels
+from muonkit.scratch import scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["KERNEL", "block_count", "method", "symmetric_product"]
+
+KERNEL = 0
+
+# The smallest block of rows in plain torch; with smaller ones the products lose more of their rate
+# than they save. Measured on a CPU (docs/performance.md); a guess on a GPU without the kernel.
+_SMALLEST_BLOCK = {"cpu": 96}
+_SMALLEST_BLOCK_ELSEWHERE = 1024
+
+
+def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
+    """In how many blocks of rows a symmetric `(m, m)` product is computed on this device.
+
+    The cost is (b + 1) / 2b of the general product's, exactly so where b divides m.
+    """
+    if kernels.available(device) and dtype in kernels.DTYPES:
+        return max(1, -(-m // kernels.tile(m, dtype)))
+    smallest = _SMALLEST_BLOCK.get(device.type, _SMALLEST_BLOCK_ELSEWHERE)
+    blocks = 1
+    while m >= 2 * smallest * blocks:
+        blocks *= 2
+    return blocks
+
+
+def method(X: Tensor) -> int:
+    """How symmetric products of `(B, m, k)` tensors like X are computed: `KERNEL`, or in how many
+    blocks; 1 is the general product, which alone can be differentiated.
+    """
+    if torch.is_grad_enabled() and X.requires_grad:
+        return 1
+    if kernels.available(X.device) and X.dtype in kernels.DTYPES:
+        return KERNEL
+    return block_count(X.shape[-2], X.dtype, X.device)
+
+
+def symmetric_product(
+    L: Tensor,
+    R: Tensor,
+    D: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    blocks: int | None = None,
+    name: str | None = None,
+) -> Tensor:
+    """alpha L R^T + beta D + gamma I, which the caller knows to be symmetric.
+
+    It is for a Gram matrix (R is L) and for products of polynomials in one Gram matrix, which
+    commute. What is computed of a result that is not symmetric, is not said.
+
+    Args:
+        L, R: `(B, m, k)`.
+        D: `(B, m, m)`, symmetric; None for beta = 0.
+        blocks: what `method` says, where it was asked before.
+        name: take the result's memory from `muonkit.scratch` under this name, which none of L, R
+            and D has; for a result that is not differentiated.
+
+    Returns:
+        `(B, m, m)`.
+    """
+    if blocks is None:
+        blocks = method(L if L.requires_grad else R)
+    if blocks == KERNEL:
+        # Row-major: its other variants are slower.
+        rows = L.contiguous()
+        other = rows if R is L else R.contiguous()
+        return kernels.symmetric_product(rows, other, D, alpha, beta, gamma)
+    D = None if beta == 0 else D
+    if blocks == 1:
+        C = _general(L, R, D, alpha, beta)
+    else:
+        C = _blocked(L, R, D, alpha, beta, blocks, name)
+    if gamma:
+        C.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return C
+
+
+def _general(L: Tensor, R: Tensor, D: Tensor | None, alpha: float, beta: float) -> Tensor:
+    if D is None:
+        C = torch.bmm(L, R.mT)
+        return C if alpha == 1 else C * alpha
+    return torch.baddbmm(D, L, R.mT, beta=beta, alpha=alpha)
+
+
+def _blocked(
+    L: Tensor,
+    R: Tensor,
+    D: Tensor | None,
+    alpha: float,
+    beta: float,
+    blocks: int,
+    name: str | None,
+) -> Tensor:
+    """The blocks on the diagonal, all in one batch; then, for every block size up to half of the
+    matrix, the blocks below it: halves of a matrix, halves of the halves, ... in one batch each.
+    """
+    B, m, _ = L.shape
+    padded = m + -m % blocks
+    if padded != m:
+        L, R = (torch.nn.functional.pad(t, (0, 0, 0, padded - m)) for t in (L, R))
+        if D is not None:
+            D = torch.nn.functional.pad(D, (0, padded - m, 0, padded - m))
+    C = _empty(name, (B, padded, padded), L)
+    h = padded // blocks
+    _store(C, _products(L, R, alpha, h, h, 0, 0), D, beta, h, 0, 0)
+    while h < padded:
+        T = _products(L, R, alpha, h, 2 * h, h, 0)
+        _store(C, T, D, beta, 2 * h, h, 0)
+        _store(C, T.mT, D, beta, 2 * h, 0, h)
+        h *= 2
+    return C if padded == m else C[:, :m, :m].contiguous()
+
+
+def _products(L: Tensor, R: Tensor, alpha: float, h: int, step: int, row: int, col: int) -> Tensor:
+    """For j = 0, 1, ...: alpha times h rows of L from row + j step, times h rows of R, transposed,
+    from col + j step; `(B, J, h, h)`.
+
+    `as_strided` throughout, one operation where views would take four: there are many small ones.
+    """
+    B, m, _ = L.shape
+    J = m // step
+    T = _empty("symmetric block", (B, J, h, h), L)
+    if all(B == 1 or t.stride(0) == m * t.stride(1) for t in (L, R)):
+        # A contiguous result: torch hands all of the batch to BLAS at once, which spreads it over
+        # the threads. beta = 0: what T holds is not read.
+        flat = T.view(B * J, h, h)
+        lower, upper = _rows(L, B * J, h, step, row), _rows(R, B * J, h, step, col)
+        torch.baddbmm(flat, lower, upper.mT, beta=0, alpha=alpha, out=flat)
+    else:
+        for j in range(0, m, step):
+            lower, upper = L[:, row + j : row + j + h], R[:, col + j : col + j + h]
+            T[:, j // step] = torch.bmm(lower, upper.mT) * alpha
+    return T
+
+
+def _empty(name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if name is None:
+        return like.new_empty(shape)
+    return scratch(name, shape, like.dtype, like.device)
+
+
+def _rows(X: Tensor, count: int, h: int, step: int, start: int) -> Tensor:
+    _, rows, cols = X.stride()
+    shape, strides = (count, h, X.shape[-1]), (step * rows, rows, cols)
+    return X.as_strided(shape, strides, X.storage_offset() + start * rows)
+
+
+def _store(
+    C: Tensor, T: Tensor, D: Tensor | None, beta: float, step: int, row: int, col: int
+) -> None:
+    """The j-th block of T, plus beta D, to C at (row, col) + j (step, step)."""
+    place = _blocks_at(C, T, step, row, col)
+    if D is None:
+        place.copy_(T)
+    else:
+        torch.add(T, _blocks_at(D, T, step, row, col), alpha=beta, out=place)
+
+
+def _blocks_at(C: Tensor, T: Tensor, step: int, row: int, col: int) -> Tensor:
+    batch, rows, cols = C.stride()
+    strides = (batch, step * (rows + cols), rows, cols)
+    return C.as_strided(T.shape, strides, C.storage_offset() + row * rows + col * cols)
