@@ -69,7 +69,7 @@ lock: ## renew requirements-dev.lock from pyproject.toml
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check 'torch==2.13.0' '.[dev]'
 	{ echo '# What development runs on, pinned. Written by `make lock`; do not edit.'; \
-	  $(VENV)-lock/bin/pip --disable-pip-version-check freeze --all --exclude muonkit --exclude pip | sed 's/+[a-z0-9.]*$$//'; } > $(LOCK).new
+	  $(VENV)-lock/bin/pip --disable-pip-version-check freeze --all --exclude muonkit --exclude pip | sed 's/+[a-z0-9.]*$$//; s/^triton==.*/&; platform_system == "Linux"/'; } > $(LOCK).new
 	mv $(LOCK).new $(LOCK)
 	rm -rf $(VENV)-lock
 

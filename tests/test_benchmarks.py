@@ -231,7 +231,8 @@ def test_errors_finds_what_is_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(line.startswith("broken") for line in found)
     monkeypatch.setattr(errors, "orthogonalize", lambda G, **_: G * float("nan"))
     found = errors.failures(errors.measure(["keller"], ["bfloat16"], quick=True))
-    assert len(found) == 2 * len(errors.QUICK_SHAPES) * 5 * 2  # both bounds, every case
+    forms = len(errors.FORMS)
+    assert len(found) == forms * len(errors.QUICK_SHAPES) * 5 * 2  # both bounds, every case
 
 
 def test_overhead_pairs_whole_steps(measured: Callable[[str], Path]) -> None:

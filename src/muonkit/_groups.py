@@ -177,6 +177,8 @@ def validate_defaults(defaults: dict[str, Any]) -> None:
     validate_group({**defaults, "algorithm": "muon", "params": []})
     adamw = {key: defaults[name] for key, name in _ADAMW_DEFAULTS.items()}
     given = {key: value for key, value in adamw.items() if value is not None}
+    if isinstance(defaults["weight_decay"], Tensor):
+        given.setdefault("weight_decay", 0.0)  # a group that takes Muon's is refused when it comes
     validate_group({**defaults, **given, "algorithm": "adamw", "params": []})
 
 
@@ -197,7 +199,13 @@ def _validate_options(group: dict[str, Any]) -> None:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     # The first words are torch.optim.Muon's.
     _validate_number("Learning rate", lr)
-    _validate_number("weight decay", group["weight_decay"])
+    decay = group["weight_decay"]
+    if isinstance(decay, Tensor) and (group["algorithm"] == "adamw" or decay.numel() != 1):
+        raise TypeError(
+            "weight decay is a number, or a 1-element tensor for Muon's groups, but is: "
+            f"{decay!r}; AdamW's own is adamw_wd"
+        )
+    _validate_number("weight decay", decay)
     _validate_number("eps", group["eps"])
     if group["nonfinite"] not in NONFINITE:
         options = ", ".join(map(repr, NONFINITE))
@@ -217,9 +225,9 @@ def _validate_options(group: dict[str, Any]) -> None:
             f"unknown momentum_dtype {group['momentum_dtype']!r}; it is one of {options}"
         )
     cap = group["bytes_in_flight"]
-    if isinstance(cap, bool) or not isinstance(cap, Integral):
-        raise TypeError(f"bytes_in_flight is a whole number of bytes, got {cap!r}")
-    if cap < 1:
+    if isinstance(cap, bool) or not isinstance(cap, Integral | None):
+        raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
+    if cap is not None and cap < 1:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
 
 

@@ -31,7 +31,6 @@ from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import LocalExchange
 from muonkit.orthogonalize import orthogonalize_
-from muonkit.plan import BYTES_IN_FLIGHT
 from muonkit.routing import Routes, Rule, route
 from muonkit.scale import scale_factor
 from muonkit.scratch import scratch
@@ -72,7 +71,7 @@ class Muon(Optimizer):
         lr: learning rate, a float or a one-element tensor (of which each of several groups gets
             its own copy, as schedulers need it). In units of spectral norm per update with the
             scale "original", of RMS per update (as AdamW's) with "match_rms_adamw".
-        weight_decay: decoupled decay per unit of (unscaled) lr.
+        weight_decay: decoupled decay per unit of (unscaled) lr; a float or a one-element tensor.
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
         ns_coefficients: the schedule: a name (`muonkit.coefficients.SCHEDULES` or "svd"), one
@@ -89,9 +88,9 @@ class Muon(Optimizer):
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
             once a step); it is computed, and used in the step, in the gradient's dtype.
-        bytes_in_flight: cap on the bytes of the matrices that are computed together, as they are
-            in the parameters' dtype; a larger parameter is computed alone. At most about three
-            times as many are allocated during a step.
+        bytes_in_flight: cap on the bytes of the matrices that are computed together, in the
+            parameters' dtype; None is 64 MiB on a CPU, 256 MiB elsewhere. A larger parameter is
+            computed alone. A step allocates at most about five times as many.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -114,7 +113,7 @@ class Muon(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: float | Tensor = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_coefficients: Coefficients = KELLER,
@@ -125,7 +124,7 @@ class Muon(Optimizer):
         ns_form: str = "auto",
         ns_dtype: str | torch.dtype = "auto",
         momentum_dtype: str | torch.dtype = "auto",
-        bytes_in_flight: int = BYTES_IN_FLIGHT,
+        bytes_in_flight: int | None = None,
         maximize: bool = False,
         cautious: bool = False,
         nonfinite: str = "propagate",
@@ -412,21 +411,22 @@ def _momentum_(batch: Batch, group: dict[str, Any]) -> Tensor:
 
 def _stacked(tensors: list[Tensor], alone: bool) -> Tensor:
     """A copy of the tensors; of one part at a time the memory is scratch."""
-    if not alone or torch.compiler.is_compiling():
-        return torch.stack(tensors)
     first = tensors[0]
+    if not alone or torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
+        return torch.stack(tensors)
     shape = (len(tensors), *first.shape)
     return torch.stack(tensors, out=scratch("update", shape, first.dtype, first.device))
 
 
 def _apply_(batch: Batch, d: Tensor, group: dict[str, Any]) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D, D as `(B, m, n)`."""
-    lr, decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, Tensor):
-        lr = lr.to(d.device).reshape(())
+    lr, decay = (
+        value.to(d.device).reshape(()) if isinstance(value, Tensor) else value
+        for value in (group["lr"], group["weight_decay"])
+    )
     for part, updates in zip(batch.parts, take_apart(batch, d), strict=True):
         params = part.params
-        if decay != 0:
+        if isinstance(decay, Tensor) or decay != 0:
             if group["cautious"]:
                 shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
                 _add_(params, shrinking, -lr * decay)

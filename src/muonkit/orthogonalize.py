@@ -261,16 +261,18 @@ def _multiplies_bf16(device_type: str, index: int | None) -> bool:
 def _normalize(X: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
     """Every matrix divided by `margin` times its norm, in at least float32; then in `dtype`."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))
+    least = torch.finfo(X.dtype).tiny  # divides a zero matrix, which stays one
     # The square of a magnitude beyond 1e19 overflows float32, below 1e-23 it vanishes: take the
-    # magnitude out first. A maximum of zero is a zero matrix, which stays one.
+    # magnitude out first.
     largest = torch.maximum(X.amax(dim=(-2, -1), keepdim=True), -X.amin(dim=(-2, -1), keepdim=True))
-    largest = torch.where(largest == 0, 1.0, largest)
+    largest = largest.clamp_min(least)
     if X.requires_grad:
         X = X / largest
     else:
         X = torch.div(X, largest, out=scratch("normalized", tuple(X.shape), X.dtype, X.device))
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # 0, or at least 1
-    norm = torch.where(norm == 0, 1.0, norm * margin)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(least)
+    if margin != 1:
+        norm = norm * margin
     # In place where autograd does not need X as it was: one pass over memory less.
     X = X / norm if X.requires_grad else X.div_(norm)
     return X.to(dtype)
@@ -355,14 +357,23 @@ def _newton_schulz_(
     triples = tuple(zip(coefficients[::3], coefficients[1::3], coefficients[2::3], strict=True))
     together = G.shape[0]
     if G.device.type == "cpu":
-        nbytes = G.shape[-2] * G.shape[-1] * dtype.itemsize
-        together = max(torch.get_num_threads(), _CPU_BYTES_TOGETHER // nbytes)
+        together = _together(G.shape[0], G.shape[1], G.shape[2], dtype)
     for start in range(0, G.shape[0], together):
         some = G[start : start + together]
         out = some if dtype == G.dtype and some.is_contiguous() else None
         O = _evaluate(_normalize(some, margin, dtype), triples, restarts, out)
         if out is None:
             some.copy_(O)
+
+
+def _together(count: int, rows: int, cols: int, dtype: torch.dtype) -> int:
+    """How many matrices a CPU takes at a time: as many for every thread, and about as many each
+    time.
+    """
+    threads = torch.get_num_threads()
+    most = max(1, _CPU_BYTES_TOGETHER // (rows * cols * dtype.itemsize * threads)) * threads
+    times = -(-count // most)
+    return -(-count // (times * threads)) * threads
 
 
 _CPU_BYTES_TOGETHER = 4 * 2**20

@@ -10,12 +10,13 @@ from muonkit._compile import constant_result
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = ["BYTES_IN_FLIGHT", "Item", "PlannedBatch", "make_batches"]
+__all__ = ["Item", "PlannedBatch", "make_batches"]
 
 # Cap on the bytes of one batch of matrices, above which no batch grows (but a single parameter may
-# be larger); the transient peak of a step is a small multiple of the largest batch. Enough to make
-# a batch of all but the largest matrices, and as much as `muonkit.scratch` keeps.
-BYTES_IN_FLIGHT = 64 * 2**20
+# be larger); the transient peak of a step is a small multiple of the largest batch. On a CPU as
+# much as `muonkit.scratch` keeps; launches are dearer elsewhere.
+_CAP = {"cpu": 64 * 2**20}
+_CAP_ELSEWHERE = 256 * 2**20
 
 # FLOPs that take as long as the launches of one more batch: up to here it is cheaper to pad
 # matrices with zeros, into the batch of a larger shape, than to compute them on their own. The
@@ -58,24 +59,29 @@ class PlannedBatch(NamedTuple):
     positions: tuple[int, ...]
 
 
-def make_batches(items: tuple[Item, ...], cap: int = BYTES_IN_FLIGHT) -> list[PlannedBatch]:
+def make_batches(items: tuple[Item, ...], cap: int | None = None) -> list[PlannedBatch]:
     """Items of equal key and shape together, small ones of several shapes too, under the cap.
 
     Zero rows and columns stay zero in every product, so padding changes nothing but the FLOPs. An
     item larger than the cap is a batch of its own.
+
+    Args:
+        cap: bytes of the (padded) matrices of a batch; None is 64 MiB on a CPU, else 256.
     """
     return [PlannedBatch(*fields) for fields in _make_batches(items, cap)]
 
 
 @constant_result
 def _make_batches(
-    items: tuple[Item, ...], cap: int
+    items: tuple[Item, ...], cap: int | None
 ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     return _cached(items, cap)
 
 
 @functools.lru_cache(maxsize=256)
-def _cached(items: tuple[Item, ...], cap: int) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+def _cached(
+    items: tuple[Item, ...], cap: int | None
+) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     classes: dict[tuple[Hashable, int, int], list[int]] = {}
     for position, item in enumerate(items):
         classes.setdefault((item.key, item.rows, item.cols), []).append(position)
@@ -131,9 +137,11 @@ def _flops(m: int, n: int) -> int:
 
 
 def _under_cap(
-    elements: int, at: list[int], items: tuple[Item, ...], cap: int
+    elements: int, at: list[int], items: tuple[Item, ...], cap: int | None
 ) -> list[tuple[int, ...]]:
     """In as few batches as the cap allows, of about equal size."""
+    if cap is None:
+        cap = _CAP.get(items[at[0]].device, _CAP_ELSEWHERE)
     sizes = {i: items[i].matrices * elements * items[i].itemsize for i in at}
     total, largest = sum(sizes.values()), max(sizes.values())
     even = total // -(-total // cap) + largest - 1

@@ -21,9 +21,14 @@ KEPT_BYTES = 64 * 2**20
 _WORTH_KEEPING = 2**18
 
 
+# As many views of the buffers are remembered: making one costs three operations of torch.
+_REMEMBERED = 256
+
+
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
 
 _kept = _Kept()
@@ -32,12 +37,22 @@ _kept = _Kept()
 def scratch(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """An uninitialized tensor, valid until this thread asks for scratch of the same name again."""
-    nbytes = math.prod(shape) * dtype.itemsize
+    """An uninitialized tensor, valid until this thread asks for scratch of the same name again.
+
+    The caller does not change it but for its values: the same object may be given out again.
+    """
     compiling = torch.compiler.is_compiling()
+    nbytes = math.prod(shape) * dtype.itemsize
     if compiling or device.type != "cpu" or not _WORTH_KEEPING <= nbytes <= KEPT_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    buffer = _kept.buffers.get(name)
-    if buffer is None or buffer.numel() < nbytes:
-        buffer = _kept.buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
-    return buffer[:nbytes].view(dtype).view(shape)
+    view = _kept.views.get((name, shape, dtype))
+    if view is None:
+        buffer = _kept.buffers.get(name)
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside
+            if buffer is None or buffer.numel() < nbytes:
+                buffer = _kept.buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
+                _kept.views.clear()  # some are of the buffer that was
+            elif len(_kept.views) >= _REMEMBERED:
+                _kept.views.clear()
+            view = _kept.views[name, shape, dtype] = buffer[:nbytes].view(dtype).view(shape)
+    return view

@@ -69,7 +69,8 @@ def symmetric_product(
     commute. What is computed of a result that is not symmetric, is not said.
 
     Args:
-        L, R: `(B, m, k)`.
+        L: `(B, m, k)`.
+        R: L itself, or symmetric, `(B, m, m)`.
         D: `(B, m, m)`, symmetric; None for beta = 0.
         blocks: what `method` says, where it was asked before.
         name: take the result's memory from `muonkit.scratch` under this name, which none of L, R
@@ -89,28 +90,23 @@ def symmetric_product(
     if blocks == 1:
         C = _general(L, R, D, alpha, beta)
     else:
-        C = _blocked(L, R, D, alpha, beta, blocks, name)
+        C = _blocked(L, R, alpha, blocks, name)
+        if D is not None:
+            C.add_(D, alpha=beta)
     if gamma:
         C.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return C
 
 
 def _general(L: Tensor, R: Tensor, D: Tensor | None, alpha: float, beta: float) -> Tensor:
-    if D is None:
-        C = torch.bmm(L, R.mT)
-        return C if alpha == 1 else C * alpha
-    return torch.baddbmm(D, L, R.mT, beta=beta, alpha=alpha)
+    right = L.mT if R is L else R
+    if D is not None:
+        return torch.baddbmm(D, L, right, beta=beta, alpha=alpha)
+    C = torch.bmm(L, right)
+    return C if alpha == 1 else C * alpha
 
 
-def _blocked(
-    L: Tensor,
-    R: Tensor,
-    D: Tensor | None,
-    alpha: float,
-    beta: float,
-    blocks: int,
-    name: str | None,
-) -> Tensor:
+def _blocked(L: Tensor, R: Tensor, alpha: float, blocks: int, name: str | None) -> Tensor:
     """The blocks on the diagonal, all in one batch; then, for every block size up to half of the
     matrix, the blocks below it: halves of a matrix, halves of the halves, ... in one batch each.
     """
@@ -118,65 +114,56 @@ def _blocked(
     padded = m + -m % blocks
     if padded != m:
         L, R = (torch.nn.functional.pad(t, (0, 0, 0, padded - m)) for t in (L, R))
-        if D is not None:
-            D = torch.nn.functional.pad(D, (0, padded - m, 0, padded - m))
     C = _empty(name, (B, padded, padded), L)
     h = padded // blocks
-    _store(C, _products(L, R, alpha, h, h, 0, 0), D, beta, h, 0, 0)
+    _store(C, _products(L, R, alpha, h, h, 0, 0), h, 0, 0)
     while h < padded:
         T = _products(L, R, alpha, h, 2 * h, h, 0)
-        _store(C, T, D, beta, 2 * h, h, 0)
-        _store(C, T.mT, D, beta, 2 * h, 0, h)
+        _store(C, T, 2 * h, h, 0)
+        _store(C, T.mT, 2 * h, 0, h)
         h *= 2
     return C if padded == m else C[:, :m, :m].contiguous()
+
+
+# `as_strided` throughout, one operation where views would take four: there are many small ones.
 
 
 def _products(L: Tensor, R: Tensor, alpha: float, h: int, step: int, row: int, col: int) -> Tensor:
     """For j = 0, 1, ...: alpha times h rows of L from row + j step, times h rows of R, transposed,
     from col + j step; `(B, J, h, h)`.
-
-    `as_strided` throughout, one operation where views would take four: there are many small ones.
     """
-    B, m, _ = L.shape
+    B, m, k = L.shape
     J = m // step
-    T = _empty("symmetric block", (B, J, h, h), L)
-    if all(B == 1 or t.stride(0) == m * t.stride(1) for t in (L, R)):
+    count = B * J
+    if B == 1 or (L.stride(0) == m * L.stride(1) and R.stride(0) == m * R.stride(1)):
         # A contiguous result: torch hands all of the batch to BLAS at once, which spreads it over
         # the threads. beta = 0: what T holds is not read.
-        flat = T.view(B * J, h, h)
-        lower, upper = _rows(L, B * J, h, step, row), _rows(R, B * J, h, step, col)
-        torch.baddbmm(flat, lower, upper.mT, beta=0, alpha=alpha, out=flat)
-    else:
-        for j in range(0, m, step):
-            lower, upper = L[:, row + j : row + j + h], R[:, col + j : col + j + h]
-            T[:, j // step] = torch.bmm(lower, upper.mT) * alpha
+        T = _empty("block", (count, h, h), L)
+        _, rows, cols = L.stride()
+        lower = L.as_strided(
+            (count, h, k), (step * rows, rows, cols), L.storage_offset() + row * rows
+        )
+        _, rows, cols = R.stride()
+        upper = R.as_strided(
+            (count, k, h), (step * rows, cols, rows), R.storage_offset() + col * rows
+        )
+        torch.baddbmm(T, lower, upper, beta=0, alpha=alpha, out=T)
+        return T.view(B, J, h, h)
+    T = _empty("block", (B, J, h, h), L)
+    for j in range(0, m, step):
+        lower, upper = L[:, row + j : row + j + h], R[:, col + j : col + j + h]
+        T[:, j // step] = torch.bmm(lower, upper.mT).mul_(alpha)
     return T
+
+
+def _store(C: Tensor, T: Tensor, step: int, row: int, col: int) -> None:
+    """The j-th block of T to C at (row, col) + j (step, step)."""
+    batch, rows, cols = C.stride()
+    strides = (batch, step * (rows + cols), rows, cols)
+    C.as_strided(T.shape, strides, C.storage_offset() + row * rows + col * cols).copy_(T)
 
 
 def _empty(name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
     if name is None:
         return like.new_empty(shape)
     return scratch(name, shape, like.dtype, like.device)
-
-
-def _rows(X: Tensor, count: int, h: int, step: int, start: int) -> Tensor:
-    _, rows, cols = X.stride()
-    shape, strides = (count, h, X.shape[-1]), (step * rows, rows, cols)
-    return X.as_strided(shape, strides, X.storage_offset() + start * rows)
-
-
-def _store(
-    C: Tensor, T: Tensor, D: Tensor | None, beta: float, step: int, row: int, col: int
-) -> None:
-    """The j-th block of T, plus beta D, to C at (row, col) + j (step, step)."""
-    place = _blocks_at(C, T, step, row, col)
-    if D is None:
-        place.copy_(T)
-    else:
-        torch.add(T, _blocks_at(D, T, step, row, col), alpha=beta, out=place)
-
-
-def _blocks_at(C: Tensor, T: Tensor, step: int, row: int, col: int) -> Tensor:
-    batch, rows, cols = C.stride()
-    strides = (batch, step * (rows + cols), rows, cols)
-    return C.as_strided(T.shape, strides, C.storage_offset() + row * rows + col * cols)
