@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from muonkit.coefficients import SCHEDULES
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -210,6 +212,17 @@ def test_errors_are_of_every_form(measured: Callable[[str], Path]) -> None:
         assert 0.5 < row["sigma"] < 1.5
         if row["form"] == "standard":
             assert row["times_standard"] == 1
+
+
+def test_pitfall_7_no_form_is_out_of_bounds_in_any_dtype() -> None:
+    """All schedules that are made for 16 bits, all spectra: no singular value over 1.5, and gram no
+    further from float64 than twice standard in 16 bits.
+    """
+    import errors
+
+    safe = [name for name, schedule in SCHEDULES.items() if not schedule.strict]
+    dtypes = ["float32", "bfloat16", "float16"]
+    assert errors.failures(errors.measure(safe, dtypes, quick=True)) == []
 
 
 def test_errors_finds_what_is_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
