@@ -185,6 +185,7 @@ def main() -> int:
             "cases": cases,
             "failures": found,
         }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if found else 0
 

@@ -334,6 +334,7 @@ def main() -> int:
     record["graph"] = captured = graph(device)
     good = bool(captured["equal"]) and all(row["good"] for row in worst.values())
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record | {"good": good}, indent=1) + "\n")
     print("all checks passed" if good else "A CHECK FAILED: see above")
     return 0 if good else 1

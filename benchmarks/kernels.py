@@ -241,6 +241,7 @@ def main() -> int:
     show(results, options.every)
     if options.json:
         rows = [asdict(each) | {"fault": each.fault} for each in results]
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     faults = [each.fault for each in results if each.fault]
     print("\n".join(["", *faults]) if faults else "\nnothing spills, no tensor core is missed")

@@ -3,8 +3,8 @@
     python benchmarks/train_overhead.py                       # the lab's gpt task
     python benchmarks/train_overhead.py --width 384 --layers 6 --context 256 --json overhead.json
 
-Model and data are the lab's `gpt` task (`muonkit lab`), the optimizers those that it compares, each
-at its default learning rate: MuonW, and torch.optim.AdamW(fused=True), torch's fastest. Both train
+Model and data are the lab's `gpt` task (`muonkit compare gpt`), the optimizers those that it
+compares, each at its default learning rate: MuonW, and torch.optim.AdamW(fused=True), torch's fastest. Both train
 their own copy of one initial model on the same batches. A block is a few steps of one optimizer;
 blocks alternate, and so does which one goes first. Quoted are medians over blocks, and the ratio
 within a pair of blocks with its quartiles. `share` is the optimizer's part of a step.
@@ -130,6 +130,7 @@ def main() -> int:
     }
     show(record)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

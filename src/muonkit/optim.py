@@ -90,7 +90,10 @@ class Muon(Optimizer):
             once a step); it is computed, and used in the step, in the gradient's dtype.
         bytes_in_flight: cap on the bytes of the matrices that are computed together, in the
             parameters' dtype; None is 64 MiB on a CPU, 256 MiB elsewhere. A larger parameter is
-            computed alone. A step allocates at most about five times as many.
+            computed alone. A step holds these, and for those that are computed at a time (on a CPU
+            a few, elsewhere all) up to 3 + 6m/n times their bytes in the dtype of the products, m
+            being the shorter side; on a CPU part of it is kept for the next step
+            (`muonkit.scratch`).
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -240,8 +243,11 @@ class Muon(Optimizer):
         """What each kind of matrix gets, with every "auto" replaced by what it chose.
 
         Returns:
-            One dict per param group and matrix shape: group, algorithm; for Muon also view,
-            matrices, rows, cols, ns_steps, ns_form, ns_dtype, scale, lr (after the scale).
+            One dict per param group and matrix shape: group, algorithm, and for AdamW parameters,
+            their number; for Muon view, matrices, rows, cols, computed_as (the shape that small
+            ones are padded to), ns_steps, ns_form, restarts (see `muonkit.forms`), blocks (of rows
+            of a symmetric product), gflop (of the products for one matrix), ns_dtype,
+            momentum_dtype, scale, lr (after the scale).
         """
         return [
             row for n, group in enumerate(self.param_groups) for row in describe_group(n, group)
