@@ -4,10 +4,11 @@
     python benchmarks/train_overhead.py --width 384 --layers 6 --context 256 --json overhead.json
 
 Model and data are the lab's `gpt` task (`muonkit compare gpt`), the optimizers those that it
-compares, each at its default learning rate: MuonW, and torch.optim.AdamW(fused=True), torch's fastest. Both train
-their own copy of one initial model on the same batches. A block is a few steps of one optimizer;
-blocks alternate, and so does which one goes first. Quoted are medians over blocks, and the ratio
-within a pair of blocks with its quartiles. `share` is the optimizer's part of a step.
+compares, each at its default learning rate: MuonW, and torch.optim.AdamW(fused=True), torch's
+fastest. Both train their own copy of one initial model on the same batches. A block is a few steps
+of one optimizer; blocks alternate, and so does which one goes first. Quoted are medians over
+blocks, and the ratio within a pair of blocks with its quartiles. `share` is the optimizer's part of
+a step.
 """
 
 from __future__ import annotations

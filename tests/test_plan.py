@@ -59,3 +59,17 @@ def test_small_shapes_share_a_batch_by_padding() -> None:
 def test_equal_shapes_over_the_cap_are_several_batches() -> None:
     many = matrices(*[(100, 100)] * 5)
     assert [b.positions for b in make_batches(many, cap=90_000)] == [(0, 1), (2, 3), (4,)]
+    # As few as the cap allows, and of about equal size.
+    many = matrices(*[(100, 100)] * 12)
+    assert [len(b.positions) for b in make_batches(many, cap=7 * 40_000)] == [6, 6]
+
+
+def test_a_joined_batch_keeps_the_order() -> None:
+    (batch,) = make_batches(matrices((4, 4), (4, 27), (4, 4)))
+    assert batch.positions == (0, 1, 2)
+
+
+def test_many_shapes_are_planned_at_once() -> None:
+    """Joining is for the handful of shapes of a real model; looking at all pairs is cubic."""
+    shapes = [(8 + i, 9 + 7 * i % 500) for i in range(500)]
+    assert len(make_batches(matrices(*shapes))) == 500

@@ -77,7 +77,7 @@ def test_launches_of_a_step_over_gpt2_small(dtype: str, monkeypatch: pytest.Monk
         G = torch.empty(12, *shape, device="meta")
         choice = choose(KELLER, 5, "auto", dtype, G.dtype, G.device, *shape)
         flat = [number for triple in choice.triples for number in triple]
-        arguments = G, flat, choice.restarts, choice.margin, choice.dtype
+        arguments = G, flat, "auto", choice.margin, choice.dtype
         operations += dispatched(lambda a=arguments: _newton_schulz_(*a))
     launches = {name: n for name, n in operations.items() if name not in BOOKKEEPING}
     assert sum(launches.values()) < 150, launches
@@ -193,6 +193,7 @@ def test_bf16_momentum_stays_within_its_bound_over_200_steps(nesterov: bool) -> 
     coarse = Muon(params, momentum_dtype=torch.bfloat16, **common)
     fine = Muon(twins, **common)
     largest = [torch.zeros(p.shape) for p in params]
+    starts = [p.detach().clone() for p in params]
     worst = 0.0
     for t in range(200):
         set_gradients(params, t)
@@ -209,6 +210,9 @@ def test_bf16_momentum_stays_within_its_bound_over_200_steps(nesterov: bool) -> 
             error = (momentum_of(coarse, p).float() - M).abs()
             assert (error <= bound + 1e-3).all()  # + what differing weights do to the gradients
             worst = max(worst, (error.norm() / M.norm()).item())
+            if t == 2:  # the same direction, with the same look ahead
+                moved = [w.detach() - start for w, start in ((p, starts[i]), (q, starts[i]))]
+                assert (moved[0] - moved[1]).norm() < 0.05 * moved[1].norm()
     assert 1e-3 < worst < 0.03  # it is rounded, and by far less than the bound
     for p, q in zip(params, twins, strict=True):
         assert (p - q).norm() / q.norm() < 0.05
@@ -312,6 +316,88 @@ def test_orthogonalize_compiles_to_one_operation(form: str) -> None:
 def test_the_operation_is_a_good_citizen_of_torch() -> None:
     G = torch.randn(3, 8, 12)
     flat = [number for _ in range(5) for number in KELLER]
-    arguments: tuple[Tensor, list[float], list[int], float, torch.dtype]
-    arguments = G, flat, [2], 1.0, torch.float32
+    arguments: tuple[Tensor, list[float], str, float, torch.dtype]
+    arguments = G, flat, "gram", 1.0, torch.float32
     torch.library.opcheck(torch.ops.muonkit.newton_schulz_.default, arguments)
+
+
+def test_orthogonalize_compiles_for_changing_shapes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda X: orthogonalize(X), backend="eager", fullgraph=True)
+    for shape in ((6, 10), (7, 12), (12, 7), (3, 7, 12)):
+        G = torch.randn(shape)
+        torch.testing.assert_close(compiled(G), orthogonalize(G))
+
+
+# --- transforms ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7)])
+def test_transforms_of_torch_func(shape: tuple[int, int]) -> None:
+    G, V = torch.randn(2, *shape, dtype=torch.float64)
+    step = 1e-6
+    slope = (orthogonalize(G + step * V) - orthogonalize(G - step * V)) / (2 * step)
+    torch.testing.assert_close(
+        torch.func.jvp(orthogonalize, (G,), (V,))[1], slope, rtol=1e-4, atol=1e-6
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(G, V)
+        tangent = torch.autograd.forward_ad.unpack_dual(orthogonalize(dual)).tangent
+    torch.testing.assert_close(tangent, slope, rtol=1e-4, atol=1e-6)
+    batch = torch.randn(4, *shape)
+    each = torch.stack([orthogonalize(M) for M in batch])
+    torch.testing.assert_close(torch.func.vmap(orthogonalize)(batch), each)
+    forward, reverse = torch.func.jacfwd(orthogonalize)(G), torch.func.jacrev(orthogonalize)(G)
+    torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (200, 300)])
+def test_autocast_does_not_lower_what_was_asked_for(shape: tuple[int, int]) -> None:
+    G = torch.randn(shape)
+    expected = orthogonalize(G, ns_dtype="float32")
+    p, q = [nn.Parameter(torch.ones(shape)) for _ in range(2)]
+    p.grad, q.grad = G.clone(), G.clone()
+    Muon([q], ns_dtype="float32").step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Muon([p], ns_dtype="float32").step()
+        assert torch.equal(orthogonalize(G, ns_dtype="float32"), expected)
+        differentiable = orthogonalize(G.requires_grad_(), ns_dtype="float32")
+    assert torch.equal(p, q)
+    torch.testing.assert_close(differentiable, expected, rtol=0, atol=1e-4)
+
+
+def test_a_wider_momentum_does_not_widen_the_products() -> None:
+    p, q = parameter(6, 9), parameter(6, 9)
+    p.grad, q.grad = torch.randn(2, 6, 9).unbind()
+    q.grad = p.grad.clone()
+    wide, plain = Muon([p], momentum_dtype="float64"), Muon([q])
+    for optimizer in (wide, plain):
+        optimizer.step()
+    assert {row["ns_dtype"] for row in wide.describe()} == {"torch.float32"}
+    torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+
+
+def test_hooks_on_loading_have_the_last_word() -> None:
+    p = parameter(6, 9)
+    set_gradients([p])
+    optimizer = Muon([p], momentum_dtype="bfloat16")
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.register_load_state_dict_post_hook(lambda o: o.state[p]["momentum_buffer"].zero_())
+    optimizer.load_state_dict(saved)
+    assert not momentum_of(optimizer, p).any()
+    optimizer.step()
+    assert momentum_of(optimizer, p).dtype == torch.bfloat16
+
+
+def test_an_optimizer_pickled_before_an_option_existed_steps() -> None:
+    p = parameter(6, 9)
+    optimizer = Muon([p])
+    state = optimizer.__getstate__()
+    for key in ("momentum_dtype", "bytes_in_flight"):
+        del state["param_groups"][0][key]
+    other = Muon.__new__(Muon)
+    other.__setstate__(state)
+    set_gradients([p])
+    other.step()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["FORMS", "Evaluation", "choose_form", "product_flops", "segments"]
+__all__ = ["FORMS", "Evaluation", "check_form", "choose_form", "product_flops", "segments"]
 
 # What rounding leaves in A where X is rank-deficient, PAP multiplies by about a^2 in an iteration,
 # the products' own values by less, and X never sees it before the segment's end: by how much it may
@@ -97,16 +97,23 @@ def choose_form(
     Raises:
         ValueError: not a key of `FORMS` nor "auto".
     """
+    check_form(ns_form)
     return _choose(ns_form, m, n, triples, itemsize, blocks)
+
+
+def check_form(ns_form: str) -> None:
+    """Raises:
+    ValueError: not a key of `FORMS` nor "auto".
+    """
+    if not isinstance(ns_form, str) or ns_form not in ("auto", *FORMS):
+        options = ", ".join(map(repr, ["auto", *FORMS]))
+        raise ValueError(f"unknown ns_form {ns_form!r}; it is one of {options}")
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
     ns_form: str, m: int, n: int, triples: Triples, itemsize: int, blocks: int
 ) -> Evaluation:
-    if ns_form != "auto" and ns_form not in FORMS:
-        options = ", ".join(map(repr, ["auto", *FORMS]))
-        raise ValueError(f"unknown ns_form {ns_form!r}; it is one of {options}")
     names = FORMS if ns_form == "auto" else [ns_form]
     evaluations = [Evaluation(name, FORMS[name](triples, itemsize)) for name in names]
     # The first of equals is the standard form, whose rounding is the smaller one.

@@ -176,6 +176,13 @@ class Muon(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # pickled before these existed
+            if group["algorithm"] == "muon":
+                group.setdefault("momentum_dtype", "auto")
+                group.setdefault("bytes_in_flight", None)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, of `torch.optim.Muon` or of one with the same keys.
 
@@ -192,10 +199,13 @@ class Muon(Optimizer):
         for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 momentum = merged["state"].get(key, {}).get("momentum_buffer")
-                if momentum is not None and momentum_dtype(group, p) != p.dtype:
-                    self.state[p]["momentum_buffer"] = momentum.to(
-                        p.device, momentum_dtype(group, p), copy=True
-                    )
+                if momentum is None or group["algorithm"] != "muon":
+                    continue
+                dtype = momentum_dtype(group, p)
+                loaded = self.state[p]["momentum_buffer"]
+                # A hook may have changed it: then it is as the hook wants it.
+                if dtype != p.dtype and torch.equal(momentum.to(loaded), loaded):
+                    self.state[p]["momentum_buffer"] = momentum.to(p.device, dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -411,7 +421,9 @@ def _momentum_(batch: Batch, group: dict[str, Any]) -> Tensor:
             M = torch.stack(part.momenta).to(U.dtype).lerp_(U, 1 - mu)
             torch._foreach_copy_(part.momenta, M.unbind())
             U = U.lerp_(M, mu) if nesterov else M
-        stacks.append(U)
+        # Nothing is computed in float64 for a momentum or gradient that is kept in it.
+        most = torch.promote_types(part.params[0].dtype, torch.float32)
+        stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
     return join(batch, stacks)
 
 

@@ -7,20 +7,22 @@ parameters or ranks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from muonkit._compile import constant_result
 from muonkit.coefficients import DEFAULT_STEPS, KELLER, Iterations, Triple, resolve
-from muonkit.forms import choose_form, product_flops, segments
+from muonkit.forms import check_form, choose_form, product_flops, segments
 from muonkit.scratch import scratch
 from muonkit.symmetric import block_count, method, symmetric_product
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from muonkit.coefficients import Coefficients
 
@@ -86,14 +88,41 @@ def orthogonalize(
         )
     rows, cols = G.shape[-2:]
     options = ns_coefficients, ns_steps, ns_form, ns_dtype
-    if not (torch.is_grad_enabled() and G.requires_grad):
+    if not _is_transformed(G):
         return orthogonalize_(G.clone(memory_format=torch.contiguous_format), *options)
-    exact, triples, restarts, margin, dtype = _constants(*options, G.dtype, G.device, rows, cols)
+    exact, triples, margin, dtype = _constants(*options, G.dtype, G.device)
     if G.numel() == 0:
         return G.clone()
-    X = _normalize(G.reshape(-1, rows, cols), margin, dtype)
-    O = _exact(X) if exact else _evaluate(X, triples, restarts)
-    return O.to(G.dtype).reshape(G.shape)
+    with _without_autocast(G.device):
+        X = _normalize(G.reshape(-1, rows, cols), margin, dtype, differentiable=True)
+        if exact:
+            O = _exact(X)
+        else:
+            if torch.compiler.is_compiling() and ns_form == "auto":
+                ns_form = "standard"  # the compiler may know the shape as symbols only
+            O = _evaluate(X, triples, ns_form, differentiable=True)
+        return O.to(G.dtype).reshape(G.shape)
+
+
+def _is_transformed(G: Tensor) -> bool:
+    """Whether something watches what is computed of G: autograd, in either mode, or torch.func."""
+    if torch.is_grad_enabled() and G.requires_grad:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(G)
+    dual = torch.autograd.forward_ad.unpack_dual(G)  # type: ignore[no-untyped-call]
+    return wrapped or dual.tangent is not None
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products are in the dtype that was asked for, also where autocast would lower it."""
+    kind = device.type
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def orthogonalize_(
@@ -109,16 +138,17 @@ def orthogonalize_(
         X, contiguous or `(B, m, n)`.
     """
     rows, cols = X.shape[-2:]
-    exact, triples, restarts, margin, dtype = _constants(
-        ns_coefficients, ns_steps, ns_form, ns_dtype, X.dtype, X.device, rows, cols
+    exact, triples, margin, dtype = _constants(
+        ns_coefficients, ns_steps, ns_form, ns_dtype, X.dtype, X.device
     )
     if X.numel():
         batch = X if X.ndim == 3 else X.view(-1, rows, cols)
         if exact:
-            batch.copy_(_exact(_normalize(batch, margin, dtype)))
+            with _without_autocast(X.device):
+                batch.copy_(_exact(_normalize(batch, margin, dtype)))
         else:
             flat = [number for triple in triples for number in triple]
-            torch.ops.muonkit.newton_schulz_(batch, flat, restarts, margin, dtype)
+            torch.ops.muonkit.newton_schulz_(batch, flat, ns_form, margin, dtype)
     return X
 
 
@@ -161,19 +191,16 @@ def choose(
     Raises:
         ValueError, TypeError: as `orthogonalize`.
     """
-    iterations = resolve(ns_coefficients, ns_steps)
-    dtype = products_dtype(ns_dtype, input_dtype, device, iterations)
+    exact, triples, margin, dtype = _constants(
+        ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device
+    )
+    if exact:
+        return Choice(True, (), (), 1.0, dtype, "svd", 1, 0)
     m, n = sorted((rows, cols))
     blocks = block_count(m, dtype, device)
-    form, restarts = choose_form(ns_form, m, n, iterations.triples, dtype.itemsize, blocks)
-    if iterations.exact:
-        return Choice(True, (), (), 1.0, dtype, "svd", 1, 0)
-    margin = iterations.margin
-    if iterations.strict:
-        # Rounding can push the largest singular value above 1.
-        margin *= 1 + 4 * torch.finfo(dtype).eps
-    flops = product_flops(m, n, iterations.triples, restarts, blocks)
-    return Choice(False, iterations.triples, restarts, margin, dtype, form, blocks, flops)
+    form, restarts = choose_form(ns_form, m, n, triples, dtype.itemsize, blocks)
+    flops = product_flops(m, n, triples, restarts, blocks)
+    return Choice(False, triples, restarts, margin, dtype, form, blocks, flops)
 
 
 @constant_result
@@ -184,12 +211,18 @@ def _constants(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
     device: torch.device,
-    rows: int,
-    cols: int,
-) -> tuple[bool, tuple[Triple, ...], tuple[int, ...], float, torch.dtype]:
-    """The first fields of `choose`, as the plain tuple that torch.compile takes for a constant."""
-    choice = choose(ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device, rows, cols)
-    return choice[:5]
+) -> tuple[bool, tuple[Triple, ...], float, torch.dtype]:
+    """What does not depend on a shape, as the plain tuple that torch.compile takes for a constant:
+    exact, triples, margin and dtype of `Choice`.
+    """
+    iterations = resolve(ns_coefficients, ns_steps)
+    dtype = products_dtype(ns_dtype, input_dtype, device, iterations)
+    check_form(ns_form)
+    margin = iterations.margin
+    if iterations.strict:
+        # Rounding can push the largest singular value above 1.
+        margin *= 1 + 4 * torch.finfo(dtype).eps
+    return iterations.exact, iterations.triples, margin, dtype
 
 
 def products_dtype(
@@ -258,7 +291,9 @@ def _multiplies_bf16(device_type: str, index: int | None) -> bool:
     return device_type == "xpu"
 
 
-def _normalize(X: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
+def _normalize(
+    X: Tensor, margin: float, dtype: torch.dtype, differentiable: bool = False
+) -> Tensor:
     """Every matrix divided by `margin` times its norm, in at least float32; then in `dtype`."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     least = torch.finfo(X.dtype).tiny  # divides a zero matrix, which stays one
@@ -266,38 +301,50 @@ def _normalize(X: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
     # magnitude out first.
     largest = torch.maximum(X.amax(dim=(-2, -1), keepdim=True), -X.amin(dim=(-2, -1), keepdim=True))
     largest = largest.clamp_min(least)
-    if X.requires_grad:
+    if differentiable:
         X = X / largest
     else:
         X = torch.div(X, largest, out=scratch("normalized", tuple(X.shape), X.dtype, X.device))
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(least)
     if margin != 1:
         norm = norm * margin
-    # In place where autograd does not need X as it was: one pass over memory less.
-    X = X / norm if X.requires_grad else X.div_(norm)
+    # In place where nothing needs X as it was: one pass over memory less.
+    X = X / norm if differentiable else X.div_(norm)
     return X.to(dtype)
 
 
 def _evaluate(
-    X: Tensor, triples: tuple[Triple, ...], restarts: Sequence[int], out: Tensor | None = None
+    X: Tensor,
+    triples: tuple[Triple, ...],
+    ns_form: str,
+    out: Tensor | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     """The polynomial on normalized matrices, `(B, m, n)` or `(B, n, m)`; see `muonkit.forms`.
 
     Args:
         out: where the result goes, not the memory of X.
+        differentiable: by operations that torch can transform; no scratch.
     """
+    m, n = sorted(X.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
-    product = functools.partial(symmetric_product, blocks=method(X.mT if tall else X))
+    blocks = block_count(m, X.dtype, X.device)
+    _, restarts = choose_form(ns_form, m, n, triples, X.dtype.itemsize, blocks)
+    how = 1 if differentiable else method(X.mT if tall else X)
+    product = functools.partial(symmetric_product, blocks=how)
     runs = segments(triples, restarts)
     for run, segment in enumerate(runs, start=1):
         rows = X.mT if tall else X
-        target = out if run == len(runs) else _room(X, run)
+        target = out
+        if run < len(runs):  # not X's own memory
+            name = f"X{run % 2}"
+            target = None if differentiable else scratch(name, tuple(X.shape), X.dtype, X.device)
         A = product(rows, rows, name="A")
         if len(segment) == 1 and X.dtype.itemsize == 2:
             # 16 bits would round a on P's diagonal; as the last product's beta it stays exact.
             ((a, b, c),) = segment
-            P = _polynomial(product, A, 0.0, b, c, "P")
-            X = torch.baddbmm(X, *((X, P) if tall else (P, X)), beta=a, out=target)
+            P = _polynomial(product, A, 0.0, b, c, "P0")
+            X = _apply(torch.baddbmm, (X,), P, X, tall, target, beta=a)
             continue
         Q = None
         for number, (a, b, c) in enumerate(segment, start=1):
@@ -307,15 +354,24 @@ def _evaluate(
             if number < len(segment):
                 A = product(product(P, A, name="PA"), P, name="A")
         assert Q is not None
-        X = torch.bmm(*((X, Q) if tall else (Q, X)), out=target)
+        X = _apply(torch.bmm, (), Q, X, tall, target)
     return X
 
 
-def _room(X: Tensor, run: int) -> Tensor | None:
-    """For the result of a segment, which is not the last: not X's own memory."""
-    if torch.is_grad_enabled() and X.requires_grad:
-        return None
-    return scratch(f"X{run % 2}", tuple(X.shape), X.dtype, X.device)
+def _apply(
+    function: Callable[..., Tensor],
+    first: tuple[Tensor, ...],
+    Q: Tensor,
+    X: Tensor,
+    tall: bool,
+    out: Tensor | None,
+    **options: float,
+) -> Tensor:
+    """The product of Q and X on X's short side; without `out` where torch.func could not follow."""
+    factors = (X, Q) if tall else (Q, X)
+    if out is None:
+        return function(*first, *factors, **options)
+    return function(*first, *factors, out=out, **options)
 
 
 def _polynomial(
@@ -344,7 +400,7 @@ def _exact(X: Tensor) -> Tensor:
 def _newton_schulz_(
     G: Tensor,
     coefficients: Sequence[float],
-    restarts: Sequence[int],
+    ns_form: str,
     margin: float,
     dtype: torch.dtype,
 ) -> None:
@@ -358,12 +414,13 @@ def _newton_schulz_(
     together = G.shape[0]
     if G.device.type == "cpu":
         together = _together(G.shape[0], G.shape[1], G.shape[2], dtype)
-    for start in range(0, G.shape[0], together):
-        some = G[start : start + together]
-        out = some if dtype == G.dtype and some.is_contiguous() else None
-        O = _evaluate(_normalize(some, margin, dtype), triples, restarts, out)
-        if out is None:
-            some.copy_(O)
+    with _without_autocast(G.device):
+        for start in range(0, G.shape[0], together):
+            some = G[start : start + together]
+            out = some if dtype == G.dtype and some.is_contiguous() else None
+            O = _evaluate(_normalize(some, margin, dtype), triples, ns_form, out)
+            if out is None:
+                some.copy_(O)
 
 
 def _together(count: int, rows: int, cols: int, dtype: torch.dtype) -> int:
@@ -381,7 +438,7 @@ _CPU_BYTES_TOGETHER = 4 * 2**20
 # Not torch.library.custom_op, whose wrapper costs as much as several small products.
 torch.library.define(
     "muonkit::newton_schulz_",
-    "(Tensor(a!) G, float[] coefficients, int[] restarts, float margin, ScalarType dtype) -> ()",
+    "(Tensor(a!) G, float[] coefficients, str ns_form, float margin, ScalarType dtype) -> ()",
 )
 torch.library.impl("muonkit::newton_schulz_", "CompositeExplicitAutograd", _newton_schulz_)
 torch.library.register_fake("muonkit::newton_schulz_", lambda *_: None)

@@ -25,6 +25,9 @@ _CAP_ELSEWHERE = 256 * 2**20
 _FLOPS_OF_A_LAUNCH = {"cpu": 10**7}
 _FLOPS_OF_A_LAUNCH_ELSEWHERE = 10**9
 
+# Of more shapes than this none are joined: looking at all pairs again and again takes seconds.
+_MOST_CLASSES = 40
+
 # FLOPs that take as long as moving one element into a padded batch and out of it again.
 _FLOPS_OF_A_MOVE = 300
 
@@ -98,7 +101,7 @@ _Class = tuple[tuple[int, int], list[int]]
 
 def _merge(classes: list[_Class], items: tuple[Item, ...]) -> list[_Class]:
     """Join the two classes whose joining costs the fewest FLOPs, while that is below a launch."""
-    while True:
+    while len(classes) <= _MOST_CLASSES:
         best: tuple[float, int, int] | None = None
         for j in range(len(classes)):
             for i in range(j):
@@ -114,6 +117,7 @@ def _merge(classes: list[_Class], items: tuple[Item, ...]) -> list[_Class]:
         _, i, j = best
         joined = _envelope([classes[i], classes[j]]), classes[i][1] + classes[j][1]
         classes = [*classes[:i], joined, *classes[i + 1 : j], *classes[j + 1 :]]
+    return classes
 
 
 def _envelope(classes: list[_Class]) -> tuple[int, int]:
