@@ -60,10 +60,10 @@ def step_summary(sets: dict[str, Record]) -> str:
             [
                 name,
                 s["matrices"],
-                f"{s['gflop']:.1f}",
+                f"{s['gflop']:.1f}" if s["gflop"] >= 10 else f"{s['gflop']:.3f}",
                 f"{ours['ms']:.2f}",
                 f"{ours['effective_gflops']:.0f}",
-                f"{s['product_gflops']:.0f}",
+                f"{s['product_gflops']:.0f} ({s['sustained_gflops']:.0f})",
                 f"{ours['share_of_limit']:.0%}",
                 ours["operations"],
                 best or "none installed",
@@ -71,7 +71,7 @@ def step_summary(sets: dict[str, Record]) -> str:
                 "" if fp32 is None else spread([1 / q for q in _reversed(fp32)]),
             ]
         )
-    head = ["set", "matrices", "GFLOP", "ms", "GFLOP/s", "best product", "of the limit"]
+    head = ["set", "matrices", "GFLOP", "ms", "GFLOP/s", "best product (median)", "of the limit"]
     head += ["operations", "best peer", "of its time", "of torch fp32's time"]
     return table(head, rows)
 

@@ -20,8 +20,8 @@ _CAP_ELSEWHERE = 256 * 2**20
 
 # FLOPs that take as long as the launches of one more batch: up to here it is cheaper to pad
 # matrices with zeros, into the batch of a larger shape, than to compute them on their own. The
-# CPU's is measured (docs/performance.md): 50 operations of 3 us at 60 GFLOP/s. A GPU's launches
-# cost about the same and its FLOPs a thousandth, but that was never measured: a cautious guess.
+# CPU's stands for 50 operations of 3 us at 60 GFLOP/s. A GPU's launches cost about the same and
+# its FLOPs a thousandth, but that was never measured: a cautious guess.
 _FLOPS_OF_A_LAUNCH = {"cpu": 10**7}
 _FLOPS_OF_A_LAUNCH_ELSEWHERE = 10**9
 
