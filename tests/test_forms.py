@@ -88,10 +88,8 @@ def test_flops_are_counted_exactly(
     monkeypatch.setitem(muonkit.symmetric._SMALLEST_BLOCK, "cpu", smallest)
     choice = choose(KELLER, 5, form, "float32", torch.float32, torch.device("cpu"), *shape)
     m, n = sorted(shape)
-    assert (
-        choice.blocks
-        == {100: 1, 24: 2 ** int(math.log2(m / 24)), 12: 2 ** int(math.log2(m / 12))}[smallest]
-    )
+    fits = int(math.log2(max(m / smallest, 1)))
+    assert choice.blocks == (2**fits if fits >= 2 else 1)
     with FlopCounterMode(display=False) as counted:
         _evaluate(torch.randn(3, *shape), choice.triples, form)
     if m % choice.blocks == 0:

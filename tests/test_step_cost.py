@@ -255,7 +255,7 @@ def test_scratch_outlives_inference_mode() -> None:
 
 def test_results_do_not_depend_on_what_ran_before() -> None:
     """Scratch is shared by everything in a thread."""
-    G, H = torch.randn(5, 200, 420), torch.randn(3, 400, 200)
+    G, H = torch.randn(3, 400, 420), torch.randn(2, 500, 400)
     one = orthogonalize(G)
     other = orthogonalize(H)
     kept = one.clone(), other.clone()
@@ -352,7 +352,7 @@ def test_transforms_of_torch_func(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (200, 300)])
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (400, 500)])
 def test_autocast_does_not_lower_what_was_asked_for(shape: tuple[int, int]) -> None:
     G = torch.randn(shape)
     expected = orthogonalize(G, ns_dtype="float32")

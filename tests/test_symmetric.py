@@ -101,7 +101,7 @@ def test_derivatives_take_the_general_product() -> None:
 def test_block_counts_of_the_cpu() -> None:
     cpu = torch.device("cpu")
     counts = [block_count(m, torch.float32, cpu) for m in (1, 191, 192, 383, 384, 768, 1024, 4096)]
-    assert counts == [1, 1, 2, 2, 4, 8, 8, 32]
+    assert counts == [1, 1, 1, 1, 4, 8, 8, 32]
 
 
 def test_scratch_is_kept_by_name_and_never_shared_between_names() -> None:

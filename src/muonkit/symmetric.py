@@ -25,6 +25,8 @@ KERNEL = 0
 # than they save. Measured on a CPU (docs/performance.md); a guess on a GPU without the kernel.
 _SMALLEST_BLOCK = {"cpu": 96}
 _SMALLEST_BLOCK_ELSEWHERE = 1024
+# Two blocks save a quarter of a product, about what cutting and mirroring cost for small ones.
+_FEWEST_BLOCKS = 4
 
 
 def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -38,7 +40,7 @@ def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
     blocks = 1
     while m >= 2 * smallest * blocks:
         blocks *= 2
-    return blocks
+    return blocks if blocks >= _FEWEST_BLOCKS else 1
 
 
 def method(X: Tensor) -> int:
