@@ -231,6 +231,7 @@ def main() -> int:
     )
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--page", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="also draw what step.py measured")
     options = parser.parse_args()
     try:
         records = [json.loads(file.read_text()) for file in options.files]
@@ -239,6 +240,11 @@ def main() -> int:
         print(f"performance_page.py: {error}", file=sys.stderr)
         return 2
     options.page.write_text(page)
+    steps = [record for record in records if record["kind"] == "step"]
+    if options.plot and steps:
+        from step import plot
+
+        plot(merged_sets(steps), steps[-1]["machine"], options.plot)
     return 0
 
 
