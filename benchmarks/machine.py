@@ -64,6 +64,22 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def peak_bytes(profiler: torch.profiler.profile) -> int:
+    """The most bytes held at a time beyond what the profiled code found, by torch's allocator.
+
+    Args:
+        profiler: has run, with profile_memory=True.
+    """
+    recorded = profiler.profiler
+    assert recorded is not None
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 class ProductRate:
     """The best rate of a float32 product seen so far, over sizes and calls; FLOP/s."""
 

@@ -203,15 +203,8 @@ def profile(runner: Runner) -> tuple[int, int]:
             runner.made.step()
     finally:
         muonkit.scratch.KEPT_BYTES = kept
-    recorded = profiler.profiler
-    assert recorded is not None
-    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
     calls = [e for e in profiler.events() if e.name.startswith("aten::")]
-    return sum(not _inside_torch(e) for e in calls), peak
+    return sum(not _inside_torch(e) for e in calls), machine.peak_bytes(profiler)
 
 
 def _inside_torch(event: Any) -> bool:

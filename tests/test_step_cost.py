@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import muonkit.plan
+import muonkit.scratch
 import muonkit.symmetric
 from muonkit import Muon, orthogonalize
 from muonkit.coefficients import KELLER
@@ -133,20 +135,15 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- memory -------------------------------------------------------------------------------------
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most that a step holds at a time beyond what it found, by torch's allocator."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+def peak_of(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The most that a step holds at a time beyond what it found, as benchmarks/step.py reads it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from machine import peak_bytes
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         step()
-    results = profiler.profiler
-    assert results is not None
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak_bytes(profiler)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_dtype": "bfloat16"}, {"nesterov": False}])
@@ -164,7 +161,7 @@ def test_the_transient_peak_is_bounded_by_the_cap(
         optimizer = Muon(params, ns_form=form, ns_dtype="float32", bytes_in_flight=cap, **options)
         set_gradients(params)
         optimizer.step()
-        peaks.append(peak_bytes(optimizer.step))
+        peaks.append(peak_of(optimizer.step, monkeypatch))
         # The batch, the normalized matrices, and what a segment makes of them while the next one
         # does; six (m, m). The momentum in another dtype comes and goes before.
         assert peaks[-1] <= (1 + 3 + 6 * rows / cols) * cap + 2**16
@@ -244,11 +241,16 @@ def test_misuse_is_refused() -> None:
 
 
 def test_scratch_outlives_inference_mode() -> None:
+    muonkit.scratch._kept.views.clear()
+    muonkit.scratch._kept.buffers.clear()
     G = torch.randn(2, 300, 300)
+    other = nn.Parameter(torch.randn(600, 300))
+    other.grad = torch.randn(600, 300)
     with torch.inference_mode():
         orthogonalize(G)
-    p = nn.Parameter(torch.randn(300, 300))
-    p.grad = torch.randn(300, 300)
+        Muon([other]).step()
+    p = nn.Parameter(torch.randn(600, 300))  # the same shape: the same views are given out
+    p.grad = torch.randn(600, 300)
     Muon([p]).step()
     assert p.isfinite().all()
 
