@@ -22,6 +22,7 @@ nothing else in muonkit looks at a parameter's shape.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Block", "View", "blocks_of"]
+__all__ = ["Block", "View", "blocks_of", "row_blocks", "row_shape"]
 
 _FIRST = ("matrix", "flatten", "experts")
 _OPTIONS = (
@@ -65,6 +66,26 @@ class Block:
     def region(self, tensor: Tensor) -> Tensor:
         """The block's part of `tensor` (which has the parameter's shape); shares its memory."""
         return tensor[self.index] if self.index else tensor
+
+    def boxes(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Where each matrix lies in the parameter: a [start, stop) for every dim."""
+        stored = (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
+        dim = next(
+            d
+            for d, length in enumerate(self.shape)
+            if length % stored[0] == 0
+            and math.prod(self.shape[d + 1 :]) == stored[1]
+            and math.prod(self.shape[:d]) * (length // stored[0]) == self.batch
+        )
+        steps = [*[1] * dim, stored[0], *self.shape[dim + 1 :]]
+        starts = [cut.start for cut in self.index] or [0] * len(self.shape)
+        corners = itertools.product(
+            *[range(a, a + n, step) for a, n, step in zip(starts, self.shape, steps, strict=True)]
+        )
+        return tuple(
+            tuple((a, a + step) for a, step in zip(corner, steps, strict=True))
+            for corner in corners
+        )
 
     def to_matrices(self, regions: Tensor) -> Tensor:
         """A region, or N of them stacked `(N, *shape)`, as `(N * batch, rows, cols)`.
@@ -132,7 +153,90 @@ def blocks_of(spec: str, shape: Sequence[int]) -> tuple[Block, ...]:
 
 @constant_result
 def _constant_fields(spec: str, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
-    return tuple(tuple(vars(block).values()) for block in View.parse(spec).blocks(shape))
+    return _fields(View.parse(spec).blocks(shape))
+
+
+def _fields(blocks: Sequence[Block]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(vars(block).values()) for block in blocks)
+
+
+def row_shape(spec: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a tensor that has one number per matrix row of a parameter of this shape.
+
+    It has the parameter's dimensions. Those that hold rows, or a batch of matrices, keep their
+    size; one that holds columns has as many as the view cuts it in, 1 where it does not cut (and
+    a parameter without entries has none)::
+
+        matrix                  (out, in)        -> (out, 1)
+        transpose               (in, out)        -> (1, out)
+        flatten                 (out, in, h, w)  -> (out, 1, 1, 1)
+        experts > transpose     (E, in, out)     -> (E, 1, out)
+        split(cols=2)           (out, in)        -> (out, 2)
+
+    Raises:
+        ValueError: the view does not fit the shape.
+    """
+    return _constant_row_shape(spec, tuple(shape))
+
+
+@constant_result
+def _constant_row_shape(spec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return _row_geometry(View.parse(spec), shape)[0]
+
+
+def row_blocks(spec: str, shape: Sequence[int]) -> tuple[Block, ...]:
+    """The blocks of the tensor that `row_shape` describes; under torch.compile too.
+
+    One for each of `blocks_of(spec, shape)`, in the same order, with its batch and rows, and one
+    column: `to_matrices` gives `(N * batch, rows, 1)` in the order of the parameter's matrices.
+    """
+    if torch.compiler.is_compiling():
+        return tuple([Block(*fields) for fields in _constant_row_fields(spec, tuple(shape))])
+    return _row_geometry(View.parse(spec), tuple(shape))[1]
+
+
+@constant_result
+def _constant_row_fields(spec: str, shape: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
+    return _fields(_row_geometry(View.parse(spec), shape)[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_geometry(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[Block, ...]]:
+    """`row_shape` and `row_blocks`.
+
+    A view cuts rows and columns independently, so along a dimension that holds columns the blocks
+    are segments, the same ones in every row: a segment becomes one place.
+    """
+    blocks = _blocks(view, shape)
+    sizes = list(shape)
+    regions = [list(b.shape) for b in blocks]
+    indices = [list(b.index) for b in blocks]
+    for dim in _column_dims(view, blocks[0].transposed, len(shape)):
+        # Of columns that are stored as rows a block holds a batch, see `_split`: several segments.
+        counts = [
+            b.shape[dim] // b.cols if b.transposed and b.cols else min(b.shape[dim], 1)
+            for b in blocks
+        ]
+        starts = [b.index[dim].start if b.index else 0 for b in blocks]
+        place, sizes[dim] = {}, 0
+        for start, count in sorted(set(zip(starts, counts, strict=True))):
+            place[start] = sizes[dim]
+            sizes[dim] += count
+        for region, index, start, count in zip(regions, indices, starts, counts, strict=True):
+            region[dim] = count
+            if index:
+                index[dim] = slice(place[start], place[start] + count)
+    rows = [
+        replace(b, index=tuple(index), shape=tuple(region), cols=1)
+        for b, index, region in zip(blocks, indices, regions, strict=True)
+    ]
+    return tuple(sizes), tuple(rows)
+
+
+def _column_dims(view: View, transposed: bool, ndim: int) -> range:
+    """The dimensions that hold the columns of the logical matrices."""
+    first = ndim - 2 if view.steps[0] == "experts" else 0
+    return range(first, first + 1) if transposed else range(first + 1, ndim)
 
 
 @functools.lru_cache(maxsize=4096)
