@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import muonkit.plan
+import muonkit._plan_batches
 import muonkit.scratch
 import muonkit.symmetric
 from muonkit import Muon, orthogonalize
@@ -122,10 +122,10 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return params, {row["computed_as"] for row in optimizer.describe()}
 
     padded, together = trained()
-    monkeypatch.setitem(muonkit.plan._FLOPS_OF_A_LAUNCH, "cpu", 0)
-    muonkit.plan._cached.cache_clear()
+    monkeypatch.setitem(muonkit._plan_batches._FLOPS_OF_A_LAUNCH, "cpu", 0)
+    muonkit._plan_batches._cached.cache_clear()
     alone, apart = trained()
-    muonkit.plan._cached.cache_clear()
+    muonkit._plan_batches._cached.cache_clear()
     assert len(together) < len(apart) == len(set(shapes))
     for p, q in zip(padded, alone, strict=True):
         # Sums of more terms, zeros, in another order, and another form where its FLOPs are fewer.

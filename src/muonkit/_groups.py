@@ -12,27 +12,39 @@ from torch import Tensor
 from muonkit._optim_batches import planned
 from muonkit.orthogonalize import NS_DTYPES, choose
 from muonkit.scale import scale_factor
-from muonkit.views import View, blocks_of
+from muonkit.variants import check_variant
+from muonkit.views import View, blocks_of, row_shape
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from muonkit.orthogonalize import Choice
 
 __all__ = [
+    "MOMENTUM",
     "NS_OPTIONS",
+    "STEP",
+    "VARIANCE",
+    "beta2_of",
     "complete_group",
     "describe_group",
     "drop_foreign_keys",
+    "flops_of",
     "merge_saved",
     "momentum_dtype",
     "parameter_names",
     "refuse_unknown",
     "separate_lr",
+    "state_shapes",
     "validate_defaults",
     "validate_group",
 ]
 
 # What `orthogonalize` takes from a group, in its order.
 NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
+
+# The keys of the state; AdamW's are torch's.
+MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
 
 ALGORITHMS = ("muon", "adamw")
 NONFINITE = ("propagate", "skip", "raise")
@@ -54,18 +66,30 @@ _MUON_KEYS = (
     "ns_dtype",
     "momentum_dtype",
     "bytes_in_flight",
+    "variant",
+    "variant_beta2",
+    "exchange_dtype",
+    "replicas",
     "cautious",
 )
 _FOREIGN_KEYS = {
     "muon": tuple(_ADAMW_DEFAULTS.values()),
     "adamw": (*_ADAMW_DEFAULTS.values(), *_MUON_KEYS),
 }
-_DTYPE_KEYS = ("ns_dtype", "momentum_dtype")
+_DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
+EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
+REPLICAS = ("auto", "recompute", "split")
 _MUONW_OPTIONS = (
     "ns_form",
     "ns_dtype",
     "momentum_dtype",
     "bytes_in_flight",
+    "variant",
+    "variant_beta2",
+    "exchange_dtype",
+    "replicas",
+    "process_group",
+    "zero",
     "maximize",
     "cautious",
     "nonfinite",
@@ -224,6 +248,13 @@ def _validate_options(group: dict[str, Any]) -> None:
         raise ValueError(
             f"unknown momentum_dtype {group['momentum_dtype']!r}; it is one of {options}"
         )
+    check_variant(group["variant"])
+    if group["variant_beta2"] is not None:
+        _validate_number("variant_beta2", group["variant_beta2"], below=1.0)
+    for key, accepted in (("exchange_dtype", EXCHANGE_DTYPES), ("replicas", REPLICAS)):
+        if group[key] not in accepted:
+            listed = ", ".join(map(repr, accepted))
+            raise ValueError(f"unknown {key} {group[key]!r}; it is one of {listed}")
     cap = group["bytes_in_flight"]
     if isinstance(cap, bool) or not isinstance(cap, Integral | None):
         raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
@@ -236,6 +267,15 @@ def _choose(
 ) -> Choice:
     coefficients, steps, form, ns_dtype = (group[key] for key in NS_OPTIONS)
     return choose(coefficients, steps, form, ns_dtype, dtype, device, rows, cols)
+
+
+def flops_of(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """FLOPs of one matrix of this shape."""
+    m, n = sorted((rows, cols))
+    # The exact factor has no product of ours; an SVD takes about 20 times m^2 n.
+    return _choose(group, rows, cols, dtype, device).flops or 20 * m * m * n
 
 
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
@@ -280,12 +320,33 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {error}") from None
 
 
-def momentum_dtype(group: dict[str, Any], p: Tensor) -> torch.dtype:
+def beta2_of(group: Mapping[str, Any]) -> float:
+    """The weight of the past in the variant's state."""
+    given: float | None = group["variant_beta2"]
+    default = check_variant(group["variant"]).beta2
+    return given if given is not None else (default or 0.0)
+
+
+def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors that are kept for a parameter, beside the count of its steps: their logical
+    shapes.
+    """
+    shape = tuple(p.shape)
+    if group["algorithm"] == "adamw":
+        return {"exp_avg": shape, "exp_avg_sq": shape}
+    kept = check_variant(group["variant"]).state
+    if kept == "none":
+        return {MOMENTUM: shape}
+    rows = row_shape(group["view"], shape) if kept == "rows" else shape
+    return {MOMENTUM: shape, VARIANCE: rows}
+
+
+def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
     """The dtype that the momentum of this parameter is kept in."""
     return NS_DTYPES.get(group["momentum_dtype"], p.dtype)
 
 
-def parameter_names(group: dict[str, Any]) -> list[str]:
+def parameter_names(group: Mapping[str, Any]) -> list[str]:
     """A name for every parameter of the group, for errors."""
     names = group.get("param_names")
     return list(names) if names else [f"parameter {i}" for i in range(len(group["params"]))]
@@ -320,21 +381,20 @@ def merge_saved(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dic
 
 
 def _check_state(own: dict[str, Any], saved: dict[str, Any], state: dict[Any, Any]) -> None:
-    kinds = ("momentum_buffer",) if own["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
     for name, p, key in zip(parameter_names(own), own["params"], saved["params"], strict=True):
         entry = state.get(key)
         if not entry:
             continue
-        for kind in kinds:
+        for kind, shape in state_shapes(p, own).items():
             if kind not in entry:
                 raise ValueError(
                     f"the state dict has {', '.join(map(str, entry))} for {name}, no {kind}: "
                     f"it was saved by another optimizer than {own['algorithm']}"
                 )
-            if entry[kind].shape != p.shape:
+            if tuple(entry[kind].shape) != shape:
                 raise ValueError(
                     f"the state dict's {kind} for {name} has shape {tuple(entry[kind].shape)}, the "
-                    f"parameter {tuple(p.shape)}; it was saved from another model"
+                    f"parameter {tuple(p.shape)} wants {shape}; it was saved from another model"
                 )
 
 
@@ -345,7 +405,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     params = group["params"]
     for batch_rows, batch_cols, blocks in planned(params, group):
-        for index, block in blocks:
+        for index, block, _ in blocks:
             p = params[index]
             choice = _choose(group, batch_rows, batch_cols, p.dtype, p.device)
             scale = scale_factor(group["adjust_lr_fn"], block.rows, block.cols)

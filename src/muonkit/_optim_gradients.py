@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from muonkit._groups import parameter_names
+from muonkit._optim_layout import is_dtensor, local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Work", "may_step", "with_gradients"]
+__all__ = ["Verdict", "Work", "judge", "local_gradient", "with_gradients"]
 
 Work: TypeAlias = "Sequence[tuple[dict[str, Any], list[Tensor]]]"
 
@@ -32,35 +33,55 @@ def with_gradients(group: dict[str, Any]) -> list[Tensor]:
     return [p for p in group["params"] if p.grad is not None]
 
 
-def may_step(work: Work) -> bool:
-    """Whether the step may take place, by the policies of the groups that are checked.
+class Verdict(NamedTuple):
+    """Whether the step may take place.
+
+    Attributes:
+        vote: 0 if it may, 1 if it is to be left out, 2 if it is an error. Of several ranks the
+            highest counts.
+        names: parameters with a non-finite gradient on this rank.
+    """
+
+    vote: int
+    names: list[str]
+
+    def may_step(self, vote: int) -> bool:
+        """Whether the step takes place, after the vote of all ranks.
+
+        Raises:
+            FloatingPointError: a non-finite gradient in a group that says "raise".
+        """
+        if vote == 2:
+            some = ", ".join(self.names[:5]) or "a parameter on another rank"
+            raise FloatingPointError(
+                f"the gradient of {some}{' ...' if len(self.names) > 5 else ''} is not "
+                "finite; nothing was changed. Lower lr or clip gradients; nonfinite='skip' leaves "
+                "such steps out"
+            )
+        return vote == 0
+
+
+def judge(work: Work) -> Verdict:
+    """This rank's verdict, by the policies of the groups that are checked.
 
     Waits once per device, and not at all where every group propagates.
-
-    Raises:
-        FloatingPointError: a non-finite gradient in a group that says "raise".
     """
     checked = [
-        (group["nonfinite"], name, cast("Tensor", p.grad))
+        (group["nonfinite"], name, local(cast("Tensor", p.grad)))
         for group, _ in work
         if group["nonfinite"] != "propagate"
         for name, p in zip(parameter_names(group), group["params"], strict=True)
         if p.grad is not None and p.grad.numel()
     ]
+    checked = [(policy, name, grad) for policy, name, grad in checked if grad.numel()]
     if not checked:
-        return True
+        return Verdict(0, [])
     finite = _are_finite([grad for _, _, grad in checked])
     broken = [
         (policy, name) for (policy, name, _), ok in zip(checked, finite, strict=True) if not ok
     ]
-    if any(policy == "raise" for policy, _ in broken):
-        names = [name for _, name in broken]
-        raise FloatingPointError(
-            f"the gradient of {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} is not "
-            "finite; nothing was changed. Lower lr or clip gradients; nonfinite='skip' leaves such "
-            "steps out"
-        )
-    return not broken
+    vote = max((2 if policy == "raise" else 1 for policy, _ in broken), default=0)
+    return Verdict(vote, [name for _, name in broken])
 
 
 def _are_finite(grads: Sequence[Tensor]) -> list[bool]:
@@ -74,3 +95,15 @@ def _are_finite(grads: Sequence[Tensor]) -> list[bool]:
         for i, ok in zip(here, finite, strict=True):
             answers[i] = ok
     return answers
+
+
+def local_gradient(p: Any) -> Tensor:
+    """This rank's part of the gradient, laid out as the parameter.
+
+    A DTensor's gradient may come with other placements (partial sums, from a module whose input was
+    sharded): it is redistributed, which all ranks of its mesh take part in.
+    """
+    grad = p.grad
+    if is_dtensor(p) and is_dtensor(grad) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return local(grad)

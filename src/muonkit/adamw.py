@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,26 +18,20 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def adamw_step_(
-    params: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    group: dict[str, Any],
 ) -> None:
     """One AdamW step, in place on `params` and `states`; `torch.optim.AdamW`'s state keys.
 
     Args:
-        params: each has a gradient, which is not written to.
-        states: one dict per parameter; filled with step, exp_avg and exp_avg_sq where empty.
+        params: plain tensors.
+        grads: one for each, of its shape; not written to.
+        states: one dict for each, with step, exp_avg and exp_avg_sq, plain tensors too.
         group: lr, betas, eps, weight_decay, maximize.
     """
-    for p, state in zip(params, states, strict=True):
-        if "exp_avg" not in state:
-            state["step"] = 0.0
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        # No copies, unless the model was moved or cast after the last step, or the checkpoint is
-        # of an optimizer that counts its steps in a number.
-        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = state[key].to(p.device, p.dtype)
-    grads = [cast("Tensor", p.grad).to(p.dtype) for p in params]
+    grads = [grad.to(p.dtype) for p, grad in zip(params, grads, strict=True)]
     compiling = torch.compiler.is_compiling()
     fused = not compiling and all(
         _fits_fused(p, g, state) for p, g, state in zip(params, grads, states, strict=True)

@@ -1,36 +1,202 @@
-"""The exchange: moves rectangles of matrices to the ranks that compute them, and back.
+"""The exchange: moves tensors between the ranks of a group, and knows nothing of Muon.
 
-It knows nothing of Muon. On one device a parameter is stored, lives and is computed in the same
-place, so both directions are the identity and cost nothing.
+What one rank sends to another is packed into one buffer for each direction, and moved by
+`all_to_all_single` with uneven sizes, asynchronously. What stays on a rank is copied, or not even
+that. `agree` compares the ranks' plans before anything is moved.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import hashlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
+    from torch.distributed import ProcessGroup, Work
 
-__all__ = ["Exchange", "LocalExchange"]
-
-
-class Exchange(Protocol):
-    """Law: `to_params(to_owners(u))` is `u`."""
-
-    def to_owners(self, u: Tensor) -> Tensor:
-        """What this rank stores of a batch -> the whole matrices that it computes."""
-        ...
-
-    def to_params(self, o: Tensor) -> Tensor:
-        """The inverse."""
-        ...
+__all__ = ["Domain", "Pending", "agree", "move", "run_overlapped"]
 
 
-class LocalExchange:
-    """One device."""
+class Domain(NamedTuple):
+    """The ranks that exchange with one another.
 
-    def to_owners(self, u: Tensor) -> Tensor:
-        return u
+    Attributes:
+        group: their process group; a rank's *position* is its rank in it.
+        position: this rank's.
+        size: how many there are.
+        device: where the buffers are: the group's backend decides.
+        control: a group of the same ranks that moves CPU tensors, for `agree`.
+    """
 
-    def to_params(self, o: Tensor) -> Tensor:
-        return o
+    group: ProcessGroup
+    position: int
+    size: int
+    device: torch.device
+    control: ProcessGroup
+
+
+class Pending:
+    """An exchange on its way; `wait` completes it.
+
+    Until then nobody may write to what is sent, or read what is received.
+    """
+
+    def __init__(self, work: Work | None, buffers: tuple[Tensor, ...], arrived: Sequence[Any]):
+        self._work = work
+        self._buffers = buffers  # kept alive while they travel
+        self._copies = arrived
+
+    def wait(self) -> None:
+        """Wait for the other ranks' tensors and put them where they belong.
+
+        Raises:
+            RuntimeError: a rank ended or did not answer within the group's timeout.
+        """
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise RuntimeError(_BROKEN) from error
+            self._work = None
+        if self._copies:
+            into, chunks = zip(*self._copies, strict=True)
+            torch._foreach_copy_(list(into), list(chunks))
+        self._buffers, self._copies = (), ()
+
+
+_BROKEN = (
+    "an exchange between ranks broke off: one of them ended, or did not answer within the process "
+    "group's timeout (its own log says why). This step is half done on some ranks: start all of "
+    "them again from the last checkpoint"
+)
+
+
+def move(
+    domain: Domain,
+    outgoing: Sequence[tuple[int, Tensor]],
+    incoming: Sequence[tuple[int, Tensor]],
+    dtype: torch.dtype,
+    together: bool = True,
+) -> Pending:
+    """Start to send tensors to other positions, and to receive theirs.
+
+    Args:
+        outgoing: (position, tensor), ascending; what is for this rank itself is copied at once.
+        incoming: (position, tensor to write into), ascending, in the sender's order.
+        dtype: on the way; the tensors' own are cast. What stays here is rounded to it too: copies
+            of one tensor have to be equal on all ranks.
+        together: False where no rank sends anything, and there is nothing to wait for.
+    """
+    me = domain.position
+    own_from = [tensor.to(dtype) for position, tensor in outgoing if position == me]
+    own_into = [tensor for position, tensor in incoming if position == me]
+    if own_into:
+        torch._foreach_copy_(own_into, own_from)
+    if not together:
+        return Pending(None, (), ())
+    sent = [(position, tensor) for position, tensor in outgoing if position != me]
+    received = [(position, tensor) for position, tensor in incoming if position != me]
+    send, views = _buffer(domain, sent, dtype)
+    if sent:
+        torch._foreach_copy_(views, [tensor for _, tensor in sent])
+    receive, chunks = _buffer(domain, received, dtype)
+    try:
+        work = torch.distributed.all_to_all_single(
+            receive,
+            send,
+            _sizes(domain, received),
+            _sizes(domain, sent),
+            group=domain.group,
+            async_op=True,
+        )
+    except RuntimeError as error:
+        raise RuntimeError(_BROKEN) from error
+    into = [tensor for _, tensor in received]
+    return Pending(work, (send, receive), list(zip(into, chunks, strict=True)))
+
+
+def _buffer(
+    domain: Domain, tensors: Sequence[tuple[int, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """One buffer for all of them, and the part of each in its shape."""
+    sizes = [tensor.numel() for _, tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=dtype, device=domain.device)
+    chunks = torch.split(buffer, sizes) if sizes else ()
+    return buffer, [
+        chunk.view(tensor.shape) for chunk, (_, tensor) in zip(chunks, tensors, strict=True)
+    ]
+
+
+def _sizes(domain: Domain, tensors: Sequence[tuple[int, Tensor]]) -> list[int]:
+    sizes = [0] * domain.size
+    for position, tensor in tensors:
+        sizes[position] += tensor.numel()
+    return sizes
+
+
+def agree(domain: Domain, facts: Sequence[tuple[str, str]], remedy: str, vote: int = 0) -> int:
+    """Compare what every rank has; one small collective, two where they differ.
+
+    Args:
+        facts: (what it is, its value), in the same order on every rank.
+        remedy: the end of the error.
+        vote: any non-negative number of the rank's own.
+
+    Returns:
+        The largest vote.
+
+    Raises:
+        RuntimeError: on every rank, naming the first fact that differs, and who has what.
+    """
+    digest = hashlib.sha256(repr(facts).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    answer = torch.tensor([number, -number, vote])
+    try:
+        torch.distributed.all_reduce(
+            answer, op=torch.distributed.ReduceOp.MAX, group=domain.control
+        )
+    except RuntimeError as error:
+        raise RuntimeError(_BROKEN) from error
+    highest, lowest, most = answer.tolist()
+    if highest != -lowest:
+        everyone: list[Any] = [None] * domain.size
+        torch.distributed.all_gather_object(everyone, list(facts), group=domain.control)
+        raise RuntimeError(f"{_difference(everyone)}; {remedy}")
+    return int(most)
+
+
+def _difference(everyone: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """The first fact in which the ranks differ."""
+    for number in range(max(map(len, everyone))):
+        said: dict[str, list[int]] = {}
+        for position, facts in enumerate(everyone):
+            fact = ": ".join(facts[number]) if number < len(facts) else "nothing more"
+            said.setdefault(fact, []).append(position)
+        if len(said) > 1:
+            return "the ranks disagree: " + ", but ".join(
+                f"{fact} on {'rank' if len(at) == 1 else 'ranks'} {', '.join(map(str, at[:8]))}"
+                f"{', ...' if len(at) > 8 else ''}"
+                for fact, at in said.items()
+            )
+    return "the ranks disagree"
+
+
+def run_overlapped(tasks: Sequence[Iterator[None]], depth: int) -> None:
+    """Run tasks that pause while something they sent is on its way.
+
+    Up to `depth` of them are under way at once; the order in which they go on is the same on every
+    rank.
+    """
+    waiting = list(reversed(tasks))
+    running: list[Iterator[None]] = []
+    while waiting or running:
+        if waiting and len(running) < depth:
+            running.append(waiting.pop())
+        running = [task for task in running if next(task, _DONE) is not _DONE]
+
+
+_DONE = object()

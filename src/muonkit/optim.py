@@ -14,37 +14,64 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from muonkit._groups import (
+    MOMENTUM,
     NS_OPTIONS,
+    STEP,
+    VARIANCE,
+    beta2_of,
     complete_group,
     describe_group,
     drop_foreign_keys,
     merge_saved,
-    momentum_dtype,
     refuse_unknown,
     separate_lr,
     validate_defaults,
     validate_group,
 )
-from muonkit._optim_batches import join, make, take_apart
-from muonkit._optim_gradients import may_step, with_gradients
+from muonkit._optim_batches import Arrived, Entry, make, stacked
+from muonkit._optim_gradients import judge, local_gradient, with_gradients
+from muonkit._optim_layout import Layouts, local
+from muonkit._optim_schedule import Schedule, options_facts, schedule_key
+from muonkit._optim_state import adopt_state, ensure_state
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
-from muonkit.exchange import LocalExchange
+from muonkit.exchange import agree, run_overlapped
 from muonkit.orthogonalize import orthogonalize_
 from muonkit.routing import Routes, Rule, route
 from muonkit.scale import scale_factor
-from muonkit.scratch import scratch
+from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim.optimizer import ParamsT
 
-    from muonkit._optim_batches import Batch
+    from muonkit._optim_batches import Arriving, Batch, Living, Standing
+    from muonkit._optim_gradients import Work
     from muonkit.coefficients import Coefficients
-    from muonkit.exchange import Exchange
 
 __all__ = ["Muon", "MuonW"]
+
+# Options that older pickles and state dicts lack.
+_LATER_OPTIONS = {
+    "momentum_dtype": "auto",
+    "bytes_in_flight": None,
+    "variant": "plain",
+    "variant_beta2": None,
+    "exchange_dtype": "auto",
+    "replicas": "auto",
+}
+
+# Schedules that are kept: one for each set of parameters that had gradients lately.
+_MOST_SCHEDULES = 8
+
+_DISAGREE = (
+    "all ranks have to build the same model and optimizer, and every parameter has to have a "
+    "gradient of one dtype on all of them or on none (where some ranks did not use a layer: add "
+    "zero times its output to the loss); nothing was changed"
+)
 
 
 class Muon(Optimizer):
@@ -128,6 +155,12 @@ class Muon(Optimizer):
         ns_dtype: str | torch.dtype = "auto",
         momentum_dtype: str | torch.dtype = "auto",
         bytes_in_flight: int | None = None,
+        variant: str = "plain",
+        variant_beta2: float | None = None,
+        exchange_dtype: str | torch.dtype = "auto",
+        replicas: str = "auto",
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        zero: int = 0,
         maximize: bool = False,
         cautious: bool = False,
         nonfinite: str = "propagate",
@@ -149,6 +182,10 @@ class Muon(Optimizer):
             "ns_dtype": str(ns_dtype).removeprefix("torch."),
             "momentum_dtype": str(momentum_dtype).removeprefix("torch."),
             "bytes_in_flight": bytes_in_flight,
+            "variant": variant,
+            "variant_beta2": variant_beta2,
+            "exchange_dtype": str(exchange_dtype).removeprefix("torch."),
+            "replicas": replicas,
             "maximize": maximize,
             "cautious": cautious,
             "nonfinite": nonfinite,
@@ -159,8 +196,10 @@ class Muon(Optimizer):
         }
         validate_defaults(defaults)
         self.skipped_steps = 0
+        layouts = Layouts(process_group, zero)
         super().__init__(params, defaults)
         separate_lr(self.param_groups)
+        self._settle(layouts)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys. Nothing is added when it raises."""
@@ -171,17 +210,41 @@ class Muon(Optimizer):
         drop_foreign_keys(added)
         validate_group(added)
         separate_lr([added], self.param_groups)
+        if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
+            self._layouts.add([added])
+            self._make_state([added])
         self.param_groups.append(added)
 
+    def _settle(self, layouts: Layouts) -> None:
+        """Find out where the parameters lie, and make their state: on all ranks, at once."""
+        layouts.add(self.param_groups)
+        self._layouts = layouts
+        self._schedules: dict[tuple[Any, ...], Schedule] = {}
+        self._make_state(self.param_groups)
+
+    @torch.no_grad()
+    def _make_state(self, groups: Sequence[dict[str, Any]]) -> None:
+        for group in groups:
+            for p in group["params"]:
+                if p.requires_grad:  # a frozen one's is made when it has a gradient
+                    ensure_state(self.state[p], p, group, self._layouts)
+
     def __getstate__(self) -> dict[str, Any]:
+        if self._layouts.domain is not None:
+            raise TypeError(
+                "an optimizer whose parameters several ranks share cannot be pickled or copied: "
+                "save its state_dict(), with torch.distributed.checkpoint where it is sharded"
+            )
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # pickled before these existed
             if group["algorithm"] == "muon":
-                group.setdefault("momentum_dtype", "auto")
-                group.setdefault("bytes_in_flight", None)
+                for key, value in _LATER_OPTIONS.items():
+                    group.setdefault(key, value)
+        if "_layouts" not in self.__dict__:  # load_state_dict of torch comes here too
+            self._settle(Layouts())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, of `torch.optim.Muon` or of one with the same keys.
@@ -195,59 +258,103 @@ class Muon(Optimizer):
         """
         merged = merge_saved(self.param_groups, state_dict)
         super().load_state_dict(merged)
-        # torch has cast every state to its parameter's dtype.
         for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
-                momentum = merged["state"].get(key, {}).get("momentum_buffer")
-                if momentum is None or group["algorithm"] != "muon":
-                    continue
-                dtype = momentum_dtype(group, p)
-                loaded = self.state[p]["momentum_buffer"]
-                # A hook may have changed it: then it is as the hook wants it.
-                if dtype != p.dtype and torch.equal(momentum.to(loaded), loaded):
-                    self.state[p]["momentum_buffer"] = momentum.to(p.device, dtype, copy=True)
+                before = merged["state"].get(key)
+                if before:
+                    adopt_state(self.state[p], before, p, group, self._layouts)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns the closure's loss, if there is one.
 
-        Parameters without a gradient are left alone, decay included.
+        Parameters without a gradient are left alone, decay included. Where ranks share parameters,
+        all of them call this together.
+
+        Raises:
+            RuntimeError: a sparse gradient; or, on every rank and before anything is sent, ranks
+                that disagree: in hyperparameters, shapes, or which parameters have a gradient. Or a
+                rank ended while others waited for it.
+            FloatingPointError: see `nonfinite`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         work = [(group, with_gradients(group)) for group in self.param_groups]
-        if not may_step(work):
+        verdict = judge(work)
+        schedule, vote = None, verdict.vote
+        domain = self._layouts.domain
+        if domain is not None:
+            schedule = self._schedule(work)
+            facts = [*options_facts(self.param_groups), *schedule.facts]
+            vote = agree(domain, facts, _DISAGREE, vote)
+        if not verdict.may_step(vote):
             self.skipped_steps += 1
             return loss
-        # Whatever can be refused is, before the first write.
-        planned = [
-            (group, make(params, self._momenta(params, group), group))
-            for group, params in work
-            if group["algorithm"] == "muon"
-        ]
-        for group, batches in planned:
-            _muon_step(batches, group, LocalExchange())
+        # Whatever can be refused has been, before the first write.
         for group, params in work:
             if params and group["algorithm"] == "adamw":
-                adamw_step_(params, [self.state[p] for p in params], group)
+                adamw_step_(*self._adamw_entries(params, group), group)
+        own, shared = self._batches(work, schedule)
+        tasks = [_muon_step(batch, group) for group, batch in shared]
+        if schedule is not None:
+            tasks += [task for gather in schedule.gathers for task in gather.tasks()]
+        run_overlapped(tasks, depth=3)
+        for group, batch in own:
+            for _ in _muon_step(batch, group):
+                pass
         return loss
 
-    def _momenta(self, params: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        momenta = []
+    def _schedule(self, work: Work) -> Schedule:
+        key = schedule_key(work)
+        if key not in self._schedules:
+            if len(self._schedules) == _MOST_SCHEDULES:
+                self._schedules.pop(next(iter(self._schedules)))
+            self._schedules[key] = Schedule(self._layouts, work)
+        return self._schedules[key]
+
+    def _batches(
+        self, work: Work, schedule: Schedule | None
+    ) -> tuple[list[tuple[dict[str, Any], Batch]], list[tuple[dict[str, Any], Batch]]]:
+        """(group, batch) of Muon's parameters that are this rank's own, and of those it shares."""
+        own: list[tuple[dict[str, Any], Batch]] = []
+        shared: list[tuple[dict[str, Any], Batch]] = []
+        for number, (group, params) in enumerate(work):
+            if group["algorithm"] == "adamw":
+                continue
+            entries = [self._entry(p, group) for p in params]
+            if schedule is None:
+                own += [(group, batch) for batch in make(entries, group)]
+                continue
+            indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+            by_index = dict(zip(indices, entries, strict=True))
+            mine = [by_index[i] for i in schedule.own[number]]
+            own += [(group, batch) for batch in make(mine, group)]
+            for share in schedule.shares[number]:
+                shared += [(group, batch) for batch in share.batches(by_index)]
+        return own, shared
+
+    def _entry(self, p: Tensor, group: dict[str, Any]) -> Entry:
+        """What this rank has of a parameter of Muon's."""
+        state = self.state[p]
+        ensure_state(state, p, group, self._layouts)
+        own = {key: local(value) for key, value in state.items()}
+        if STEP in own:
+            own[STEP].add_(1)
+        grad = self._layouts.part(p, local_gradient(p))
+        return Entry(local(p), grad, own[MOMENTUM], own.get(VARIANCE), own.get(STEP))
+
+    def _adamw_entries(
+        self, params: Sequence[Tensor], group: dict[str, Any]
+    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]:
+        """Of AdamW's parameters what this rank's state is for: parameters, gradients, state."""
+        grads, states = [], []
         for p in params:
-            state = self.state[p]
-            dtype = momentum_dtype(group, p)
-            if "momentum_buffer" not in state:
-                # Row-major whatever the parameter's strides: the state is in logical shape.
-                state["momentum_buffer"] = torch.zeros_like(
-                    p, dtype=dtype, memory_format=torch.contiguous_format
-                )
-            # No copy, unless the model was moved or cast after the last step.
-            state["momentum_buffer"] = state["momentum_buffer"].to(p.device, dtype)
-            momenta.append(state["momentum_buffer"])
-        return momenta
+            ensure_state(self.state[p], p, group, self._layouts)
+            grads.append(self._layouts.part(p, local_gradient(p)))
+            states.append({key: local(value) for key, value in self.state[p].items()})
+        return [self._layouts.part(p, local(p)) for p in params], grads, states
 
     def describe(self) -> list[dict[str, Any]]:
         """What each kind of matrix gets, with every "auto" replaced by what it chose.
@@ -388,69 +495,74 @@ def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:
     return [{"params": items, "algorithm": algorithm}] if items else []
 
 
-def _muon_step(batches: Sequence[Batch], group: dict[str, Any], exchange: Exchange) -> None:
-    for batch in batches:
-        u = _momentum_(batch, group)  # elementwise, where the state lives
-        u = exchange.to_owners(u)  # whole matrices, (B, m, n)
-        o = orthogonalize_(u, *(group[key] for key in NS_OPTIONS))  # u's memory is its own
-        d = exchange.to_params(o)
-        _apply_(batch, d, group)
+def _muon_step(batch: Batch, group: dict[str, Any]) -> Iterator[None]:
+    """The algorithm. It pauses while what it sent is on its way, so that others go on meanwhile."""
+    u = batch.to_owners(_momentum_(batch.living, group))  # elementwise, where the state lives
+    yield
+    o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in u.wait()]  # whole matrices
+    kept = _vary_(batch, o, group)
+    d = batch.to_params(o)
+    yield
+    _apply_(batch.standing, d.wait(), group)
+    kept.wait()
 
 
-def _momentum_(batch: Batch, group: dict[str, Any]) -> Tensor:
+def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
     """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
 
-    Returns U as whole matrices, `(B, m, n)`, in memory of its own; gradients are never written to.
+    Returns U, stacked, in memory of its own; gradients are never written to.
     """
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
-    for part in batch.parts:
-        U = _stacked(part.grads, alone=len(batch.parts) == 1)
-        U = U.to(torch.promote_types(U.dtype, part.momenta[0].dtype))
+    for grads, momenta, dtype in living:
+        U = stacked(grads, alone=len(living) == 1)
+        U = U.to(torch.promote_types(U.dtype, momenta[0].dtype))
         if group["maximize"]:
             U.neg_()
         directions = U.unbind()
-        if U.dtype == part.momenta[0].dtype:
-            torch._foreach_lerp_(part.momenta, directions, 1 - mu)
+        if U.dtype == momenta[0].dtype:
+            torch._foreach_lerp_(momenta, directions, 1 - mu)
             if nesterov:
-                torch._foreach_lerp_(directions, part.momenta, mu)
+                torch._foreach_lerp_(directions, momenta, mu)
             else:
-                torch._foreach_copy_(directions, part.momenta)
+                torch._foreach_copy_(directions, momenta)
         else:
             # The momentum is kept in fewer bits than it is computed in.
-            M = torch.stack(part.momenta).to(U.dtype).lerp_(U, 1 - mu)
-            torch._foreach_copy_(part.momenta, M.unbind())
+            M = torch.stack(momenta).to(U.dtype).lerp_(U, 1 - mu)
+            torch._foreach_copy_(momenta, M.unbind())
             U = U.lerp_(M, mu) if nesterov else M
         # Nothing is computed in float64 for a momentum or gradient that is kept in it.
-        most = torch.promote_types(part.params[0].dtype, torch.float32)
+        most = torch.promote_types(dtype, torch.float32)
         stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
-    return join(batch, stacks)
+    return stacks
 
 
-def _stacked(tensors: list[Tensor], alone: bool) -> Tensor:
-    """A copy of the tensors; of one part at a time the memory is scratch."""
-    first = tensors[0]
-    if not alone or torch.compiler.is_compiling() or type(first) not in (Tensor, nn.Parameter):
-        return torch.stack(tensors)
-    shape = (len(tensors), *first.shape)
-    return torch.stack(tensors, out=scratch("update", shape, first.dtype, first.device))
+def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Arriving[None]:
+    """The variant, on whole matrices without padding; its state then goes back where it lives."""
+    variant = VARIANTS[group["variant"]]
+    if variant.state == "none":
+        return Arrived(None)
+    wholes = batch.wholes(o)
+    for whole in wholes:
+        steps = 0 if whole.steps is None else whole.steps
+        variant.apply_(whole.matrices, whole.variance, beta2_of(group), steps)
+    return batch.keep(wholes)
 
 
-def _apply_(batch: Batch, d: Tensor, group: dict[str, Any]) -> None:
-    """W <- W - lr * weight_decay * W - lr * scale * D, D as `(B, m, n)`."""
-    lr, decay = (
-        value.to(d.device).reshape(()) if isinstance(value, Tensor) else value
-        for value in (group["lr"], group["weight_decay"])
-    )
-    for part, updates in zip(batch.parts, take_apart(batch, d), strict=True):
-        params = part.params
+def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict[str, Any]) -> None:
+    """W <- W - lr * weight_decay * W - lr * scale * D."""
+    for (params, rows, cols), updates in zip(standing, d, strict=True):
+        lr, decay = (
+            value.to(params[0].device).reshape(()) if isinstance(value, Tensor) else value
+            for value in (group["lr"], group["weight_decay"])
+        )
         if isinstance(decay, Tensor) or decay != 0:
             if group["cautious"]:
                 shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
                 _add_(params, shrinking, -lr * decay)
             else:
                 _add_(params, params, -lr * decay)
-        scale = scale_factor(group["adjust_lr_fn"], part.block.rows, part.block.cols)
+        scale = scale_factor(group["adjust_lr_fn"], rows, cols)
         _add_(params, updates, -lr * scale)
 
 

@@ -1,160 +1,450 @@
-"""The plan: which matrices are computed together. Pure Python, no tensors."""
+"""The plan: which rank computes which matrix, and who sends what to whom. Pure Python, no tensors.
+
+One code plans a real step and simulates thousands of ranks. Ranks are positions (see
+`muonkit.placement`). Of every matrix, the ranks that store parts of it send these to its owner,
+which computes it whole; the owner sends the result back to all who store a part of the parameter.
+Every rank makes the same plan by itself: it is a function of shapes, placements and constants.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+import hashlib
+import heapq
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from muonkit._compile import constant_result
+from muonkit._plan_batches import Item, PlannedBatch, make_batches
+from muonkit.placement import Box, Placement, box_size, pieces, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["Item", "PlannedBatch", "make_batches"]
+__all__ = [
+    "MACHINES",
+    "Errand",
+    "Item",
+    "Job",
+    "Machine",
+    "Matrix",
+    "Parcel",
+    "Plan",
+    "PlannedBatch",
+    "Stored",
+    "Traffic",
+    "cheaper_repeated",
+    "machine",
+    "make_batches",
+    "make_gather",
+    "make_plan",
+    "sources",
+    "targets",
+]
 
-# Cap on the bytes of one batch of matrices, above which no batch grows (but a single parameter may
-# be larger); the transient peak of a step is a small multiple of the largest batch. On a CPU as
-# much as `muonkit.scratch` keeps; launches are dearer elsewhere.
-_CAP = {"cpu": 64 * 2**20}
-_CAP_ELSEWHERE = 256 * 2**20
 
-# FLOPs that take as long as the launches of one more batch: up to here it is cheaper to pad
-# matrices with zeros, into the batch of a larger shape, than to compute them on their own. The
-# CPU's stands for 50 operations of 3 us at 60 GFLOP/s. A GPU's launches cost about the same and
-# its FLOPs a thousandth, but that was never measured: a cautious guess.
-_FLOPS_OF_A_LAUNCH = {"cpu": 10**7}
-_FLOPS_OF_A_LAUNCH_ELSEWHERE = 10**9
-
-# Of more shapes than this none are joined: looking at all pairs again and again takes seconds.
-_MOST_CLASSES = 40
-
-# FLOPs that take as long as moving one element into a padded batch and out of it again.
-_FLOPS_OF_A_MOVE = 300
-
-
-class Item(NamedTuple):
-    """One block of one parameter, as far as the plan needs to know it.
+class Stored(NamedTuple):
+    """A parameter, as far as the plan needs to know it.
 
     Attributes:
-        key: what must be equal for two items to be computed together.
-        device: type of the device, "cpu".
-        matrices, rows, cols: how many matrices, and their shape.
-        itemsize: bytes per element.
+        name: for messages.
+        shape: the logical one.
+        stored: where the parameter lies.
+        lives: where its momentum lies: within `stored`, on the same mesh.
+        repeat: mesh axes along which the same is computed again, rather than shared out and sent.
+        state_shape, state_lives: of the variant's state, where it keeps one.
     """
 
-    key: Hashable
-    device: str
-    matrices: int
-    rows: int
-    cols: int
+    name: str
+    shape: tuple[int, ...]
+    stored: Placement
+    lives: Placement
+    repeat: tuple[int, ...] = ()
+    state_shape: tuple[int, ...] = ()
+    state_lives: Placement | None = None
+
+
+class Matrix(NamedTuple):
+    """One matrix of a parameter.
+
+    Attributes:
+        tensor: the parameter's index.
+        box: of the parameter, which holds it.
+        flops: that it costs to orthogonalize.
+        state_box: of the variant's state, which belongs to it.
+    """
+
+    tensor: int
+    box: Box
+    flops: int
+    state_box: Box | None = None
+
+
+class Job(NamedTuple):
+    """A matrix (by its index) and the ranks that compute it: one, or one in every repetition."""
+
+    matrix: int
+    owners: tuple[int, ...]
+
+
+class Parcel(NamedTuple):
+    """A box of the matrix `matrix`, to or from the rank at `position`."""
+
+    position: int
+    matrix: int
+    box: Box
+
+
+class Errand(NamedTuple):
+    """One rank's part of an exchange: what it sends, and what it receives, its own included.
+
+    Both are in order of positions, and for each position in order of jobs: the order in which the
+    other side has it too.
+    """
+
+    sends: tuple[Parcel, ...]
+    receives: tuple[Parcel, ...]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of it stays on the rank itself (which says nothing of other ranks)."""
+        return len({parcel.position for parcel in (*self.sends, *self.receives)}) <= 1
+
+
+class Traffic(NamedTuple):
+    """What one step costs every rank, by position.
+
+    Attributes:
+        flops: of the products.
+        matrices: orthogonalized.
+        owned: elements of the matrices that it owns.
+        sent_in, received_in: bytes on the way to the owners.
+        sent_out, received_out: bytes on the way back.
+    """
+
+    flops: list[int]
+    matrices: list[int]
+    owned: list[int]
+    sent_in: list[int]
+    received_in: list[int]
+    sent_out: list[int]
+    received_out: list[int]
+
+    @property
+    def balance(self) -> float:
+        """Largest over mean of the ranks' FLOPs."""
+        mean = sum(self.flops) / len(self.flops)
+        return max(self.flops) / mean if mean else 1.0
+
+
+class Plan(NamedTuple):
+    """All exchanges of a step over parameters of equal hyperparameters.
+
+    Attributes:
+        ranks: how many positions there are.
+        tensors, matrices: what is planned for.
+        buckets: jobs that are exchanged together, in order.
+        itemsize: bytes per element on the way.
+        state_itemsize: the same of the variant's state.
+        inward: whether there is a way to the owners; False where they have all they need.
+    """
+
+    ranks: int
+    tensors: tuple[Stored, ...]
+    matrices: tuple[Matrix, ...]
+    buckets: tuple[tuple[Job, ...], ...]
     itemsize: int
+    state_itemsize: int = 4
+    inward: bool = True
+
+    def jobs(self) -> Iterable[Job]:
+        return (job for bucket in self.buckets for job in bucket)
+
+    def inbound(self, bucket: Sequence[Job], me: int) -> Errand:
+        """Momentum, from where it lives to the owners."""
+        return self._errand(bucket, me, inward=True)
+
+    def outbound(self, bucket: Sequence[Job], me: int) -> Errand:
+        """Results, from the owners to where the parameters are stored."""
+        return self._errand(bucket, me, inward=False)
+
+    def state_inbound(self, bucket: Sequence[Job], me: int) -> Errand:
+        """The variant's state, to the owners; boxes are in the state's coordinates."""
+        return self._errand(bucket, me, inward=True, state=True)
+
+    def state_outbound(self, bucket: Sequence[Job], me: int) -> Errand:
+        """The variant's state, from the owners to everywhere where it lives."""
+        return self._errand(bucket, me, inward=False, state=True)
+
+    def _errand(self, bucket: Sequence[Job], me: int, inward: bool, state: bool = False) -> Errand:
+        sends: list[Parcel] = []
+        receives: list[Parcel] = []
+        for job in bucket:
+            for owner in job.owners:
+                others = self._others(job.matrix, owner, inward, state)
+                mine, theirs = (sends, receives) if inward else (receives, sends)
+                if me in others:
+                    mine.append(Parcel(owner, job.matrix, others[me]))
+                if me == owner:
+                    theirs.extend(Parcel(p, job.matrix, box) for p, box in others.items())
+        # Stable: for each position in order of jobs.
+        return Errand(
+            tuple(sorted(sends, key=lambda parcel: parcel.position)),
+            tuple(sorted(receives, key=lambda parcel: parcel.position)),
+        )
+
+    def _others(self, matrix: int, owner: int, inward: bool, state: bool) -> dict[int, Box]:
+        """Who exchanges which box of a matrix with this owner."""
+        _, box, _, state_box = self.matrices[matrix]
+        tensor = self.tensors[self.matrices[matrix].tensor]
+        shape, stored, lives = tensor.shape, tensor.stored, tensor.lives
+        if state:
+            assert tensor.state_lives is not None
+            assert state_box is not None
+            shape, box, stored = tensor.state_shape, state_box, tensor.state_lives
+            lives = stored
+        if inward:
+            return sources(lives, shape, box, owner)
+        return targets(stored, shape, box, owner, tensor.repeat)
+
+    def moves(self, bucket: Sequence[Job], inward: bool, state: bool = False) -> bool:
+        """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
+        return any(
+            set(self._others(job.matrix, owner, inward, state)) != {owner}
+            for job in bucket
+            for owner in job.owners
+        )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a variant's state travels too."""
+        return any(tensor.state_lives is not None for tensor in self.tensors)
+
+    def traffic(self) -> Traffic:
+        """What the step costs each rank, the variant's state included."""
+        total = Traffic(*([0] * self.ranks for _ in Traffic._fields))
+        counts: dict[tuple[Any, ...], list[int]] = {}
+        for job in self.jobs():
+            tensor, box, flops, state_box = self.matrices[job.matrix]
+            for owner in job.owners:
+                total.flops[owner] += flops
+                total.matrices[owner] += 1
+                total.owned[owner] += box_size(box)
+                # Equal parameters of many layers send alike.
+                alike = (self.tensors[tensor]._replace(name=""), box, state_box, owner)
+                counts.setdefault(alike, [job.matrix, 0])[1] += 1
+        for alike, (matrix, count) in counts.items():
+            self._count(total, matrix, alike[-1], count)
+        return total
+
+    def _count(self, total: Traffic, matrix: int, owner: int, count: int) -> None:
+        for state in (False, True) if self.has_state else (False,):
+            itemsize = (self.state_itemsize if state else self.itemsize) * count
+            for inward in (True, False) if self.inward else (False,):
+                there, here = (
+                    (total.sent_in, total.received_in)
+                    if inward
+                    else (total.received_out, total.sent_out)
+                )
+                for position, box in self._others(matrix, owner, inward, state).items():
+                    if position != owner:
+                        size = box_size(box) * itemsize
+                        there[position] += size
+                        here[owner] += size
+
+    def fingerprint(self) -> str:
+        """Equal on two ranks only if they planned the same."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
 
-class PlannedBatch(NamedTuple):
-    """Attributes:
-    rows, cols: of every matrix in the batch; smaller ones are padded with zeros, or transposed
-        and padded.
-    positions: of its items in the caller's list.
-    """
-
-    rows: int
-    cols: int
-    positions: tuple[int, ...]
-
-
-def make_batches(items: tuple[Item, ...], cap: int | None = None) -> list[PlannedBatch]:
-    """Items of equal key and shape together, small ones of several shapes too, under the cap.
-
-    Zero rows and columns stay zero in every product, so padding changes nothing but the FLOPs. An
-    item larger than the cap is a batch of its own.
+def make_plan(
+    ranks: int,
+    tensors: Sequence[Stored],
+    matrices: Sequence[Matrix],
+    itemsize: int,
+    cap: int,
+    loads: list[int] | None = None,
+    state_itemsize: int = 4,
+) -> Plan:
+    """Owners by FLOPs, longest first, each to the least loaded rank that stores a part of it (LPT,
+    Graham 1969); then buckets, in the same order, so that each is about balanced too.
 
     Args:
-        cap: bytes of the (padded) matrices of a batch; None is 64 MiB on a CPU, else 256.
+        cap: bytes that a rank may have in flight for one bucket; a larger matrix goes alone.
+        loads: FLOPs that each rank has already; added to.
     """
-    return [PlannedBatch(*fields) for fields in _make_batches(items, cap)]
+    loads = [0] * ranks if loads is None else loads
+    heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    jobs = []
+    for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].flops, i)):
+        tensor = tensors[matrices[i].tensor]
+        able = _able(tensor.lives, tensor.shape, matrices[i].box, tensor.repeat)
+        if able not in heaps:
+            heaps[able] = [(loads[position], position) for position in able]
+            heapq.heapify(heaps[able])
+        owner = _lightest(heaps[able], loads)
+        owners = tensor.lives.twins(owner, tensor.repeat) if tensor.repeat else (owner,)
+        for position in owners:
+            loads[position] += matrices[i].flops
+        jobs.append(Job(i, owners))
+    buckets = _fill(jobs, tensors, matrices, itemsize, cap)
+    return Plan(ranks, tuple(tensors), tuple(matrices), buckets, itemsize, state_itemsize)
 
 
-@constant_result
-def _make_batches(
-    items: tuple[Item, ...], cap: int | None
-) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-    return _cached(items, cap)
+def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int, cap: int) -> Plan:
+    """The plan of an elementwise step: every rank computes the part of the parameter that its state
+    lives for, and sends it to all who store it.
+    """
+    matrices: list[Matrix] = []
+    jobs: list[Job] = []
+    for i, tensor in enumerate(tensors):
+        for piece in pieces(tensor.lives, tensor.shape, whole(tensor.shape)):
+            jobs.append(Job(len(matrices), piece.positions))
+            matrices.append(Matrix(i, piece.box, 0))
+    alone = [tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors]
+    buckets = _fill(jobs, alone, matrices, itemsize, cap)
+    return Plan(ranks, tuple(alone), tuple(matrices), buckets, itemsize, inward=False)
 
 
-@functools.lru_cache(maxsize=256)
-def _cached(
-    items: tuple[Item, ...], cap: int | None
-) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-    classes: dict[tuple[Hashable, int, int], list[int]] = {}
-    for position, item in enumerate(items):
-        classes.setdefault((item.key, item.rows, item.cols), []).append(position)
-    merged = _merge([((rows, cols), at) for (_, rows, cols), at in classes.items()], items)
+def sources(lives: Placement, shape: tuple[int, ...], box: Box, owner: int) -> dict[int, Box]:
+    """Who sends which part of a box to its owner: the owner itself what it has; of several copies
+    the one that has the owner's place among the copies.
+    """
+    return _sources(lives, shape, box, lives.copy(owner))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _sources(lives: Placement, shape: tuple[int, ...], box: Box, copy: int) -> dict[int, Box]:
+    return {piece.positions[copy]: piece.box for piece in pieces(lives, shape, box)}
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def targets(
+    stored: Placement, shape: tuple[int, ...], box: Box, owner: int, repeat: tuple[int, ...]
+) -> dict[int, Box]:
+    """Who gets which part of a box from its owner: all who store it, and have none of their own
+    repetition.
+    """
+    return {
+        position: piece.box
+        for piece in pieces(stored, shape, box)
+        for position in piece.positions
+        if not repeat or stored.agrees(position, owner, repeat)
+    }
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _able(
+    lives: Placement, shape: tuple[int, ...], box: Box, repeat: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Who may own a matrix: whoever has a part of it, in the first repetition."""
+    first = lives.positions[0]
     return tuple(
-        (rows, cols, positions)
-        for (rows, cols), at in merged
-        for positions in _under_cap(rows * cols, at, items, cap)
+        sorted(
+            position
+            for piece in pieces(lives, shape, box)
+            for position in piece.positions
+            if not repeat or lives.agrees(position, first, repeat)
+        )
     )
 
 
-_Class = tuple[tuple[int, int], list[int]]
+def _lightest(heap: list[tuple[int, int]], loads: list[int]) -> int:
+    """The least loaded, lowest position; the heap's loads may be out of date, never too high."""
+    while heap[0][0] != loads[heap[0][1]]:
+        position = heap[0][1]
+        heapq.heapreplace(heap, (loads[position], position))
+    return heap[0][1]
 
 
-def _merge(classes: list[_Class], items: tuple[Item, ...]) -> list[_Class]:
-    """Join the two classes whose joining costs the fewest FLOPs, while that is below a launch."""
-    while len(classes) <= _MOST_CLASSES:
-        best: tuple[float, int, int] | None = None
-        for j in range(len(classes)):
-            for i in range(j):
-                first = items[classes[i][1][0]]
-                if first.key != items[classes[j][1][0]].key:
-                    continue
-                launch = _FLOPS_OF_A_LAUNCH.get(first.device, _FLOPS_OF_A_LAUNCH_ELSEWHERE)
-                extra = _extra_flops([classes[i], classes[j]], items)
-                if extra < launch and (best is None or extra < best[0]):
-                    best = extra, i, j
-        if best is None:
-            return classes
-        _, i, j = best
-        joined = _envelope([classes[i], classes[j]]), classes[i][1] + classes[j][1]
-        classes = [*classes[:i], joined, *classes[i + 1 : j], *classes[j + 1 :]]
-    return classes
+def _fill(
+    jobs: Sequence[Job],
+    tensors: Sequence[Stored],
+    matrices: Sequence[Matrix],
+    itemsize: int,
+    cap: int,
+) -> tuple[tuple[Job, ...], ...]:
+    """Jobs in buckets, in their order: none has a rank send or receive more than the cap."""
+    buckets: list[list[Job]] = []
+    busy: dict[int, int] = {}
+    stored = 0
+    for job in jobs:
+        tensor, box = tensors[matrices[job.matrix].tensor], matrices[job.matrix].box
+        size, part = (n * itemsize for n in _weights(tensor, box, job.owners[0]))
+        most = max(busy.get(owner, 0) for owner in job.owners) + size
+        if not buckets or max(most, stored + part) > cap:
+            buckets.append([])
+            busy, stored, most = {}, 0, size
+        buckets[-1].append(job)
+        stored += part
+        for owner in job.owners:
+            busy[owner] = busy.get(owner, 0) + size
+    return tuple(tuple(bucket) for bucket in buckets)
 
 
-def _envelope(classes: list[_Class]) -> tuple[int, int]:
-    """The least wide shape that holds matrices of all classes, tall ones transposed."""
-    sides = [sorted(shape) for shape, _ in classes]
-    return max(m for m, _ in sides), max(n for _, n in sides)
+def _weights(tensor: Stored, box: Box, owner: int) -> tuple[int, int]:
+    """Elements of a box that its owner handles at most, and of those any one rank stores."""
+    return _weights_of(tensor.stored, tensor.shape, box, owner, tensor.repeat)
 
 
-def _extra_flops(classes: list[_Class], items: tuple[Item, ...]) -> int:
-    m, n = _envelope(classes)
-    return sum(
-        (_flops(m, n) - _flops(*sorted(shape)) + _FLOPS_OF_A_MOVE * m * n)
-        * sum(items[i].matrices for i in at)
-        for shape, at in classes
-    )
+@functools.lru_cache(maxsize=1 << 16)
+def _weights_of(
+    stored: Placement, shape: tuple[int, ...], box: Box, owner: int, repeat: tuple[int, ...]
+) -> tuple[int, int]:
+    sizes = [box_size(part) for part in targets(stored, shape, box, owner, repeat).values()]
+    return max(sum(sizes), box_size(box)), max(sizes, default=0)
 
 
-def _flops(m: int, n: int) -> int:
-    """Of five iterations on one matrix, in the standard form: more than any other."""
-    return 20 * m * m * n + 10 * m**3
+class Machine(NamedTuple):
+    """Rates of one rank, for choices of cost and for predictions.
+
+    Attributes:
+        flops: products, FLOP/s.
+        intra, inter: bytes/s that it sends within its node, and to others.
+        node: ranks in a node.
+    """
+
+    flops: float
+    intra: float
+    inter: float
+    node: int
+
+    def rate(self, positions: Iterable[int]) -> float:
+        """Bytes/s between these ranks."""
+        nodes = {position // self.node for position in positions}
+        return self.intra if len(nodes) <= 1 else self.inter
 
 
-def _under_cap(
-    elements: int, at: list[int], items: tuple[Item, ...], cap: int | None
-) -> list[tuple[int, ...]]:
-    """In as few batches as the cap allows, of about equal size."""
-    if cap is None:
-        cap = _CAP.get(items[at[0]].device, _CAP_ELSEWHERE)
-    sizes = {i: items[i].matrices * elements * items[i].itemsize for i in at}
-    total, largest = sum(sizes.values()), max(sizes.values())
-    even = total // -(-total // cap) + largest - 1
-    batches: list[list[int]] = []
-    size = 0
-    for position in sorted(at):
-        if not batches or size + sizes[position] > min(cap, even):
-            batches.append([])
-            size = 0
-        batches[-1].append(position)
-        size += sizes[position]
-    return [tuple(batch) for batch in batches]
+# Round figures for the choice between computing again and sending: half of what data sheets say.
+# GPUs as an H100 with NVLink and 400 Gbit/s a rank, bf16 products; CPUs two cores and Ethernet.
+MACHINES = {"cpu": (1e11, 2e9, 1e9), "cuda": (4e14, 2e11, 2.5e10)}
+
+
+def machine(device: str, node: int) -> Machine:
+    """The rates assumed for a type of device."""
+    return Machine(*MACHINES.get(device, MACHINES["cuda"]), node)
+
+
+def cheaper_repeated(
+    rates: Machine, stored: Placement, axes: Sequence[int], flops: int, size: int
+) -> bool:
+    """Whether ranks that have copies along these axes had better compute the same, each set of
+    shards among itself, than share the matrices out over all copies.
+
+    Shared out, a rank computes less, and every result crosses the copies.
+
+    Args:
+        flops: of all matrices.
+        size: their bytes on the way.
+    """
+    copies = 1
+    for axis in axes:
+        copies *= stored.mesh[axis]
+    ranks = len(stored.positions)
+    shards = ranks // copies
+    others = [axis for axis in range(len(stored.mesh)) if axis not in axes]
+    one_set = stored.twins(stored.positions[0], others)
+    repeated = flops / shards / rates.flops
+    repeated += 2 * (shards - 1) / shards**2 * size / rates.rate(one_set)
+    shared = flops / ranks / rates.flops
+    shared += (shards - 1) / shards * size / ranks / rates.rate(one_set)  # a set's own parts
+    shared += (ranks - 1) / ranks * size / shards / rates.rate(stored.positions)
+    return repeated <= shared

@@ -1,0 +1,437 @@
+"""Parameters that several ranks share: their plan, and the batches of a step over it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from muonkit._groups import flops_of, momentum_dtype
+from muonkit._optim_batches import Arrived, Living, Standing, Whole, place
+from muonkit._optim_layout import ranks_per_node
+from muonkit.exchange import Pending, move
+from muonkit.placement import Axis, Box, Placement, box_size, intersection, slices
+from muonkit.plan import (
+    Errand,
+    Item,
+    Job,
+    Matrix,
+    Plan,
+    Stored,
+    cheaper_repeated,
+    machine,
+    make_batches,
+    make_plan,
+)
+from muonkit.variants import VARIANTS
+from muonkit.views import Block, blocks_of, row_blocks, row_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from muonkit._optim_batches import Entry
+    from muonkit._optim_layout import Layout, Layouts
+    from muonkit.exchange import Domain
+
+__all__ = ["Share", "repeated_axes", "state_placement", "update_dtype"]
+
+
+def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
+    """What the update of a parameter is computed in, and travels in unless it is told otherwise."""
+    most = torch.promote_types(p.dtype, torch.float32)
+    dtype = torch.promote_types(grad_dtype, momentum_dtype(group, p))
+    return most if dtype.itemsize > most.itemsize else dtype
+
+
+def state_placement(
+    layout: Layout, shape: tuple[int, ...], state_shape: tuple[int, ...]
+) -> Placement:
+    """Where the variant's state lives: as the momentum, and repeated along the mesh axes that cut
+    a dim of which the state has one value only.
+    """
+    axes = tuple(
+        Axis(None) if axis.dim is not None and state_shape[axis.dim] != shape[axis.dim] else axis
+        for axis in layout.lives.axes
+    )
+    return layout.lives._replace(axes=axes)
+
+
+def repeated_axes(
+    layout: Layout, group: Mapping[str, Any], device: str, flops: int, size: int
+) -> tuple[int, ...]:
+    """The mesh axes along which a group's matrices are computed again rather than shared out.
+
+    Along `process_group`'s axis they are always shared out; along axes that a placement replicates
+    as `replicas` says, "auto" by cost. Where state is shared out, the work is too.
+
+    Args:
+        flops, size: of all matrices of this layout; size in bytes on the way.
+    """
+    axes = tuple(axis for axis in layout.lives.copies() if axis not in layout.given)
+    choice = group["replicas"]
+    if not axes or choice == "split":
+        return ()
+    if choice == "recompute":
+        return axes
+    rates = machine(device, ranks_per_node())
+    return axes if cheaper_repeated(rates, layout.stored, axes, flops, size) else ()
+
+
+class _Source(NamedTuple):
+    """One matrix: the parameter that it is of, and how it lies there."""
+
+    param: int
+    block: Block
+    row_block: Block
+
+
+class _Bucket:
+    """One bucket of the plan, and this rank's part in it; the same in every step."""
+
+    def __init__(self, share: Share, jobs: tuple[Job, ...]) -> None:
+        plan, me = share.plan, share.domain.position
+        self.jobs = jobs
+        self.inbound, self.outbound = plan.inbound(jobs, me), plan.outbound(jobs, me)
+        self.state: tuple[Errand, Errand] | None = None
+        if plan.has_state:
+            self.state = plan.state_inbound(jobs, me), plan.state_outbound(jobs, me)
+        self.moves = {
+            (inward, state): plan.moves(jobs, inward, state)
+            for inward in (True, False)
+            for state in ((False, True) if plan.has_state else (False,))
+        }
+        self.living: dict[tuple[Any, ...], list[int]] = {}  # the matrices of each stack
+        self.standing: dict[tuple[int, int], list[int]] = {}
+        for job in jobs:
+            shape = [b - a for a, b in share.own_box(job.matrix, "lives") or ()]
+            if shape:
+                grad = share.grad_dtypes[share.sources[job.matrix].param]
+                self.living.setdefault((*shape, grad), []).append(job.matrix)
+            if share.own_box(job.matrix, "stored"):
+                block = share.sources[job.matrix].block
+                self.standing.setdefault((block.rows, block.cols), []).append(job.matrix)
+        self.stacked = {
+            matrix: (stack, k)
+            for stack, members in enumerate(self.living.values())
+            for k, matrix in enumerate(members)
+        }
+        self.batches = self._batches(share, [job.matrix for job in jobs if me in job.owners])
+
+    def _batches(self, share: Share, owned: list[int]) -> list[tuple[int, int, list[int]]]:
+        """Rows, columns and matrices of what is computed together, equal shapes side by side."""
+        blocks = {matrix: share.sources[matrix].block for matrix in owned}
+        kind = share.domain.device.type
+        items = [Item(0, kind, 1, b.rows, b.cols, share.dtype.itemsize) for b in blocks.values()]
+        return [
+            (
+                batch.rows,
+                batch.cols,
+                sorted(
+                    (owned[i] for i in batch.positions),
+                    key=lambda matrix: (blocks[matrix].rows, blocks[matrix].cols, matrix),
+                ),
+            )
+            for batch in make_batches(tuple(items), share.group["bytes_in_flight"])
+        ]
+
+
+class Share:
+    """The shared parameters of one group with updates of one dtype, planned.
+
+    Args:
+        params: (index in the group, name, parameter, dtype of its gradient).
+        loads: FLOPs that each rank has already; added to.
+    """
+
+    def __init__(
+        self,
+        layouts: Layouts,
+        group: dict[str, Any],
+        params: Sequence[tuple[int, str, Tensor, torch.dtype]],
+        loads: list[int],
+    ) -> None:
+        assert layouts.domain is not None
+        self.domain: Domain = layouts.domain
+        self.group = group
+        self.params = {index: p for index, _, p, _ in params}
+        self.grad_dtypes = {index: dtype for index, _, _, dtype in params}
+        _, _, first, grad = params[0]
+        self.dtype = update_dtype(first, grad, group)
+        chosen = group["exchange_dtype"]
+        self.wire = self.dtype if chosen == "auto" else getattr(torch, chosen)
+        self.variant = VARIANTS[group["variant"]]
+        self.sources: list[_Source] = []
+        tensors: list[Stored] = []
+        matrices: list[Matrix] = []
+        for index, name, p, _ in params:
+            tensor, more = self._describe(name, p, layouts[p], len(tensors), index)
+            tensors.append(tensor)
+            matrices += more
+        tensors = self._repeat(tensors, matrices, [layouts[p] for _, _, p, _ in params])
+        cap = group["bytes_in_flight"]
+        if cap is None:
+            cap = (64 if self.domain.device.type == "cpu" else 256) * 2**20
+        size = self.domain.size
+        self.plan: Plan = make_plan(size, tensors, matrices, self.wire.itemsize, cap, loads)
+        self.buckets = [_Bucket(self, jobs) for jobs in self.plan.buckets]
+
+    def _describe(
+        self, name: str, p: Tensor, layout: Layout, number: int, index: int
+    ) -> tuple[Stored, list[Matrix]]:
+        """A parameter and its matrices, as the plan knows them."""
+        shape, view = tuple(p.shape), self.group["view"]
+        tensor = Stored(name, shape, layout.stored, layout.lives)
+        kept = self.variant.state
+        if kept == "rows":
+            rows = row_shape(view, shape)
+            tensor = tensor._replace(
+                state_shape=rows, state_lives=state_placement(layout, shape, rows)
+            )
+        elif kept == "entries":
+            tensor = tensor._replace(state_shape=shape, state_lives=layout.lives)
+        matrices = []
+        for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
+            if not block.batch * block.rows * block.cols:
+                continue
+            flops = flops_of(self.group, block.rows, block.cols, p.dtype, self.domain.device)
+            of = row_block if kept == "rows" else block
+            for box, state in zip(block.boxes(), of.boxes(), strict=True):
+                self.sources.append(_Source(index, block, of))
+                matrices.append(Matrix(number, box, flops, None if kept == "none" else state))
+        return tensor, matrices
+
+    def _repeat(
+        self, tensors: list[Stored], matrices: list[Matrix], layouts: list[Layout]
+    ) -> list[Stored]:
+        """The tensors, told along which axes they are computed again."""
+        costs: dict[Layout, list[int]] = {}
+        for matrix in matrices:
+            cost = costs.setdefault(layouts[matrix.tensor], [0, 0])
+            cost[0] += matrix.flops
+            cost[1] += box_size(matrix.box) * self.wire.itemsize
+        return [
+            tensor._replace(
+                repeat=repeated_axes(
+                    layout, self.group, self.domain.device.type, *costs.get(layout, (0, 0))
+                )
+            )
+            for tensor, layout in zip(tensors, layouts, strict=True)
+        ]
+
+    def own_box(self, matrix: int, where: str) -> Box | None:
+        """What this rank has of a matrix, in the parameter's coordinates."""
+        tensor = self.plan.tensors[self.plan.matrices[matrix].tensor]
+        placement: Placement = getattr(tensor, where)
+        own = placement.box(tensor.shape, self.domain.position)
+        return intersection(own, self.plan.matrices[matrix].box)
+
+    def piece(self, matrix: int, where: str, tensor: Tensor) -> Tensor:
+        """What a rank's part of a parameter ("stored"), or of its state ("lives"), has of it."""
+        planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
+        placement: Placement = getattr(planned, where)
+        own = placement.box(planned.shape, self.domain.position)
+        box = self.own_box(matrix, where)
+        assert box is not None
+        return tensor if box == own else tensor[slices(box, own)]
+
+    def state_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
+        """The same of the variant's state."""
+        planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
+        assert planned.state_lives is not None
+        own = planned.state_lives.box(planned.state_shape, self.domain.position)
+        return tensor[slices(box, own)]
+
+    def batches(self, entries: Mapping[int, Entry]) -> list[SharedBatch]:
+        """Those of a step; entries by index in the group."""
+        return [SharedBatch(self, bucket, entries) for bucket in self.buckets]
+
+
+class SharedBatch:
+    """A bucket of matrices that several ranks have parts of.
+
+    The momentum's pieces go to the owners, the results to everywhere where the parameter is
+    stored; each way is one exchange, and the variant's state has its own.
+    """
+
+    def __init__(self, share: Share, bucket: _Bucket, entries: Mapping[int, Entry]) -> None:
+        self.share, self.bucket, self.entries = share, bucket, entries
+        self.living = [
+            Living(
+                [share.piece(m, "lives", self._entry(m).grad) for m in members],
+                [share.piece(m, "lives", self._entry(m).momentum) for m in members],
+                share.params[share.sources[members[0]].param].dtype,
+            )
+            for members in bucket.living.values()
+        ]
+        self.standing = [
+            Standing([share.piece(m, "stored", self._entry(m).param) for m in members], *shape)
+            for shape, members in bucket.standing.items()
+        ]
+        self._variances: dict[int, Tensor] = {}
+
+    def _entry(self, matrix: int) -> Entry:
+        return self.entries[self.share.sources[matrix].param]
+
+    def to_owners(self, u: Sequence[Tensor]) -> _Arriving:
+        whole = self._rooms()
+        parts = self._parts(whole)
+        errand = self.bucket.inbound
+        pieces = [stack.unbind() for stack in u]
+        outgoing = []
+        for position, matrix, _ in errand.sends:
+            stack, k = self.bucket.stacked[matrix]
+            outgoing.append((position, pieces[stack][k]))
+        incoming = [
+            (position, parts[matrix][self._inside(matrix, box)])
+            for position, matrix, box in errand.receives
+        ]
+        on_its_way = [self._move(outgoing, incoming, self.share.wire, inward=True, state=False)]
+        if self.bucket.state is not None:
+            on_its_way.append(self._fetch_state(self.bucket.state[0]))
+        return _Arriving(on_its_way, whole)
+
+    def _rooms(self) -> list[Tensor]:
+        """Room for the matrices that this rank owns, zero where they are padded."""
+        rooms = []
+        for rows, cols, members in self.bucket.batches:
+            blocks = [self.share.sources[matrix].block for matrix in members]
+            padded = any((b.rows, b.cols) != (rows, cols) for b in blocks)
+            make = torch.zeros if padded else torch.empty
+            device = self.share.domain.device
+            rooms.append(make(len(members), rows, cols, dtype=self.share.dtype, device=device))
+        return rooms
+
+    def _parts(self, whole: Sequence[Tensor]) -> dict[int, Tensor]:
+        """For each matrix that this rank owns, its place, in the shape of its box."""
+        parts = {}
+        for (_, _, members), matrices in zip(self.bucket.batches, whole, strict=True):
+            for matrix, padded in zip(members, torch.split(matrices, 1), strict=True):
+                block = self.share.sources[matrix].block
+                logical = place(padded, block.rows, block.cols)[0]
+                stored = logical.mT if block.transposed else logical
+                box = self.share.plan.matrices[matrix].box
+                parts[matrix] = stored.view([b - a for a, b in box])
+        return parts
+
+    def _inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
+        return slices(box, self.share.plan.matrices[matrix].box)
+
+    def _fetch_state(self, errand: Errand) -> Pending:
+        """Of the owned matrices' variance, in the stored orientation."""
+        for _, matrix, _ in errand.receives:
+            if matrix not in self._variances:
+                state = self.share.plan.matrices[matrix].state_box
+                assert state is not None
+                self._variances[matrix] = torch.empty(
+                    [b - a for a, b in state],
+                    dtype=torch.float32,
+                    device=self.share.domain.device,
+                )
+        return self._move(*self._state_parcels(errand), torch.float32, inward=True, state=True)
+
+    def _state_parcels(
+        self, errand: Errand, back: bool = False
+    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
+        """What is sent and received of the variance: from where it lives to the owner, or back."""
+        at_home, at_owner = (
+            (errand.receives, errand.sends) if back else (errand.sends, errand.receives)
+        )
+        home = []
+        for position, matrix, box in at_home:
+            variance = self._entry(matrix).variance
+            assert variance is not None
+            home.append((position, self.share.state_piece(matrix, box, variance)))
+        owner = []
+        for position, matrix, box in at_owner:
+            state = self.share.plan.matrices[matrix].state_box
+            assert state is not None
+            owner.append((position, self._variances[matrix][slices(box, state)]))
+        return (owner, home) if back else (home, owner)
+
+    def wholes(self, o: Sequence[Tensor]) -> list[Whole]:
+        wholes = []
+        self._stacks: list[tuple[list[int], Block, Tensor]] = []
+        for (_, _, members), matrices in zip(self.bucket.batches, o, strict=True):
+            start = 0
+            while start < len(members):
+                block = self.share.sources[members[start]].block
+                stop = start + 1
+                while stop < len(members) and _alike(
+                    self.share.sources[members[stop]].block, block
+                ):
+                    stop += 1
+                some = members[start:stop]
+                variance = torch.stack([self._logical_state(matrix) for matrix in some])
+                steps = [self._entry(matrix).steps for matrix in some]
+                count = None
+                if steps[0] is not None:
+                    count = torch.stack([s for s in steps if s is not None])
+                    count = count.to(matrices.device).reshape(-1, 1, 1)
+                whole = place(matrices[start:stop], block.rows, block.cols)
+                wholes.append(Whole(whole, variance, count))
+                self._stacks.append((some, block, variance))
+                start = stop
+        return wholes
+
+    def _logical_state(self, matrix: int) -> Tensor:
+        """`(rows, 1)` or `(rows, cols)`."""
+        block = self.share.sources[matrix].row_block
+        return block.to_matrices(self._variances[matrix])[0]
+
+    def keep(self, wholes: Sequence[Whole]) -> Pending | Arrived[None]:
+        """Send the variant's state back to everywhere where it lives."""
+        assert self.bucket.state is not None
+        for some, _, variance in self._stacks:
+            for matrix, rows in zip(some, variance.unbind(), strict=True):
+                self._logical_state(matrix).copy_(rows)
+        outgoing, incoming = self._state_parcels(self.bucket.state[1], back=True)
+        return self._move(outgoing, incoming, torch.float32, inward=False, state=True)
+
+    def to_params(self, o: Sequence[Tensor]) -> _Arriving:
+        parts = self._parts(o)
+        errand = self.bucket.outbound
+        outgoing = [
+            (position, parts[matrix][self._inside(matrix, box)])
+            for position, matrix, box in errand.sends
+        ]
+        pieces: dict[int, Tensor] = {
+            matrix: torch.empty(
+                [b - a for a, b in box],
+                dtype=self.share.dtype,
+                device=self._entry(matrix).param.device,
+            )
+            for _, matrix, box in errand.receives
+        }
+        incoming = [(position, pieces[matrix]) for position, matrix, _ in errand.receives]
+        pending = self._move(outgoing, incoming, self.share.wire, inward=False, state=False)
+        updates = [[pieces[m] for m in members] for members in self.bucket.standing.values()]
+        return _Arriving([pending], updates)
+
+    def _move(
+        self,
+        outgoing: list[tuple[int, Tensor]],
+        incoming: list[tuple[int, Tensor]],
+        dtype: torch.dtype,
+        inward: bool,
+        state: bool,
+    ) -> Pending:
+        together = self.bucket.moves[inward, state]
+        return move(self.share.domain, outgoing, incoming, dtype, together)
+
+
+class _Arriving:
+    """Several exchanges, and what is there when they are complete."""
+
+    def __init__(self, pending: Sequence[Pending], value: Any) -> None:
+        self._pending, self._value = pending, value
+
+    def wait(self) -> Any:
+        for pending in self._pending:
+            pending.wait()
+        return self._value
+
+
+def _alike(one: Block, other: Block) -> bool:
+    return (one.rows, one.cols) == (other.rows, other.cols)

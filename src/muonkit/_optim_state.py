@@ -1,0 +1,129 @@
+"""The optimizer's state: made at construction, in logical shapes, and fetched for a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
+from muonkit._optim_layout import is_dtensor, local
+from muonkit._optim_shared import state_placement
+from muonkit.placement import slices
+from muonkit.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from muonkit._optim_layout import Layouts
+    from muonkit.placement import Placement
+
+__all__ = ["adopt_state", "ensure_state"]
+
+
+class _Kept(NamedTuple):
+    """One tensor that is kept for a parameter: its dtype, logical shape and placement (None where
+    the parameter is this rank's own).
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    lives: Placement | None
+
+
+def _kept(p: Tensor, group: Mapping[str, Any], layouts: Layouts) -> list[_Kept]:
+    layout = layouts.get(p)
+    most = torch.promote_types(p.dtype, torch.float32)
+    dtypes = {VARIANCE: most}
+    if group["algorithm"] == "muon":
+        dtypes[MOMENTUM] = momentum_dtype(group, p)
+    kept = []
+    for key, shape in state_shapes(p, group).items():
+        lives = None if layout is None else state_placement(layout, tuple(p.shape), shape)
+        kept.append(_Kept(key, dtypes.get(key, p.dtype), shape, lives))
+    return kept
+
+
+def ensure_state(
+    state: dict[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> None:
+    """Make what is missing, and follow a parameter that was moved or cast since the last step.
+
+    No copies where all is in place.
+    """
+    adamw = group["algorithm"] == "adamw"
+    for kept in _kept(p, group, layouts):
+        have = state.get(kept.key)
+        if have is None or (have.is_meta and not p.is_meta):
+            state[kept.key] = _zeros(kept, p, layouts, preserve=adamw)
+        elif have.dtype != kept.dtype or have.device != p.device:
+            state[kept.key] = have.to(p.device, kept.dtype)
+    if adamw or VARIANTS[group["variant"]].state != "none":
+        count = state.get(STEP, 0.0)
+        if isinstance(count, torch.Tensor) and count.is_meta:
+            count = 0.0
+        # A checkpoint may be of an optimizer that counts its steps in a number.
+        state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=local(p).device)
+
+
+def adopt_state(
+    state: dict[str, Any],
+    saved: Mapping[str, Any],
+    p: Tensor,
+    group: Mapping[str, Any],
+    layouts: Layouts,
+) -> None:
+    """After loading: what torch has cast to the parameter's dtype, in its own again; what was saved
+    under another layout, in this one.
+
+    Args:
+        saved: as it was before torch loaded it.
+    """
+    for kept in _kept(p, group, layouts):
+        if kept.key not in saved:
+            continue
+        loaded = state[kept.key]
+        # A hook may have changed it: then it is as the hook wants it.
+        exact = saved[kept.key]
+        sharded = is_dtensor(exact) or is_dtensor(loaded)
+        if kept.dtype != loaded.dtype and (sharded or torch.equal(exact.to(loaded), loaded)):
+            loaded = exact.to(p.device, kept.dtype, copy=True)
+        if is_dtensor(loaded) or kept.lives is not None:
+            loaded = _moved(loaded, _zeros(kept, p, layouts))
+        state[kept.key] = loaded
+
+
+def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> Tensor:
+    if kept.lives is None and kept.shape == tuple(p.shape):
+        # AdamW's fused kernel wants its moments in the parameter's own strides; else row-major
+        # whatever these are: the state is in logical shape.
+        form = torch.preserve_format if preserve else torch.contiguous_format
+        return torch.zeros_like(p, dtype=kept.dtype, memory_format=form)
+    if kept.lives is None:
+        return torch.zeros(kept.shape, dtype=kept.dtype, device=p.device)
+    return layouts.new_state(p, kept.dtype, kept.shape, kept.lives)
+
+
+def _moved(tensor: Tensor, like: Tensor) -> Tensor:
+    """The same values, laid out as `like`."""
+    if not is_dtensor(like):
+        return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    if is_dtensor(tensor):
+        if _spread(tensor) == _spread(like):
+            return tensor
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+    box = tuple((a, a + n) for a, n in zip(offset, size, strict=True))
+    whole = tuple((0, n) for n in tensor.shape)
+    local(like).copy_(tensor[slices(box, whole)])
+    return like
+
+
+def _spread(tensor: Any) -> tuple[Any, Any]:
+    return tensor.device_mesh, tensor.placements
