@@ -4,16 +4,16 @@ in which all ranks have to agree before anything is sent.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from muonkit._groups import parameter_names
 from muonkit._optim_layout import is_whole, local
-from muonkit._optim_shared import Share
+from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
 from muonkit.placement import slices
-from muonkit.plan import Plan, Stored, make_gather
+from muonkit.plan import Plan, StepPlan, Stored, default_cap, make_gather
 from muonkit.views import View
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from muonkit._optim_layout import Layout, Layouts
 
-__all__ = ["Gather", "Schedule", "options_facts", "schedule_key"]
+__all__ = ["Gather", "Present", "Schedule", "gradients", "options_facts", "schedule_key"]
 
 # What of a group a plan depends on.
 _PLANNING = (
@@ -41,14 +41,32 @@ _PLANNING = (
 )
 
 
-def schedule_key(work: Sequence[tuple[dict[str, Any], list[Tensor]]]) -> tuple[Any, ...]:
+# Per group: the parameters that have a gradient, by index, and its dtype.
+Present: TypeAlias = "Sequence[Mapping[int, torch.dtype]]"
+
+
+def gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = False) -> Present:
+    """What has a gradient now; or all that is trained, as if it had one of its own dtype."""
+    if all_of_them:
+        return [
+            {i: p.dtype for i, p in enumerate(group["params"]) if p.requires_grad}
+            for group in groups
+        ]
+    return [
+        {i: p.grad.dtype for i, p in enumerate(group["params"]) if p.grad is not None}
+        for group in groups
+    ]
+
+
+def schedule_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple[Any, ...]:
     """Equal keys, equal schedules (of one optimizer)."""
     return tuple(
         (
             tuple(repr(group.get(key)) for key in _PLANNING),
-            tuple((id(p), None if p.grad is None else p.grad.dtype) for p in group["params"]),
+            tuple(map(id, group["params"])),
+            tuple(has.items()),
         )
-        for group, _ in work
+        for group, has in zip(groups, present, strict=True)
     )
 
 
@@ -72,11 +90,12 @@ class Schedule:
         own: for each group, the indices of the parameters that are computed where they are.
         shares: for each group, those of Muon's others.
         gathers: AdamW's, where the state is shared out.
+        plan: all of them, and what every rank computes of its own.
         facts: what has to be equal on all ranks.
     """
 
     def __init__(
-        self, layouts: Layouts, work: Sequence[tuple[dict[str, Any], list[Tensor]]]
+        self, layouts: Layouts, groups: Sequence[dict[str, Any]], present: Present
     ) -> None:
         assert layouts.domain is not None
         self.own: list[list[int]] = []
@@ -84,32 +103,38 @@ class Schedule:
         self.gathers: list[Gather] = []
         self.facts: list[tuple[str, str]] = []
         loads = [0] * layouts.domain.size
-        for group, _ in work:
-            own: list[int] = []
-            shared: dict[tuple[torch.dtype, ...], list[tuple[int, str, Tensor, torch.dtype]]] = {}
-            for index, (name, p) in enumerate(
-                zip(parameter_names(group), group["params"], strict=True)
-            ):
-                layout = layouts.get(p)
-                if layout is None or _is_own(layout, p, group):
-                    if p.grad is not None:
-                        own.append(index)
-                    continue
-                self.facts.append((name, _fact(p, layout)))
-                if p.grad is not None:
-                    key = (p.dtype, p.grad.dtype)
-                    shared.setdefault(key, []).append((index, name, p, p.grad.dtype))
-            self.own.append(own)
-            muon = group["algorithm"] == "muon"
-            self.shares.append(
-                [Share(layouts, group, params, loads) for params in shared.values() if muon]
-            )
-            self.gathers += [Gather(layouts, params) for params in shared.values() if not muon]
-        plans = [share.plan for shares in self.shares for share in shares]
+        plans: list[Plan] = []
+        for group, has in zip(groups, present, strict=True):
+            own, shared = self._sort(layouts, group, has)
+            self.own.append([param.number for param in own])
+            self.shares.append([])
+            if group["algorithm"] == "adamw":
+                self.gathers += [Gather(layouts, params) for params in shared]
+                continue
+            plans.append(own_plan(layouts, group, own, loads))
+            self.shares[-1] += [Share(layouts, group, params, loads) for params in shared]
+        plans += [share.plan for shares in self.shares for share in shares]
         plans += [gather.plan for gather in self.gathers]
-        self.facts += [
-            (f"the plan of exchange {i}", plan.fingerprint()) for i, plan in enumerate(plans)
-        ]
+        self.plan = StepPlan(tuple(plans))
+        self.facts.append(("the plan", self.plan.fingerprint()))
+
+    def _sort(
+        self, layouts: Layouts, group: dict[str, Any], has: Mapping[int, torch.dtype]
+    ) -> tuple[list[Param], list[list[Param]]]:
+        """The group's parameters that are this rank's own, and the others by dtype."""
+        own: list[Param] = []
+        shared: dict[tuple[torch.dtype, ...], list[Param]] = {}
+        named = zip(parameter_names(group), group["params"], strict=True)
+        for index, (name, p) in enumerate(named):
+            layout = layouts.get(p)
+            param = Param(index, name, p, has.get(index, p.dtype))
+            if layout is None or _is_own(layout, p, group):
+                own += [param] if index in has else []
+                continue
+            self.facts.append((name, _fact(p, layout, has.get(index))))
+            if index in has:
+                shared.setdefault((p.dtype, param.grad_dtype), []).append(param)
+        return own, list(shared.values())
 
 
 def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:
@@ -130,27 +155,24 @@ def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:
     return not layout.stored.copies() or group["replicas"] == "recompute"
 
 
-def _fact(p: Tensor, layout: Layout) -> str:
-    grad = "no gradient" if p.grad is None else f"a gradient in {p.grad.dtype}"
-    return f"{tuple(p.shape)} in {p.dtype}, {layout.stored.axes}, {grad}"
+def _fact(p: Tensor, layout: Layout, grad: torch.dtype | None) -> str:
+    has = "no gradient" if grad is None else f"a gradient in {grad}"
+    return f"{tuple(p.shape)} in {p.dtype}, {layout.stored.axes}, {has}"
 
 
 class Gather:
     """AdamW's parameters of which every rank updates a part, and gets the others' from them."""
 
-    def __init__(
-        self, layouts: Layouts, params: Sequence[tuple[int, str, Tensor, torch.dtype]]
-    ) -> None:
+    def __init__(self, layouts: Layouts, params: Sequence[Param]) -> None:
         assert layouts.domain is not None
         self.domain = layouts.domain
-        self.params = [p for _, _, p, _ in params]
-        self.indices = [index for index, *_ in params]
+        self.params = [param.p for param in params]
         tensors = [
             Stored(name, tuple(p.shape), layouts[p].stored, layouts[p].lives)
             for _, name, p, _ in params
         ]
         self.dtype = self.params[0].dtype
-        cap = 64 * 2**20 if self.domain.device.type == "cpu" else 256 * 2**20
+        cap = default_cap(self.domain.device.type)
         self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize, cap)
         me = self.domain.position
         self._errands = [

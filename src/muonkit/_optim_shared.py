@@ -19,8 +19,10 @@ from muonkit.plan import (
     Plan,
     Stored,
     cheaper_repeated,
+    default_cap,
     machine,
     make_batches,
+    make_own,
     make_plan,
 )
 from muonkit.variants import VARIANTS
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from muonkit._optim_layout import Layout, Layouts
     from muonkit.exchange import Domain
 
-__all__ = ["Share", "repeated_axes", "state_placement", "update_dtype"]
+__all__ = ["Param", "Share", "own_plan", "state_placement"]
 
 
 def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
@@ -77,6 +79,15 @@ def repeated_axes(
         return axes
     rates = machine(device, ranks_per_node())
     return axes if cheaper_repeated(rates, layout.stored, axes, flops, size) else ()
+
+
+class Param(NamedTuple):
+    """A parameter: its number in the group, its name, itself, and its gradient's dtype."""
+
+    number: int
+    name: str
+    p: Tensor
+    grad_dtype: torch.dtype
 
 
 class _Source(NamedTuple):
@@ -141,7 +152,7 @@ class Share:
     """The shared parameters of one group with updates of one dtype, planned.
 
     Args:
-        params: (index in the group, name, parameter, dtype of its gradient).
+        params: of equal dtypes.
         loads: FLOPs that each rank has already; added to.
     """
 
@@ -149,58 +160,27 @@ class Share:
         self,
         layouts: Layouts,
         group: dict[str, Any],
-        params: Sequence[tuple[int, str, Tensor, torch.dtype]],
+        params: Sequence[Param],
         loads: list[int],
     ) -> None:
         assert layouts.domain is not None
         self.domain: Domain = layouts.domain
         self.group = group
-        self.params = {index: p for index, _, p, _ in params}
-        self.grad_dtypes = {index: dtype for index, _, _, dtype in params}
-        _, _, first, grad = params[0]
-        self.dtype = update_dtype(first, grad, group)
+        self.params = {param.number: param.p for param in params}
+        self.grad_dtypes = {param.number: param.grad_dtype for param in params}
+        self.dtype = update_dtype(params[0].p, params[0].grad_dtype, group)
         chosen = group["exchange_dtype"]
         self.wire = self.dtype if chosen == "auto" else getattr(torch, chosen)
-        self.variant = VARIANTS[group["variant"]]
-        self.sources: list[_Source] = []
-        tensors: list[Stored] = []
-        matrices: list[Matrix] = []
-        for index, name, p, _ in params:
-            tensor, more = self._describe(name, p, layouts[p], len(tensors), index)
-            tensors.append(tensor)
-            matrices += more
-        tensors = self._repeat(tensors, matrices, [layouts[p] for _, _, p, _ in params])
-        cap = group["bytes_in_flight"]
-        if cap is None:
-            cap = (64 if self.domain.device.type == "cpu" else 256) * 2**20
+        tensors, matrices, self.sources = _describe(layouts, group, params)
+        tensors = self._repeat(tensors, matrices, [layouts[param.p] for param in params])
+        kind = self.domain.device.type
+        cap = group["bytes_in_flight"] or default_cap(kind)
         size = self.domain.size
-        self.plan: Plan = make_plan(size, tensors, matrices, self.wire.itemsize, cap, loads)
+        self.state_dtype = torch.promote_types(params[0].p.dtype, torch.float32)
+        self.plan: Plan = make_plan(
+            size, tensors, matrices, self.wire.itemsize, cap, loads, self.state_dtype.itemsize
+        )
         self.buckets = [_Bucket(self, jobs) for jobs in self.plan.buckets]
-
-    def _describe(
-        self, name: str, p: Tensor, layout: Layout, number: int, index: int
-    ) -> tuple[Stored, list[Matrix]]:
-        """A parameter and its matrices, as the plan knows them."""
-        shape, view = tuple(p.shape), self.group["view"]
-        tensor = Stored(name, shape, layout.stored, layout.lives)
-        kept = self.variant.state
-        if kept == "rows":
-            rows = row_shape(view, shape)
-            tensor = tensor._replace(
-                state_shape=rows, state_lives=state_placement(layout, shape, rows)
-            )
-        elif kept == "entries":
-            tensor = tensor._replace(state_shape=shape, state_lives=layout.lives)
-        matrices = []
-        for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
-            if not block.batch * block.rows * block.cols:
-                continue
-            flops = flops_of(self.group, block.rows, block.cols, p.dtype, self.domain.device)
-            of = row_block if kept == "rows" else block
-            for box, state in zip(block.boxes(), of.boxes(), strict=True):
-                self.sources.append(_Source(index, block, of))
-                matrices.append(Matrix(number, box, flops, None if kept == "none" else state))
-        return tensor, matrices
 
     def _repeat(
         self, tensors: list[Stored], matrices: list[Matrix], layouts: list[Layout]
@@ -246,6 +226,44 @@ class Share:
     def batches(self, entries: Mapping[int, Entry]) -> list[SharedBatch]:
         """Those of a step; entries by index in the group."""
         return [SharedBatch(self, bucket, entries) for bucket in self.buckets]
+
+
+def own_plan(
+    layouts: Layouts, group: dict[str, Any], params: Sequence[Param], loads: list[int]
+) -> Plan:
+    """What every rank computes of its own, among the ranks that share others."""
+    assert layouts.domain is not None
+    spread = [param for param in params if layouts.get(param.p) is not None]
+    tensors, matrices, _ = _describe(layouts, group, spread)
+    return make_own(layouts.domain.size, tensors, matrices, loads)
+
+
+def _describe(
+    layouts: Layouts, group: dict[str, Any], params: Sequence[Param]
+) -> tuple[list[Stored], list[Matrix], list[_Source]]:
+    """Parameters and their matrices as the plan knows them, and where each matrix is from."""
+    assert layouts.domain is not None
+    kept, view = VARIANTS[group["variant"]].state, group["view"]
+    tensors: list[Stored] = []
+    matrices: list[Matrix] = []
+    sources: list[_Source] = []
+    for number, (index, name, p, _) in enumerate(params):
+        shape, layout = tuple(p.shape), layouts[p]
+        tensor = Stored(name, shape, layout.stored, layout.lives)
+        if kept != "none":
+            like = row_shape(view, shape) if kept == "rows" else shape
+            lives = state_placement(layout, shape, like)
+            tensor = tensor._replace(state_shape=like, state_lives=lives)
+        tensors.append(tensor)
+        for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
+            if not block.batch * block.rows * block.cols:
+                continue
+            flops = flops_of(group, block.rows, block.cols, p.dtype, layouts.domain.device)
+            of = row_block if kept == "rows" else block
+            for box, state in zip(block.boxes(), of.boxes(), strict=True):
+                sources.append(_Source(index, block, of))
+                matrices.append(Matrix(number, box, flops, None if kept == "none" else state))
+    return tensors, matrices, sources
 
 
 class SharedBatch:
@@ -326,10 +344,11 @@ class SharedBatch:
                 assert state is not None
                 self._variances[matrix] = torch.empty(
                     [b - a for a, b in state],
-                    dtype=torch.float32,
+                    dtype=self.share.state_dtype,
                     device=self.share.domain.device,
                 )
-        return self._move(*self._state_parcels(errand), torch.float32, inward=True, state=True)
+        outgoing, incoming = self._state_parcels(errand)
+        return self._move(outgoing, incoming, self.share.state_dtype, inward=True, state=True)
 
     def _state_parcels(
         self, errand: Errand, back: bool = False
@@ -387,7 +406,7 @@ class SharedBatch:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
                 self._logical_state(matrix).copy_(rows)
         outgoing, incoming = self._state_parcels(self.bucket.state[1], back=True)
-        return self._move(outgoing, incoming, torch.float32, inward=False, state=True)
+        return self._move(outgoing, incoming, self.share.state_dtype, inward=False, state=True)
 
     def to_params(self, o: Sequence[Tensor]) -> _Arriving:
         parts = self._parts(o)

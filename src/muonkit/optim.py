@@ -31,12 +31,13 @@ from muonkit._groups import (
 from muonkit._optim_batches import Arrived, Entry, make, stacked
 from muonkit._optim_gradients import judge, local_gradient, with_gradients
 from muonkit._optim_layout import Layouts, local
-from muonkit._optim_schedule import Schedule, options_facts, schedule_key
+from muonkit._optim_schedule import Schedule, gradients, options_facts, schedule_key
 from muonkit._optim_state import adopt_state, ensure_state
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import agree, run_overlapped
 from muonkit.orthogonalize import orthogonalize_
+from muonkit.plan import StepPlan
 from muonkit.routing import Routes, Rule, route
 from muonkit.scale import scale_factor
 from muonkit.variants import VARIANTS
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from muonkit._optim_batches import Arriving, Batch, Living, Standing
     from muonkit._optim_gradients import Work
+    from muonkit._optim_schedule import Present
     from muonkit.coefficients import Coefficients
 
 __all__ = ["Muon", "MuonW"]
@@ -286,7 +288,7 @@ class Muon(Optimizer):
         schedule, vote = None, verdict.vote
         domain = self._layouts.domain
         if domain is not None:
-            schedule = self._schedule(work)
+            schedule = self._schedule(gradients(self.param_groups))
             facts = [*options_facts(self.param_groups), *schedule.facts]
             vote = agree(domain, facts, _DISAGREE, vote)
         if not verdict.may_step(vote):
@@ -306,12 +308,25 @@ class Muon(Optimizer):
                 pass
         return loss
 
-    def _schedule(self, work: Work) -> Schedule:
-        key = schedule_key(work)
+    def plan(self) -> StepPlan:
+        """Which rank computes what, and sends how much to whom, in a step in which every parameter
+        has a gradient in its own dtype.
+
+        Returns:
+            A `muonkit.plan.StepPlan`: `traffic()` has FLOPs and bytes of every rank,
+            `messages(rank)` what one rank sends to each other. Empty where no ranks share this
+            optimizer's parameters. Ranks are counted in their process group.
+        """
+        if self._layouts.domain is None:
+            return StepPlan(())
+        return self._schedule(gradients(self.param_groups, all_of_them=True)).plan
+
+    def _schedule(self, present: Present) -> Schedule:
+        key = schedule_key(self.param_groups, present)
         if key not in self._schedules:
             if len(self._schedules) == _MOST_SCHEDULES:
                 self._schedules.pop(next(iter(self._schedules)))
-            self._schedules[key] = Schedule(self._layouts, work)
+            self._schedules[key] = Schedule(self._layouts, self.param_groups, present)
         return self._schedules[key]
 
     def _batches(

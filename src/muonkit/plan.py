@@ -13,7 +13,7 @@ import hashlib
 import heapq
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from muonkit._plan_batches import Item, PlannedBatch, make_batches
+from muonkit._plan_batches import Item, PlannedBatch, default_cap, make_batches
 from muonkit.placement import Box, Placement, box_size, pieces, whole
 
 if TYPE_CHECKING:
@@ -29,12 +29,15 @@ __all__ = [
     "Parcel",
     "Plan",
     "PlannedBatch",
+    "StepPlan",
     "Stored",
     "Traffic",
     "cheaper_repeated",
+    "default_cap",
     "machine",
     "make_batches",
     "make_gather",
+    "make_own",
     "make_plan",
     "sources",
     "targets",
@@ -174,6 +177,15 @@ class Plan(NamedTuple):
         """The variant's state, from the owners to everywhere where it lives."""
         return self._errand(bucket, me, inward=False, state=True)
 
+    def errands(self, bucket: Sequence[Job], me: int) -> Iterator[tuple[str, Errand, int]]:
+        """All ways of a bucket: "to_owners" or "to_params", this rank's part, bytes per element."""
+        if self.inward:
+            yield "to_owners", self.inbound(bucket, me), self.itemsize
+        yield "to_params", self.outbound(bucket, me), self.itemsize
+        if self.has_state:
+            yield "to_owners", self.state_inbound(bucket, me), self.state_itemsize
+            yield "to_params", self.state_outbound(bucket, me), self.state_itemsize
+
     def _errand(self, bucket: Sequence[Job], me: int, inward: bool, state: bool = False) -> Errand:
         sends: list[Parcel] = []
         receives: list[Parcel] = []
@@ -255,6 +267,40 @@ class Plan(NamedTuple):
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
 
+class StepPlan(NamedTuple):
+    """Everything that one step exchanges and computes, on every rank."""
+
+    plans: tuple[Plan, ...]
+
+    def traffic(self) -> Traffic:
+        """What the step costs each rank."""
+        each = [plan.traffic() for plan in self.plans]
+        return Traffic(
+            *([sum(ns) for ns in zip(*column, strict=True)] for column in zip(*each, strict=True))
+        )
+
+    def messages(self, position: int) -> dict[str, dict[int, int]]:
+        """What the rank at this position sends: bytes to each other one, by way: "to_owners",
+        "to_params" (the variant's state included), and "adamw" (the parameters themselves).
+        """
+        sent: dict[str, dict[int, int]] = {"to_owners": {}, "to_params": {}, "adamw": {}}
+        for plan in self.plans:
+            for bucket in plan.buckets:
+                for way, errand, itemsize in plan.errands(bucket, position):
+                    name = way if plan.inward else "adamw"
+                    for at, _, box in errand.sends:
+                        if at != position and box_size(box):
+                            to = sent[name]
+                            to[at] = to.get(at, 0) + box_size(box) * itemsize
+        return sent
+
+    def fingerprint(self) -> str:
+        """Equal on two ranks only if they planned the same."""
+        return hashlib.sha256(
+            " ".join(plan.fingerprint() for plan in self.plans).encode()
+        ).hexdigest()
+
+
 def make_plan(
     ranks: int,
     tensors: Sequence[Stored],
@@ -287,6 +333,25 @@ def make_plan(
         jobs.append(Job(i, owners))
     buckets = _fill(jobs, tensors, matrices, itemsize, cap)
     return Plan(ranks, tuple(tensors), tuple(matrices), buckets, itemsize, state_itemsize)
+
+
+def make_own(
+    ranks: int, tensors: Sequence[Stored], matrices: Sequence[Matrix], loads: list[int]
+) -> Plan:
+    """The plan of matrices that are whole wherever they are stored: nothing moves.
+
+    Args:
+        loads: FLOPs that each rank has already; added to.
+    """
+    jobs = []
+    for i, matrix in enumerate(matrices):
+        tensor = tensors[matrix.tensor]
+        for piece in pieces(tensor.lives, tensor.shape, matrix.box):
+            jobs.append(Job(i, piece.positions))
+            for position in piece.positions:
+                loads[position] += matrix.flops
+    alone = tuple(tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors)
+    return Plan(ranks, alone, tuple(matrices), (tuple(jobs),), 0)
 
 
 def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int, cap: int) -> Plan:

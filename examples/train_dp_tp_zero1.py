@@ -1,0 +1,53 @@
+"""Data x tensor parallelism with ZeRO-1, and what each rank sends for a step.
+
+    torchrun --nproc-per-node 4 examples/train_dp_tp_zero1.py --tp 2
+    python examples/train_dp_tp_zero1.py                # one process: the same losses
+
+Parameters are cut over the tensor-parallel ranks and copied over the data-parallel ones; the
+optimizer's state is cut over both.
+"""
+
+from __future__ import annotations
+
+import common
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def average_gradients(model: nn.Module, dp: dist.ProcessGroup) -> None:
+    """The mean over the data-parallel ranks, in place."""
+    for parameter in model.parameters():
+        # A norm's gain is whole on every rank, but its gradient is of the rank's part of the time
+        # steps; placed as the parameter is, it is their sum.
+        gradient = parameter.grad.redistribute(placements=parameter.placements)
+        dist.all_reduce(gradient.to_local(), group=dp)
+        parameter.grad = gradient / dp.size()
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--tp", type=int, default=2, help="ranks that share a matrix product (2)")
+    options = parser.parse_args()
+    with common.ranks(options.timeout) as (_, count):
+        model = common.separate(common.gpt(options.seed))
+        if not dist.is_initialized():
+            optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr / 8, betas=(0.9, 0.95))
+            common.train(options, model, optimizer)
+            return
+        mesh = common.mesh_2d(count, options.tp, options.timeout)
+        dp = mesh["dp"].get_group()
+        common.tensor_parallel(model, mesh["tp"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr / 8, betas=(0.9, 0.95))
+        common.train(
+            options,
+            model,
+            optimizer,
+            part=mesh["dp"].get_local_rank(),
+            parts=mesh["dp"].size(),
+            after_backward=lambda: average_gradients(model, dp),
+        )
+
+
+if __name__ == "__main__":
+    main()
