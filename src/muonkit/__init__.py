@@ -7,6 +7,7 @@ Muon trains the hidden weight matrices along an orthogonalized momentum, AdamW t
     optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)
 """
 
+from muonkit._optim_hook import ddp_reduce_scatter_hook
 from muonkit.optim import Muon, MuonW
 from muonkit.orthogonalize import orthogonalize
 from muonkit.routing import Route, Routes, RoutingError, Rule, route
@@ -23,6 +24,7 @@ __all__ = [
     "Rule",
     "View",
     "__version__",
+    "ddp_reduce_scatter_hook",
     "orthogonalize",
     "route",
 ]

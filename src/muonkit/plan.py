@@ -17,7 +17,7 @@ from muonkit._plan_batches import Item, PlannedBatch, default_cap, make_batches
 from muonkit.placement import Box, Placement, box_size, pieces, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
     "MACHINES",
