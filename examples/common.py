@@ -34,10 +34,13 @@ from torch.nn import functional as F
 
 from muonkit.lab.data import Batch, generator
 from muonkit.lab.models import GPT, Attention
+from muonkit.lab.optimizers import BETAS, WEIGHT_DECAY
 from muonkit.lab.tasks import get_task
 from muonkit.lab.train import loss_of, lr_factor
 
 TASK = get_task("gpt")
+#: What ``muonkit compare`` gives its optimizers beside the learning rate.
+SHARED = {"weight_decay": WEIGHT_DECAY, "adamw_betas": BETAS}
 
 # --- the command line and the ranks ----------------------------------------------------------
 

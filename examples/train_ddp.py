@@ -1,23 +1,34 @@
 """DDP, with the optimizer's work and state divided over the ranks (ZeRO-1).
 
 torchrun --nproc-per-node 2 examples/train_ddp.py
+torchrun --nproc-per-node 2 examples/train_ddp.py --reduce-scatter
 python examples/train_ddp.py                        # one process: the same losses
 """
 
 from __future__ import annotations
 
 import common
-import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from muonkit import MuonW, ddp_reduce_scatter_hook
+
 
 def main() -> None:
-    options = common.parser(__doc__).parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument(
+        "--reduce-scatter", action="store_true", help="send gradients only where they are needed"
+    )
+    options = parser.parse_args()
     with common.ranks(options.timeout) as (rank, count):
         model = common.gpt(options.seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr / 8, betas=(0.9, 0.95))
-        wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+        group = dist.group.WORLD if dist.is_initialized() else None
+        optimizer = MuonW(model, lr=options.lr, **common.SHARED, process_group=group, zero=1)
+        wrapped = model
+        if dist.is_initialized():
+            wrapped = DistributedDataParallel(model)
+            if options.reduce_scatter:
+                wrapped.register_comm_hook(optimizer, ddp_reduce_scatter_hook)
         common.train(options, wrapped, optimizer, part=rank, parts=count)
 
 

@@ -7,10 +7,11 @@ python examples/train_fsdp2.py                      # one process: the same loss
 from __future__ import annotations
 
 import common
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from muonkit import MuonW
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr / 8, betas=(0.9, 0.95))
+        optimizer = MuonW(model, lr=options.lr, **common.SHARED)
         common.train(options, model, optimizer, part=rank, parts=count)
 
 

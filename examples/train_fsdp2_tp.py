@@ -7,9 +7,10 @@ python examples/train_fsdp2_tp.py                   # one process: the same loss
 from __future__ import annotations
 
 import common
-import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+
+from muonkit import MuonW
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
                 fully_shard(block, mesh=mesh["dp"])
             fully_shard(model, mesh=mesh["dp"])
             part, parts = mesh["dp"].get_local_rank(), mesh["dp"].size()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr / 8, betas=(0.9, 0.95))
+        optimizer = MuonW(model, lr=options.lr, **common.SHARED)
         common.train(options, model, optimizer, part=part, parts=parts)
 
 

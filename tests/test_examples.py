@@ -15,10 +15,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 # Small, and still through a warm-up, a step at the peak, and decay.
 SHORT = ["--steps", "4", "--every", "1", "--batch", "4"]
-# The printed losses have six decimals. Sums over ranks have another order than one process's, a
-# relative 1e-7 in every gradient; AdamW's first steps divide by its own size, so a gradient that is
-# rounding alone moves its weight by the whole learning rate. Four steps of that were seen to change
-# a loss of 4 to 6 by up to 1e-5 (a gradient cut or averaged wrongly: by more than 1e-2).
+# The printed losses have six decimals. Sums over ranks have another order than one process's: ten
+# steps of that were seen to change a loss by 1e-6 (a gradient cut or averaged wrongly: by 1e-2).
 TOLERANCE = 1e-4
 
 
