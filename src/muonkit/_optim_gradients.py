@@ -13,7 +13,18 @@ from muonkit._optim_layout import is_dtensor, local
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Verdict", "Work", "judge", "local_gradient", "with_gradients"]
+    from muonkit._optim_layout import Layouts
+
+__all__ = [
+    "Scaled",
+    "Verdict",
+    "Work",
+    "clip_gradients_",
+    "judge",
+    "local_gradient",
+    "scaled_by",
+    "with_gradients",
+]
 
 Work: TypeAlias = "Sequence[tuple[dict[str, Any], list[Tensor]]]"
 
@@ -107,3 +118,68 @@ def local_gradient(p: Any) -> Tensor:
     if is_dtensor(p) and is_dtensor(grad) and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
     return local(grad)
+
+
+class Scaled(NamedTuple):
+    """What a GradScaler hands over to an optimizer that decides itself.
+
+    Attributes:
+        scale: that the gradients still have; None where they are unscaled already.
+        overflow: whether this rank found a non-finite one.
+    """
+
+    scale: float | None
+    overflow: bool
+
+    def unscale_(self, work: Work) -> None:
+        """What the scaler would have done: in place, on the gradients."""
+        grads = [local(cast("Tensor", p.grad)) for _, params in work for p in params]
+        if self.scale is not None and grads:
+            torch._foreach_mul_(grads, 1 / self.scale)
+
+
+def scaled_by(optimizer: Any) -> Scaled | None:
+    """What a GradScaler has set on the optimizer for this step; waits for the device, as it does."""
+    found = getattr(optimizer, "found_inf", None)
+    if found is None:
+        return None
+    scale = optimizer.grad_scale
+    return Scaled(None if scale is None else float(scale), bool(found.item()))
+
+
+def clip_gradients_(
+    params: Sequence[Any], layouts: Layouts, max_norm: float, error_if_nonfinite: bool
+) -> Tensor:
+    """Scale the gradients so that their norm over all ranks is at most `max_norm`.
+
+    Every entry counts once, however many ranks have it.
+    """
+    domain = layouts.domain
+    params = [p for p in params if p.grad is not None]
+    if domain is None:
+        return torch.nn.utils.clip_grad_norm_(
+            params, max_norm, error_if_nonfinite=error_if_nonfinite
+        )
+    square = torch.zeros((), device=domain.device)
+    by_copies: dict[int, list[Tensor]] = {}
+    for p in params:
+        if is_dtensor(p.grad) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
+        by_copies.setdefault(layouts.copies(p), []).append(local(p.grad))
+    for copies, grads in by_copies.items():
+        norm = torch.nn.utils.get_total_norm(grads).to(square)
+        square += norm.square() / copies
+    torch.distributed.all_reduce(square, group=domain.group)
+    total = square.sqrt()
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(
+            f"the gradients' norm is {total.item()}; nothing was clipped. Lower lr, or leave such "
+            "steps out with nonfinite='skip'"
+        )
+    # As torch.nn.utils.clip_grads_with_norm_.
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for grads in by_copies.values():
+        for device in {grad.device for grad in grads}:
+            here = [grad for grad in grads if grad.device == device]
+            torch._foreach_mul_(here, factor.to(device))
+    return total

@@ -1,25 +1,28 @@
-"""A DDP communication hook that sends every part of a gradient only to the rank that needs it."""
+"""A DDP communication hook that sends every part of a gradient only to the rank that needs it.
 
-from __future__ import annotations
+(Annotations are evaluated here: DDP compares those of a hook with its own types.)
+"""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from muonkit.placement import Box, slices, whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.distributed import GradBucket
-    from torch.futures import Future
-
     from muonkit._optim_layout import Layout
     from muonkit.optim import Muon
 
 __all__ = ["ddp_reduce_scatter_hook"]
 
+# Builds of torch without torch.distributed have neither.
+_GradBucket: Any = getattr(torch.distributed, "GradBucket", None)
 
-def ddp_reduce_scatter_hook(optimizer: Muon, bucket: GradBucket) -> Future[Tensor]:
+
+def ddp_reduce_scatter_hook(
+    optimizer: "Muon", bucket: _GradBucket
+) -> torch.futures.Future[torch.Tensor]:
     """Average a bucket's gradients where the optimizer's state lives, and nowhere else.
 
     For DistributedDataParallel with ``zero=1``, which needs no more: every rank sends and receives
@@ -32,14 +35,8 @@ def ddp_reduce_scatter_hook(optimizer: Muon, bucket: GradBucket) -> Future[Tenso
     What a rank does not need of `p.grad` is zero after the backward pass. So
 
     - several backward passes before a step belong under `model.no_sync()`, all but the last;
-    - `clip_grad_norm_` would see this rank's part only. Take the norm over all ranks, and clip::
-
-          norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-          square = norm.square()
-          dist.all_reduce(square)
-          clip_grads_with_norm_(model.parameters(), max_norm, square.sqrt())
-
-      (scalar parameters, which every rank has whole, count once for each rank there).
+    - `torch.nn.utils.clip_grad_norm_` would see this rank's part only: use
+      `optimizer.clip_grad_norm_`.
 
     Args:
         optimizer: the state of `register_comm_hook`: `Muon` or `MuonW` of the same parameters, with
@@ -59,6 +56,7 @@ def ddp_reduce_scatter_hook(optimizer: Muon, bucket: GradBucket) -> Future[Tenso
             "ddp_reduce_scatter_hook got an optimizer whose state every rank has whole, and which "
             "needs whole gradients: make it with process_group= and zero=1, or leave the hook out"
         )
+    layouts.scattered = True
     parts: list[list[Tensor]] = [[] for _ in range(domain.size)]
     rest: list[Tensor] = []
     for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
@@ -68,17 +66,18 @@ def ddp_reduce_scatter_hook(optimizer: Muon, bucket: GradBucket) -> Future[Tenso
             continue
         for position in range(domain.size):
             parts[position].append(grad[slices(_box(layout, p, position), whole(p.shape))])
-    buffer = bucket.buffer()
+    buffer: Tensor = bucket.buffer()
     most = max(sum(part.numel() for part in some) for some in parts)
     packed = buffer.new_zeros(domain.size, most)
     for row, some in zip(packed, parts, strict=True):
         _copy(row, some, into=False)
     own = buffer.new_empty(most)
-    scattered = torch.distributed.reduce_scatter_tensor(
-        own, packed.view(-1), group=domain.group, async_op=True
-    )
+    dist: Any = torch.distributed
+    # Renamed in torch 2.13.
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scattered = scatter(own, packed.view(-1), group=domain.group, async_op=True)
     together = torch.cat([grad.reshape(-1) for grad in rest]) if rest else buffer.new_empty(0)
-    reduced = torch.distributed.all_reduce(together, group=domain.group, async_op=True)
+    reduced = dist.all_reduce(together, group=domain.group, async_op=True)
 
     def put_back(_: Any) -> Tensor:
         buffer.zero_()
@@ -86,11 +85,23 @@ def ddp_reduce_scatter_hook(optimizer: Muon, bucket: GradBucket) -> Future[Tenso
         _copy(together.div_(domain.size), rest, into=True)
         return buffer
 
-    both = torch.futures.collect_all([scattered.get_future(), reduced.get_future()])
-    return both.then(put_back)
+    arrived = torch.futures.collect_all([_future(scattered), _future(reduced)])
+    done: torch.futures.Future[Tensor] = arrived.then(put_back)
+    return done
 
 
-def _box(layout: Layout, p: Tensor, position: int) -> Box:
+def _future(work: Any) -> Any:
+    """The work's future; one that is complete, after waiting, where the backend has none (gloo)."""
+    try:
+        return work.get_future()
+    except RuntimeError:
+        work.wait()
+        future: torch.futures.Future[None] = torch.futures.Future()
+        future.set_result(None)
+        return future
+
+
+def _box(layout: "Layout", p: Tensor, position: int) -> Box:
     return layout.lives.box(tuple(p.shape), position)
 
 

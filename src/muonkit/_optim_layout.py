@@ -5,6 +5,7 @@ This is where placements, plain arithmetic, meet torch.distributed.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from muonkit._groups import parameter_names
 from muonkit.exchange import Domain
 from muonkit.placement import Axis, Placement, box_size, replicated, shared_out, slices, whole
+from muonkit.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "Layouts", "is_dtensor", "local", "ranks_per_node"]
+__all__ = ["Layout", "Layouts", "cuts_experts_only", "is_dtensor", "local", "ranks_per_node"]
 
 
 class Layout(NamedTuple):
@@ -30,14 +32,17 @@ class Layout(NamedTuple):
 
     Attributes:
         stored, lives: of the parameter and of its state.
-        given: mesh axes along which plain tensors, or DTensors of a smaller mesh, are repeated by
-            `process_group`, not by a placement.
+        given: the mesh axis of `process_group`, where the tensor is repeated along it.
+        implied: mesh axes of which the tensor knows nothing: it is on a smaller mesh, or plain,
+            beside others on the whole one (what a tensor parallel plan leaves out). Each place
+            along them trains its own copy, as it would without the others.
         mesh: of `lives`; None where the state is a plain tensor.
     """
 
     stored: Placement
     lives: Placement
     given: tuple[int, ...]
+    implied: tuple[int, ...]
     mesh: DeviceMesh | None
 
 
@@ -65,8 +70,9 @@ class Layouts:
         self.zero: int = zero
         self.domain: Domain | None = None
         self._ranks: list[int] = []
+        self.scattered = False  # whether gradients are averaged only where the state lives
+        self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
         self._layouts: dict[Tensor, Layout] = {}
-        self._full_meshes: dict[DeviceMesh, DeviceMesh] = {}
 
     def __getitem__(self, p: Tensor) -> Layout:
         return self._layouts[p]
@@ -82,14 +88,17 @@ class Layouts:
             ValueError: an unsupported placement, or another set of ranks than the others'.
         """
         named = [
-            (name, p)
+            (name, p, group)
             for group in groups
             for name, p in zip(parameter_names(group), group["params"], strict=True)
         ]
-        for name, p in named:
+        meshes = [p.device_mesh for _, p, _ in named if is_dtensor(p)]
+        if self.mesh is None and meshes:
+            self.mesh = _whole_mesh(meshes, self.group)
+        for name, p, group in named:
             if is_dtensor(p):
-                self._keep(p, _of_dtensor(self, name, p))
-        for _, p in named:  # these may lie on the others' mesh
+                self._keep(p, _of_dtensor(self, name, p, group))
+        for _, p, _ in named:  # these may lie on the others' mesh
             if not is_dtensor(p):
                 self._keep(p, _of_plain(self, p))
         if self.zero and self.domain is None and _other_ranks():
@@ -120,7 +129,7 @@ class Layouts:
     def positions(self, mesh: DeviceMesh) -> range | tuple[int, ...]:
         """Of the mesh's ranks, in row-major order."""
         order = {rank: position for position, rank in enumerate(self._ranks)}
-        positions = tuple(order[rank] for rank in mesh.mesh.flatten().tolist())
+        positions = tuple(order[rank] for rank in _ranks(mesh))
         together = range(len(positions))
         return together if positions == tuple(together) else positions
 
@@ -137,6 +146,18 @@ class Layouts:
         if layout.mesh is None:
             return own
         return _as_dtensor(own, layout.mesh, lives, shape)
+
+    def copies(self, p: Tensor) -> int:
+        """How many of the ranks have each entry of the parameter's gradient."""
+        assert self.domain is not None
+        layout = self._layouts.get(p)
+        if layout is not None:
+            placement = layout.lives if self.scattered else layout.stored
+            return math.prod(placement.mesh[axis] for axis in placement.copies())
+        if not is_dtensor(p):
+            return self.domain.size
+        pairs = zip(p.device_mesh.shape, p.placements, strict=True)  # type: ignore[attr-defined]
+        return self.domain.size // math.prod(n for n, axis in pairs if axis.is_shard())
 
     def part(self, p: Tensor, tensor: Tensor) -> Tensor:
         """What this rank's state is for, of the parameter or its gradient; a view of its memory."""
@@ -174,44 +195,68 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize))
 
 
-def _of_dtensor(layouts: Layouts, name: str, p: Any) -> Layout | None:
-    own, axes = p.device_mesh, tuple(_axis(name, placement) for placement in p.placements)
-    full: DeviceMesh = own
-    given: tuple[int, ...] = ()
-    if layouts.group is not None:
-        full, given = _with_group(layouts, name, own)
-        named = dict(zip(own.mesh_dim_names or (), axes, strict=False))
-        if given:
-            axes = tuple(named.get(axis, Axis(None)) for axis in full.mesh_dim_names or ())
+def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -> Layout | None:
+    own, full = p.device_mesh, layouts.mesh
+    axes = tuple(_axis(name, placement) for placement in p.placements)
+    assert full is not None
     if full.size() == 1:
         return None
-    layouts.enter(name, _group_of_mesh(full), full.mesh.flatten().tolist(), full.device_type)
-    shape, sizes = tuple(p.shape), tuple(full.shape)
-    stored = Placement(sizes, axes, layouts.positions(full))
+    implied: tuple[int, ...] = ()
+    if own != full and _is_cut_from(own, full):
+        named = dict(zip(own.mesh_dim_names, axes, strict=True))
+        axes = tuple(named.get(axis, Axis(None)) for axis in full.mesh_dim_names or ())
+        implied = tuple(i for i, axis in enumerate(full.mesh_dim_names or ()) if axis not in named)
+    elif own != full:
+        if set(_ranks(own)) != set(_ranks(full)) and _needs_nobody(axes, p, group, layouts.zero):
+            return None
+        full = own
+    layouts.enter(
+        name, full.get_group() if full.ndim == 1 else None, _ranks(full), full.device_type
+    )
+    axis = _axis_of_group(full, layouts.group)
+    given = () if axis is None or axes[axis].dim is not None else (axis,)
+    implied = tuple(i for i in implied if i not in given)
+    stored = Placement(tuple(full.shape), axes, layouts.positions(full))
     _check_box(layouts, name, p, stored)
-    lives = shared_out(stored, shape, stored.copies()) if layouts.zero else stored
-    return Layout(stored, lives, given, full)
+    lives = stored
+    if layouts.zero:
+        shared = tuple(i for i in stored.copies() if i not in implied)
+        lives = shared_out(stored, tuple(p.shape), shared)
+    return Layout(stored, lives, given, implied, full)
+
+
+def _needs_nobody(axes: tuple[Axis, ...], p: Tensor, group: Mapping[str, Any], zero: int) -> bool:
+    """Whether a DTensor is computed where it is: then it may be on any mesh."""
+    if zero and any(axis.dim is None for axis in axes):
+        return False
+    return group["algorithm"] == "adamw" or cuts_experts_only(axes, p.ndim, group["view"])
+
+
+def cuts_experts_only(axes: Sequence[Axis], ndim: int, view: str) -> bool:
+    """Whether the matrices of a parameter that is cut so are all whole."""
+    cut = [axis.dim for axis in axes if axis.dim is not None]
+    return not cut or (View.parse(view).steps[0] == "experts" and max(cut) < ndim - 2)
 
 
 def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
-    group = layouts.group
+    group, mesh = layouts.group, layouts.mesh
     if group is None or group.size() == 1:
         return None
     ranks = torch.distributed.get_process_group_ranks(group)
-    mesh = next((m for m in layouts._full_meshes.values() if m.size() > len(ranks)), None)
-    if mesh is not None:  # the others are DTensors on a mesh of which this group is one axis
+    axis = None if mesh is None else _axis_of_group(mesh, group)
+    implied: tuple[int, ...] = ()
+    if mesh is not None and axis is not None:
         sizes = tuple(mesh.shape)
-        axis = _axis_of_group(mesh, group)
-        assert axis is not None
         stored = Placement(sizes, (Axis(None),) * len(sizes), layouts.positions(mesh))
-        given: tuple[int, ...] = (axis,)
+        implied = tuple(i for i in range(len(sizes)) if i != axis)
     else:
         layouts.enter("a plain tensor", group, ranks, p.device.type)
-        stored, given = replicated(len(ranks)), (0,)
+        stored, axis, mesh = replicated(len(ranks)), 0, None
     if layouts.zero:
-        lives = shared_out(stored, tuple(p.shape), given)
-        return Layout(stored, lives, given, mesh or _mesh_of_group(group, p.device.type))
-    return Layout(stored, stored, given, None)
+        lives = shared_out(stored, tuple(p.shape), (axis,))
+        mesh = mesh or _mesh_of_group(group, p.device.type)
+        return Layout(stored, lives, (axis,), implied, mesh)
+    return Layout(stored, stored, (axis,), implied, None)
 
 
 def _axis(name: str, placement: Any) -> Axis:
@@ -282,37 +327,61 @@ def _group_of(given: Any) -> ProcessGroup | None:
     return given
 
 
-def _with_group(layouts: Layouts, name: str, own: DeviceMesh) -> tuple[DeviceMesh, tuple[int, ...]]:
-    """The mesh of a parameter with the axis of the process group, and that axis's number."""
-    assert layouts.group is not None
-    full = layouts._full_meshes.get(own, own)
-    given: tuple[int, ...] = ()
-    if full is not own:
-        axis = _axis_of_group(full, layouts.group)
-        return full, () if axis is None else (axis,)
-    if _axis_of_group(own, layouts.group) is None:
-        root = own._get_root_mesh()
-        axis = _axis_of_group(root, layouts.group)
-        names = root.mesh_dim_names or ()
-        if axis is None or not names or not set(own.mesh_dim_names or ()) <= set(names):
+def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> DeviceMesh:
+    """The mesh that the others are cut from, with the process group's axis.
+
+    Raises:
+        ValueError: the process group is no axis of it.
+    """
+    full = max(meshes, key=lambda mesh: mesh.size())
+    root = full._get_root_mesh()
+    if group is not None and _axis_of_group(full, group) is None:
+        axis = _axis_of_group(root, group)
+        if axis is None or not root.mesh_dim_names:
+            ranks = torch.distributed.get_process_group_ranks(group)
             raise ValueError(
-                f"{name} is on {own}, of which process_group (ranks "
-                f"{_listed(torch.distributed.get_process_group_ranks(layouts.group))}) is no axis, "
-                "nor of the mesh that it was cut from: make one mesh with named axes, "
+                f"parameters are on {full}, of which process_group (ranks {_listed(ranks)}) is no "
+                "axis, nor of the mesh that it was cut from: make one mesh with named axes, "
                 'init_device_mesh(..., mesh_dim_names=("dp", "tp")), shard over mesh["tp"], and '
                 'pass process_group=mesh["dp"]'
             )
-        wanted = {names[axis], *(own.mesh_dim_names or ())}
-        kept = tuple(axis_name for axis_name in names if axis_name in wanted)
-        full = root if len(kept) == len(names) else root[kept]
-        given = (kept.index(names[axis]),)
-    layouts._full_meshes[own] = full
-    return full, given
+        full = _union(root, [full], {root.mesh_dim_names[axis]})
+    outside = [m for m in meshes if m != full and not _is_cut_from(m, full)]
+    same_root = [m for m in outside if m._get_root_mesh() == root and m.mesh_dim_names]
+    if same_root and len(same_root) == len(outside):
+        return _union(root, [full, *outside], set())
+    return full
+
+
+def _union(root: DeviceMesh, meshes: Sequence[DeviceMesh], more: set[str]) -> DeviceMesh:
+    """The part of the root that has all axes of these meshes; the first mesh if it has not them."""
+    names = root.mesh_dim_names or ()
+    wanted = more.union(*(mesh.mesh_dim_names or () for mesh in meshes))
+    if not wanted <= set(names):
+        return meshes[0]
+    kept = tuple(name for name in names if name in wanted)
+    return root if len(kept) == len(names) else root[kept]
+
+
+def _is_cut_from(mesh: DeviceMesh, full: DeviceMesh) -> bool:
+    names, others = mesh.mesh_dim_names, full.mesh_dim_names
+    return (
+        names is not None
+        and others is not None
+        and set(names) <= set(others)
+        and mesh._get_root_mesh() == full._get_root_mesh()
+    )
+
+
+def _ranks(mesh: DeviceMesh) -> list[int]:
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks
 
 
 def _axis_of_group(mesh: DeviceMesh, group: ProcessGroup | None) -> int | None:
     """The mesh axis whose ranks, from this rank's place, are the group's."""
-    assert group is not None
+    if group is None:
+        return None
     ranks = torch.distributed.get_process_group_ranks(group)
     for axis in range(mesh.ndim):
         if torch.distributed.get_process_group_ranks(mesh.get_group(axis)) == ranks:
@@ -333,11 +402,6 @@ def _mesh_of_group(group: ProcessGroup, device: str) -> DeviceMesh:
 
 
 _groups: dict[tuple[Any, ...], ProcessGroup] = {}
-
-
-def _group_of_mesh(mesh: DeviceMesh) -> ProcessGroup | None:
-    """The group of all the mesh's ranks if there is one already."""
-    return mesh.get_group() if mesh.ndim == 1 else None
 
 
 def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) -> Domain:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from muonkit._groups import parameter_names
-from muonkit._optim_layout import is_whole, local
+from muonkit._optim_layout import cuts_experts_only, is_whole, local
 from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
 from muonkit.placement import slices
 from muonkit.plan import Plan, StepPlan, Stored, default_cap, make_gather
-from muonkit.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -147,12 +146,11 @@ def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:
         return True
     if any(axis in layout.given for axis in layout.stored.copies()):
         return False
-    cut = {axis.dim for axis in layout.stored.axes if axis.dim is not None}
-    first = View.parse(group["view"]).steps[0]
-    if cut and not (first == "experts" and max(cut) < p.ndim - 2):
+    if not cuts_experts_only(layout.stored.axes, p.ndim, group["view"]):
         return is_whole(layout, p.shape)
     # Copies along mesh axes: the same is computed in each, or the plan shares it out.
-    return not layout.stored.copies() or group["replicas"] == "recompute"
+    others = [axis for axis in layout.stored.copies() if axis not in layout.implied]
+    return not others or group["replicas"] == "recompute"
 
 
 def _fact(p: Tensor, layout: Layout, grad: torch.dtype | None) -> str:

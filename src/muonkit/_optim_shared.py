@@ -71,14 +71,17 @@ def repeated_axes(
     Args:
         flops, size: of all matrices of this layout; size in bytes on the way.
     """
-    axes = tuple(axis for axis in layout.lives.copies() if axis not in layout.given)
+    implied = layout.implied
+    known = (*layout.given, *implied)
+    axes = tuple(axis for axis in layout.lives.copies() if axis not in known)
     choice = group["replicas"]
     if not axes or choice == "split":
-        return ()
-    if choice == "recompute":
-        return axes
+        return implied
+    both = tuple(sorted((*axes, *implied)))
     rates = machine(device, ranks_per_node())
-    return axes if cheaper_repeated(rates, layout.stored, axes, flops, size) else ()
+    if choice == "recompute" or cheaper_repeated(rates, layout.stored, axes, flops, size):
+        return both
+    return implied
 
 
 class Param(NamedTuple):

@@ -29,7 +29,14 @@ from muonkit._groups import (
     validate_group,
 )
 from muonkit._optim_batches import Arrived, Entry, make, stacked
-from muonkit._optim_gradients import judge, local_gradient, with_gradients
+from muonkit._optim_gradients import (
+    Verdict,
+    clip_gradients_,
+    judge,
+    local_gradient,
+    scaled_by,
+    with_gradients,
+)
 from muonkit._optim_layout import Layouts, local
 from muonkit._optim_schedule import Schedule, gradients, options_facts, schedule_key
 from muonkit._optim_state import adopt_state, ensure_state
@@ -50,11 +57,17 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
     from muonkit._optim_batches import Arriving, Batch, Living, Standing
-    from muonkit._optim_gradients import Work
+    from muonkit._optim_gradients import Scaled, Work
     from muonkit._optim_schedule import Present
     from muonkit.coefficients import Coefficients
 
 __all__ = ["Muon", "MuonW"]
+
+_SCALES = (
+    "Scales differ where a GradScaler has seen an overflow on some ranks only: after "
+    "scaler.update(), take the smallest, scale = torch.tensor(scaler.get_scale()); "
+    "dist.all_reduce(scale, dist.ReduceOp.MIN); scaler.update(scale.item())"
+)
 
 # Options that older pickles and state dicts lack.
 _LATER_OPTIONS = {
@@ -221,6 +234,8 @@ class Muon(Optimizer):
         """Find out where the parameters lie, and make their state: on all ranks, at once."""
         layouts.add(self.param_groups)
         self._layouts = layouts
+        # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
+        self._step_supports_amp_scaling = layouts.domain is not None
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._make_state(self.param_groups)
 
@@ -284,16 +299,17 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, with_gradients(group)) for group in self.param_groups]
-        verdict = judge(work)
+        scaled = scaled_by(self)
+        verdict = judge(work) if scaled is None else Verdict(int(scaled.overflow), [])
         schedule, vote = None, verdict.vote
-        domain = self._layouts.domain
-        if domain is not None:
+        if self._layouts.domain is not None:
             schedule = self._schedule(gradients(self.param_groups))
-            facts = [*options_facts(self.param_groups), *schedule.facts]
-            vote = agree(domain, facts, _DISAGREE, vote)
+            vote = self._agree(schedule, vote, scaled)
         if not verdict.may_step(vote):
             self.skipped_steps += 1
             return loss
+        if scaled is not None:
+            scaled.unscale_(work)
         # Whatever can be refused has been, before the first write.
         for group, params in work:
             if params and group["algorithm"] == "adamw":
@@ -320,6 +336,30 @@ class Muon(Optimizer):
         if self._layouts.domain is None:
             return StepPlan(())
         return self._schedule(gradients(self.param_groups, all_of_them=True)).plan
+
+    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale the gradients of all parameters, in place, so that their 2-norm is at most
+        `max_norm`: `torch.nn.utils.clip_grad_norm_` for every layout, those on several meshes and
+        those of `ddp_reduce_scatter_hook` too. All ranks call it together.
+
+        Returns:
+            The norm before, over all ranks: a scalar tensor.
+
+        Raises:
+            RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
+
+    def _agree(self, schedule: Schedule, vote: int, scaled: Scaled | None) -> int:
+        """The vote of all ranks, which have to be about to do the same."""
+        assert self._layouts.domain is not None
+        facts = [*options_facts(self.param_groups), *schedule.facts]
+        remedy = _DISAGREE
+        if scaled is not None:
+            facts.insert(0, ("the gradients' scale", repr(scaled.scale)))
+            remedy = f"{_DISAGREE}. {_SCALES}"
+        return agree(self._layouts.domain, facts, remedy, vote)
 
     def _schedule(self, present: Present) -> Schedule:
         key = schedule_key(self.param_groups, present)
