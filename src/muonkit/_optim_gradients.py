@@ -139,7 +139,7 @@ class Scaled(NamedTuple):
 
 
 def scaled_by(optimizer: Any) -> Scaled | None:
-    """What a GradScaler has set on the optimizer for this step; waits for the device, as it does."""
+    """What a GradScaler has set on the optimizer for this step; waits for it, as it would do."""
     found = getattr(optimizer, "found_inf", None)
     if found is None:
         return None

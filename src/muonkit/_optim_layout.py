@@ -157,7 +157,8 @@ class Layouts:
         if not is_dtensor(p):
             return self.domain.size
         pairs = zip(p.device_mesh.shape, p.placements, strict=True)  # type: ignore[attr-defined]
-        return self.domain.size // math.prod(n for n, axis in pairs if axis.is_shard())
+        parts: int = math.prod(n for n, axis in pairs if axis.is_shard())
+        return self.domain.size // parts
 
     def part(self, p: Tensor, tensor: Tensor) -> Tensor:
         """What this rank's state is for, of the parameter or its gradient; a view of its memory."""

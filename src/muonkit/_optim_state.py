@@ -114,6 +114,13 @@ def _moved(tensor: Tensor, like: Tensor) -> Tensor:
     if is_dtensor(tensor):
         if _spread(tensor) == _spread(like):
             return tensor
+        before, now = (t.device_mesh.size() for t in (tensor, like))  # type: ignore[attr-defined]
+        if before != now:
+            raise ValueError(
+                f"a state that was saved by {before} ranks as it lay on them is loaded by {now}: "
+                "save and load it with torch.distributed.checkpoint and get_state_dict, "
+                "set_state_dict, which go from any number of ranks to any other"
+            )
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
