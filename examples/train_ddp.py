@@ -1,8 +1,10 @@
 """DDP, with the optimizer's work and state divided over the ranks (ZeRO-1).
 
-torchrun --nproc-per-node 2 examples/train_ddp.py
-torchrun --nproc-per-node 2 examples/train_ddp.py --reduce-scatter
-python examples/train_ddp.py                        # one process: the same losses
+Run it from the checkout, on CPUs::
+
+    torchrun --nproc-per-node 2 examples/train_ddp.py
+    torchrun --nproc-per-node 2 examples/train_ddp.py --reduce-scatter
+    python examples/train_ddp.py                        # one process: the same losses
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """FSDP2: parameters, gradients and optimizer state are cut by rows over the ranks.
 
-torchrun --nproc-per-node 2 examples/train_fsdp2.py
-python examples/train_fsdp2.py                      # one process: the same losses
+Run it from the checkout, on CPUs::
+
+    torchrun --nproc-per-node 2 examples/train_fsdp2.py
+    python examples/train_fsdp2.py                      # one process: the same losses
 """
 
 from __future__ import annotations

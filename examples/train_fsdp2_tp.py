@@ -1,7 +1,9 @@
 """FSDP2 x tensor parallelism: every matrix is cut over the whole mesh, in rectangles.
 
-torchrun --nproc-per-node 4 examples/train_fsdp2_tp.py --tp 2
-python examples/train_fsdp2_tp.py                   # one process: the same losses
+Run it from the checkout, on CPUs::
+
+    torchrun --nproc-per-node 4 examples/train_fsdp2_tp.py --tp 2
+    python examples/train_fsdp2_tp.py                   # one process: the same losses
 """
 
 from __future__ import annotations
