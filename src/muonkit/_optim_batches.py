@@ -13,6 +13,7 @@ import torch
 
 from muonkit.plan import Item, make_batches
 from muonkit.scratch import scratch
+from muonkit.variants import VARIANTS
 from muonkit.views import Block, blocks_of, row_blocks
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class _Part(NamedTuple):
     """Regions of one geometry, each `block.batch` matrices, with what belongs to them."""
 
     block: Block
-    row_block: Block
+    state_block: Block
     params: list[Tensor]
     grads: list[Tensor]
     momenta: list[Tensor]
@@ -161,7 +162,7 @@ class LocalBatch:
         for part, matrices in zip(self.parts, self._places(o[0]), strict=True):
             variance = steps = None
             if part.variances:
-                variance = part.row_block.to_matrices(torch.stack(part.variances))
+                variance = part.state_block.to_matrices(torch.stack(part.variances))
             if part.steps:
                 steps = torch.stack(part.steps).repeat_interleave(part.block.batch)
                 steps = steps.to(matrices.device).reshape(-1, 1, 1)
@@ -180,7 +181,7 @@ class LocalBatch:
         """Write the variant's state back to where it lives."""
         for part, whole in zip(self.parts, wholes, strict=True):
             if whole.variance is not None:
-                regions = part.row_block.to_regions(whole.variance)
+                regions = part.state_block.to_regions(whole.variance)
                 torch._foreach_copy_(part.variances, list(regions.unbind()))
         return Arrived(None)
 
@@ -206,15 +207,18 @@ def place(whole: Tensor, rows: int, cols: int) -> Tensor:
 def planned(
     params: Sequence[Tensor], group: dict[str, Any]
 ) -> list[tuple[int, int, list[tuple[int, Block, Block]]]]:
-    """Rows, columns, and (index of the parameter, block, block of rows) of every batch."""
+    """Rows, columns, and (index of the parameter, block, block of the variant's state) of every
+    batch.
+    """
     # Plain loops: torch.compile cannot trace comprehensions that nest.
     items: list[Item] = []
     blocks: list[tuple[int, Block, Block]] = []
+    by_rows = VARIANTS[group["variant"]].state == "rows"
     for index, p in enumerate(params):
         shape = tuple(p.shape)
-        for block, rows in zip(
-            blocks_of(group["view"], shape), row_blocks(group["view"], shape), strict=True
-        ):
+        whole = blocks_of(group["view"], shape)
+        of_state = row_blocks(group["view"], shape) if by_rows else whole
+        for block, rows in zip(whole, of_state, strict=True):
             if block.batch * block.rows * block.cols:
                 key = (p.dtype, p.device)
                 size = block.batch, block.rows, block.cols
@@ -229,20 +233,18 @@ def make(entries: Sequence[Entry], group: dict[str, Any]) -> list[LocalBatch]:
     batches = []
     for rows, cols, blocks in planned([entry.param for entry in entries], group):
         parts: dict[tuple[Any, ...], _Part] = {}
-        for index, block, row_block in blocks:
+        for index, block, state_block in blocks:
             entry = entries[index]
             shape = block.shape, block.batch, block.rows, block.cols, block.transposed
             geometry = *shape, entry.grad.dtype
             if geometry not in parts:
-                same = entry.variance is not None and entry.variance.shape == entry.param.shape
-                parts[geometry] = _Part(block, block if same else row_block, [], [], [], [], [])
+                parts[geometry] = _Part(block, state_block, [], [], [], [], [])
             part = parts[geometry]
             part.params.append(block.region(entry.param))
             part.grads.append(block.region(entry.grad))
             part.momenta.append(block.region(entry.momentum))
             if entry.variance is not None:
-                of = block if part.row_block is part.block else row_block
-                part.variances.append(of.region(entry.variance))
+                part.variances.append(state_block.region(entry.variance))
             if entry.steps is not None:
                 part.steps.append(entry.steps)
         batches.append(LocalBatch(rows, cols, list(parts.values())))

@@ -115,7 +115,9 @@ def local_gradient(p: Any) -> Tensor:
     sharded): it is redistributed, which all ranks of its mesh take part in.
     """
     grad = p.grad
-    if is_dtensor(p) and is_dtensor(grad) and grad.placements != p.placements:
+    if not is_dtensor(grad):
+        return cast("Tensor", grad)
+    if is_dtensor(p) and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
     return local(grad)
 

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from muonkit._groups import parameter_names
 from muonkit.exchange import Domain
@@ -172,15 +172,20 @@ class Layouts:
         return mine[slices(layout.lives.box(shape, self.domain.position), inside)]
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Without an import of DTensor where nobody has made one."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank has, sharing its memory; any other tensor itself."""
-    if type(tensor) is Tensor or not is_dtensor(tensor):
+    if type(tensor) in _PLAIN or not is_dtensor(tensor):
         return tensor
     own: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
     return own

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
 from muonkit._optim_layout import is_dtensor, local
@@ -14,8 +15,6 @@ from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch import Tensor
 
     from muonkit._optim_layout import Layouts
     from muonkit.placement import Placement
@@ -34,17 +33,20 @@ class _Kept(NamedTuple):
     lives: Placement | None
 
 
-def _kept(p: Tensor, group: Mapping[str, Any], layouts: Layouts) -> list[_Kept]:
-    layout = layouts.get(p)
+def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]]:
+    """The tensors that are kept for a parameter."""
+    if group["algorithm"] == "adamw":
+        return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
+    if VARIANTS[group["variant"]].state == "none":
+        return [(MOMENTUM, momentum_dtype(group, p))]
     most = torch.promote_types(p.dtype, torch.float32)
-    dtypes = {VARIANCE: most}
-    if group["algorithm"] == "muon":
-        dtypes[MOMENTUM] = momentum_dtype(group, p)
-    kept = []
-    for key, shape in state_shapes(p, group).items():
-        lives = None if layout is None else state_placement(layout, tuple(p.shape), shape)
-        kept.append(_Kept(key, dtypes.get(key, p.dtype), shape, lives))
-    return kept
+    return [(MOMENTUM, momentum_dtype(group, p)), (VARIANCE, most)]
+
+
+def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts) -> _Kept:
+    shape, layout = state_shapes(p, group)[key], layouts.get(p)
+    lives = None if layout is None else state_placement(layout, tuple(p.shape), shape)
+    return _Kept(key, dtype, shape, lives)
 
 
 def ensure_state(
@@ -55,18 +57,19 @@ def ensure_state(
     No copies where all is in place.
     """
     adamw = group["algorithm"] == "adamw"
-    for kept in _kept(p, group, layouts):
-        have = state.get(kept.key)
+    device = p.device
+    for key, dtype in _dtypes(p, group):
+        have = state.get(key)
         if have is None or (have.is_meta and not p.is_meta):
-            state[kept.key] = _zeros(kept, p, layouts, preserve=adamw)
-        elif have.dtype != kept.dtype or have.device != p.device:
-            state[kept.key] = have.to(p.device, kept.dtype)
+            state[key] = _zeros(_kept(key, dtype, p, group, layouts), p, layouts, preserve=adamw)
+        elif have.dtype != dtype or have.device != device:
+            state[key] = have.to(device, dtype)
     if adamw or VARIANTS[group["variant"]].state != "none":
         count = state.get(STEP, 0.0)
-        if isinstance(count, torch.Tensor) and count.is_meta:
-            count = 0.0
-        # A checkpoint may be of an optimizer that counts its steps in a number.
-        state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=local(p).device)
+        if not isinstance(count, Tensor) or count.device != device or count.is_meta:
+            count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
+            # A checkpoint may be of an optimizer that counts its steps in a number.
+            state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=device)
 
 
 def adopt_state(
@@ -82,9 +85,10 @@ def adopt_state(
     Args:
         saved: as it was before torch loaded it.
     """
-    for kept in _kept(p, group, layouts):
-        if kept.key not in saved:
+    for key, dtype in _dtypes(p, group):
+        if key not in saved:
             continue
+        kept = _kept(key, dtype, p, group, layouts)
         loaded = state[kept.key]
         # A hook may have changed it: then it is as the hook wants it.
         exact = saved[kept.key]

@@ -394,11 +394,11 @@ class Muon(Optimizer):
         """What this rank has of a parameter of Muon's."""
         state = self.state[p]
         ensure_state(state, p, group, self._layouts)
-        own = {key: local(value) for key, value in state.items()}
-        if STEP in own:
-            own[STEP].add_(1)
-        grad = self._layouts.part(p, local_gradient(p))
-        return Entry(local(p), grad, own[MOMENTUM], own.get(VARIANCE), own.get(STEP))
+        grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
+        if VARIANTS[group["variant"]].state == "none":
+            return Entry(local(p), grad, momentum)
+        state[STEP].add_(1)
+        return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP])
 
     def _adamw_entries(
         self, params: Sequence[Tensor], group: dict[str, Any]

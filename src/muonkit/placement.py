@@ -33,6 +33,7 @@ __all__ = [
 
 Interval = tuple[int, int]
 Box = tuple[Interval, ...]
+Where = tuple[tuple[int, int], ...]  # (mesh axis, coordinate): the ranks that have these
 
 
 class Axis(NamedTuple):
@@ -63,7 +64,7 @@ class Placement(NamedTuple):
 
     def coordinates(self, position: int) -> tuple[int, ...]:
         """Of the rank at this position, along each mesh axis."""
-        index = self.positions.index(position)
+        index = _indices(self.positions)[position]
         coordinates = []
         for size in reversed(self.mesh):
             index, coordinate = divmod(index, size)
@@ -95,14 +96,6 @@ class Placement(NamedTuple):
         """The mesh axes along which every rank has the same."""
         return tuple(i for i, axis in enumerate(self.axes) if axis.dim is None)
 
-    def copy(self, position: int) -> int:
-        """Which of the copies of its box this rank has: its number in every `Piece.positions`."""
-        at = self.coordinates(position)
-        number = 0
-        for axis in self.copies():
-            number = number * self.mesh[axis] + at[axis]
-        return number
-
     def twins(self, position: int, axes: Sequence[int]) -> tuple[int, ...]:
         """The positions that differ from this one along the given mesh axes only, itself included.
 
@@ -112,10 +105,12 @@ class Placement(NamedTuple):
         ranges = [range(n) if i in axes else (at[i],) for i, n in enumerate(self.mesh)]
         return tuple(self.position(coordinates) for coordinates in itertools.product(*ranges))
 
-    def agrees(self, one: int, other: int, axes: Sequence[int]) -> bool:
-        """Whether two positions have the same coordinates along the given mesh axes."""
-        a, b = self.coordinates(one), self.coordinates(other)
-        return all(a[axis] == b[axis] for axis in axes)
+    def where(self, position: int, axes: Sequence[int]) -> Where:
+        """The coordinates along the given mesh axes of the rank at this position."""
+        if not axes:
+            return ()
+        at = self.coordinates(position)
+        return tuple((axis, at[axis]) for axis in axes)
 
 
 class Piece(NamedTuple):
@@ -187,11 +182,14 @@ def slices(box: Box, inside: Box) -> tuple[slice, ...]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def pieces(placement: Placement, shape: tuple[int, ...], box: Box) -> tuple[Piece, ...]:
+def pieces(
+    placement: Placement, shape: tuple[int, ...], box: Box, where: Where = ()
+) -> tuple[Piece, ...]:
     """The parts of a box by who stores them; together they cover it exactly once.
 
     Args:
         shape: of the whole tensor, whose coordinates the box is in.
+        where: which ranks count, by coordinates along axes that cut nothing; all of them.
 
     Raises:
         ValueError: a rank stores more than one rectangle.
@@ -208,7 +206,7 @@ def pieces(placement: Placement, shape: tuple[int, ...], box: Box) -> tuple[Piec
         found.append(overlaps)
     answer = []
     for combination in itertools.product(*found):
-        fixed: dict[int, int] = {}
+        fixed = dict(where)
         for _, at in combination:
             fixed.update(at)
         answer.append(
@@ -224,6 +222,11 @@ def _holders(placement: Placement, fixed: dict[int, int]) -> tuple[int, ...]:
         along = (fixed[axis],) if axis in fixed else range(size)
         indices = [index * size + coordinate for index in indices for coordinate in along]
     return tuple(placement.positions[index] for index in indices)
+
+
+@functools.lru_cache(maxsize=64)
+def _indices(positions: range | tuple[int, ...]) -> dict[int, int]:
+    return {position: index for index, position in enumerate(positions)}
 
 
 @functools.lru_cache(maxsize=4096)

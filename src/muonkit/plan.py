@@ -14,10 +14,11 @@ import heapq
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from muonkit._plan_batches import Item, PlannedBatch, default_cap, make_batches
-from muonkit.placement import Box, Placement, box_size, pieces, whole
+from muonkit._plan_machine import MACHINES, Machine, cheaper_repeated, machine
+from muonkit.placement import Box, Placement, Where, box_size, intersection, pieces, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
 __all__ = [
     "MACHINES",
@@ -189,38 +190,36 @@ class Plan(NamedTuple):
     def _errand(self, bucket: Sequence[Job], me: int, inward: bool, state: bool = False) -> Errand:
         sends: list[Parcel] = []
         receives: list[Parcel] = []
+        mine, theirs = (sends, receives) if inward else (receives, sends)
         for job in bucket:
+            way = self._way(job.matrix, inward, state)
+            part = way.part(me)
             for owner in job.owners:
-                others = self._others(job.matrix, owner, inward, state)
-                mine, theirs = (sends, receives) if inward else (receives, sends)
-                if me in others:
-                    mine.append(Parcel(owner, job.matrix, others[me]))
+                if part and way.counts(me, owner):
+                    mine.append(Parcel(owner, job.matrix, part))
                 if me == owner:
-                    theirs.extend(Parcel(p, job.matrix, box) for p, box in others.items())
+                    theirs += [Parcel(p, job.matrix, box) for p, box in way.others(owner).items()]
         # Stable: for each position in order of jobs.
         return Errand(
             tuple(sorted(sends, key=lambda parcel: parcel.position)),
             tuple(sorted(receives, key=lambda parcel: parcel.position)),
         )
 
-    def _others(self, matrix: int, owner: int, inward: bool, state: bool) -> dict[int, Box]:
-        """Who exchanges which box of a matrix with this owner."""
-        _, box, _, state_box = self.matrices[matrix]
-        tensor = self.tensors[self.matrices[matrix].tensor]
-        shape, stored, lives = tensor.shape, tensor.stored, tensor.lives
+    def _way(self, matrix: int, inward: bool, state: bool) -> _Way:
+        """Of a matrix, or of the variant's state that belongs to it, to its owner or back."""
+        number, box, _, state_box = self.matrices[matrix]
+        tensor = self.tensors[number]
+        shape, place = tensor.shape, tensor.lives if inward else tensor.stored
         if state:
             assert tensor.state_lives is not None
             assert state_box is not None
-            shape, box, stored = tensor.state_shape, state_box, tensor.state_lives
-            lives = stored
-        if inward:
-            return sources(lives, shape, box, owner)
-        return targets(stored, shape, box, owner, tensor.repeat)
+            shape, box, place = tensor.state_shape, state_box, tensor.state_lives
+        return _Way(place, shape, box, place.copies() if inward else tensor.repeat)
 
     def moves(self, bucket: Sequence[Job], inward: bool, state: bool = False) -> bool:
         """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
         return any(
-            set(self._others(job.matrix, owner, inward, state)) != {owner}
+            set(self._way(job.matrix, inward, state).others(owner)) != {owner}
             for job in bucket
             for owner in job.owners
         )
@@ -230,37 +229,60 @@ class Plan(NamedTuple):
         """Whether a variant's state travels too."""
         return any(tensor.state_lives is not None for tensor in self.tensors)
 
-    def traffic(self) -> Traffic:
-        """What the step costs each rank, the variant's state included."""
+    def traffic(self, node: int = 1) -> Traffic:
+        """What the step costs each rank, the variant's state included.
+
+        Args:
+            node: ranks in a node; bytes are counted that go from one node to another, by default
+                from one rank to another.
+        """
         total = Traffic(*([0] * self.ranks for _ in Traffic._fields))
-        counts: dict[tuple[Any, ...], list[int]] = {}
-        for job in self.jobs():
-            tensor, box, flops, state_box = self.matrices[job.matrix]
-            for owner in job.owners:
+        like = _like(self.tensors, self.matrices)
+        jobs: dict[int, dict[int, int]] = {}  # by kind and owner, how many
+        for matrix, owners in self.jobs():
+            _, box, flops, _ = self.matrices[matrix]
+            count = jobs.setdefault(like[matrix], {})
+            for owner in owners:
                 total.flops[owner] += flops
                 total.matrices[owner] += 1
                 total.owned[owner] += box_size(box)
-                # Equal parameters of many layers send alike.
-                alike = (self.tensors[tensor]._replace(name=""), box, state_box, owner)
-                counts.setdefault(alike, [job.matrix, 0])[1] += 1
-        for alike, (matrix, count) in counts.items():
-            self._count(total, matrix, alike[-1], count)
+                count[owner] = count.get(owner, 0) + 1
+        for matrix, count in jobs.items():
+            for state in (False, True) if self.has_state else (False,):
+                for inward in (True, False) if self.inward else (False,):
+                    self._count(total, matrix, count, inward, state, node)
         return total
 
-    def _count(self, total: Traffic, matrix: int, owner: int, count: int) -> None:
-        for state in (False, True) if self.has_state else (False,):
-            itemsize = (self.state_itemsize if state else self.itemsize) * count
-            for inward in (True, False) if self.inward else (False,):
-                there, here = (
-                    (total.sent_in, total.received_in)
-                    if inward
-                    else (total.received_out, total.sent_out)
-                )
-                for position, box in self._others(matrix, owner, inward, state).items():
-                    if position != owner:
-                        size = box_size(box) * itemsize
-                        there[position] += size
-                        here[owner] += size
+    def _count(
+        self,
+        total: Traffic,
+        matrix: int,
+        jobs: dict[int, int],
+        inward: bool,
+        state: bool,
+        node: int,
+    ) -> None:
+        """Add the bytes of one way of all jobs of a kind, by owner; they are alike for all owners
+        who deal with the same ranks.
+        """
+        there, here = (
+            (total.sent_in, total.received_in) if inward else (total.received_out, total.sent_out)
+        )
+        way = self._way(matrix, inward, state)
+        itemsize = self.state_itemsize if state else self.itemsize
+        partners: dict[Where, list[int]] = {}
+        for owner in jobs:
+            partners.setdefault(way.place.where(owner, way.axes), []).append(owner)
+        for where, owners in partners.items():
+            sizes = way.sizes(where)
+            together, of_node = sum(sizes.values()), _by_node(sizes, node)
+            count, in_node = 0, _by_node({owner: jobs[owner] for owner in owners}, node)
+            for owner in owners:
+                count += jobs[owner]
+                away = together - of_node.get(owner // node, 0)
+                here[owner] += away * jobs[owner] * itemsize
+            for position, size in sizes.items():
+                there[position] += size * (count - in_node.get(position // node, 0)) * itemsize
 
     def fingerprint(self) -> str:
         """Equal on two ranks only if they planned the same."""
@@ -272,9 +294,9 @@ class StepPlan(NamedTuple):
 
     plans: tuple[Plan, ...]
 
-    def traffic(self) -> Traffic:
-        """What the step costs each rank."""
-        each = [plan.traffic() for plan in self.plans]
+    def traffic(self, node: int = 1) -> Traffic:
+        """What the step costs each rank; bytes between nodes of so many ranks only."""
+        each = [plan.traffic(node) for plan in self.plans]
         return Traffic(
             *([sum(ns) for ns in zip(*column, strict=True)] for column in zip(*each, strict=True))
         )
@@ -318,20 +340,24 @@ def make_plan(
         loads: FLOPs that each rank has already; added to.
     """
     loads = [0] * ranks if loads is None else loads
+    like = _like(tensors, matrices)
     heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    heap_of: dict[int, list[tuple[int, int]]] = {}
     jobs = []
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].flops, i)):
         tensor = tensors[matrices[i].tensor]
-        able = _able(tensor.lives, tensor.shape, matrices[i].box, tensor.repeat)
-        if able not in heaps:
-            heaps[able] = [(loads[position], position) for position in able]
-            heapq.heapify(heaps[able])
-        owner = _lightest(heaps[able], loads)
+        heap = heap_of.get(like[i])
+        if heap is None:
+            able = _able(tensor, matrices[i].box)
+            heap = heaps.setdefault(able, [(loads[position], position) for position in able])
+            heapq.heapify(heap)
+            heap_of[like[i]] = heap
+        owner = _lightest(heap, loads)
         owners = tensor.lives.twins(owner, tensor.repeat) if tensor.repeat else (owner,)
         for position in owners:
             loads[position] += matrices[i].flops
         jobs.append(Job(i, owners))
-    buckets = _fill(jobs, tensors, matrices, itemsize, cap)
+    buckets = _fill(jobs, tensors, matrices, itemsize, cap, like)
     return Plan(ranks, tuple(tensors), tuple(matrices), buckets, itemsize, state_itemsize)
 
 
@@ -365,7 +391,7 @@ def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int, cap: int) 
             jobs.append(Job(len(matrices), piece.positions))
             matrices.append(Matrix(i, piece.box, 0))
     alone = [tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors]
-    buckets = _fill(jobs, alone, matrices, itemsize, cap)
+    buckets = _fill(jobs, alone, matrices, itemsize, cap, _like(alone, matrices))
     return Plan(ranks, tuple(alone), tuple(matrices), buckets, itemsize, inward=False)
 
 
@@ -373,43 +399,94 @@ def sources(lives: Placement, shape: tuple[int, ...], box: Box, owner: int) -> d
     """Who sends which part of a box to its owner: the owner itself what it has; of several copies
     the one that has the owner's place among the copies.
     """
-    return _sources(lives, shape, box, lives.copy(owner))
+    return _Way(lives, shape, box, lives.copies()).others(owner)
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _sources(lives: Placement, shape: tuple[int, ...], box: Box, copy: int) -> dict[int, Box]:
-    return {piece.positions[copy]: piece.box for piece in pieces(lives, shape, box)}
-
-
-@functools.lru_cache(maxsize=1 << 16)
 def targets(
     stored: Placement, shape: tuple[int, ...], box: Box, owner: int, repeat: tuple[int, ...]
 ) -> dict[int, Box]:
     """Who gets which part of a box from its owner: all who store it, and have none of their own
     repetition.
     """
-    return {
-        position: piece.box
-        for piece in pieces(stored, shape, box)
-        for position in piece.positions
-        if not repeat or stored.agrees(position, owner, repeat)
-    }
+    return _Way(stored, shape, box, repeat).others(owner)
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _able(
-    lives: Placement, shape: tuple[int, ...], box: Box, repeat: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Who may own a matrix: whoever has a part of it, in the first repetition."""
-    first = lives.positions[0]
-    return tuple(
-        sorted(
-            position
-            for piece in pieces(lives, shape, box)
-            for position in piece.positions
-            if not repeat or lives.agrees(position, first, repeat)
+class _Way(NamedTuple):
+    """One way of a matrix: between its owner and the ranks on which its parts lie.
+
+    Attributes:
+        place: where the tensor lies whose box it is.
+        shape: of the tensor.
+        axes: mesh axes along which an owner deals with ranks of its own coordinates only.
+    """
+
+    place: Placement
+    shape: tuple[int, ...]
+    box: Box
+    axes: tuple[int, ...]
+
+    def others(self, owner: int) -> dict[int, Box]:
+        """Who exchanges which part of the box with this owner."""
+        parts = pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
+        return {position: piece.box for piece in parts for position in piece.positions}
+
+    def part(self, position: int) -> Box | None:
+        """What the rank at this position has of the box."""
+        return intersection(_own_box(self.place, self.shape, position), self.box)
+
+    def counts(self, position: int, owner: int) -> bool:
+        """Whether this owner deals with the rank at this position, if that has a part."""
+        return not self.axes or (
+            self.place.where(position, self.axes) == self.place.where(owner, self.axes)
         )
-    )
+
+    def sizes(self, where: Where) -> dict[int, int]:
+        """The elements that each of an owner's others has; the owner's coordinates are `where`."""
+        parts = pieces(self.place, self.shape, self.box, where)
+        return {position: box_size(piece.box) for piece in parts for position in piece.positions}
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _own_box(place: Placement, shape: tuple[int, ...], position: int) -> Box:
+    return place.box(shape, position)
+
+
+def _like(tensors: Sequence[Stored], matrices: Sequence[Matrix]) -> list[int]:
+    """For each matrix, the first one that lies on the ranks as it does: of an equal parameter, and
+    elsewhere at most along dims that nothing cuts (experts of a stack, on all of its ranks).
+    """
+    kinds: dict[Stored, int] = {}
+    kind = [kinds.setdefault(tensor._replace(name=""), len(kinds)) for tensor in tensors]
+    cuts = [{axis.dim for axis in (*tensor.lives.axes, *tensor.stored.axes)} for tensor in kinds]
+    first: dict[tuple[Any, ...], int] = {}
+    like = []
+    for i, (tensor, box, _, state_box) in enumerate(matrices):
+        cut = cuts[kind[tensor]]
+        key = (kind[tensor], *_ends(box, cut), *_ends(state_box or (), cut))
+        like.append(first.setdefault(key, i))
+    return like
+
+
+def _ends(box: Box, cut: Collection[int | None]) -> list[tuple[int, int] | int]:
+    """Where a box lies along the dims that are cut, and its lengths along the others."""
+    return [(a, b) if dim in cut else b - a for dim, (a, b) in enumerate(box)]
+
+
+def _by_node(counts: dict[int, int], node: int) -> dict[int, int]:
+    """Sums over the positions of each node."""
+    if node == 1:
+        return counts
+    sums: dict[int, int] = {}
+    for position, count in counts.items():
+        sums[position // node] = sums.get(position // node, 0) + count
+    return sums
+
+
+def _able(tensor: Stored, box: Box) -> tuple[int, ...]:
+    """Who may own a matrix: whoever has a part of it, in the first repetition."""
+    first = tensor.lives.where(tensor.lives.positions[0], tensor.repeat)
+    parts = pieces(tensor.lives, tensor.shape, box, first)
+    return tuple(sorted(position for piece in parts for position in piece.positions))
 
 
 def _lightest(heap: list[tuple[int, int]], loads: list[int]) -> int:
@@ -426,14 +503,19 @@ def _fill(
     matrices: Sequence[Matrix],
     itemsize: int,
     cap: int,
+    like: Sequence[int],
 ) -> tuple[tuple[Job, ...], ...]:
     """Jobs in buckets, in their order: none has a rank send or receive more than the cap."""
     buckets: list[list[Job]] = []
     busy: dict[int, int] = {}
     stored = 0
+    weights: dict[int, tuple[int, int]] = {}
     for job in jobs:
-        tensor, box = tensors[matrices[job.matrix].tensor], matrices[job.matrix].box
-        size, part = (n * itemsize for n in _weights(tensor, box, job.owners[0]))
+        kind = like[job.matrix]
+        if kind not in weights:
+            tensor = tensors[matrices[kind].tensor]
+            weights[kind] = _weights(tensor, matrices[kind].box, job.owners[0])
+        size, part = (n * itemsize for n in weights[kind])
         most = max(busy.get(owner, 0) for owner in job.owners) + size
         if not buckets or max(most, stored + part) > cap:
             buckets.append([])
@@ -446,70 +528,9 @@ def _fill(
 
 
 def _weights(tensor: Stored, box: Box, owner: int) -> tuple[int, int]:
-    """Elements of a box that its owner handles at most, and of those any one rank stores."""
-    return _weights_of(tensor.stored, tensor.shape, box, owner, tensor.repeat)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _weights_of(
-    stored: Placement, shape: tuple[int, ...], box: Box, owner: int, repeat: tuple[int, ...]
-) -> tuple[int, int]:
-    sizes = [box_size(part) for part in targets(stored, shape, box, owner, repeat).values()]
+    """Elements of a box that an owner handles at most, and of those any one rank stores; every
+    owner's are equal.
+    """
+    way = _Way(tensor.stored, tensor.shape, box, tensor.repeat)
+    sizes = way.sizes(tensor.stored.where(owner, tensor.repeat)).values()
     return max(sum(sizes), box_size(box)), max(sizes, default=0)
-
-
-class Machine(NamedTuple):
-    """Rates of one rank, for choices of cost and for predictions.
-
-    Attributes:
-        flops: products, FLOP/s.
-        intra, inter: bytes/s that it sends within its node, and to others.
-        node: ranks in a node.
-    """
-
-    flops: float
-    intra: float
-    inter: float
-    node: int
-
-    def rate(self, positions: Iterable[int]) -> float:
-        """Bytes/s between these ranks."""
-        nodes = {position // self.node for position in positions}
-        return self.intra if len(nodes) <= 1 else self.inter
-
-
-# Round figures for the choice between computing again and sending: half of what data sheets say.
-# GPUs as an H100 with NVLink and 400 Gbit/s a rank, bf16 products; CPUs two cores and Ethernet.
-MACHINES = {"cpu": (1e11, 2e9, 1e9), "cuda": (4e14, 2e11, 2.5e10)}
-
-
-def machine(device: str, node: int) -> Machine:
-    """The rates assumed for a type of device."""
-    return Machine(*MACHINES.get(device, MACHINES["cuda"]), node)
-
-
-def cheaper_repeated(
-    rates: Machine, stored: Placement, axes: Sequence[int], flops: int, size: int
-) -> bool:
-    """Whether ranks that have copies along these axes had better compute the same, each set of
-    shards among itself, than share the matrices out over all copies.
-
-    Shared out, a rank computes less, and every result crosses the copies.
-
-    Args:
-        flops: of all matrices.
-        size: their bytes on the way.
-    """
-    copies = 1
-    for axis in axes:
-        copies *= stored.mesh[axis]
-    ranks = len(stored.positions)
-    shards = ranks // copies
-    others = [axis for axis in range(len(stored.mesh)) if axis not in axes]
-    one_set = stored.twins(stored.positions[0], others)
-    repeated = flops / shards / rates.flops
-    repeated += 2 * (shards - 1) / shards**2 * size / rates.rate(one_set)
-    shared = flops / ranks / rates.flops
-    shared += (shards - 1) / shards * size / ranks / rates.rate(one_set)  # a set's own parts
-    shared += (ranks - 1) / ranks * size / shards / rates.rate(stored.positions)
-    return repeated <= shared
