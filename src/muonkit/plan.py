@@ -8,17 +8,17 @@ Every rank makes the same plan by itself: it is a function of shapes, placements
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import heapq
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from muonkit._plan_batches import Item, PlannedBatch, default_cap, make_batches
 from muonkit._plan_machine import MACHINES, Machine, cheaper_repeated, machine
-from muonkit.placement import Box, Placement, Where, box_size, intersection, pieces, whole
+from muonkit._plan_ways import Matrix, Stored, Way, alike, sources, targets
+from muonkit.placement import Box, Where, box_size, pieces, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
     "MACHINES",
@@ -43,43 +43,6 @@ __all__ = [
     "sources",
     "targets",
 ]
-
-
-class Stored(NamedTuple):
-    """A parameter, as far as the plan needs to know it.
-
-    Attributes:
-        name: for messages.
-        shape: the logical one.
-        stored: where the parameter lies.
-        lives: where its momentum lies: within `stored`, on the same mesh.
-        repeat: mesh axes along which the same is computed again, rather than shared out and sent.
-        state_shape, state_lives: of the variant's state, where it keeps one.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    stored: Placement
-    lives: Placement
-    repeat: tuple[int, ...] = ()
-    state_shape: tuple[int, ...] = ()
-    state_lives: Placement | None = None
-
-
-class Matrix(NamedTuple):
-    """One matrix of a parameter.
-
-    Attributes:
-        tensor: the parameter's index.
-        box: of the parameter, which holds it.
-        flops: that it costs to orthogonalize.
-        state_box: of the variant's state, which belongs to it.
-    """
-
-    tensor: int
-    box: Box
-    flops: int
-    state_box: Box | None = None
 
 
 class Job(NamedTuple):
@@ -205,7 +168,7 @@ class Plan(NamedTuple):
             tuple(sorted(receives, key=lambda parcel: parcel.position)),
         )
 
-    def _way(self, matrix: int, inward: bool, state: bool) -> _Way:
+    def _way(self, matrix: int, inward: bool, state: bool) -> Way:
         """Of a matrix, or of the variant's state that belongs to it, to its owner or back."""
         number, box, _, state_box = self.matrices[matrix]
         tensor = self.tensors[number]
@@ -214,7 +177,7 @@ class Plan(NamedTuple):
             assert tensor.state_lives is not None
             assert state_box is not None
             shape, box, place = tensor.state_shape, state_box, tensor.state_lives
-        return _Way(place, shape, box, place.copies() if inward else tensor.repeat)
+        return Way(place, shape, box, place.copies() if inward else tensor.repeat)
 
     def moves(self, bucket: Sequence[Job], inward: bool, state: bool = False) -> bool:
         """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
@@ -237,7 +200,7 @@ class Plan(NamedTuple):
                 from one rank to another.
         """
         total = Traffic(*([0] * self.ranks for _ in Traffic._fields))
-        like = _like(self.tensors, self.matrices)
+        like = alike(self.tensors, self.matrices)
         jobs: dict[int, dict[int, int]] = {}  # by kind and owner, how many
         for matrix, owners in self.jobs():
             _, box, flops, _ = self.matrices[matrix]
@@ -340,7 +303,7 @@ def make_plan(
         loads: FLOPs that each rank has already; added to.
     """
     loads = [0] * ranks if loads is None else loads
-    like = _like(tensors, matrices)
+    like = alike(tensors, matrices)
     heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     heap_of: dict[int, list[tuple[int, int]]] = {}
     jobs = []
@@ -391,85 +354,8 @@ def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int, cap: int) 
             jobs.append(Job(len(matrices), piece.positions))
             matrices.append(Matrix(i, piece.box, 0))
     alone = [tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors]
-    buckets = _fill(jobs, alone, matrices, itemsize, cap, _like(alone, matrices))
+    buckets = _fill(jobs, alone, matrices, itemsize, cap, alike(alone, matrices))
     return Plan(ranks, tuple(alone), tuple(matrices), buckets, itemsize, inward=False)
-
-
-def sources(lives: Placement, shape: tuple[int, ...], box: Box, owner: int) -> dict[int, Box]:
-    """Who sends which part of a box to its owner: the owner itself what it has; of several copies
-    the one that has the owner's place among the copies.
-    """
-    return _Way(lives, shape, box, lives.copies()).others(owner)
-
-
-def targets(
-    stored: Placement, shape: tuple[int, ...], box: Box, owner: int, repeat: tuple[int, ...]
-) -> dict[int, Box]:
-    """Who gets which part of a box from its owner: all who store it, and have none of their own
-    repetition.
-    """
-    return _Way(stored, shape, box, repeat).others(owner)
-
-
-class _Way(NamedTuple):
-    """One way of a matrix: between its owner and the ranks on which its parts lie.
-
-    Attributes:
-        place: where the tensor lies whose box it is.
-        shape: of the tensor.
-        axes: mesh axes along which an owner deals with ranks of its own coordinates only.
-    """
-
-    place: Placement
-    shape: tuple[int, ...]
-    box: Box
-    axes: tuple[int, ...]
-
-    def others(self, owner: int) -> dict[int, Box]:
-        """Who exchanges which part of the box with this owner."""
-        parts = pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
-        return {position: piece.box for piece in parts for position in piece.positions}
-
-    def part(self, position: int) -> Box | None:
-        """What the rank at this position has of the box."""
-        return intersection(_own_box(self.place, self.shape, position), self.box)
-
-    def counts(self, position: int, owner: int) -> bool:
-        """Whether this owner deals with the rank at this position, if that has a part."""
-        return not self.axes or (
-            self.place.where(position, self.axes) == self.place.where(owner, self.axes)
-        )
-
-    def sizes(self, where: Where) -> dict[int, int]:
-        """The elements that each of an owner's others has; the owner's coordinates are `where`."""
-        parts = pieces(self.place, self.shape, self.box, where)
-        return {position: box_size(piece.box) for piece in parts for position in piece.positions}
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _own_box(place: Placement, shape: tuple[int, ...], position: int) -> Box:
-    return place.box(shape, position)
-
-
-def _like(tensors: Sequence[Stored], matrices: Sequence[Matrix]) -> list[int]:
-    """For each matrix, the first one that lies on the ranks as it does: of an equal parameter, and
-    elsewhere at most along dims that nothing cuts (experts of a stack, on all of its ranks).
-    """
-    kinds: dict[Stored, int] = {}
-    kind = [kinds.setdefault(tensor._replace(name=""), len(kinds)) for tensor in tensors]
-    cuts = [{axis.dim for axis in (*tensor.lives.axes, *tensor.stored.axes)} for tensor in kinds]
-    first: dict[tuple[Any, ...], int] = {}
-    like = []
-    for i, (tensor, box, _, state_box) in enumerate(matrices):
-        cut = cuts[kind[tensor]]
-        key = (kind[tensor], *_ends(box, cut), *_ends(state_box or (), cut))
-        like.append(first.setdefault(key, i))
-    return like
-
-
-def _ends(box: Box, cut: Collection[int | None]) -> list[tuple[int, int] | int]:
-    """Where a box lies along the dims that are cut, and its lengths along the others."""
-    return [(a, b) if dim in cut else b - a for dim, (a, b) in enumerate(box)]
 
 
 def _by_node(counts: dict[int, int], node: int) -> dict[int, int]:
@@ -531,6 +417,6 @@ def _weights(tensor: Stored, box: Box, owner: int) -> tuple[int, int]:
     """Elements of a box that an owner handles at most, and of those any one rank stores; every
     owner's are equal.
     """
-    way = _Way(tensor.stored, tensor.shape, box, tensor.repeat)
+    way = Way(tensor.stored, tensor.shape, box, tensor.repeat)
     sizes = way.sizes(tensor.stored.where(owner, tensor.repeat)).values()
     return max(sum(sizes), box_size(box)), max(sizes, default=0)
