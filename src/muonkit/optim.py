@@ -136,6 +136,22 @@ class Muon(Optimizer):
             a few, elsewhere all) up to 3 + 6m/n times their bytes in the dtype of the products, m
             being the shorter side; on a CPU part of it is kept for the next step
             (`muonkit.scratch`).
+        variant: what happens to the orthogonalized matrix: "plain", "normuon" or "adamuon" (see
+            `muonkit.variants`).
+        variant_beta2: weight of the past in the variant's state; None is its own default.
+        exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
+            update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of
+            float32; every rank still gets the same result).
+        replicas: along mesh axes on which a DTensor is replicated (HSDP): "recompute" (each set of
+            shards computes all matrices by itself), "split" (every matrix is computed once, and
+            sent to all) or "auto", by the cost of FLOPs and bytes (`muonkit.plan.MACHINES`).
+        process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
+            axes of their own mesh (data parallel copies of a tensor parallel model): a process
+            group or a 1-D device mesh. They share the matrices out, each computed once. None:
+            every rank computes all of its plain tensors. DTensors carry their own layout: for
+            FSDP2, HSDP, TP and experts nothing is to be said.
+        zero: 1 shares the state out too, AdamW's included (ZeRO-1), over the ranks that would have
+            copies of it: every rank keeps some rows of each, as a DTensor.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -147,8 +163,12 @@ class Muon(Optimizer):
             Muon's unless given; with another scale than "match_rms_adamw" Muon's lr means nothing
             to AdamW, and its own must be given here or in the group.
 
+    Where ranks share parameters, all of them make the same optimizer and take its steps together;
+    every step begins with a small collective in which they compare what they are about to do.
+
     Raises:
-        ValueError: an option out of range, a parameter that its view does not fit.
+        ValueError: an option out of range, a parameter that its view does not fit, one whose
+            placement is partial, or that lies on other ranks than the rest.
         TypeError: a parameter of integer dtype.
         RuntimeError: a complex or sparse parameter (on construction), a sparse gradient (in `step`,
             before anything is written).
