@@ -229,17 +229,22 @@ def assemble(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _part_and_place(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _part_and_place(name: str, tensor: Tensor) -> tuple[bytes, Any]:
+    """Elements and their indices: as bytes and numpy's array, since tensors are slow to pickle."""
     place = local_part(torch.arange(tensor.numel()).view(tensor.shape), tensor)
     part = part_of(tensor.detach()).cpu()
     assert part.shape == place.shape, f"{name}: got {part.shape}, expected {place.shape}"
-    return part.reshape(-1), place.reshape(-1)
+    return part.reshape(-1).view(torch.uint8).numpy().tobytes(), place.reshape(-1).numpy()
 
 
-def _join(name: str, like: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _join(name: str, like: Tensor, parts: list[tuple[bytes, Any]]) -> Tensor:
     full = torch.zeros(like.numel(), dtype=like.dtype)
     known = torch.zeros(like.numel(), dtype=torch.bool)
-    for rank, (part, place) in enumerate(parts):
+    for rank, (elements, indices) in enumerate(parts):
+        if not elements:
+            continue
+        part = torch.frombuffer(bytearray(elements), dtype=like.dtype)
+        place = torch.from_numpy(indices)
         same = (full[place] == part) | (full[place].isnan() & part.isnan())
         assert bool((same | ~known[place]).all()), f"{name}: rank {rank} differs from one before it"
         full[place], known[place] = part, True
