@@ -170,29 +170,26 @@ class Gather:
             for _, name, p, _ in params
         ]
         self.dtype = self.params[0].dtype
-        cap = default_cap(self.domain.device.type)
-        self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize, cap)
+        self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize)
         me = self.domain.position
-        self._errands = [
-            (self.plan.outbound(jobs, me), self.plan.moves(jobs, inward=False))
-            for jobs in self.plan.buckets
-        ]
+        (jobs,) = self.plan.buckets
+        self._errand = self.plan.outbound(jobs, me)
+        self._moves = self.plan.moves(jobs, inward=False)
+        self._turns = self.plan.turns(jobs, default_cap(self.domain.device.type))
         self._own = [t.stored.box(t.shape, me) for t in tensors]
 
-    def tasks(self) -> list[Iterator[None]]:
+    def task(self) -> Iterator[None]:
         """Of a step in which this rank's parts are updated already."""
-        return [self._task(number) for number in range(len(self._errands))]
-
-    def _task(self, number: int) -> Iterator[None]:
-        errand, moves = self._errands[number]
         me = self.domain.position
         outgoing, incoming = (
             [(at, self._piece(matrix, box)) for at, matrix, box in parcels if at != me]
-            for parcels in (errand.sends, errand.receives)
+            for parcels in (self._errand.sends, self._errand.receives)
         )
-        pending = move(self.domain, outgoing, incoming, self.dtype, moves)
-        yield
-        pending.wait()
+        for number in range(self._turns):
+            turn = number, self._turns
+            pending = move(self.domain, outgoing, incoming, self.dtype, self._moves, turn)
+            yield
+            pending.wait()
 
     def _piece(self, matrix: int, box: Any) -> Tensor:
         tensor = self.plan.matrices[matrix].tensor

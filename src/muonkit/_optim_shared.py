@@ -116,6 +116,7 @@ class _Bucket:
             for inward in (True, False)
             for state in ((False, True) if plan.has_state else (False,))
         }
+        self.turns = plan.turns(jobs, share.cap)
         self.living: dict[tuple[Any, ...], list[int]] = {}  # the matrices of each stack
         self.standing: dict[tuple[int, int], list[int]] = {}
         for job in jobs:
@@ -177,11 +178,11 @@ class Share:
         tensors, matrices, self.sources = _describe(layouts, group, params)
         tensors = self._repeat(tensors, matrices, [layouts[param.p] for param in params])
         kind = self.domain.device.type
-        cap = group["bytes_in_flight"] or default_cap(kind)
+        self.cap: int = group["bytes_in_flight"] or default_cap(kind)
         size = self.domain.size
         self.state_dtype = torch.promote_types(params[0].p.dtype, torch.float32)
         self.plan: Plan = make_plan(
-            size, tensors, matrices, self.wire.itemsize, cap, loads, self.state_dtype.itemsize
+            size, tensors, matrices, self.wire.itemsize, self.cap, loads, self.state_dtype.itemsize
         )
         self.buckets = [_Bucket(self, jobs) for jobs in self.plan.buckets]
 
@@ -427,7 +428,14 @@ class SharedBatch:
             for _, matrix, box in errand.receives
         }
         incoming = [(position, pieces[matrix]) for position, matrix, _ in errand.receives]
-        pending = self._move(outgoing, incoming, self.share.wire, inward=False, state=False)
+        # More turns than one where an owner's copies for all others would not fit in the cap.
+        for number in range(self.bucket.turns):
+            turn = number, self.bucket.turns
+            pending = self._move(
+                outgoing, incoming, self.share.wire, inward=False, state=False, turn=turn
+            )
+            if number + 1 < self.bucket.turns:
+                pending.wait()
         updates = [[pieces[m] for m in members] for members in self.bucket.standing.values()]
         return _Arriving([pending], updates)
 
@@ -438,9 +446,10 @@ class SharedBatch:
         dtype: torch.dtype,
         inward: bool,
         state: bool,
+        turn: tuple[int, int] = (0, 1),
     ) -> Pending:
         together = self.bucket.moves[inward, state]
-        return move(self.share.domain, outgoing, incoming, dtype, together)
+        return move(self.share.domain, outgoing, incoming, dtype, together, turn)
 
 
 class _Arriving:

@@ -81,6 +81,7 @@ def move(
     incoming: Sequence[tuple[int, Tensor]],
     dtype: torch.dtype,
     together: bool = True,
+    turn: tuple[int, int] = (0, 1),
 ) -> Pending:
     """Start to send tensors to other positions, and to receive theirs.
 
@@ -90,16 +91,23 @@ def move(
         dtype: on the way; the tensors' own are cast. What stays here is rounded to it too: copies
             of one tensor have to be equal on all ranks.
         together: False where no rank sends anything, and there is nothing to wait for.
+        turn: (k, n): only the k-th of n parts, by who sends to whom; the first copies what stays.
     """
+    number, turns = turn
+
     me = domain.position
     own_from = [tensor.to(dtype) for position, tensor in outgoing if position == me]
     own_into = [tensor for position, tensor in incoming if position == me]
-    if own_into:
+    if own_into and number == 0:
         torch._foreach_copy_(own_into, own_from)
     if not together:
         return Pending(None, (), ())
-    sent = [(position, tensor) for position, tensor in outgoing if position != me]
-    received = [(position, tensor) for position, tensor in incoming if position != me]
+    sent = [(to, tensor) for to, tensor in outgoing if to != me and (to - me) % turns == number]
+    received = [
+        (source, tensor)
+        for source, tensor in incoming
+        if source != me and (me - source) % turns == number
+    ]
     send, views = _buffer(domain, sent, dtype)
     if sent:
         torch._foreach_copy_(views, [tensor for _, tensor in sent])

@@ -337,7 +337,7 @@ class Muon(Optimizer):
         own, shared = self._batches(work, schedule)
         tasks = [_muon_step(batch, group) for group, batch in shared]
         if schedule is not None:
-            tasks += [task for gather in schedule.gathers for task in gather.tasks()]
+            tasks += [gather.task() for gather in schedule.gathers]
         run_overlapped(tasks, depth=3)
         for group, batch in own:
             for _ in _muon_step(batch, group):

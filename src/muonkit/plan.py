@@ -187,6 +187,20 @@ class Plan(NamedTuple):
             for owner in job.owners
         )
 
+    def turns(self, bucket: Sequence[Job], cap: int) -> int:
+        """In how many turns the way out of a bucket has to be taken, so that no rank's buffer is
+        larger than the cap: an owner has as many copies in it as it sends.
+        """
+        sent: dict[int, int] = {}
+        for matrix, owners in bucket:
+            way = self._way(matrix, inward=False, state=False)
+            for owner in owners:
+                sizes = way.sizes(way.place.where(owner, way.axes))
+                away = sum(sizes.values()) - sizes.get(owner, 0)
+                sent[owner] = sent.get(owner, 0) + away * self.itemsize
+        turns = -(-max(sent.values(), default=0) // cap)
+        return min(max(turns, 1), max(self.ranks - 1, 1))
+
     @property
     def has_state(self) -> bool:
         """Whether a variant's state travels too."""
@@ -207,8 +221,9 @@ class Plan(NamedTuple):
             count = jobs.setdefault(like[matrix], {})
             for owner in owners:
                 total.flops[owner] += flops
-                total.matrices[owner] += 1
-                total.owned[owner] += box_size(box)
+                if self.inward:  # AdamW's parts are not orthogonalized
+                    total.matrices[owner] += 1
+                    total.owned[owner] += box_size(box)
                 count[owner] = count.get(owner, 0) + 1
         for matrix, count in jobs.items():
             for state in (False, True) if self.has_state else (False,):
@@ -343,9 +358,10 @@ def make_own(
     return Plan(ranks, alone, tuple(matrices), (tuple(jobs),), 0)
 
 
-def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int, cap: int) -> Plan:
+def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int) -> Plan:
     """The plan of an elementwise step: every rank computes the part of the parameter that its state
-    lives for, and sends it to all who store it.
+    lives for, and sends it to all who store it. One bucket, in which all ranks send alike: what is
+    too much at once goes in turns.
     """
     matrices: list[Matrix] = []
     jobs: list[Job] = []
@@ -354,8 +370,7 @@ def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int, cap: int) 
             jobs.append(Job(len(matrices), piece.positions))
             matrices.append(Matrix(i, piece.box, 0))
     alone = [tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors]
-    buckets = _fill(jobs, alone, matrices, itemsize, cap, alike(alone, matrices))
-    return Plan(ranks, tuple(alone), tuple(matrices), buckets, itemsize, inward=False)
+    return Plan(ranks, tuple(alone), tuple(matrices), (tuple(jobs),), itemsize, inward=False)
 
 
 def _by_node(counts: dict[int, int], node: int) -> dict[int, int]:
