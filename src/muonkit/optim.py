@@ -1,7 +1,7 @@
 """Muon and MuonW: validate, own the state, take the step.
 
-The step reads as the algorithm; see `_muon_step`. Hyperparameters live in the param groups only,
-so schedulers, `add_param_group` and `state_dict` reach all of them.
+The step reads as the algorithm, in `muonkit._optim_step`. Hyperparameters live in the param groups
+only, so schedulers, `add_param_group` and `state_dict` reach all of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 
 from muonkit._groups import (
     MOMENTUM,
-    NS_OPTIONS,
     STEP,
     VARIANCE,
-    beta2_of,
     complete_group,
     describe_group,
     drop_foreign_keys,
@@ -28,7 +26,7 @@ from muonkit._groups import (
     validate_defaults,
     validate_group,
 )
-from muonkit._optim_batches import Arrived, Entry, make, stacked
+from muonkit._optim_batches import Entry, make
 from muonkit._optim_gradients import (
     Verdict,
     clip_gradients_,
@@ -40,23 +38,22 @@ from muonkit._optim_gradients import (
 from muonkit._optim_layout import Layouts, local
 from muonkit._optim_schedule import Schedule, gradients, options_facts, schedule_key
 from muonkit._optim_state import adopt_state, ensure_state
+from muonkit._optim_step import muon_step
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import agree, run_overlapped
-from muonkit.orthogonalize import orthogonalize_
 from muonkit.plan import StepPlan
 from muonkit.routing import Routes, Rule, route
-from muonkit.scale import scale_factor
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim.optimizer import ParamsT
 
-    from muonkit._optim_batches import Arriving, Batch, Living, Standing
+    from muonkit._optim_batches import Batch
     from muonkit._optim_gradients import Scaled, Work
     from muonkit._optim_schedule import Present
     from muonkit.coefficients import Coefficients
@@ -335,12 +332,12 @@ class Muon(Optimizer):
             if params and group["algorithm"] == "adamw":
                 adamw_step_(*self._adamw_entries(params, group), group)
         own, shared = self._batches(work, schedule)
-        tasks = [_muon_step(batch, group) for group, batch in shared]
+        tasks = [muon_step(batch, group) for group, batch in shared]
         if schedule is not None:
             tasks += [gather.task() for gather in schedule.gathers]
         run_overlapped(tasks, depth=3)
         for group, batch in own:
-            for _ in _muon_step(batch, group):
+            for _ in muon_step(batch, group):
                 pass
         return loss
 
@@ -568,87 +565,3 @@ def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:
     if items and isinstance(items[0], dict):
         return [{**group, "algorithm": algorithm} for group in items]
     return [{"params": items, "algorithm": algorithm}] if items else []
-
-
-def _muon_step(batch: Batch, group: dict[str, Any]) -> Iterator[None]:
-    """The algorithm. It pauses while what it sent is on its way, so that others go on meanwhile."""
-    u = batch.to_owners(_momentum_(batch.living, group))  # elementwise, where the state lives
-    yield
-    o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in u.wait()]  # whole matrices
-    kept = _vary_(batch, o, group)
-    d = batch.to_params(o)
-    yield
-    _apply_(batch.standing, d.wait(), group)
-    kept.wait()
-
-
-def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
-    """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
-
-    Returns U, stacked, in memory of its own; gradients are never written to.
-    """
-    mu, nesterov = group["momentum"], group["nesterov"]
-    stacks = []
-    for grads, momenta, dtype in living:
-        U = stacked(grads, alone=len(living) == 1)
-        U = U.to(torch.promote_types(U.dtype, momenta[0].dtype))
-        if group["maximize"]:
-            U.neg_()
-        directions = U.unbind()
-        if U.dtype == momenta[0].dtype:
-            torch._foreach_lerp_(momenta, directions, 1 - mu)
-            if nesterov:
-                torch._foreach_lerp_(directions, momenta, mu)
-            else:
-                torch._foreach_copy_(directions, momenta)
-        else:
-            # The momentum is kept in fewer bits than it is computed in.
-            M = torch.stack(momenta).to(U.dtype).lerp_(U, 1 - mu)
-            torch._foreach_copy_(momenta, M.unbind())
-            U = U.lerp_(M, mu) if nesterov else M
-        # Nothing is computed in float64 for a momentum or gradient that is kept in it.
-        most = torch.promote_types(dtype, torch.float32)
-        stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
-    return stacks
-
-
-def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Arriving[None]:
-    """The variant, on whole matrices without padding; its state then goes back where it lives."""
-    variant = VARIANTS[group["variant"]]
-    if variant.state == "none":
-        return Arrived(None)
-    wholes = batch.wholes(o)
-    for whole in wholes:
-        steps = 0 if whole.steps is None else whole.steps
-        variant.apply_(whole.matrices, whole.variance, beta2_of(group), steps)
-    return batch.keep(wholes)
-
-
-def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict[str, Any]) -> None:
-    """W <- W - lr * weight_decay * W - lr * scale * D."""
-    for (params, rows, cols), updates in zip(standing, d, strict=True):
-        lr, decay = (
-            value.to(params[0].device).reshape(()) if isinstance(value, Tensor) else value
-            for value in (group["lr"], group["weight_decay"])
-        )
-        if isinstance(decay, Tensor) or decay != 0:
-            if group["cautious"]:
-                shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
-                _add_(params, shrinking, -lr * decay)
-            else:
-                _add_(params, params, -lr * decay)
-        scale = scale_factor(group["adjust_lr_fn"], rows, cols)
-        _add_(params, updates, -lr * scale)
-
-
-def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -> None:
-    """params += factor * tensors, with the factor in full precision.
-
-    (`_foreach_mul_` by a float would round it to the parameters' dtype: in bf16, 1 - 0.002 becomes
-    1 - 0.0039.)
-    """
-    if isinstance(factor, Tensor):
-        # A tensor as alpha would be read back to the host; multiplying keeps it on the device.
-        torch._foreach_add_(params, torch._foreach_mul(tensors, factor))
-    else:
-        torch._foreach_add_(params, tensors, alpha=factor)

@@ -1,0 +1,105 @@
+"""The step itself: the algorithm, on one batch of matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from muonkit._groups import NS_OPTIONS, beta2_of
+from muonkit._optim_batches import Arrived, stacked
+from muonkit.orthogonalize import orthogonalize_
+from muonkit.scale import scale_factor
+from muonkit.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from muonkit._optim_batches import Arriving, Batch, Living, Standing
+
+__all__ = ["muon_step"]
+
+
+def muon_step(batch: Batch, group: dict[str, Any]) -> Iterator[None]:
+    """The algorithm. It pauses while what it sent is on its way, so that others go on meanwhile."""
+    u = batch.to_owners(_momentum_(batch.living, group))  # elementwise, where the state lives
+    yield
+    o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in u.wait()]  # whole matrices
+    kept = _vary_(batch, o, group)
+    d = batch.to_params(o)
+    yield
+    _apply_(batch.standing, d.wait(), group)
+    kept.wait()
+
+
+def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
+    """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
+
+    Returns U, stacked, in memory of its own; gradients are never written to.
+    """
+    mu, nesterov = group["momentum"], group["nesterov"]
+    stacks = []
+    for grads, momenta, dtype in living:
+        U = stacked(grads, alone=len(living) == 1)
+        U = U.to(torch.promote_types(U.dtype, momenta[0].dtype))
+        if group["maximize"]:
+            U.neg_()
+        directions = U.unbind()
+        if U.dtype == momenta[0].dtype:
+            torch._foreach_lerp_(momenta, directions, 1 - mu)
+            if nesterov:
+                torch._foreach_lerp_(directions, momenta, mu)
+            else:
+                torch._foreach_copy_(directions, momenta)
+        else:
+            # The momentum is kept in fewer bits than it is computed in.
+            M = torch.stack(momenta).to(U.dtype).lerp_(U, 1 - mu)
+            torch._foreach_copy_(momenta, M.unbind())
+            U = U.lerp_(M, mu) if nesterov else M
+        # Nothing is computed in float64 for a momentum or gradient that is kept in it.
+        most = torch.promote_types(dtype, torch.float32)
+        stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
+    return stacks
+
+
+def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Arriving[None]:
+    """The variant, on whole matrices without padding; its state then goes back where it lives."""
+    variant = VARIANTS[group["variant"]]
+    if variant.state == "none":
+        return Arrived(None)
+    wholes = batch.wholes(o)
+    for whole in wholes:
+        steps = 0 if whole.steps is None else whole.steps
+        variant.apply_(whole.matrices, whole.variance, beta2_of(group), steps)
+    return batch.keep(wholes)
+
+
+def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict[str, Any]) -> None:
+    """W <- W - lr * weight_decay * W - lr * scale * D."""
+    for (params, rows, cols), updates in zip(standing, d, strict=True):
+        lr, decay = (
+            value.to(params[0].device).reshape(()) if isinstance(value, Tensor) else value
+            for value in (group["lr"], group["weight_decay"])
+        )
+        if isinstance(decay, Tensor) or decay != 0:
+            if group["cautious"]:
+                shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
+                _add_(params, shrinking, -lr * decay)
+            else:
+                _add_(params, params, -lr * decay)
+        scale = scale_factor(group["adjust_lr_fn"], rows, cols)
+        _add_(params, updates, -lr * scale)
+
+
+def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -> None:
+    """params += factor * tensors, with the factor in full precision.
+
+    (`_foreach_mul_` by a float would round it to the parameters' dtype: in bf16, 1 - 0.002 becomes
+    1 - 0.0039.)
+    """
+    if isinstance(factor, Tensor):
+        # A tensor as alpha would be read back to the host; multiplying keeps it on the device.
+        torch._foreach_add_(params, torch._foreach_mul(tensors, factor))
+    else:
+        torch._foreach_add_(params, tensors, alpha=factor)
