@@ -385,7 +385,7 @@ def test_deepcopy_and_pickle() -> None:
 def test_pitfall_26_accumulation_orthogonalizes_once_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import muonkit.optim as module
+    import muonkit._optim_step as module
 
     calls: list[int] = []
 
