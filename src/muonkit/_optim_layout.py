@@ -73,6 +73,7 @@ class Layouts:
         self.scattered = False  # whether gradients are averaged only where the state lives
         self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
         self._layouts: dict[Tensor, Layout] = {}
+        self._parts: dict[Tensor, tuple[slice, ...]] = {}
 
     def __getitem__(self, p: Tensor) -> Layout:
         return self._layouts[p]
@@ -166,10 +167,12 @@ class Layouts:
         mine = local(tensor)
         if layout is None or layout.lives == layout.stored:
             return mine
-        assert self.domain is not None
-        shape = tuple(p.shape)
-        inside = layout.stored.box(shape, self.domain.position)
-        return mine[slices(layout.lives.box(shape, self.domain.position), inside)]
+        if p not in self._parts:
+            assert self.domain is not None
+            shape = tuple(p.shape)
+            inside = layout.stored.box(shape, self.domain.position)
+            self._parts[p] = slices(layout.lives.box(shape, self.domain.position), inside)
+        return mine[self._parts[p]]
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -98,7 +98,7 @@ class _Source(NamedTuple):
 
     param: int
     block: Block
-    row_block: Block
+    state_block: Block
 
 
 class _Bucket:
@@ -184,6 +184,7 @@ class Share:
         self.plan: Plan = make_plan(
             size, tensors, matrices, self.wire.itemsize, self.cap, loads, self.state_dtype.itemsize
         )
+        self._cuts: dict[tuple[int, str], tuple[slice, ...]] = {}
         self.buckets = [_Bucket(self, jobs) for jobs in self.plan.buckets]
 
     def _repeat(
@@ -213,19 +214,23 @@ class Share:
 
     def piece(self, matrix: int, where: str, tensor: Tensor) -> Tensor:
         """What a rank's part of a parameter ("stored"), or of its state ("lives"), has of it."""
-        planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
-        placement: Placement = getattr(planned, where)
-        own = placement.box(planned.shape, self.domain.position)
-        box = self.own_box(matrix, where)
-        assert box is not None
-        return tensor if box == own else tensor[slices(box, own)]
+        if (matrix, where) not in self._cuts:
+            planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
+            placement: Placement = getattr(planned, where)
+            own = placement.box(planned.shape, self.domain.position)
+            box = self.own_box(matrix, where)
+            assert box is not None
+            self._cuts[matrix, where] = slices(box, own)
+        return tensor[self._cuts[matrix, where]]
 
     def state_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
         """The same of the variant's state."""
-        planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
-        assert planned.state_lives is not None
-        own = planned.state_lives.box(planned.state_shape, self.domain.position)
-        return tensor[slices(box, own)]
+        if (matrix, "state") not in self._cuts:
+            planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
+            assert planned.state_lives is not None
+            own = planned.state_lives.box(planned.state_shape, self.domain.position)
+            self._cuts[matrix, "state"] = slices(box, own)
+        return tensor[self._cuts[matrix, "state"]]
 
     def batches(self, entries: Mapping[int, Entry]) -> list[SharedBatch]:
         """Those of a step; entries by index in the group."""
@@ -400,7 +405,7 @@ class SharedBatch:
 
     def _logical_state(self, matrix: int) -> Tensor:
         """`(rows, 1)` or `(rows, cols)`."""
-        block = self.share.sources[matrix].row_block
+        block = self.share.sources[matrix].state_block
         return block.to_matrices(self._variances[matrix])[0]
 
     def keep(self, wholes: Sequence[Whole]) -> Pending | Arrived[None]:
