@@ -114,7 +114,7 @@ class Schedule:
             self.shares[-1] += [Share(layouts, group, params, loads) for params in shared]
         plans += [share.plan for shares in self.shares for share in shares]
         plans += [gather.plan for gather in self.gathers]
-        self.plan = StepPlan(tuple(plans))
+        self.plan = StepPlan(len(loads), tuple(plans))
         self.facts.append(("the plan", self.plan.fingerprint()))
 
     def _sort(
@@ -134,6 +134,17 @@ class Schedule:
             if index in has:
                 shared.setdefault((p.dtype, param.grad_dtype), []).append(param)
         return own, list(shared.values())
+
+
+def plan_alone(layouts: Layouts, groups: Sequence[dict[str, Any]], present: Present) -> StepPlan:
+    """What a step computes where no ranks share the parameters."""
+    plans = []
+    for group, has in zip(groups, present, strict=True):
+        if group["algorithm"] == "muon":
+            named = zip(parameter_names(group), group["params"], strict=True)
+            params = [Param(i, name, p, has[i]) for i, (name, p) in enumerate(named) if i in has]
+            plans.append(own_plan(layouts, group, params, [0]))
+    return StepPlan(1, tuple(plans))
 
 
 def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:

@@ -8,9 +8,9 @@ import torch
 
 from muonkit._groups import flops_of, momentum_dtype
 from muonkit._optim_batches import Arrived, Living, Standing, Whole, place
-from muonkit._optim_layout import ranks_per_node
+from muonkit._optim_layout import Layout, ranks_per_node
 from muonkit.exchange import Pending, move
-from muonkit.placement import Axis, Box, Placement, box_size, intersection, slices
+from muonkit.placement import Axis, Box, Placement, box_size, intersection, replicated, slices
 from muonkit.plan import (
     Errand,
     Item,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from muonkit._optim_batches import Entry
-    from muonkit._optim_layout import Layout, Layouts
+    from muonkit._optim_layout import Layouts
     from muonkit.exchange import Domain
 
 __all__ = ["Param", "Share", "own_plan", "state_placement"]
@@ -91,6 +91,9 @@ class Param(NamedTuple):
     name: str
     p: Tensor
     grad_dtype: torch.dtype
+
+
+_ALONE = Layout(replicated(1), replicated(1), (), (), None)
 
 
 class _Source(NamedTuple):
@@ -241,23 +244,22 @@ def own_plan(
     layouts: Layouts, group: dict[str, Any], params: Sequence[Param], loads: list[int]
 ) -> Plan:
     """What every rank computes of its own, among the ranks that share others."""
-    assert layouts.domain is not None
-    spread = [param for param in params if layouts.get(param.p) is not None]
+    spread = [param for param in params if layouts.get(param.p) or layouts.domain is None]
     tensors, matrices, _ = _describe(layouts, group, spread)
-    return make_own(layouts.domain.size, tensors, matrices, loads)
+    return make_own(len(loads), tensors, matrices, loads)
 
 
 def _describe(
     layouts: Layouts, group: dict[str, Any], params: Sequence[Param]
 ) -> tuple[list[Stored], list[Matrix], list[_Source]]:
     """Parameters and their matrices as the plan knows them, and where each matrix is from."""
-    assert layouts.domain is not None
     kept, view = VARIANTS[group["variant"]].state, group["view"]
     tensors: list[Stored] = []
     matrices: list[Matrix] = []
     sources: list[_Source] = []
     for number, (index, name, p, _) in enumerate(params):
-        shape, layout = tuple(p.shape), layouts[p]
+        shape, layout = tuple(p.shape), layouts.get(p) or _ALONE
+        device = p.device if layouts.domain is None else layouts.domain.device
         tensor = Stored(name, shape, layout.stored, layout.lives)
         if kept != "none":
             like = row_shape(view, shape) if kept == "rows" else shape
@@ -267,7 +269,7 @@ def _describe(
         for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
             if not block.batch * block.rows * block.cols:
                 continue
-            flops = flops_of(group, block.rows, block.cols, p.dtype, layouts.domain.device)
+            flops = flops_of(group, block.rows, block.cols, p.dtype, device)
             of = row_block if kept == "rows" else block
             for box, state in zip(block.boxes(), of.boxes(), strict=True):
                 sources.append(_Source(index, block, of))

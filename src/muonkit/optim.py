@@ -36,13 +36,18 @@ from muonkit._optim_gradients import (
     with_gradients,
 )
 from muonkit._optim_layout import Layouts, local
-from muonkit._optim_schedule import Schedule, gradients, options_facts, schedule_key
+from muonkit._optim_schedule import (
+    Schedule,
+    gradients,
+    options_facts,
+    plan_alone,
+    schedule_key,
+)
 from muonkit._optim_state import adopt_state, ensure_state
 from muonkit._optim_step import muon_step
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import agree, run_overlapped
-from muonkit.plan import StepPlan
 from muonkit.routing import Routes, Rule, route
 from muonkit.variants import VARIANTS
 
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from muonkit._optim_gradients import Scaled, Work
     from muonkit._optim_schedule import Present
     from muonkit.coefficients import Coefficients
+    from muonkit.plan import StepPlan
 
 __all__ = ["Muon", "MuonW"]
 
@@ -347,12 +353,13 @@ class Muon(Optimizer):
 
         Returns:
             A `muonkit.plan.StepPlan`: `traffic()` has FLOPs and bytes of every rank,
-            `messages(rank)` what one rank sends to each other. Empty where no ranks share this
-            optimizer's parameters. Ranks are counted in their process group.
+            `messages(rank)` what one rank sends to each other. Ranks are counted in their process
+            group; there is one where none share this optimizer's parameters.
         """
+        present = gradients(self.param_groups, all_of_them=True)
         if self._layouts.domain is None:
-            return StepPlan(())
-        return self._schedule(gradients(self.param_groups, all_of_them=True)).plan
+            return plan_alone(self._layouts, self.param_groups, present)
+        return self._schedule(present).plan
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
         """Scale the gradients of all parameters, in place, so that their 2-norm is at most

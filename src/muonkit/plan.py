@@ -98,8 +98,8 @@ class Traffic(NamedTuple):
     @property
     def balance(self) -> float:
         """Largest over mean of the ranks' FLOPs."""
-        mean = sum(self.flops) / len(self.flops)
-        return max(self.flops) / mean if mean else 1.0
+        total = sum(self.flops)
+        return max(self.flops) * len(self.flops) / total if total else 1.0
 
 
 class Plan(NamedTuple):
@@ -270,11 +270,13 @@ class Plan(NamedTuple):
 class StepPlan(NamedTuple):
     """Everything that one step exchanges and computes, on every rank."""
 
+    ranks: int
     plans: tuple[Plan, ...]
 
     def traffic(self, node: int = 1) -> Traffic:
         """What the step costs each rank; bytes between nodes of so many ranks only."""
-        each = [plan.traffic(node) for plan in self.plans]
+        nothing = Traffic(*([0] * self.ranks for _ in Traffic._fields))
+        each = [nothing, *(plan.traffic(node) for plan in self.plans)]
         return Traffic(
             *([sum(ns) for ns in zip(*column, strict=True)] for column in zip(*each, strict=True))
         )
