@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from muonkit.placement import Box, Placement, Where, box_size, intersection, pieces
+from muonkit.placement import (
+    Box,
+    Interval,
+    Placement,
+    Where,
+    box_size,
+    intersection,
+    intervals,
+    pieces,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Matrix", "Stored", "Way", "alike", "sources", "targets"]
 
@@ -107,21 +117,48 @@ def _own_box(place: Placement, shape: tuple[int, ...], position: int) -> Box:
 
 
 def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix]) -> list[int]:
-    """For each matrix, the first one that lies on the ranks as it does: of an equal parameter, and
-    elsewhere at most along dims that nothing cuts (experts of a stack, on all of its ranks).
+    """For each matrix, the first one whose parts lie on the same ranks, in the same sizes: of an
+    equal parameter, and elsewhere at most along dims that nothing cuts, or within what one rank
+    has of a dim (experts of a stack).
     """
     kinds: dict[Stored, int] = {}
     kind = [kinds.setdefault(tensor._replace(name=""), len(kinds)) for tensor in tensors]
-    cuts = [{axis.dim for axis in (*tensor.lives.axes, *tensor.stored.axes)} for tensor in kinds]
+    extents = [_Extents(tensor.lives, tensor.shape) for tensor in kinds]
+    of_state = [_Extents(tensor.state_lives, tensor.state_shape) for tensor in kinds]
     first: dict[tuple[Any, ...], int] = {}
     like = []
     for i, (tensor, box, _, state_box) in enumerate(matrices):
-        cut = cuts[kind[tensor]]
-        key = (kind[tensor], *_ends(box, cut), *_ends(state_box or (), cut))
+        k = kind[tensor]
+        key = (k, *extents[k].of(box), *of_state[k].of(state_box or ()))
         like.append(first.setdefault(key, i))
     return like
 
 
-def _ends(box: Box, cut: Collection[int | None]) -> list[tuple[int, int] | int]:
-    """Where a box lies along the dims that are cut, and its lengths along the others."""
-    return [(a, b) if dim in cut else b - a for dim, (a, b) in enumerate(box)]
+class _Extents:
+    """What matters of a box for how its parts lie: for each dim its length, and in which of the
+    intervals it is that the dim is cut in; where it is in several, from where to where.
+
+    Where a tensor is stored it is cut in the intervals in which it lives, or in unions of them.
+    """
+
+    def __init__(self, place: Placement | None, shape: tuple[int, ...]) -> None:
+        self._starts: list[list[int]] = []
+        self._known: list[dict[Interval, Interval]] = [{} for _ in shape]
+        for dim, length in enumerate(shape if place is not None else ()):
+            assert place is not None
+            self._starts.append([start for start, _ in intervals(place, length, dim)])
+
+    def of(self, box: Box) -> list[Interval]:
+        found = []
+        for dim, interval in enumerate(box):
+            known = self._known[dim]
+            if interval not in known:
+                known[interval] = self._extent(dim, *interval)
+            found.append(known[interval])
+        return found
+
+    def _extent(self, dim: int, start: int, stop: int) -> Interval:
+        starts = self._starts[dim]
+        first, last = (bisect.bisect_right(starts, at) for at in (start, stop - 1))
+        # Negative, so that it is no interval.
+        return (-first, stop - start) if first == last else (start, stop)

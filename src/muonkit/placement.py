@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Axis",
     "Box",
+    "Interval",
     "Piece",
     "Placement",
+    "Where",
     "box_size",
     "intersection",
+    "intervals",
     "nested",
     "pieces",
     "replicated",
@@ -229,6 +232,11 @@ def _indices(positions: range | tuple[int, ...]) -> dict[int, int]:
     return {position: index for index, position in enumerate(positions)}
 
 
+def intervals(placement: Placement, length: int, dim: int) -> list[Interval]:
+    """The non-empty intervals that a dim of this length is cut in, ascending."""
+    return [interval for interval, _ in _cells(placement, length, dim)]
+
+
 @functools.lru_cache(maxsize=4096)
 def _cells(placement: Placement, length: int, dim: int) -> list[tuple[Interval, dict[int, int]]]:
     """The non-empty intervals that a dim is cut in, ascending, with the coordinates of each."""
@@ -260,7 +268,7 @@ def _intervals(length: int, cuts: tuple[tuple[int, int], ...]) -> dict[tuple[int
             for where, before in runs.items()
             for i, part in enumerate(_cut(before, size, split))
         }
-    intervals = {}
+    found = {}
     for where, parts in runs.items():
         if len(parts) > 1:
             raise ValueError(
@@ -268,8 +276,8 @@ def _intervals(length: int, cuts: tuple[tuple[int, int], ...]) -> dict[tuple[int
                 f"it ({', '.join(f'[{a}:{b}]' for a, b in parts[:4])}): every rank has to store "
                 "one rectangle; redistribute the parameter, or cut it along another dim"
             )
-        intervals[where] = parts[0] if parts else (length, length)
-    return intervals
+        found[where] = parts[0] if parts else (length, length)
+    return found
 
 
 def _cut(runs: list[Interval], size: int, split: int) -> list[list[Interval]]:
