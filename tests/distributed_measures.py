@@ -22,7 +22,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distributed_zoo as zoo
 from distributed_helpers import counted_collectives
 from muonkit import Muon
-from muonkit import optim as muon_module
+from muonkit import _optim_step as muon_module
 from muonkit._optim_schedule import gradients
 from muonkit.views import blocks_of
 
