@@ -238,6 +238,9 @@ class Checkpoints:
             part.replace(self.path / name)
             for old in self._whole()[: -self.KEEP]:
                 self._delete(old.replace(old.with_suffix(".part")))
+        # A rank that goes on, or ends without an error, may rely on the checkpoint's name.
+        if dist.is_initialized():
+            dist.barrier()
 
     @staticmethod
     def load(progress: Progress, folder: Path) -> None:
