@@ -63,6 +63,8 @@ class Entry(NamedTuple):
         param, grad, momentum: of one shape.
         variance: the variant's state, None where it keeps none.
         steps: how often the variant's state was updated, this time included.
+        copies: the mesh axes along which ranks compute the same. Only equal ones share a batch:
+            padding and companions change the last bits, and copies must not drift apart.
     """
 
     param: Tensor
@@ -70,6 +72,7 @@ class Entry(NamedTuple):
     momentum: Tensor
     variance: Tensor | None = None
     steps: Tensor | None = None
+    copies: tuple[int, ...] = ()
 
 
 class Living(NamedTuple):
@@ -205,7 +208,7 @@ def place(whole: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def planned(
-    params: Sequence[Tensor], group: dict[str, Any]
+    params: Sequence[Tensor], group: dict[str, Any], copies: Sequence[tuple[int, ...]] | None = None
 ) -> list[tuple[int, int, list[tuple[int, Block, Block]]]]:
     """Rows, columns, and (index of the parameter, block, block of the variant's state) of every
     batch.
@@ -220,7 +223,7 @@ def planned(
         of_state = row_blocks(group["view"], shape) if by_rows else whole
         for block, rows in zip(whole, of_state, strict=True):
             if block.batch * block.rows * block.cols:
-                key = (p.dtype, p.device)
+                key = (p.dtype, p.device, copies[index] if copies else ())
                 size = block.batch, block.rows, block.cols
                 items.append(Item(key, p.device.type, *size, p.element_size()))
                 blocks.append((index, block, rows))
@@ -231,7 +234,8 @@ def planned(
 def make(entries: Sequence[Entry], group: dict[str, Any]) -> list[LocalBatch]:
     """The batches of a step over these parameters."""
     batches = []
-    for rows, cols, blocks in planned([entry.param for entry in entries], group):
+    copies = [entry.copies for entry in entries]
+    for rows, cols, blocks in planned([entry.param for entry in entries], group, copies):
         parts: dict[tuple[Any, ...], _Part] = {}
         for index, block, state_block in blocks:
             entry = entries[index]

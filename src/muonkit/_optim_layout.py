@@ -66,7 +66,8 @@ class Layouts:
                 f"but is: {zero!r}; parameters are sharded by fully_shard, gradients by "
                 "muonkit.ddp_reduce_scatter_hook"
             )
-        self.group: ProcessGroup | None = _group_of(process_group)
+        group = _group_of(process_group)
+        self.group: ProcessGroup | None = None if group is None or group.size() == 1 else group
         self.zero: int = zero
         self.domain: Domain | None = None
         self._ranks: list[int] = []
@@ -225,6 +226,8 @@ def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -
     axis = _axis_of_group(full, layouts.group)
     given = () if axis is None or axes[axis].dim is not None else (axis,)
     implied = tuple(i for i in implied if i not in given)
+    # Cut along an axis of one rank is not cut.
+    axes = tuple(Axis(None) if n == 1 else axis for n, axis in zip(full.shape, axes, strict=True))
     stored = Placement(tuple(full.shape), axes, layouts.positions(full))
     _check_box(layouts, name, p, stored)
     lives = stored
@@ -249,7 +252,7 @@ def cuts_experts_only(axes: Sequence[Axis], ndim: int, view: str) -> bool:
 
 def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
     group, mesh = layouts.group, layouts.mesh
-    if group is None or group.size() == 1:
+    if group is None:
         return None
     ranks = torch.distributed.get_process_group_ranks(group)
     axis = None if mesh is None else _axis_of_group(mesh, group)

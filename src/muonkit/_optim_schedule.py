@@ -4,12 +4,12 @@ in which all ranks have to agree before anything is sent.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
 from muonkit._groups import parameter_names
-from muonkit._optim_layout import cuts_experts_only, is_whole, local
+from muonkit._optim_layout import cuts_experts_only, is_dtensor, is_whole, local
 from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
 from muonkit.placement import slices
@@ -40,21 +40,35 @@ _PLANNING = (
 )
 
 
-# Per group: the parameters that have a gradient, by index, and its dtype.
-Present: TypeAlias = "Sequence[Mapping[int, torch.dtype]]"
+class Gradient(NamedTuple):
+    """A gradient's dtype, and how it is placed if that is not as its parameter."""
+
+    dtype: torch.dtype
+    placements: Any = None
+
+
+# Per group: the parameters that have a gradient, by index.
+Present: TypeAlias = "Sequence[Mapping[int, Gradient]]"
 
 
 def gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = False) -> Present:
     """What has a gradient now; or all that is trained, as if it had one of its own dtype."""
     if all_of_them:
         return [
-            {i: p.dtype for i, p in enumerate(group["params"]) if p.requires_grad}
+            {i: Gradient(p.dtype) for i, p in enumerate(group["params"]) if p.requires_grad}
             for group in groups
         ]
     return [
-        {i: p.grad.dtype for i, p in enumerate(group["params"]) if p.grad is not None}
+        {i: _gradient(p) for i, p in enumerate(group["params"]) if p.grad is not None}
         for group in groups
     ]
+
+
+def _gradient(p: Any) -> Gradient:
+    grad = p.grad
+    if is_dtensor(grad) and grad.placements != p.placements:
+        return Gradient(grad.dtype, grad.placements)
+    return Gradient(grad.dtype)
 
 
 def schedule_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple[Any, ...]:
@@ -118,21 +132,26 @@ class Schedule:
         self.facts.append(("the plan", self.plan.fingerprint()))
 
     def _sort(
-        self, layouts: Layouts, group: dict[str, Any], has: Mapping[int, torch.dtype]
+        self, layouts: Layouts, group: dict[str, Any], has: Mapping[int, Gradient]
     ) -> tuple[list[Param], list[list[Param]]]:
         """The group's parameters that are this rank's own, and the others by dtype."""
         own: list[Param] = []
         shared: dict[tuple[torch.dtype, ...], list[Param]] = {}
         named = zip(parameter_names(group), group["params"], strict=True)
         for index, (name, p) in enumerate(named):
-            layout = layouts.get(p)
-            param = Param(index, name, p, has.get(index, p.dtype))
-            if layout is None or _is_own(layout, p, group):
-                own += [param] if index in has else []
-                continue
-            self.facts.append((name, _fact(p, layout, has.get(index))))
-            if index in has:
-                shared.setdefault((p.dtype, param.grad_dtype), []).append(param)
+            layout, grad = layouts.get(p), has.get(index)
+            param = Param(index, name, p, p.dtype if grad is None else grad.dtype)
+            is_own = layout is None or _is_own(layout, p, group)
+            # Experts that nobody routed to may be without a gradient on their rank alone.
+            cut = layout is not None and any(a.dim is not None for a in layout.stored.axes)
+            alone = is_own and cut and group["algorithm"] == "muon"
+            if layout is not None and not (alone and (grad is None or grad.placements is None)):
+                self.facts.append((name, _fact(p, layout, grad)))
+            if grad is not None:
+                if is_own:
+                    own.append(param)
+                else:
+                    shared.setdefault((p.dtype, param.grad_dtype), []).append(param)
         return own, list(shared.values())
 
 
@@ -142,7 +161,9 @@ def plan_alone(layouts: Layouts, groups: Sequence[dict[str, Any]], present: Pres
     for group, has in zip(groups, present, strict=True):
         if group["algorithm"] == "muon":
             named = zip(parameter_names(group), group["params"], strict=True)
-            params = [Param(i, name, p, has[i]) for i, (name, p) in enumerate(named) if i in has]
+            params = [
+                Param(i, name, p, has[i].dtype) for i, (name, p) in enumerate(named) if i in has
+            ]
             plans.append(own_plan(layouts, group, params, [0]))
     return StepPlan(1, tuple(plans))
 
@@ -164,8 +185,10 @@ def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:
     return not others or group["replicas"] == "recompute"
 
 
-def _fact(p: Tensor, layout: Layout, grad: torch.dtype | None) -> str:
-    has = "no gradient" if grad is None else f"a gradient in {grad}"
+def _fact(p: Tensor, layout: Layout, grad: Gradient | None) -> str:
+    has = "no gradient" if grad is None else f"a gradient in {grad.dtype}"
+    if grad is not None and grad.placements is not None:
+        has += f" with {grad.placements}"
     return f"{tuple(p.shape)} in {p.dtype}, {layout.stored.axes}, {has}"
 
 

@@ -141,7 +141,12 @@ class _Bucket:
         """Rows, columns and matrices of what is computed together, equal shapes side by side."""
         blocks = {matrix: share.sources[matrix].block for matrix in owned}
         kind = share.domain.device.type
-        items = [Item(0, kind, 1, b.rows, b.cols, share.dtype.itemsize) for b in blocks.values()]
+        # Copies that are computed again elsewhere must come out the same to the bit: matrices of
+        # other ranks' choice do not share their batch.
+        items = [
+            Item(share.tensor(matrix).repeat, kind, 1, b.rows, b.cols, share.dtype.itemsize)
+            for matrix, b in blocks.items()
+        ]
         return [
             (
                 batch.rows,
@@ -208,9 +213,13 @@ class Share:
             for tensor, layout in zip(tensors, layouts, strict=True)
         ]
 
+    def tensor(self, matrix: int) -> Stored:
+        """The parameter that a matrix is of."""
+        return self.plan.tensors[self.plan.matrices[matrix].tensor]
+
     def own_box(self, matrix: int, where: str) -> Box | None:
         """What this rank has of a matrix, in the parameter's coordinates."""
-        tensor = self.plan.tensors[self.plan.matrices[matrix].tensor]
+        tensor = self.tensor(matrix)
         placement: Placement = getattr(tensor, where)
         own = placement.box(tensor.shape, self.domain.position)
         return intersection(own, self.plan.matrices[matrix].box)
@@ -218,7 +227,7 @@ class Share:
     def piece(self, matrix: int, where: str, tensor: Tensor) -> Tensor:
         """What a rank's part of a parameter ("stored"), or of its state ("lives"), has of it."""
         if (matrix, where) not in self._cuts:
-            planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
+            planned = self.tensor(matrix)
             placement: Placement = getattr(planned, where)
             own = placement.box(planned.shape, self.domain.position)
             box = self.own_box(matrix, where)
@@ -229,7 +238,7 @@ class Share:
     def state_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
         """The same of the variant's state."""
         if (matrix, "state") not in self._cuts:
-            planned = self.plan.tensors[self.plan.matrices[matrix].tensor]
+            planned = self.tensor(matrix)
             assert planned.state_lives is not None
             own = planned.state_lives.box(planned.state_shape, self.domain.position)
             self._cuts[matrix, "state"] = slices(box, own)

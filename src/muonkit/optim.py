@@ -419,10 +419,12 @@ class Muon(Optimizer):
         state = self.state[p]
         ensure_state(state, p, group, self._layouts)
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
+        layout = self._layouts.get(p)
+        copies = () if layout is None else layout.stored.copies()
         if VARIANTS[group["variant"]].state == "none":
-            return Entry(local(p), grad, momentum)
+            return Entry(local(p), grad, momentum, copies=copies)
         state[STEP].add_(1)
-        return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP])
+        return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
     def _adamw_entries(
         self, params: Sequence[Tensor], group: dict[str, Any]
