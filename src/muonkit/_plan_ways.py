@@ -116,15 +116,19 @@ def _own_box(place: Placement, shape: tuple[int, ...], position: int) -> Box:
     return place.box(shape, position)
 
 
-def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix]) -> list[int]:
+def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix], inward: bool = True) -> list[int]:
     """For each matrix, the first one whose parts lie on the same ranks, in the same sizes: of an
     equal parameter, and elsewhere at most along dims that nothing cuts, or within what one rank
     has of a dim (experts of a stack).
+
+    Args:
+        inward: parts of the momentum, which are also in equal parts where parameters are stored;
+            False: parts of the parameters only.
     """
     kinds: dict[Stored, int] = {}
     kind = [kinds.setdefault(tensor._replace(name=""), len(kinds)) for tensor in tensors]
-    extents = [_Extents(tensor.lives, tensor.shape) for tensor in kinds]
-    of_state = [_Extents(tensor.state_lives, tensor.state_shape) for tensor in kinds]
+    extents = [_Extents(t.lives if inward else t.stored, t.shape) for t in kinds]
+    of_state = [_Extents(t.state_lives, t.state_shape) for t in kinds]
     first: dict[tuple[Any, ...], int] = {}
     like = []
     for i, (tensor, box, _, state_box) in enumerate(matrices):

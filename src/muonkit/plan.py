@@ -214,22 +214,28 @@ class Plan(NamedTuple):
                 from one rank to another.
         """
         total = Traffic(*([0] * self.ranks for _ in Traffic._fields))
-        like = alike(self.tensors, self.matrices)
-        jobs: dict[int, dict[int, int]] = {}  # by kind and owner, how many
         for matrix, owners in self.jobs():
             _, box, flops, _ = self.matrices[matrix]
-            count = jobs.setdefault(like[matrix], {})
             for owner in owners:
                 total.flops[owner] += flops
                 if self.inward:  # AdamW's parts are not orthogonalized
                     total.matrices[owner] += 1
                     total.owned[owner] += box_size(box)
-                count[owner] = count.get(owner, 0) + 1
-        for matrix, count in jobs.items():
-            for state in (False, True) if self.has_state else (False,):
-                for inward in (True, False) if self.inward else (False,):
+        for inward in (True, False) if self.inward else (False,):
+            for matrix, count in self._kinds(inward).items():
+                for state in (False, True) if self.has_state else (False,):
                     self._count(total, matrix, count, inward, state, node)
         return total
+
+    def _kinds(self, inward: bool) -> dict[int, dict[int, int]]:
+        """How many matrices of each kind every owner has; a kind by its first matrix."""
+        like = alike(self.tensors, self.matrices, inward)
+        kinds: dict[int, dict[int, int]] = {}
+        for matrix, owners in self.jobs():
+            count = kinds.setdefault(like[matrix], {})
+            for owner in owners:
+                count[owner] = count.get(owner, 0) + 1
+        return kinds
 
     def _count(
         self,
