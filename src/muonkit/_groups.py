@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MOMENTUM",
     "NS_OPTIONS",
+    "OPTION_KEYS",
     "STEP",
     "VARIANCE",
     "beta2_of",
@@ -71,6 +72,18 @@ _MUON_KEYS = (
     "exchange_dtype",
     "replicas",
     "cautious",
+)
+# All that a group may say, beside its parameters.
+OPTION_KEYS = (
+    "algorithm",
+    "view",
+    "lr",
+    "weight_decay",
+    "betas",
+    "eps",
+    *_MUON_KEYS,
+    "maximize",
+    "nonfinite",
 )
 _FOREIGN_KEYS = {
     "muon": tuple(_ADAMW_DEFAULTS.values()),

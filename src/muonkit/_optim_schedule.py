@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from muonkit._groups import parameter_names
+from muonkit._groups import OPTION_KEYS, parameter_names
 from muonkit._optim_layout import cuts_experts_only, is_dtensor, is_whole, local
 from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from muonkit._optim_layout import Layout, Layouts
+    from muonkit.plan import Errand
 
 __all__ = ["Gather", "Present", "Schedule", "gradients", "options_facts", "schedule_key"]
 
@@ -84,16 +85,20 @@ def schedule_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple
 
 
 def options_facts(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The hyperparameters that are numbers and names; a tensor's value stays where it is."""
+    """The hyperparameters; a tensor's value only where it is on the CPU."""
     return [
-        (
-            f"group {number}'s {key}",
-            "a tensor" if isinstance(value, torch.Tensor) else repr(value),
-        )
+        (f"group {number}'s {key}", _shown(group[key]))
         for number, group in enumerate(groups)
-        for key, value in sorted(group.items())
-        if key not in ("params", "param_names", "initial_lr")
+        for key in OPTION_KEYS
+        if key in group
     ]
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    # Reading it from another device would wait for all that is queued there.
+    return repr(value.item()) if value.device.type == "cpu" else "a tensor"
 
 
 class Schedule:
@@ -117,19 +122,24 @@ class Schedule:
         self.facts: list[tuple[str, str]] = []
         loads = [0] * layouts.domain.size
         plans: list[Plan] = []
+        caps = [group["bytes_in_flight"] for group in groups if group["algorithm"] == "muon"]
+        cap = caps[0] if caps else None
         for group, has in zip(groups, present, strict=True):
             own, shared = self._sort(layouts, group, has)
-            self.own.append([param.number for param in own])
+            self.own.append([param.number for param in own if param.number in has])
             self.shares.append([])
             if group["algorithm"] == "adamw":
-                self.gathers += [Gather(layouts, params) for params in shared]
+                self.gathers += [Gather(layouts, params, cap) for params in shared]
                 continue
-            plans.append(own_plan(layouts, group, own, loads))
+            # Those without a gradient too: the owners of others may not depend on what one rank
+            # has.
+            trained = [param for param in own if param.p.requires_grad]
+            plans.append(own_plan(layouts, group, trained, loads))
             self.shares[-1] += [Share(layouts, group, params, loads) for params in shared]
-        plans += [share.plan for shares in self.shares for share in shares]
-        plans += [gather.plan for gather in self.gathers]
-        self.plan = StepPlan(len(loads), tuple(plans))
-        self.facts.append(("the plan", self.plan.fingerprint()))
+        exchanged = [share.plan for shares in self.shares for share in shares]
+        exchanged += [gather.plan for gather in self.gathers]
+        self.plan = StepPlan(len(loads), (*plans, *exchanged))
+        self.facts += [("the plan", plan.fingerprint()) for plan in exchanged]
 
     def _sort(
         self, layouts: Layouts, group: dict[str, Any], has: Mapping[int, Gradient]
@@ -143,15 +153,14 @@ class Schedule:
             param = Param(index, name, p, p.dtype if grad is None else grad.dtype)
             is_own = layout is None or _is_own(layout, p, group)
             # Experts that nobody routed to may be without a gradient on their rank alone.
-            cut = layout is not None and any(a.dim is not None for a in layout.stored.axes)
-            alone = is_own and cut and group["algorithm"] == "muon"
+            alone = is_own and layout is not None and not layout.stored.copies()
+            alone = alone and group["algorithm"] == "muon"
             if layout is not None and not (alone and (grad is None or grad.placements is None)):
                 self.facts.append((name, _fact(p, layout, grad)))
-            if grad is not None:
-                if is_own:
-                    own.append(param)
-                else:
-                    shared.setdefault((p.dtype, param.grad_dtype), []).append(param)
+            if is_own:
+                own.append(param)
+            elif grad is not None:
+                shared.setdefault((p.dtype, param.grad_dtype), []).append(param)
         return own, list(shared.values())
 
 
@@ -189,13 +198,13 @@ def _fact(p: Tensor, layout: Layout, grad: Gradient | None) -> str:
     has = "no gradient" if grad is None else f"a gradient in {grad.dtype}"
     if grad is not None and grad.placements is not None:
         has += f" with {grad.placements}"
-    return f"{tuple(p.shape)} in {p.dtype}, {layout.stored.axes}, {has}"
+    return f"{tuple(p.shape)} in {p.dtype}, {layout.stored.described()}, {has}"
 
 
 class Gather:
     """AdamW's parameters of which every rank updates a part, and gets the others' from them."""
 
-    def __init__(self, layouts: Layouts, params: Sequence[Param]) -> None:
+    def __init__(self, layouts: Layouts, params: Sequence[Param], cap: int | None) -> None:
         assert layouts.domain is not None
         self.domain = layouts.domain
         self.params = [param.p for param in params]
@@ -204,26 +213,28 @@ class Gather:
             for _, name, p, _ in params
         ]
         self.dtype = self.params[0].dtype
-        self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize)
+        cap = cap or default_cap(self.domain.device.type)
+        self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize, cap)
         me = self.domain.position
-        (jobs,) = self.plan.buckets
-        self._errand = self.plan.outbound(jobs, me)
-        self._moves = self.plan.moves(jobs, inward=False)
-        self._turns = self.plan.turns(jobs, default_cap(self.domain.device.type))
+        self._errands = [
+            (self.plan.outbound(jobs, me), self.plan.moves(jobs, inward=False))
+            for jobs in self.plan.buckets
+        ]
         self._own = [t.stored.box(t.shape, me) for t in tensors]
 
-    def task(self) -> Iterator[None]:
+    def tasks(self) -> list[Iterator[None]]:
         """Of a step in which this rank's parts are updated already."""
+        return [self._task(errand, moves) for errand, moves in self._errands]
+
+    def _task(self, errand: Errand, moves: bool) -> Iterator[None]:
         me = self.domain.position
         outgoing, incoming = (
             [(at, self._piece(matrix, box)) for at, matrix, box in parcels if at != me]
-            for parcels in (self._errand.sends, self._errand.receives)
+            for parcels in (errand.sends, errand.receives)
         )
-        for number in range(self._turns):
-            turn = number, self._turns
-            pending = move(self.domain, outgoing, incoming, self.dtype, self._moves, turn)
-            yield
-            pending.wait()
+        pending = move(self.domain, outgoing, incoming, self.dtype, moves)
+        yield
+        pending.wait()
 
     def _piece(self, matrix: int, box: Any) -> Tensor:
         tensor = self.plan.matrices[matrix].tensor

@@ -119,7 +119,10 @@ class _Bucket:
             for inward in (True, False)
             for state in ((False, True) if plan.has_state else (False,))
         }
-        self.turns = plan.turns(jobs, share.cap)
+        self.turns = {
+            state: plan.turns(jobs, share.cap, state)
+            for state in ((False, True) if plan.has_state else (False,))
+        }
         self.living: dict[tuple[Any, ...], list[int]] = {}  # the matrices of each stack
         self.standing: dict[tuple[int, int], list[int]] = {}
         for job in jobs:
@@ -235,12 +238,15 @@ class Share:
             self._cuts[matrix, where] = slices(box, own)
         return tensor[self._cuts[matrix, where]]
 
-    def state_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
+    def state_piece(self, matrix: int, tensor: Tensor) -> Tensor:
         """The same of the variant's state."""
         if (matrix, "state") not in self._cuts:
-            planned = self.tensor(matrix)
+            planned, of_matrix = self.tensor(matrix), self.plan.matrices[matrix].state_box
             assert planned.state_lives is not None
+            assert of_matrix is not None
             own = planned.state_lives.box(planned.state_shape, self.domain.position)
+            box = intersection(own, of_matrix)
+            assert box is not None
             self._cuts[matrix, "state"] = slices(box, own)
         return tensor[self._cuts[matrix, "state"]]
 
@@ -307,7 +313,8 @@ class SharedBatch:
             Standing([share.piece(m, "stored", self._entry(m).param) for m in members], *shape)
             for shape, members in bucket.standing.items()
         ]
-        self._variances: dict[int, Tensor] = {}
+        self._variances: dict[int, Tensor] = {}  # of the matrices that this rank owns
+        self._stacks: list[tuple[list[int], Tensor]] = []  # the same, as `wholes` gave them out
 
     def _entry(self, matrix: int) -> Entry:
         return self.entries[self.share.sources[matrix].param]
@@ -378,10 +385,10 @@ class SharedBatch:
             (errand.receives, errand.sends) if back else (errand.sends, errand.receives)
         )
         home = []
-        for position, matrix, box in at_home:
+        for position, matrix, _ in at_home:
             variance = self._entry(matrix).variance
             assert variance is not None
-            home.append((position, self.share.state_piece(matrix, box, variance)))
+            home.append((position, self.share.state_piece(matrix, variance)))
         owner = []
         for position, matrix, box in at_owner:
             state = self.share.plan.matrices[matrix].state_box
@@ -391,7 +398,6 @@ class SharedBatch:
 
     def wholes(self, o: Sequence[Tensor]) -> list[Whole]:
         wholes = []
-        self._stacks: list[tuple[list[int], Block, Tensor]] = []
         for (_, _, members), matrices in zip(self.bucket.batches, o, strict=True):
             start = 0
             while start < len(members):
@@ -410,7 +416,7 @@ class SharedBatch:
                     count = count.to(matrices.device).reshape(-1, 1, 1)
                 whole = place(matrices[start:stop], block.rows, block.cols)
                 wholes.append(Whole(whole, variance, count))
-                self._stacks.append((some, block, variance))
+                self._stacks.append((some, variance))
                 start = stop
         return wholes
 
@@ -422,11 +428,11 @@ class SharedBatch:
     def keep(self, wholes: Sequence[Whole]) -> Pending | Arrived[None]:
         """Send the variant's state back to everywhere where it lives."""
         assert self.bucket.state is not None
-        for some, _, variance in self._stacks:
+        for some, variance in self._stacks:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
                 self._logical_state(matrix).copy_(rows)
         outgoing, incoming = self._state_parcels(self.bucket.state[1], back=True)
-        return self._move(outgoing, incoming, self.share.state_dtype, inward=False, state=True)
+        return self._move_out(outgoing, incoming, self.share.state_dtype, state=True)
 
     def to_params(self, o: Sequence[Tensor]) -> _Arriving:
         parts = self._parts(o)
@@ -444,16 +450,24 @@ class SharedBatch:
             for _, matrix, box in errand.receives
         }
         incoming = [(position, pieces[matrix]) for position, matrix, _ in errand.receives]
-        # More turns than one where an owner's copies for all others would not fit in the cap.
-        for number in range(self.bucket.turns):
-            turn = number, self.bucket.turns
-            pending = self._move(
-                outgoing, incoming, self.share.wire, inward=False, state=False, turn=turn
-            )
-            if number + 1 < self.bucket.turns:
-                pending.wait()
+        pending = self._move_out(outgoing, incoming, self.share.wire, state=False)
         updates = [[pieces[m] for m in members] for members in self.bucket.standing.values()]
         return _Arriving([pending], updates)
+
+    def _move_out(
+        self,
+        outgoing: list[tuple[int, Tensor]],
+        incoming: list[tuple[int, Tensor]],
+        dtype: torch.dtype,
+        state: bool,
+    ) -> Pending:
+        """In several turns where an owner's copies for all others would not fit in the cap; the
+        last of them is on its way when this returns.
+        """
+        turns = self.bucket.turns[state]
+        for number in range(turns - 1):
+            self._move(outgoing, incoming, dtype, False, state, (number, turns)).wait()
+        return self._move(outgoing, incoming, dtype, False, state, (turns - 1, turns))
 
     def _move(
         self,

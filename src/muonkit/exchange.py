@@ -94,7 +94,6 @@ def move(
         turn: (k, n): only the k-th of n parts, by who sends to whom; the first copies what stays.
     """
     number, turns = turn
-
     me = domain.position
     own_from = [tensor.to(dtype) for position, tensor in outgoing if position == me]
     own_into = [tensor for position, tensor in incoming if position == me]

@@ -340,7 +340,7 @@ class Muon(Optimizer):
         own, shared = self._batches(work, schedule)
         tasks = [muon_step(batch, group) for group, batch in shared]
         if schedule is not None:
-            tasks += [gather.task() for gather in schedule.gathers]
+            tasks += [task for gather in schedule.gathers for task in gather.tasks()]
         run_overlapped(tasks, depth=3)
         for group, batch in own:
             for _ in muon_step(batch, group):

@@ -24,8 +24,8 @@ __all__ = [
     "Placement",
     "Where",
     "box_size",
+    "cells",
     "intersection",
-    "intervals",
     "nested",
     "pieces",
     "replicated",
@@ -90,10 +90,21 @@ class Placement(NamedTuple):
         at = self.coordinates(position)
         box = []
         for dim, length in enumerate(shape):
-            cuts = _cuts(self, dim)
-            where = tuple(at[axis] for axis, _, _ in cuts)
-            box.append(_intervals(length, tuple(cut[1:] for cut in cuts))[where])
+            where = tuple(at[axis] for axis, _, _ in _cuts(self, dim))
+            box.append(_along(self, length, dim)[where])
         return tuple(box)
+
+    def described(self) -> str:
+        """In DTensor's words."""
+        words = [
+            "Replicate()"
+            if dim is None
+            else f"Shard({dim})"
+            if split == 1
+            else f"_StridedShard({dim}, split_factor={split})"
+            for dim, split in self.axes
+        ]
+        return f"[{', '.join(words)}] on a mesh of {' x '.join(map(str, self.mesh))}"
 
     def copies(self) -> tuple[int, ...]:
         """The mesh axes along which every rank has the same."""
@@ -140,7 +151,7 @@ def shared_out(placement: Placement, shape: tuple[int, ...], axes: tuple[int, ..
     Cut on the first dim where every rank's part is one rectangle of what it had; as it was where
     there is none (a scalar, or parts that do not nest).
     """
-    for dim in range(len(shape)):
+    for dim, length in enumerate(shape):
         after = [1] * len(placement.mesh)  # what cuts this dim to the right of each mesh axis
         for i in reversed(range(len(placement.mesh) - 1)):
             cuts = placement.axes[i + 1].dim == dim
@@ -151,13 +162,24 @@ def shared_out(placement: Placement, shape: tuple[int, ...], axes: tuple[int, ..
             )
         )
         try:
-            if all(
-                nested(shared.box(shape, at), placement.box(shape, at)) for at in shared.positions
-            ):
+            if not math.prod(shape) or _finer(shared, placement, length, dim):
                 return shared
         except ValueError:
             continue
     return placement
+
+
+def _finer(inner: Placement, outer: Placement, length: int, dim: int) -> bool:
+    """Whether every rank's interval of a dim is, in one placement, inside its own in another, which
+    has some of its cuts.
+    """
+    cuts = [axis for axis, _, _ in _cuts(inner, dim)]
+    kept = [cuts.index(axis) for axis, _, _ in _cuts(outer, dim)]
+    wide = _along(outer, length, dim)
+    return all(
+        nested((interval,), (wide[tuple(where[i] for i in kept)],))
+        for where, interval in _along(inner, length, dim).items()
+    )
 
 
 def intersection(one: Box, other: Box) -> Box | None:
@@ -199,10 +221,10 @@ def pieces(
     """
     found: list[list[tuple[Interval, dict[int, int]]]] = []
     for dim, (start, stop) in enumerate(box):
-        cells = _cells(placement, shape[dim], dim)
-        first = bisect.bisect_right(cells, start, key=lambda cell: cell[0][1])
+        parts = cells(placement, shape[dim], dim)
+        first = bisect.bisect_right(parts, start, key=lambda cell: cell[0][1])
         overlaps = []
-        for (a, b), at in itertools.islice(cells, first, None):
+        for (a, b), at in itertools.islice(parts, first, None):
             if a >= stop:
                 break
             overlaps.append(((max(a, start), min(b, stop)), at))
@@ -232,21 +254,16 @@ def _indices(positions: range | tuple[int, ...]) -> dict[int, int]:
     return {position: index for index, position in enumerate(positions)}
 
 
-def intervals(placement: Placement, length: int, dim: int) -> list[Interval]:
-    """The non-empty intervals that a dim of this length is cut in, ascending."""
-    return [interval for interval, _ in _cells(placement, length, dim)]
-
-
 @functools.lru_cache(maxsize=4096)
-def _cells(placement: Placement, length: int, dim: int) -> list[tuple[Interval, dict[int, int]]]:
+def cells(placement: Placement, length: int, dim: int) -> list[tuple[Interval, dict[int, int]]]:
     """The non-empty intervals that a dim is cut in, ascending, with the coordinates of each."""
     cuts = _cuts(placement, dim)
-    cells = [
+    found = [
         (interval, dict(zip((axis for axis, _, _ in cuts), where, strict=True)))
-        for where, interval in _intervals(length, tuple(cut[1:] for cut in cuts)).items()
+        for where, interval in _along(placement, length, dim).items()
         if interval[0] < interval[1]
     ]
-    return sorted(cells, key=lambda cell: cell[0])
+    return sorted(found, key=lambda cell: cell[0])
 
 
 def _cuts(placement: Placement, dim: int) -> list[tuple[int, int, int]]:
@@ -256,6 +273,11 @@ def _cuts(placement: Placement, dim: int) -> list[tuple[int, int, int]]:
         for i, (size, axis) in enumerate(zip(placement.mesh, placement.axes, strict=True))
         if axis.dim == dim
     ]
+
+
+def _along(placement: Placement, length: int, dim: int) -> dict[tuple[int, ...], Interval]:
+    """The interval of each combination of coordinates along the mesh axes that cut this dim."""
+    return _intervals(length, tuple(cut[1:] for cut in _cuts(placement, dim)))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from muonkit._plan_batches import Item, PlannedBatch, default_cap, make_batches
@@ -187,17 +188,18 @@ class Plan(NamedTuple):
             for owner in job.owners
         )
 
-    def turns(self, bucket: Sequence[Job], cap: int) -> int:
+    def turns(self, bucket: Sequence[Job], cap: int, state: bool = False) -> int:
         """In how many turns the way out of a bucket has to be taken, so that no rank's buffer is
         larger than the cap: an owner has as many copies in it as it sends.
         """
         sent: dict[int, int] = {}
         for matrix, owners in bucket:
-            way = self._way(matrix, inward=False, state=False)
+            way = self._way(matrix, inward=False, state=state)
+            itemsize = self.state_itemsize if state else self.itemsize
             for owner in owners:
                 sizes = way.sizes(way.place.where(owner, way.axes))
                 away = sum(sizes.values()) - sizes.get(owner, 0)
-                sent[owner] = sent.get(owner, 0) + away * self.itemsize
+                sent[owner] = sent.get(owner, 0) + away * itemsize
         turns = -(-max(sent.values(), default=0) // cap)
         return min(max(turns, 1), max(self.ranks - 1, 1))
 
@@ -215,14 +217,20 @@ class Plan(NamedTuple):
         """
         total = Traffic(*([0] * self.ranks for _ in Traffic._fields))
         for matrix, owners in self.jobs():
-            _, box, flops, _ = self.matrices[matrix]
+            flops = self.matrices[matrix].flops
             for owner in owners:
                 total.flops[owner] += flops
-                if self.inward:  # AdamW's parts are not orthogonalized
-                    total.matrices[owner] += 1
-                    total.owned[owner] += box_size(box)
+        kinds = self._kinds(inward=self.inward)
+        if self.inward:  # AdamW's parts are not orthogonalized
+            for matrix, count in kinds.items():
+                size = box_size(self.matrices[matrix].box)
+                for owner, number in count.items():
+                    total.matrices[owner] += number
+                    total.owned[owner] += number * size
         for inward in (True, False) if self.inward else (False,):
-            for matrix, count in self._kinds(inward).items():
+            if self.inward and not inward and any(t.lives != t.stored for t in self.tensors):
+                kinds = self._kinds(inward)
+            for matrix, count in kinds.items():
                 for state in (False, True) if self.has_state else (False,):
                     self._count(total, matrix, count, inward, state, node)
         return total
@@ -366,19 +374,49 @@ def make_own(
     return Plan(ranks, alone, tuple(matrices), (tuple(jobs),), 0)
 
 
-def make_gather(ranks: int, tensors: Sequence[Stored], itemsize: int) -> Plan:
+def make_gather(
+    ranks: int, tensors: Sequence[Stored], itemsize: int, cap: int | None = None
+) -> Plan:
     """The plan of an elementwise step: every rank computes the part of the parameter that its state
-    lives for, and sends it to all who store it. One bucket, in which all ranks send alike: what is
-    too much at once goes in turns.
+    lives for, and sends it to all who store it.
+
+    Args:
+        cap: bytes that a rank may send in one bucket, for which parts are cut on their first dim;
+            None is all in one.
     """
     matrices: list[Matrix] = []
-    jobs: list[Job] = []
-    for i, tensor in enumerate(tensors):
-        for piece in pieces(tensor.lives, tensor.shape, whole(tensor.shape)):
-            jobs.append(Job(len(matrices), piece.positions))
-            matrices.append(Matrix(i, piece.box, 0))
+    buckets: list[list[Job]] = [[]]
+    busy = 0
     alone = [tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors]
-    return Plan(ranks, tuple(alone), tuple(matrices), (tuple(jobs),), itemsize, inward=False)
+    for i, tensor in enumerate(alone):
+        parts = pieces(tensor.lives, tensor.shape, whole(tensor.shape))
+        if not parts:
+            continue
+        axes = [axis for axis in tensor.stored.copies() if axis not in tensor.repeat]
+        others = math.prod(tensor.stored.mesh[axis] for axis in axes) - 1
+        sent = max(box_size(box) for box, _ in parts) * others * itemsize
+        cuts = max(1, -(-sent // cap)) if cap and tensor.shape else 1
+        for k in range(cuts):
+            if cap and buckets[-1] and busy + -(-sent // cuts) > cap:
+                buckets.append([])
+                busy = 0
+            busy += -(-sent // cuts)
+            for box, at in parts:
+                part = _kth(box, k, cuts)
+                if box_size(part):
+                    buckets[-1].append(Job(len(matrices), at))
+                    matrices.append(Matrix(i, part, 0))
+    filled = tuple(tuple(bucket) for bucket in buckets if bucket)
+    return Plan(ranks, tuple(alone), tuple(matrices), filled, itemsize, inward=False)
+
+
+def _kth(box: Box, k: int, cuts: int) -> Box:
+    """The k-th of so many parts of a box, cut on its first dim."""
+    if cuts == 1:
+        return box
+    (start, stop), *rest = box
+    step = -(-(stop - start) // cuts)
+    return ((min(start + k * step, stop), min(start + (k + 1) * step, stop)), *rest)
 
 
 def _by_node(counts: dict[int, int], node: int) -> dict[int, int]:
