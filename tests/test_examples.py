@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 # Small, and still through a warm-up, a step at the peak, and decay.
 SHORT = ["--steps", "4", "--every", "1", "--batch", "4"]
-TOLERANCE = 1e-4
+# Losses are printed with six decimals. Ranks sum in another order than one process does: in six
+# steps of every layout that changed no loss by more than 1e-6, the last decimal.
+TOLERANCE = 1e-5
 
 
 def losses(output: str) -> dict[int, float]:
