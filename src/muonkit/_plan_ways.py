@@ -12,13 +12,13 @@ from muonkit.placement import (
     Placement,
     Where,
     box_size,
+    cells,
     intersection,
-    intervals,
     pieces,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Matrix", "Stored", "Way", "alike", "sources", "targets"]
 
@@ -105,10 +105,15 @@ class Way(NamedTuple):
             self.place.where(position, self.axes) == self.place.where(owner, self.axes)
         )
 
-    def sizes(self, where: Where) -> dict[int, int]:
+    def sizes(self, where: Where) -> Mapping[int, int]:
         """The elements that each of an owner's others has; the owner's coordinates are `where`."""
-        parts = pieces(self.place, self.shape, self.box, where)
-        return {position: box_size(piece.box) for piece in parts for position in piece.positions}
+        return _sizes(self.place, self.shape, self.box, where)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _sizes(place: Placement, shape: tuple[int, ...], box: Box, where: Where) -> dict[int, int]:
+    parts = pieces(place, shape, box, where)
+    return {position: box_size(piece.box) for piece in parts for position in piece.positions}
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -130,11 +135,15 @@ def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix], inward: bool = 
     extents = [_Extents(t.lives if inward else t.stored, t.shape) for t in kinds]
     of_state = [_Extents(t.state_lives, t.state_shape) for t in kinds]
     first: dict[tuple[Any, ...], int] = {}
+    known: dict[tuple[int, Box, Box | None], int] = {}
     like = []
     for i, (tensor, box, _, state_box) in enumerate(matrices):
         k = kind[tensor]
-        key = (k, *extents[k].of(box), *of_state[k].of(state_box or ()))
-        like.append(first.setdefault(key, i))
+        same = known.get((k, box, state_box))
+        if same is None:
+            key = (k, *extents[k].of(box), *of_state[k].of(state_box or ()))
+            same = known[k, box, state_box] = first.setdefault(key, i)
+        like.append(same)
     return like
 
 
@@ -147,19 +156,12 @@ class _Extents:
 
     def __init__(self, place: Placement | None, shape: tuple[int, ...]) -> None:
         self._starts: list[list[int]] = []
-        self._known: list[dict[Interval, Interval]] = [{} for _ in shape]
         for dim, length in enumerate(shape if place is not None else ()):
             assert place is not None
-            self._starts.append([start for start, _ in intervals(place, length, dim)])
+            self._starts.append([start for (start, _), _ in cells(place, length, dim)])
 
     def of(self, box: Box) -> list[Interval]:
-        found = []
-        for dim, interval in enumerate(box):
-            known = self._known[dim]
-            if interval not in known:
-                known[interval] = self._extent(dim, *interval)
-            found.append(known[interval])
-        return found
+        return [self._extent(dim, *interval) for dim, interval in enumerate(box)]
 
     def _extent(self, dim: int, start: int, stop: int) -> Interval:
         starts = self._starts[dim]

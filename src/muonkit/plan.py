@@ -19,7 +19,7 @@ from muonkit._plan_ways import Matrix, Stored, Way, alike, sources, targets
 from muonkit.placement import Box, Where, box_size, pieces, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "MACHINES",
@@ -419,7 +419,7 @@ def _kth(box: Box, k: int, cuts: int) -> Box:
     return ((min(start + k * step, stop), min(start + (k + 1) * step, stop)), *rest)
 
 
-def _by_node(counts: dict[int, int], node: int) -> dict[int, int]:
+def _by_node(counts: Mapping[int, int], node: int) -> Mapping[int, int]:
     """Sums over the positions of each node."""
     if node == 1:
         return counts
