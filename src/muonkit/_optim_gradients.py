@@ -22,6 +22,7 @@ __all__ = [
     "clip_gradients_",
     "judge",
     "local_gradient",
+    "refuse_sparse",
     "scaled_by",
     "with_gradients",
 ]
@@ -29,19 +30,22 @@ __all__ = [
 Work: TypeAlias = "Sequence[tuple[dict[str, Any], list[Tensor]]]"
 
 
-def with_gradients(group: dict[str, Any]) -> list[Tensor]:
-    """The group's parameters that have a gradient.
+def with_gradients(groups: Sequence[dict[str, Any]]) -> Work:
+    """Every group, and its parameters that have a gradient."""
+    return [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
 
-    Raises:
-        RuntimeError: one of them is sparse.
+
+def refuse_sparse(work: Work) -> None:
+    """Raises:
+    RuntimeError: a gradient is sparse.
     """
-    for name, p in zip(parameter_names(group), group["params"], strict=True):
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"Muon does not support sparse gradients: {name} {tuple(p.shape)} has one; "
-                "build its embedding with sparse=False, or train it with torch.optim.SparseAdam"
-            )
-    return [p for p in group["params"] if p.grad is not None]
+    for group, _ in work:
+        for name, p in zip(parameter_names(group), group["params"], strict=True):
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"Muon does not support sparse gradients: {name} {tuple(p.shape)} has one; "
+                    "build its embedding with sparse=False, or train it with torch.optim.SparseAdam"
+                )
 
 
 class Verdict(NamedTuple):
@@ -82,7 +86,7 @@ def judge(work: Work) -> Verdict:
         for group, _ in work
         if group["nonfinite"] != "propagate"
         for name, p in zip(parameter_names(group), group["params"], strict=True)
-        if p.grad is not None and p.grad.numel()
+        if p.grad is not None and p.grad.layout == torch.strided
     ]
     checked = [(policy, name, grad) for policy, name, grad in checked if grad.numel()]
     if not checked:
@@ -158,21 +162,22 @@ def clip_gradients_(
     """
     domain = layouts.domain
     params = [p for p in params if p.grad is not None]
-    if domain is None:
-        return torch.nn.utils.clip_grad_norm_(
-            params, max_norm, error_if_nonfinite=error_if_nonfinite
-        )
-    square = torch.zeros((), device=domain.device)
     by_copies: dict[int, list[Tensor]] = {}
     for p in params:
         if is_dtensor(p.grad) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
-        by_copies.setdefault(layouts.copies(p), []).append(local(p.grad))
-    for copies, grads in by_copies.items():
-        norm = torch.nn.utils.get_total_norm(grads).to(square)
-        square += norm.square() / copies
-    torch.distributed.all_reduce(square, group=domain.group)
-    total = square.sqrt()
+        copies = 1 if domain is None else layouts.copies(p)
+        by_copies.setdefault(copies, []).append(local(p.grad))
+    norms = [
+        torch.nn.utils.get_total_norm(grads) / copies**0.5 for copies, grads in by_copies.items()
+    ]
+    where = torch.device("cpu") if not norms else norms[0].device
+    where = where if domain is None else domain.device
+    total = torch.nn.utils.get_total_norm(norms).to(where)
+    if domain is not None:
+        square = total.square()
+        torch.distributed.all_reduce(square, group=domain.group)
+        total = square.sqrt()
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"the gradients' norm is {total.item()}; nothing was clipped. Lower lr, or leave such "

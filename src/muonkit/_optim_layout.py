@@ -67,6 +67,7 @@ class Layouts:
                 "muonkit.ddp_reduce_scatter_hook"
             )
         group = _group_of(process_group)
+        self._asked = group is not None
         self.group: ProcessGroup | None = None if group is None or group.size() == 1 else group
         self.zero: int = zero
         self.domain: Domain | None = None
@@ -103,7 +104,7 @@ class Layouts:
         for _, p, _ in named:  # these may lie on the others' mesh
             if not is_dtensor(p):
                 self._keep(p, _of_plain(self, p))
-        if self.zero and self.domain is None and _other_ranks():
+        if self.zero and self.domain is None and not self._asked and _other_ranks():
             raise ValueError(
                 "zero=1 shares the state out over the ranks that have copies of a parameter, but "
                 "no parameter says which: pass process_group=torch.distributed.group.WORLD (the "
@@ -355,9 +356,18 @@ def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> Dev
                 f"parameters are on {full}, of which process_group (ranks {_listed(ranks)}) is no "
                 "axis, nor of the mesh that it was cut from: make one mesh with named axes, "
                 'init_device_mesh(..., mesh_dim_names=("dp", "tp")), shard over mesh["tp"], and '
-                'pass process_group=mesh["dp"]'
+                'pass process_group=mesh["dp"]; or leave process_group out if the placements say '
+                "all (fully_shard, TP alone)"
             )
-        full = _union(root, [full], {root.mesh_dim_names[axis]})
+        name = root.mesh_dim_names[axis]
+        whole = _union(root, [full], {name})
+        if _axis_of_group(whole, group) is None:
+            raise ValueError(
+                f"parameters are on {full}, which was flattened, or cut from another mesh than the "
+                f"process group's axis {name!r}: give the mesh that they are sharded over its own "
+                "axis in init_device_mesh"
+            )
+        full = whole
     outside = [m for m in meshes if m != full and not _is_cut_from(m, full)]
     same_root = [m for m in outside if m._get_root_mesh() == root and m.mesh_dim_names]
     if same_root and len(same_root) == len(outside):

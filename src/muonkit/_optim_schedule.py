@@ -42,7 +42,7 @@ _PLANNING = (
 
 
 class Gradient(NamedTuple):
-    """A gradient's dtype, and how it is placed if that is not as its parameter."""
+    """A gradient's dtype, and how it lies if that is not as its parameter."""
 
     dtype: torch.dtype
     placements: Any = None
@@ -69,7 +69,8 @@ def _gradient(p: Any) -> Gradient:
     grad = p.grad
     if is_dtensor(grad) and grad.placements != p.placements:
         return Gradient(grad.dtype, grad.placements)
-    return Gradient(grad.dtype)
+    # A sparse one is refused: by all ranks, if only one has it.
+    return Gradient(grad.dtype, None if grad.layout == torch.strided else grad.layout)
 
 
 def schedule_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple[Any, ...]:

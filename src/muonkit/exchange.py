@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
@@ -145,12 +145,14 @@ def _sizes(domain: Domain, tensors: Sequence[tuple[int, Tensor]]) -> list[int]:
     return sizes
 
 
-def agree(domain: Domain, facts: Sequence[tuple[str, str]], remedy: str, vote: int = 0) -> int:
+def agree(
+    domain: Domain, facts: Sequence[tuple[str, str]], remedies: Mapping[str, str], vote: int = 0
+) -> int:
     """Compare what every rank has; one small collective, two where they differ.
 
     Args:
         facts: (what it is, its value), in the same order on every rank.
-        remedy: the end of the error.
+        remedies: the end of the error, by what differs; "" for all that is not there.
         vote: any non-negative number of the rank's own.
 
     Returns:
@@ -172,24 +174,29 @@ def agree(domain: Domain, facts: Sequence[tuple[str, str]], remedy: str, vote: i
     if highest != -lowest:
         everyone: list[Any] = [None] * domain.size
         torch.distributed.all_gather_object(everyone, list(facts), group=domain.control)
-        raise RuntimeError(f"{_difference(everyone)}; {remedy}")
+        ranks = torch.distributed.get_process_group_ranks(domain.group)
+        what, difference = _difference(everyone, ranks)
+        raise RuntimeError(f"{difference}; {remedies.get(what, remedies[''])}")
     return int(most)
 
 
-def _difference(everyone: Sequence[Sequence[tuple[str, str]]]) -> str:
-    """The first fact in which the ranks differ."""
+def _difference(
+    everyone: Sequence[Sequence[tuple[str, str]]], ranks: Sequence[int]
+) -> tuple[str, str]:
+    """The first fact in which the ranks differ, and who has what."""
     for number in range(max(map(len, everyone))):
         said: dict[str, list[int]] = {}
-        for position, facts in enumerate(everyone):
+        for rank, facts in zip(ranks, everyone, strict=True):
             fact = ": ".join(facts[number]) if number < len(facts) else "nothing more"
-            said.setdefault(fact, []).append(position)
+            said.setdefault(fact, []).append(rank)
         if len(said) > 1:
-            return "the ranks disagree: " + ", but ".join(
+            what = next(facts[number][0] for facts in everyone if number < len(facts))
+            return what, "the ranks disagree: " + ", but ".join(
                 f"{fact} on {'rank' if len(at) == 1 else 'ranks'} {', '.join(map(str, at[:8]))}"
                 f"{', ...' if len(at) > 8 else ''}"
                 for fact, at in said.items()
             )
-    return "the ranks disagree"
+    return "", "the ranks disagree"
 
 
 def run_overlapped(tasks: Sequence[Iterator[None]], depth: int) -> None:

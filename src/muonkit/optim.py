@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from muonkit._compile import not_compiled
 from muonkit._groups import (
     MOMENTUM,
     STEP,
@@ -32,6 +33,7 @@ from muonkit._optim_gradients import (
     clip_gradients_,
     judge,
     local_gradient,
+    refuse_sparse,
     scaled_by,
     with_gradients,
 )
@@ -66,8 +68,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Muon", "MuonW"]
 
+_SCALE = "the gradients' scale"
 _SCALES = (
-    "Scales differ where a GradScaler has seen an overflow on some ranks only: after "
+    "scales differ where a GradScaler has seen an overflow on some ranks only: after "
     "scaler.update(), take the smallest, scale = torch.tensor(scaler.get_scale()); "
     "dist.all_reduce(scale, dist.ReduceOp.MIN); scaler.update(scale.item())"
 )
@@ -321,31 +324,58 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, with_gradients(group)) for group in self.param_groups]
+        alone = self._layouts.domain is None
+        if not (self._step_alone() if alone else self._step_together()):
+            self.skipped_steps += 1
+        return loss
+
+    def _step_alone(self) -> bool:
+        """Whether the step took place: of parameters that no other rank shares."""
+        work = with_gradients(self.param_groups)
+        refuse_sparse(work)
+        verdict = judge(work)
+        if not verdict.may_step(verdict.vote):
+            return False
+        # Whatever can be refused is, before the first write.
+        planned = [
+            (group, make([self._entry(p, group) for p in params], group))
+            for group, params in work
+            if group["algorithm"] == "muon"
+        ]
+        self._adamw_(work)
+        for group, batches in planned:
+            for batch in batches:
+                for _ in muon_step(batch, group):
+                    pass
+        return True
+
+    @not_compiled
+    def _step_together(self) -> bool:
+        """The same with other ranks: what they share is exchanged."""
+        schedule = self._schedule(gradients(self.param_groups))
+        work = with_gradients(self.param_groups)
         scaled = scaled_by(self)
         verdict = judge(work) if scaled is None else Verdict(int(scaled.overflow), [])
-        schedule, vote = None, verdict.vote
-        if self._layouts.domain is not None:
-            schedule = self._schedule(gradients(self.param_groups))
-            vote = self._agree(schedule, vote, scaled)
+        vote = self._agree(schedule, verdict.vote, scaled)
+        refuse_sparse(work)
         if not verdict.may_step(vote):
-            self.skipped_steps += 1
-            return loss
+            return False
         if scaled is not None:
             scaled.unscale_(work)
-        # Whatever can be refused has been, before the first write.
-        for group, params in work:
-            if params and group["algorithm"] == "adamw":
-                adamw_step_(*self._adamw_entries(params, group), group)
         own, shared = self._batches(work, schedule)
+        self._adamw_(work)
         tasks = [muon_step(batch, group) for group, batch in shared]
-        if schedule is not None:
-            tasks += [task for gather in schedule.gathers for task in gather.tasks()]
+        tasks += [task for gather in schedule.gathers for task in gather.tasks()]
         run_overlapped(tasks, depth=3)
         for group, batch in own:
             for _ in muon_step(batch, group):
                 pass
-        return loss
+        return True
+
+    def _adamw_(self, work: Work) -> None:
+        for group, params in work:
+            if params and group["algorithm"] == "adamw":
+                adamw_step_(*self._adamw_entries(params, group), group)
 
     def plan(self) -> StepPlan:
         """Which rank computes what, and sends how much to whom, in a step in which every parameter
@@ -379,22 +409,22 @@ class Muon(Optimizer):
         """The vote of all ranks, which have to be about to do the same."""
         assert self._layouts.domain is not None
         facts = [*options_facts(self.param_groups), *schedule.facts]
-        remedy = _DISAGREE
         if scaled is not None:
-            facts.insert(0, ("the gradients' scale", repr(scaled.scale)))
-            remedy = f"{_DISAGREE}. {_SCALES}"
-        return agree(self._layouts.domain, facts, remedy, vote)
+            facts.insert(0, (_SCALE, repr(scaled.scale)))
+        return agree(self._layouts.domain, facts, {_SCALE: _SCALES, "": _DISAGREE}, vote)
 
     def _schedule(self, present: Present) -> Schedule:
         key = schedule_key(self.param_groups, present)
-        if key not in self._schedules:
+        schedule = self._schedules.pop(key, None)
+        if schedule is None:
             if len(self._schedules) == _MOST_SCHEDULES:
-                self._schedules.pop(next(iter(self._schedules)))
-            self._schedules[key] = Schedule(self._layouts, self.param_groups, present)
-        return self._schedules[key]
+                self._schedules.pop(next(iter(self._schedules)))  # the one not used for longest
+            schedule = Schedule(self._layouts, self.param_groups, present)
+        self._schedules[key] = schedule
+        return schedule
 
     def _batches(
-        self, work: Work, schedule: Schedule | None
+        self, work: Work, schedule: Schedule
     ) -> tuple[list[tuple[dict[str, Any], Batch]], list[tuple[dict[str, Any], Batch]]]:
         """(group, batch) of Muon's parameters that are this rank's own, and of those it shares."""
         own: list[tuple[dict[str, Any], Batch]] = []
@@ -402,16 +432,12 @@ class Muon(Optimizer):
         for number, (group, params) in enumerate(work):
             if group["algorithm"] == "adamw":
                 continue
-            entries = [self._entry(p, group) for p in params]
-            if schedule is None:
-                own += [(group, batch) for batch in make(entries, group)]
-                continue
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            by_index = dict(zip(indices, entries, strict=True))
-            mine = [by_index[i] for i in schedule.own[number]]
+            entries = {i: self._entry(p, group) for i, p in zip(indices, params, strict=True)}
+            mine = [entries[i] for i in schedule.own[number]]
             own += [(group, batch) for batch in make(mine, group)]
             for share in schedule.shares[number]:
-                shared += [(group, batch) for batch in share.batches(by_index)]
+                shared += [(group, batch) for batch in share.batches(entries)]
         return own, shared
 
     def _entry(self, p: Tensor, group: dict[str, Any]) -> Entry:
