@@ -1,4 +1,4 @@
-"""The command line: ``muonkit compare TASK`` and ``muonkit route SPEC``.
+"""The command line: ``muonkit compare TASK``, ``muonkit route SPEC`` and ``muonkit plan``.
 
 Every error of the user's is one line on standard error with its remedy, and exit status 2; 1 is
 a failure while running, 130 is Ctrl-C. ``--debug`` shows the traceback.
@@ -20,7 +20,7 @@ from muonkit.lab.tasks import TASKS, Budget
 app = typer.Typer(
     name="muonkit",
     help="Muon for a whole PyTorch model: compare optimizers on real data, see how a model is "
-    "routed.",
+    "routed, and what a step will cost on many ranks.",
     add_completion=False,
     rich_markup_mode=None,
 )
@@ -67,6 +67,26 @@ Examples:
   muonkit route gpt2
   muonkit route my_package.model:build --json
   muonkit route llama --rule '*.down_proj.weight=adamw'
+"""
+
+_PLAN_HELP = """Predict what one optimizer step costs every rank of a mesh.
+
+FLOPs, bytes in and out, memory and time of muonkit's step, beside all-gather schemes and AdamW's
+ZeRO-1: from shapes and rates, nothing is measured. The optimizer's own planner makes the plan.
+
+\b
+Models:   gpt2-124m, llama-8b, llama-70b, qwen3-30b-a3b, deepseek-v3, kimi-k2
+Mesh:     axes from left to right, neighbours in a node last: dp, fsdp (or shard), tp, ep; pp first
+Layouts:  by default what the axes say: dp is zero1; fsdp is fsdp; dp,fsdp is hsdp; tp is tp;
+          fsdp,tp is fsdp_tp; dp,tp is dp_tp_zero1; with ep it is ep (experts over ep, the rest
+          over fsdp and ep). --layout ddp keeps the state whole; with --layout fsdp, fsdp_tp or ep
+          and no axis fsdp, dp is the axis of shards.
+
+\b
+Examples:
+  muonkit plan --model llama-8b --mesh dp=8,tp=8
+  muonkit plan --model llama-70b --mesh dp=4,fsdp=64 --exchange-dtype bfloat16
+  muonkit plan --model kimi-k2 --mesh fsdp=64,ep=8,tp=8 --plot kimi.png --json kimi.json
 """
 
 
@@ -181,6 +201,71 @@ def route_command(
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error
     typer.echo(routes.to_json() if as_json else str(routes))
+
+
+@app.command("plan", help=_PLAN_HELP)
+def plan_command(
+    model: Annotated[str, typer.Option(metavar="NAME", help="Whose shapes to take.")],
+    mesh: Annotated[str, typer.Option(metavar="AXIS=N,...", help="The mesh of ranks.")],
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="ddp, zero1, fsdp, hsdp, tp, fsdp_tp, dp_tp_zero1 or ep "
+            "[default: what the mesh's axes say].",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu: products and default rates.")] = "cuda",
+    node: Annotated[int, typer.Option(min=1, help="Ranks in a node.")] = 8,
+    flops: Annotated[
+        float | None, typer.Option(min=1.0, metavar="RATE", help="Products, FLOP/s of a rank.")
+    ] = None,
+    intra: Annotated[
+        float | None, typer.Option(min=1.0, metavar="RATE", help="Bytes/s within a node.")
+    ] = None,
+    inter: Annotated[
+        float | None, typer.Option(min=1.0, metavar="RATE", help="Bytes/s between nodes.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1.0, metavar="RATE", help="Bytes/s of a rank's memory.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of parameters, gradients and state: float32 or bfloat16.")
+    ] = "float32",
+    exchange_dtype: Annotated[
+        str, typer.Option(help="On the way between ranks: auto, float32 or bfloat16.")
+    ] = "auto",
+    variant: Annotated[str, typer.Option(help="plain, normuon or adamuon.")] = "plain",
+    replicas: Annotated[
+        str, typer.Option(help="Copies by a placement: auto, recompute or split.")
+    ] = "auto",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    from rich.console import Console
+
+    from muonkit.lab.plan import assumptions, forecast, show, write
+
+    assume = assumptions(
+        device,
+        node,
+        dtype,
+        exchange_dtype,
+        variant,
+        replicas,
+        flops=flops,
+        intra=intra,
+        inter=inter,
+        memory=memory,
+    )
+    found = forecast(model, mesh, layout, assume)
+    console = Console()
+    # A table that is cut off tells nothing: a pipe, or a narrow terminal, gets it whole.
+    show(Console(width=max(console.width, 118)), found)
+    write(found, plot, json_file)
 
 
 def _version(asked: bool) -> None:

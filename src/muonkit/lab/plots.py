@@ -1,7 +1,7 @@
-"""Loss curves as PNG, against steps and against seconds."""
+"""Pictures: loss curves against steps and against seconds, and what a step is predicted to cost."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from statistics import fmean
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from muonkit.lab.errors import unknown
 from muonkit.lab.results import Outcome
 from muonkit.lab.store import Record
 
@@ -21,6 +22,7 @@ _STYLES = (
     ("#009E73", "-.", "^"),
     ("#CC79A7", ":", "D"),
 )
+_HATCHES = ("", "//", "..", "xx")
 _SIZE, _DPI = (8.0, 4.8), 130
 
 
@@ -119,3 +121,57 @@ def _first(outcomes: Sequence[Outcome]) -> list[Outcome]:
     for outcome in outcomes:
         seen.setdefault(outcome[0].optimizer, outcome)
     return list(seen.values())
+
+
+def bars_plot(
+    title: str,
+    names: Sequence[str],
+    panels: Sequence[tuple[str, Mapping[str, Sequence[float]]]],
+    form: str,
+) -> bytes:
+    """Panels of stacked horizontal bars side by side, the largest rank's.
+
+    Args:
+        names: of the bars, from top to bottom.
+        panels: the unit, and the parts of every bar.
+        form: "png", "svg" or another that matplotlib writes.
+
+    Raises:
+        LabError: one that it does not.
+    """
+    figure = Figure(figsize=(13.0, 1.8 + 0.45 * len(names)), dpi=_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    forms = canvas.get_supported_filetypes()
+    if form not in forms:
+        raise unknown("kind of picture", form, forms)
+    figure.suptitle(title)
+    places = list(reversed(range(len(names))))
+    for axes, (unit, parts) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels, strict=True
+    ):
+        start = [0.0] * len(names)
+        for (part, lengths), (color, _, _), hatch in zip(
+            parts.items(), _STYLES, _HATCHES, strict=False
+        ):
+            axes.barh(
+                places, lengths, left=start, color=color, hatch=hatch, label=part, edgecolor="white"
+            )
+            start = [a + b for a, b in zip(start, lengths, strict=True)]
+        for place, length in zip(places, start, strict=True):
+            axes.annotate(
+                f" {length:.3g}",
+                (length, place),
+                va="center",
+                xytext=(2, 0),
+                textcoords="offset points",
+                fontsize="small",
+            )
+        axes.set_xlim(0, 1.15 * max(*start, 1e-12))
+        axes.set_yticks(places, names)
+        axes.set_xlabel(f"{unit}, largest rank")
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format=form)
+    return image.getvalue()
