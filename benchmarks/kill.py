@@ -368,7 +368,8 @@ def main() -> None:
         "checkpoint was whole, every resumed run was equal bit for bit"
     )
     if options.json:
-        record = {"machine": machine.facts(), "runs": [asdict(o) for o in done]}
+        facts = machine.facts() | {"threads": 1}  # of each rank
+        record = {"machine": facts, "runs": [asdict(o) for o in done]}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
