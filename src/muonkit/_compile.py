@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["constant_result", "not_compiled"]
+__all__ = ["constant_result"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,13 +19,4 @@ def constant_result(function: Callable[P, R]) -> Callable[P, R]:
     still works (one graph, no break).
     """
     function.__dict__["_dynamo_marked_constant"] = True
-    return function
-
-
-def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`torch.compiler.disable`: the compiler leaves the function, and all that it calls, alone.
-
-    Marked as torch's own decorator does, which imports all of torch._dynamo too.
-    """
-    function.__dict__["_torchdynamo_disable"] = True
     return function

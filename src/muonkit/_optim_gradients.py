@@ -20,6 +20,7 @@ __all__ = [
     "Verdict",
     "Work",
     "clip_gradients_",
+    "forget_scaler",
     "judge",
     "local_gradient",
     "refuse_sparse",
@@ -151,6 +152,14 @@ def scaled_by(optimizer: Any) -> Scaled | None:
         return None
     scale = optimizer.grad_scale
     return Scaled(None if scale is None else float(scale), bool(found.item()))
+
+
+def forget_scaler(optimizer: Any) -> None:
+    """After a step that raised: a GradScaler takes back what it has set after others only, and
+    would multiply its next scale by the one that it finds.
+    """
+    for name in ("grad_scale", "found_inf"):
+        vars(optimizer).pop(name, None)
 
 
 def clip_gradients_(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from muonkit._compile import not_compiled
 from muonkit._groups import (
     MOMENTUM,
     STEP,
@@ -31,6 +30,7 @@ from muonkit._optim_batches import Entry, make
 from muonkit._optim_gradients import (
     Verdict,
     clip_gradients_,
+    forget_scaler,
     judge,
     local_gradient,
     refuse_sparse,
@@ -262,6 +262,10 @@ class Muon(Optimizer):
         self._layouts = layouts
         # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
         self._step_supports_amp_scaling = layouts.domain is not None
+        if layouts.domain is not None:
+            # What is planned and exchanged is no part of a graph.
+            disable: Any = torch.compiler.disable
+            self.__dict__["_step_together"] = disable(self._step_together)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._make_state(self.param_groups)
 
@@ -325,7 +329,12 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         alone = self._layouts.domain is None
-        if not (self._step_alone() if alone else self._step_together()):
+        try:
+            taken = self._step_alone() if alone else self._step_together()
+        except Exception:
+            forget_scaler(self)
+            raise
+        if not taken:
             self.skipped_steps += 1
         return loss
 
@@ -349,7 +358,6 @@ class Muon(Optimizer):
                     pass
         return True
 
-    @not_compiled
     def _step_together(self) -> bool:
         """The same with other ranks: what they share is exchanged."""
         schedule = self._schedule(gradients(self.param_groups))
