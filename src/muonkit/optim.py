@@ -147,7 +147,8 @@ class Muon(Optimizer):
         variant_beta2: weight of the past in the variant's state; None is its own default.
         exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
             update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of
-            float32; every rank still gets the same result).
+            float32; every rank still gets the same result; not for "adamuon", which divides every
+            entry by its magnitude, rounded ones too).
         replicas: along mesh axes on which a DTensor is replicated (HSDP): "recompute" (each set of
             shards computes all matrices by itself), "split" (every matrix is computed once, and
             sent to all) or "auto", by the cost of FLOPs and bytes (`muonkit.plan.MACHINES`).
