@@ -43,21 +43,25 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.distributed as dist
 
 Case = Callable[[], Any]
+T = TypeVar("T")
 
 # Forked from a process that has imported torch once: a fresh interpreter takes 4 s of CPU per rank
 # to import these, a fork 10 ms. No thread runs in that process and no group is made in it.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOADED = [
     "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
     "muonkit",
@@ -141,9 +145,7 @@ class Ranks:
         cases: Cases,
         timeout: float = 60.0,
     ) -> None:
-        base = tmp_path_factory.getbasetemp()
-        self._shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-        self._module = request.module.__name__
+        self._factory, self._module = tmp_path_factory, request.module.__name__
         self._cases, self._timeout = cases, timeout
         self._outcomes: dict[int, dict[str, Outcome]] = {}
         self._selected = {
@@ -164,13 +166,21 @@ class Ranks:
             for name, case in self._cases.by_world_size[world_size].items()
             if (world_size, name) in self._selected
         }
-        path = self._shared / f"{self._module}-{world_size}.pickle"
-        with open(self._shared / "ranks.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                path.write_bytes(pickle.dumps(run(world_size, cases, timeout=self._timeout)))
-        outcomes: dict[str, Outcome] = pickle.loads(path.read_bytes())
-        return outcomes
+        name = f"{self._module}-{world_size}"
+        return once(self._factory, name, lambda: run(world_size, cases, timeout=self._timeout))
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[], T]) -> T:
+    """What `make` returns: called by one of the pytest workers, read by the others."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path = shared / f"{name}.pickle"
+    with open(shared / "ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+    value: T = pickle.loads(path.read_bytes())
+    return value
 
 
 def run(
@@ -179,11 +189,13 @@ def run(
     *,
     timeout: float = 60.0,
     grace: float = 5.0,
+    init: bool = True,
 ) -> dict[str, Outcome]:
     """Run the cases, one after the other, on `world_size` fresh ranks that speak gloo.
 
     Args:
         cases: by name, or functions that have one.
+        init: False for a process that knows nothing of ranks.
         timeout: seconds that one case may take.
         grace: seconds that the other ranks have to end a case that one rank left by an error.
     """
@@ -191,14 +203,15 @@ def run(
         cases = {case.__name__: case for case in cases}
     outcomes: dict[str, Outcome] = {}
     reason = ""
-    with _Processes(world_size) as processes:
+    assert init or world_size == 1
+    with _Processes(world_size, init) as processes:
         for name, case in cases.items():
             if reason:
                 errors = (f"not run: {reason}\n",) * world_size
                 outcomes[name] = Outcome(name, (None,) * world_size, errors)
                 continue
             outcomes[name] = outcome = processes.run(name, case, timeout, grace)
-            if not outcome.ok and not outcome.poisoned:
+            if not outcome.ok and not outcome.poisoned and init:
                 # All ranks raised. That they did so at the same point is to be seen.
                 outcome = processes.run(f"after {name}", _in_step, grace, grace)
             if not outcome.ok and outcome.poisoned:
@@ -215,8 +228,8 @@ def _in_step() -> None:
 class _Processes:
     """The processes of one group, seen from the test: one pipe, log and stack file for each."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, init: bool = True) -> None:
+        self.world_size, self._init = world_size, init
 
     def __enter__(self) -> _Processes:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -226,7 +239,9 @@ class _Processes:
         for rank in range(self.world_size):
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
-                target=_serve, args=(rank, self.world_size, self._path, theirs), daemon=True
+                target=_serve,
+                args=(rank, self.world_size, self._path, theirs, self._init),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -301,7 +316,11 @@ class _Processes:
 
 
 def _serve(
-    rank: int, world_size: int, path: Path, pipe: multiprocessing.connection.Connection
+    rank: int,
+    world_size: int,
+    path: Path,
+    pipe: multiprocessing.connection.Connection,
+    init: bool,
 ) -> None:
     """The life of a rank: receive a case, run it, answer with its value or its traceback."""
     _die_with_parent()
@@ -314,9 +333,10 @@ def _serve(
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may not resolve
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world_size
-    )
+    if init:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world_size
+        )
     while True:
         try:
             request = pipe.recv_bytes()
@@ -345,6 +365,18 @@ def _die_with_parent() -> None:
 
     with contextlib.suppress(Exception):
         _prctl_pr_set_pdeathsig(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A new folder for all ranks, that is there until all of them have left it."""
+    with contextlib.ExitStack() as stack:
+        name: list[Any] = [None]
+        if dist.get_rank() == 0:
+            name = [stack.enter_context(tempfile.TemporaryDirectory(prefix="shared-"))]
+        dist.broadcast_object_list(name, src=0)
+        yield Path(name[0])
+        dist.barrier()
 
 
 @contextlib.contextmanager

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -63,9 +67,9 @@ class Parity:
     held: float
 
 
-def make(layout: str, blocks: int = 1, **options: Any) -> tuple[nn.Module, Muon]:
+def make(layout: str, blocks: int = 1, seed: int = 0, **options: Any) -> tuple[nn.Module, Muon]:
     """The zoo in a layout and its optimizer."""
-    model, told = zoo.build(layout, blocks=blocks)
+    model, told = zoo.build(layout, seed, blocks)
     return model, Muon(zoo.param_groups(model), **{**OPTIONS, **options, **told})
 
 
@@ -148,6 +152,71 @@ def parity(layout: str, variant: str = "plain", blocks: int = 1, **options: Any)
         matrices=matrices,
         held=held,
     )
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+SAVED_AFTER = 2
+
+
+def checkpoint(model: nn.Module, optimizer: Muon) -> dict[str, Any]:
+    """All of both, as torch.distributed.checkpoint wants it."""
+    parameters, state = get_state_dict(model, optimizer)
+    return {"model": parameters, "optimizer": state}
+
+
+@contextlib.contextmanager
+def _alone_or_not() -> Iterator[dict[str, Any]]:
+    """What torch.distributed.checkpoint is told; it warns of one process even then."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield {"no_dist": not dist.is_initialized()}
+
+
+def write(model: nn.Module, optimizer: Muon, folder: Path) -> None:
+    with _alone_or_not() as options:
+        dcp.save(checkpoint(model, optimizer), checkpoint_id=folder, **options)
+
+
+def save(folder: Path, layout: str, variant: str = "plain") -> None:
+    """The first steps in this layout, and a checkpoint."""
+    model, optimizer = make(layout, variant=variant)
+    train(model, optimizer, last=SAVED_AFTER)
+    write(model, optimizer, folder)
+
+
+def load(folder: Path, layout: str, variant: str = "plain") -> tuple[nn.Module, Muon]:
+    """What is in a checkpoint, in this layout: of a run that was made with other numbers."""
+    model, optimizer = make(layout, seed=1, lr=0.7, variant=variant)
+    train(model, optimizer, last=1)  # state of its own, all of which has to go
+    state = checkpoint(model, optimizer)
+    with _alone_or_not() as options:
+        dcp.load(state, checkpoint_id=folder, **options)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    return model, optimizer
+
+
+def stop_over(folder: Path, to: Path, layout: str, variant: str = "plain") -> None:
+    """Load, take one step, and save."""
+    model, optimizer = load(folder, layout, variant)
+    train(model, optimizer, SAVED_AFTER, SAVED_AFTER + 1)
+    write(model, optimizer, to)
+
+
+def resumed(
+    folder: Path, layout: str, variant: str = "plain", done: int = SAVED_AFTER
+) -> dict[str, float]:
+    """Load, take the steps that are left, and compare with one process that never stopped."""
+    model, optimizer = load(folder, layout, variant)
+    check_state(model, optimizer)
+    train(model, optimizer, done)
+    apart = deviations(model, optimizer, alone(variant))
+    return {kind: far for kind, (far, _) in apart.items()}
 
 
 def _size(optimizer: Muon) -> tuple[int, float]:
