@@ -452,7 +452,7 @@ def _fill(
     cap: int,
     like: Sequence[int],
 ) -> tuple[tuple[Job, ...], ...]:
-    """Jobs in buckets, in their order: none has a rank send or receive more than the cap."""
+    """Jobs in buckets, in their order: no rank owns, or receives, more than the cap of one."""
     buckets: list[list[Job]] = []
     busy: dict[int, int] = {}
     stored = 0
@@ -475,9 +475,9 @@ def _fill(
 
 
 def _weights(tensor: Stored, box: Box, owner: int) -> tuple[int, int]:
-    """Elements of a box that an owner handles at most, and of those any one rank stores; every
-    owner's are equal.
+    """Elements of a box, which its owner has whole, and of the largest part that a rank stores;
+    every owner's are equal. (An owner's copies for all others do not count: they go in turns.)
     """
     way = Way(tensor.stored, tensor.shape, box, tensor.repeat)
     sizes = way.sizes(tensor.stored.where(owner, tensor.repeat)).values()
-    return max(sum(sizes), box_size(box)), max(sizes, default=0)
+    return box_size(box), max(sizes, default=0)
