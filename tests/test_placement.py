@@ -1,0 +1,223 @@
+"""Placements: the rectangles are DTensor's, and pieces cover every box exactly once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from muonkit.placement import (
+    Axis,
+    Box,
+    Placement,
+    box_size,
+    cells,
+    intersection,
+    nested,
+    pieces,
+    replicated,
+    shared_out,
+    slices,
+    whole,
+)
+
+SHAPES = [(16, 8), (18, 5), (1, 7), (0, 4), (8, 6, 10), (50257, 3), (12,), ()]
+MESHES: list[tuple[tuple[int, ...], list[tuple[int | None, int]]]] = [
+    # mesh, and for each axis the dim that it cuts and DTensor's split factor
+    ((4,), [(0, 1)]),
+    ((8,), [(0, 1)]),
+    ((3,), [(1, 1)]),
+    ((5,), [(None, 1)]),
+    ((2, 4), [(None, 1), (0, 1)]),
+    ((4, 2), [(0, 1), (1, 1)]),
+    ((2, 3), [(1, 1), (0, 1)]),
+    ((2, 2), [(0, 1), (0, 1)]),
+    ((3, 2), [(0, 1), (0, 1)]),
+    ((4, 2), [(0, 2), (0, 1)]),
+    ((2, 4), [(0, 4), (0, 1)]),
+    ((2, 2, 2), [(None, 1), (0, 2), (0, 1)]),
+    ((2, 2, 2), [(0, 1), (1, 1), (0, 1)]),
+    ((2, 2, 2), [(0, 4), (0, 2), (0, 1)]),
+    ((2, 2), [(2, 1), (0, 1)]),
+]
+
+
+def placed(mesh: tuple[int, ...], axes: Any) -> Placement:
+    return Placement(mesh, tuple(Axis(*axis) for axis in axes), range(math.prod(mesh)))
+
+
+def fits(mesh: tuple[int, ...], axes: list[tuple[int | None, int]], shape: tuple[int, ...]) -> bool:
+    """Whether the shape has these dims, and what is strided divides: where it does not, torch's own
+    offsets are not where FSDP2's shards are.
+    """
+    for dim in {dim for dim, _ in axes if dim is not None}:
+        if dim >= len(shape):
+            return False
+        cuts = [(n, split) for n, (d, split) in zip(mesh, axes, strict=True) if d == dim]
+        if any(split > 1 for _, split in cuts) and shape[dim] % math.prod(n for n, _ in cuts):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "shape"),
+    [(*laid, shape) for laid in MESHES for shape in SHAPES if fits(*laid, shape)],
+)
+def test_boxes_are_dtensors(
+    mesh: tuple[int, ...], axes: list[tuple[int | None, int]], shape: tuple[int, ...]
+) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placements = [
+        Replicate() if d is None else Shard(d) if f == 1 else _StridedShard(d, split_factor=f)
+        for d, f in axes
+    ]
+    placement = placed(mesh, axes)
+    for position, at in enumerate(itertools.product(*map(range, mesh))):
+        size, offset = _compute_local_shape_and_global_offset(
+            torch.Size(shape), mesh, list(at), placements
+        )
+        box = placement.box(shape, position)
+        assert [stop - start for start, stop in box] == list(size)
+        if math.prod(size):
+            assert [start for start, _ in box] == list(offset)
+        assert placement.coordinates(position) == at
+        assert placement.position(at) == position
+
+
+def test_a_rank_with_two_separate_parts_is_refused() -> None:
+    """50,257 rows over TP, then FSDP2: the last part of the first half is in the second half."""
+    with pytest.raises(ValueError, match=r"2 separate parts .*: every rank has to store one"):
+        placed((8, 2), [(0, 2), (0, 1)]).box((50257, 4), 0)
+
+
+axes_of = st.tuples(st.sampled_from([None, 0, 1]), st.just(1))
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    mesh = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    return placed(mesh, [draw(axes_of) for _ in mesh])
+
+
+@st.composite
+def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    ends = [sorted(draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape]
+    return tuple((a, b) for a, b in ends)
+
+
+shapes = st.tuples(st.integers(0, 9), st.integers(1, 7))
+
+
+@given(placements(), shapes, st.data())
+def test_pieces_cover_a_box_once_and_are_who_stores_them(
+    placement: Placement, shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    box = data.draw(boxes(shape))
+    assume(box_size(box))
+    count = torch.zeros(shape, dtype=torch.int64)
+    found = pieces(placement, shape, box)
+    for piece in found:
+        assert box_size(piece.box) > 0
+        count[slices(piece.box, whole(shape))] += 1
+    expected = torch.zeros_like(count)
+    expected[slices(box, whole(shape))] = 1
+    assert torch.equal(count, expected)
+    for position in placement.positions:
+        mine = [piece.box for piece in found if position in piece.positions]
+        part = intersection(placement.box(shape, position), box)
+        assert mine == ([] if part is None else [part])
+
+
+@given(placements(), shapes, st.data())
+def test_pieces_within_a_place_along_the_copies_are_those_of_one_copy(
+    placement: Placement, shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    axes = (
+        data.draw(st.lists(st.sampled_from(placement.copies()), unique=True))
+        if (placement.copies())
+        else []
+    )
+    me = data.draw(st.sampled_from(list(placement.positions)))
+    where = placement.where(me, axes)
+    alone = pieces(placement, shape, whole(shape), where)
+    together = pieces(placement, shape, whole(shape))
+    assert [piece.box for piece in alone] == [piece.box for piece in together]
+    for one, every in zip(alone, together, strict=True):
+        agreeing = tuple(p for p in every.positions if placement.where(p, axes) == where)
+        assert one.positions == agreeing
+
+
+@given(placements(), st.data())
+def test_twins_differ_along_the_given_axes_only(placement: Placement, data: st.DataObject) -> None:
+    me = data.draw(st.sampled_from(list(placement.positions)))
+    axes = data.draw(st.sets(st.integers(0, len(placement.mesh) - 1)))
+    twins = placement.twins(me, sorted(axes))
+    others = [i for i in range(len(placement.mesh)) if i not in axes]
+    assert me in twins
+    assert len(set(twins)) == math.prod(placement.mesh[axis] for axis in axes)
+    assert {placement.where(twin, others) for twin in twins} == {placement.where(me, others)}
+    # The same list for each of them, in the same order: the k-th of one is the k-th of all.
+    assert all(placement.twins(twin, sorted(axes)) == twins for twin in twins)
+
+
+@given(placements(), shapes)
+def test_a_shared_out_state_nests_and_covers_what_was_copied_once(
+    placement: Placement, shape: tuple[int, ...]
+) -> None:
+    try:
+        boxes_before = [placement.box(shape, at) for at in placement.positions]
+    except ValueError:
+        assume(False)
+    axes = placement.copies()
+    shared = shared_out(placement, shape, axes)
+    for at, before in zip(placement.positions, boxes_before, strict=True):
+        assert nested(shared.box(shape, at), before)
+        if shared != placement:
+            parts = [shared.box(shape, twin) for twin in placement.twins(at, axes)]
+            assert sum(map(box_size, parts)) == box_size(before)
+            for one, other in itertools.combinations(parts, 2):
+                assert intersection(one, other) is None
+    assert shared.copies() == (() if shared != placement else axes)
+
+
+def test_what_is_shared_out_by_hand() -> None:
+    # Rows, over two ranks that had all of it.
+    assert shared_out(replicated(2), (5, 3), (0,)).box((5, 3), 1) == ((3, 5), (0, 3))
+    # DP x TP on rows: within what TP left, not across it.
+    tp = placed((2, 2), [(None, 1), (0, 1)])
+    shared = shared_out(tp, (8, 3), (0,))
+    assert shared.axes == (Axis(0, 2), Axis(0, 1))
+    assert [shared.box((8, 3), at)[0] for at in range(4)] == [(0, 2), (4, 6), (2, 4), (6, 8)]
+    # Where parts of rows would not nest, columns are cut.
+    assert shared_out(tp, (6, 4), (0,)).axes[0].dim in (0, 1)
+    uneven = shared_out(placed((8, 2), [(None, 1), (0, 1)]), (50257, 4), (0,))
+    assert uneven.axes == (Axis(1, 1), Axis(0, 1))
+    # A scalar stays where it was.
+    assert shared_out(replicated(3), (), (0,)) == replicated(3)
+
+
+@given(placements(), st.integers(0, 20))
+def test_cells_are_the_boxes_edges(placement: Placement, length: int) -> None:
+    found = [interval for interval, _ in cells(placement, length, 0)]
+    assert found == sorted(found)
+    assert sum(stop - start for start, stop in found) == length
+    edges = {placement.box((length, 1), at)[0] for at in placement.positions}
+    assert set(found) == {(a, b) for a, b in edges if a < b}
+
+
+def test_positions_need_not_be_in_order() -> None:
+    placement = Placement((2, 2), (Axis(0), Axis(None)), (3, 1, 0, 2))
+    assert placement.coordinates(0) == (1, 0)
+    assert placement.box((4, 1), 3) == placement.box((4, 1), 1) == ((0, 2), (0, 1))
+    assert placement.box((4, 1), 0) == placement.box((4, 1), 2) == ((2, 4), (0, 1))
+    (first, second) = pieces(placement, (4, 1), whole((4, 1)))
+    assert (first.positions, second.positions) == ((3, 1), (0, 2))
+    assert placement.where(2, (1,)) == ((1, 1),)
