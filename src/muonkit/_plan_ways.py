@@ -112,8 +112,10 @@ class Way(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 10)
 def _sizes(place: Placement, shape: tuple[int, ...], box: Box, where: Where) -> dict[int, int]:
-    parts = pieces(place, shape, box, where)
-    return {position: box_size(piece.box) for piece in parts for position in piece.positions}
+    sizes: dict[int, int] = {}
+    for part, positions in pieces(place, shape, box, where):
+        sizes.update(dict.fromkeys(positions, box_size(part)))
+    return sizes
 
 
 @functools.lru_cache(maxsize=1 << 12)

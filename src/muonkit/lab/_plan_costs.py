@@ -372,26 +372,29 @@ def _buckets(plan: Plan, assume: Assumptions) -> Iterator[tuple[Vector, Vector]]
     the way out whole matrices, copied for sending (as many at a time as the cap allows), and what
     arrives, as pieces. What stays on its rank is counted as if it were sent.
     """
-    like, cap = alike(plan.tensors, plan.matrices), default_cap(assume.device)
-    both = assume.itemsize + plan.itemsize
+    likes = [alike(plan.tensors, plan.matrices, inward) for inward in (True, False)]
+    cap, both = default_cap(assume.device), assume.itemsize + plan.itemsize
     known: dict[tuple[int, Where, bool], _Lying] = {}
-    kinds: dict[int, tuple[int, int, tuple[Way, ...]]] = {}
+    kinds: dict[int, tuple[int, int, tuple[tuple[int, bool, Way], ...]]] = {}
     for bucket in plan.buckets:
         counts: dict[tuple[int, Where, bool], int] = {}
         living, standing, owned, sent, work = np.zeros((5, plan.ranks))
         for matrix, owners in bucket:
-            kind = like[matrix]
+            kind = likes[0][matrix]
             if kind not in kinds:
                 box = plan.matrices[kind].box
-                ways = tuple(_way(plan, kind, inward) for inward in (True, False))
+                ways = tuple(
+                    (like[kind], inward, _way(plan, like[kind], inward))
+                    for inward, like in zip((True, False), likes, strict=True)
+                )
                 kinds[kind] = box_size(box), workspace(box, assume), ways
             size, extra, ways = kinds[kind]
             for owner in owners:
                 owned[owner] += size
                 work[owner] += extra
-                for inward, way in zip((True, False), ways, strict=True):
+                for of_way, inward, way in ways:
                     where = way.place.where(owner, way.axes)
-                    key = kind, where, inward
+                    key = of_way, where, inward
                     if key not in known:
                         known[key] = _lying(way.sizes(where))
                     counts[key] = counts.get(key, 0) + 1
