@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from muonkit._groups import parameter_names
-from muonkit._optim_layout import is_dtensor, local
+from muonkit._optim_layout import is_dtensor, local, other_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "local_gradient",
     "refuse_sparse",
     "scaled_by",
+    "warn_if_idle",
     "with_gradients",
 ]
 
@@ -47,6 +49,18 @@ def refuse_sparse(work: Work) -> None:
                     f"Muon does not support sparse gradients: {name} {tuple(p.shape)} has one; "
                     "build its embedding with sparse=False, or train it with torch.optim.SparseAdam"
                 )
+
+
+def warn_if_idle(work: Work) -> None:
+    """Warn where no parameter at all has a gradient in a training over ranks."""
+    if not any(params for _, params in work) and other_ranks():
+        warnings.warn(
+            "no parameter of the optimizer has a gradient: nothing is trained. fully_shard and "
+            "parallelize_module put other parameters in place of those that an optimizer was given "
+            "before: make it after them",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 class Verdict(NamedTuple):

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Layout", "Layouts", "cuts_experts_only", "is_dtensor", "local", "ranks_per_node"]
+__all__ = [
+    "Layout",
+    "Layouts",
+    "cuts_experts_only",
+    "is_dtensor",
+    "is_whole",
+    "local",
+    "other_ranks",
+    "ranks_per_node",
+]
 
 
 class Layout(NamedTuple):
@@ -104,7 +113,7 @@ class Layouts:
         for _, p, _ in named:  # these may lie on the others' mesh
             if not is_dtensor(p):
                 self._keep(p, _of_plain(self, p))
-        if self.zero and self.domain is None and not self._asked and _other_ranks():
+        if self.zero and self.domain is None and not self._asked and other_ranks():
             raise ValueError(
                 "zero=1 shares the state out over the ranks that have copies of a parameter, but "
                 "no parameter says which: pass process_group=torch.distributed.group.WORLD (the "
@@ -196,7 +205,8 @@ def local(tensor: Tensor) -> Tensor:
     return own
 
 
-def _other_ranks() -> bool:
+def other_ranks() -> bool:
+    """Whether this process is one of several."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -433,7 +443,8 @@ def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) 
     backend = dist.get_backend(group)
     # gloo moves tensors of other devices for some collectives only.
     device = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else device
-    control = group if backend != "nccl" else _new_group(sorted(ranks), "gloo")
+    # Of its own: where a rank skips a step, the comparison would meet another collective of others.
+    control = _new_group(sorted(ranks), "gloo")
     where = torch.device(device)
     if device != "cpu":
         where = torch.device(device, torch.accelerator.current_device_index())

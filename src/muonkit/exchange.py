@@ -69,9 +69,9 @@ class Pending:
 
 
 _BROKEN = (
-    "an exchange between ranks broke off: one of them ended, or did not answer within the process "
-    "group's timeout (its own log says why). This step is half done on some ranks: start all of "
-    "them again from the last checkpoint"
+    "an exchange between ranks broke off: one of them ended, skipped this step, or did not answer "
+    "within the process group's timeout (its own log says why). The step may be half done on some "
+    "ranks: start all of them again from the last checkpoint"
 )
 
 

@@ -35,6 +35,7 @@ from muonkit._optim_gradients import (
     local_gradient,
     refuse_sparse,
     scaled_by,
+    warn_if_idle,
     with_gradients,
 )
 from muonkit._optim_layout import Layouts, local
@@ -343,6 +344,7 @@ class Muon(Optimizer):
         """Whether the step took place: of parameters that no other rank shares."""
         work = with_gradients(self.param_groups)
         refuse_sparse(work)
+        warn_if_idle(work)
         verdict = judge(work)
         if not verdict.may_step(verdict.vote):
             return False
