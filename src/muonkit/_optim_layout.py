@@ -444,23 +444,28 @@ def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) 
     # gloo moves tensors of other devices for some collectives only.
     device = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else device
     # Of its own: where a rank skips a step, the comparison would meet another collective of others.
-    control = _new_group(sorted(ranks), "gloo")
+    control = _new_group(sorted(ranks), "gloo", _timeout(group))
     where = torch.device(device)
     if device != "cpu":
         where = torch.device(device, torch.accelerator.current_device_index())
     return Domain(group, group.rank(), group.size(), where, control)
 
 
-def _new_group(ranks: list[int], backend: str | None = None) -> ProcessGroup:
+def _timeout(group: ProcessGroup) -> Any:
+    """How long a group waits for its ranks."""
+    return group._get_backend(group._device_types[0]).options._timeout
+
+
+def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None) -> ProcessGroup:
     """A group of these ranks; all of them, and nobody else, have to call this."""
     dist = torch.distributed
     world = dist.group.WORLD
     assert world is not None
     if backend is None and dist.get_process_group_ranks(world) == ranks:
         return world
-    key = (world, *ranks, backend)
+    timeout = timeout or _timeout(world)
+    key = (world, *ranks, backend, timeout)
     if key not in _groups:
-        timeout = world._get_backend(world._device_types[0]).options._timeout
         _groups[key] = dist.new_group(
             ranks, timeout=timeout, backend=backend, use_local_synchronization=True
         )
