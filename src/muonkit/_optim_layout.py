@@ -443,8 +443,7 @@ def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) 
     backend = dist.get_backend(group)
     # gloo moves tensors of other devices for some collectives only.
     device = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else device
-    # Of its own: where a rank skips a step, the comparison would meet another collective of others.
-    control = _new_group(sorted(ranks), "gloo", _timeout(group))
+    control = group if backend != "nccl" else _new_group(sorted(ranks), "gloo", _timeout(group))
     where = torch.device(device)
     if device != "cpu":
         where = torch.device(device, torch.accelerator.current_device_index())
