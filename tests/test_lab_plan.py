@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from muonkit import Muon
+from muonkit import Muon, _optim_layout
 from muonkit._plan_ways import alike
+from muonkit.exchange import Domain
 from muonkit.lab._plan_costs import Simulation, elements, flops_of, of_stage
 from muonkit.lab._plan_layouts import LAYOUTS, choose_layout, parse_mesh, place
 from muonkit.lab._plan_schemes import lower_bound, schemes, seconds
@@ -147,6 +148,12 @@ def many_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
+    def domain(group: Any, ranks: Any, device: str) -> Domain:
+        # The optimizer's own makes a group for comparing, which waits for the others.
+        return Domain(dist.group.WORLD, 0, len(ranks), torch.device(device), dist.group.WORLD)
+
+    monkeypatch.setattr(_optim_layout, "_make_domain", domain)
+
     def start(ranks: int) -> None:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=fake.FakeStore())
 
@@ -262,12 +269,28 @@ def test_memory_by_hand() -> None:
 def test_a_prediction_is_figures_over_rates() -> None:
     assume = assumptions("cuda", node=4, flops=1e12, intra=1e9, inter=1e8, memory=1e10)
     for scheme in schemes(DENSE, "zero1", parse_mesh("dp=8"), assume):
-        costs, took = scheme.costs, seconds(scheme.costs, assume)
+        costs, took = scheme.costs, seconds(scheme, assume)
         assert took.products == costs.flops.max() / 1e12
         assert took.elementwise == costs.touched.max() / 1e10
         assert took.exchange == pytest.approx((costs.between / 1e8 + costs.within / 1e9).max())
         assert took.overlapped == took.elementwise + max(took.products, took.exchange)
-        assert took.serial == took.elementwise + took.products + took.exchange
+        assert took.serial == took.elementwise + took.chain + took.exchange
+        assert took.chain >= took.products
+
+
+def test_ranks_wait_for_a_matrix_that_fills_a_bucket_alone() -> None:
+    """llama-70b: an MLP matrix has 0.94 GB and the cap is 0.27: each has a bucket, and an owner, of
+    its own, so that one after the other takes far longer than the busiest rank.
+    """
+    assume = assumptions()
+    large = schemes(find_model("llama-70b"), "fsdp", parse_mesh("fsdp=512"), assume)[0]
+    assert large.buckets >= 3 * 80
+    mlp = flops_of(28672, 8192, "cuda")
+    assert large.chain is not None
+    assert large.chain >= 240 * mlp > 100 * large.costs.flops.max()
+    small = schemes(find_model("gpt2-124m"), "fsdp", parse_mesh("fsdp=8"), assume)[0]
+    # Two buckets: what the second one's ranks wait for is less than one more matrix.
+    assert 0 <= small.chain - small.costs.flops.max() < flops_of(3072, 768, "cuda")
 
 
 def test_what_stays_in_a_node_crosses_no_slow_link() -> None:
@@ -360,6 +383,13 @@ def test_no_plan_is_below_its_bound(name: str, mesh: str) -> None:
         # Every rank may own everything: then no worse than mean + the largest matrix.
         largest = max(matrix.flops for plan, _ in step.plans for matrix in plan.matrices)
         assert got <= 1 + largest / step.traffic()["flops"].mean()
+
+
+def test_the_bound_counts_matrices_only() -> None:
+    """Parts of AdamW's parameters, which ZeRO-1 shares out as well, are no matrices."""
+    ours = schemes(find_model("llama-8b"), "zero1", parse_mesh("dp=64"), assumptions())[0]
+    assert ours.bound_by == "224 matrices on 64 ranks"
+    assert ours.costs.matrices.sum() == 224
 
 
 # -- a trillion parameters ------------------------------------------------------------------------

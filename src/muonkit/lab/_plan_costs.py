@@ -443,7 +443,8 @@ def _own_batch(plan: Plan, assume: Assumptions) -> Vector:
         tensor, box, _, _ = plan.matrices[matrix]
         mine = by_tensor.setdefault(tensor, np.zeros(plan.ranks))
         mine[list(owners)] += box_size(box) * assume.itemsize
-    ratio = max((workspace(m.box, assume) / box_size(m.box) for m in plan.matrices), default=0.0)
+    boxes = {matrix.box for matrix in plan.matrices}
+    ratio = max((workspace(box, assume) / box_size(box) for box in boxes), default=0.0)
     for mine in by_tensor.values():
         most = np.maximum(most, mine)
         every += mine

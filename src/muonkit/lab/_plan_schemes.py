@@ -37,6 +37,8 @@ class Scheme:
             there is nothing to choose.
         bound_by: what sets it.
         buckets: exchanges in a row.
+        chain: FLOPs one after the other if every exchange waited for the products of the one before
+            it: the sum over buckets of the busiest rank's; None where there are no buckets.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Scheme:
     bound: float | None = None
     bound_by: str = ""
     buckets: int = 0
+    chain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ class Seconds:
 
     Attributes:
         elementwise: what reads and writes memory.
-        products: FLOPs over the rate of products.
+        products: FLOPs of the busiest rank over the rate of products.
+        chain: the same of `Scheme.chain`: ranks wait for one another in every bucket.
         exchange: bytes over the rates of links, what leaves the node after what does not.
     """
 
     elementwise: float
     products: float
+    chain: float
     exchange: float
 
     @property
@@ -67,16 +72,20 @@ class Seconds:
 
     @property
     def serial(self) -> float:
-        """If neither hides any of the other."""
-        return self.elementwise + self.products + self.exchange
+        """If neither hides any of the other, and every bucket waits for the one before it."""
+        return self.elementwise + self.chain + self.exchange
 
 
-def seconds(costs: Costs, assume: Assumptions) -> Seconds:
+def seconds(scheme: Scheme, assume: Assumptions) -> Seconds:
     """What a step takes at the assumed rates, without latencies."""
+    costs = scheme.costs
+    busiest = float(costs.flops.max())
+    chain = busiest if scheme.chain is None else scheme.chain
     exchange = costs.between / assume.rates.inter + costs.within / assume.rates.intra
     return Seconds(
         elementwise=float(costs.touched.max()) / assume.memory,
-        products=float(costs.flops.max()) / assume.rates.flops,
+        products=busiest / assume.rates.flops,
+        chain=chain / assume.rates.flops,
         exchange=float(exchange.max()),
     )
 
@@ -103,14 +112,16 @@ def _together(stages: Sequence[Scheme]) -> Scheme:
     joined = Costs(
         *(np.concatenate([getattr(s.costs, f.name) for s in stages]) for f in fields(Costs))
     )
+    chains = [stage.chain for stage in stages if stage.chain is not None]
+    chain = max(chains) if chains else None
     if stages[0].bound is None:
-        return replace(stages[0], costs=joined)
+        return replace(stages[0], costs=joined, chain=chain)
     # Each stage has its own ranks: the bound of the slowest, over the mean of all.
     means = [stage.costs.flops.mean() for stage in stages]
     worst = max(stages, key=lambda s: (s.bound or 1.0) * s.costs.flops.mean())
     bound = (worst.bound or 1.0) * worst.costs.flops.mean() / np.mean(means)
     buckets = max(stage.buckets for stage in stages)
-    return Scheme(stages[0].name, joined, float(bound), worst.bound_by, buckets)
+    return Scheme(stages[0].name, joined, float(bound), worst.bound_by, buckets, chain)
 
 
 def _muon(model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assumptions) -> Scheme:
@@ -118,7 +129,22 @@ def _muon(model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assump
     step = Simulation(mesh, assume, [(name, p, place(p, layout, mesh)) for name, p in named])
     bound, why = lower_bound([plan for plan, _ in step.plans], mesh.ranks)
     buckets = sum(len(plan.buckets) for plan, _ in step.plans if plan.inward and plan.itemsize)
-    return Scheme(f"muonkit, {layout}", costs_of(step, assume), bound, why, buckets)
+    costs = costs_of(step, assume)
+    return Scheme(f"muonkit, {layout}", costs, bound, why, buckets, _chain(step))
+
+
+def _chain(step: Simulation) -> float:
+    total = 0.0
+    for plan, _ in step.plans:
+        if not plan.inward:
+            continue
+        for bucket in plan.buckets:
+            busy: dict[int, int] = {}
+            for matrix, owners in bucket:
+                for owner in owners:
+                    busy[owner] = busy.get(owner, 0) + plan.matrices[matrix].flops
+            total += max(busy.values(), default=0)
+    return total
 
 
 def lower_bound(plans: Sequence[Plan], ranks: int) -> tuple[float, str]:
@@ -131,7 +157,9 @@ def lower_bound(plans: Sequence[Plan], ranks: int) -> tuple[float, str]:
     flops: list[int] = []
     fixed = np.zeros(ranks)
     for plan in plans:
-        own = plan.inward and not plan.itemsize
+        if not plan.inward:  # AdamW's
+            continue
+        own = not plan.itemsize
         for matrix, owners in plan.jobs():
             cost = plan.matrices[matrix].flops
             flops += [cost] * len(owners)
@@ -254,11 +282,13 @@ def _round_robin(model: ModelShape, mesh: Mesh, stage: int, assume: Assumptions)
     """
     ranks = mesh.ranks
     flops, matrices, owned, transient = np.zeros((4, ranks))
+    rounds: dict[int, int] = {}  # one all-gather for every N parameters
     named = of_stage(model, stage, mesh.stages)
     muon = sorted((p for _, p in named if p.view), key=lambda p: -prod(p.shape))
     for turn, p in enumerate(muon):
         owner, found = turn % ranks, _work(p, assume)
         flops[owner] += found.flops
+        rounds[turn // ranks] = max(rounds.get(turn // ranks, 0), found.flops)
         matrices[owner] += found.matrices
         owned[owner] += prod(p.shape)
         transient[owner] = max(transient[owner], found.transient)
@@ -279,4 +309,4 @@ def _round_robin(model: ModelShape, mesh: Mesh, stage: int, assume: Assumptions)
         transient=transient,
         touched=(7 * owned + 7 * of_adamw) * assume.itemsize,
     )
-    return Scheme("round robin, whole", costs)
+    return Scheme("round robin, whole", costs, chain=sum(rounds.values()))

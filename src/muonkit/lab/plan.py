@@ -137,7 +137,7 @@ def summary(found: Forecast) -> dict[str, Any]:
 
 
 def _scheme(scheme: Scheme, assume: Assumptions) -> dict[str, Any]:
-    costs, took = scheme.costs, seconds(scheme.costs, assume)
+    costs, took = scheme.costs, seconds(scheme, assume)
     return {
         "name": scheme.name,
         "flops": {**_spread(costs.flops), "max_over_mean": balance(costs.flops)},
@@ -161,6 +161,7 @@ def _scheme(scheme: Scheme, assume: Assumptions) -> dict[str, Any]:
         "seconds": {
             "elementwise": took.elementwise,
             "products": took.products,
+            "products_bucket_by_bucket": took.chain,
             "exchange": took.exchange,
             "overlapped": took.overlapped,
             "serial": took.serial,
@@ -186,7 +187,7 @@ def peak(scheme: Scheme) -> Vector:
 
 def panels(found: Forecast) -> tuple[str, list[str], list[Panel]]:
     """What the picture shows: its title, the schemes, and three panels of stacked bars."""
-    times = [seconds(scheme.costs, found.assume) for scheme in found.schemes]
+    times = [seconds(scheme, found.assume) for scheme in found.schemes]
     costs = [scheme.costs for scheme in found.schemes]
 
     def most(name: str) -> list[float]:
@@ -201,7 +202,7 @@ def panels(found: Forecast) -> tuple[str, list[str], list[Panel]]:
                 "seconds, serial",
                 {
                     "elementwise": [t.elementwise for t in times],
-                    "products": [t.products for t in times],
+                    "products, if all wait": [t.chain for t in times],
                     "exchange": [t.exchange for t in times],
                 },
             ),
@@ -263,7 +264,7 @@ _LAST = ("matrices", "out: sent", "peak memory")
 
 
 def _rows(found: Sequence[Scheme], assume: Assumptions) -> list[tuple[str, list[str]]]:
-    times = [seconds(scheme.costs, assume) for scheme in found]
+    times = [seconds(scheme, assume) for scheme in found]
     costs = [scheme.costs for scheme in found]
     return [
         ("FLOPs", [_pair(c.flops, "") for c in costs]),
@@ -280,6 +281,7 @@ def _rows(found: Sequence[Scheme], assume: Assumptions) -> list[tuple[str, list[
         ("peak memory", [_pair(peak(scheme), "B") for scheme in found]),
         ("elementwise", [_time(t.elementwise) for t in times]),
         ("products", [_time(t.products) for t in times]),
+        ("  if all wait", [_time(t.chain) for t in times]),
         ("exchange", [_time(t.exchange) for t in times]),
         ("step, overlapped", [_time(t.overlapped) for t in times]),
         ("step, serial", [_time(t.serial) for t in times]),
@@ -300,6 +302,8 @@ def _notes(found: Forecast) -> str:
         f"Load of muonkit: max over mean {balance(ours.costs.flops):.3f}; whoever computed what, "
         f"it would be at least {ours.bound:.3f} ({ours.bound_by}). An owner stores a part of its "
         "matrix." + (f" Exchanges in a row: {ours.buckets}." if ours.buckets else ""),
+        "Step, overlapped: products and exchange hide one another wholly. Step, serial: nothing is "
+        "hidden, and in every bucket all ranks wait for the busiest. The truth should lie between.",
         "all-gather: every rank gathers every matrix and computes all (torch.optim.Muon on full "
         "tensors). round robin: whole parameters on every rank, owners in turn (Keller Jordan's), "
         "a stack of experts being one parameter. Both with AdamW for the rest. AdamW: for all "
