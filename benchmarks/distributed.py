@@ -215,7 +215,7 @@ def count(runner: Runner) -> None:
     runner.sent, runner.peak = counter.sent, machine.peak_bytes(profiler)
     if isinstance(runner.made, muonkit.Muon):
         plan = runner.made.plan()
-        traffic = plan.traffic() if plan.plans else None
+        traffic = plan.traffic() if plan.ranks > 1 else None
         both = zip(traffic.sent_in, traffic.sent_out, strict=True) if traffic else ()
         runner.planned = [a + b for a, b in both] or [0] * dist.get_world_size()
         counted, planned = data_bytes(runner.sent), runner.planned[dist.get_rank()]
