@@ -288,6 +288,8 @@ def test_ranks_wait_for_a_matrix_that_fills_a_bucket_alone() -> None:
     mlp = flops_of(28672, 8192, "cuda")
     assert large.chain is not None
     assert large.chain >= 240 * mlp > 100 * large.costs.flops.max()
+    took = seconds(large, assume)
+    assert took.serial > took.chain > 100 * took.products
     small = schemes(find_model("gpt2-124m"), "fsdp", parse_mesh("fsdp=8"), assume)[0]
     # Two buckets: what the second one's ranks wait for is less than one more matrix.
     assert 0 <= small.chain - small.costs.flops.max() < flops_of(3072, 768, "cuda")
@@ -341,6 +343,18 @@ def test_flops_are_the_same_for_a_matrix_and_its_transpose(device: str) -> None:
     assert flops_of(256, 1024, device) == flops_of(1024, 256, device)
     # In the standard form: 30 m^3 in general products, 20 m^3 where symmetric ones cost half.
     assert 20 * 256**3 <= flops_of(256, 256, device) <= 30 * 256**3
+
+
+def test_what_tensor_parallelism_leaves_out_is_trained_in_every_place() -> None:
+    """A router under DP x TP with ZeRO-1: its state is shared out over DP, and copied along TP."""
+    (router,) = [p for p in SPARSE.parameters if p.name.endswith("mlp.gate.weight")]
+    layout, axes = choose_layout(None, parse_mesh("dp=2,tp=4"), SPARSE)
+    lay = place(router, layout, axes)
+    assert lay.implied == lay.lives.copies() == (1,)
+    assert set(elements(lay.lives, router.shape)) == {prod(router.shape) / 2}
+    step = simulate(SPARSE, "dp=2,tp=4")
+    routers = [t for plan, _ in step.plans for t in plan.tensors if t.shape == router.shape]
+    assert {t.repeat for t in routers if t.name.endswith("mlp.gate.weight")} == {(1,)}
 
 
 # -- balance --------------------------------------------------------------------------------------
