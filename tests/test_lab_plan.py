@@ -20,7 +20,6 @@ from torch import nn
 
 from muonkit import Muon, _optim_layout
 from muonkit._plan_ways import alike
-from muonkit.exchange import Domain
 from muonkit.lab._plan_costs import Simulation, elements, flops_of, of_stage
 from muonkit.lab._plan_layouts import LAYOUTS, choose_layout, parse_mesh, place
 from muonkit.lab._plan_schemes import lower_bound, schemes, seconds
@@ -148,12 +147,6 @@ def many_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
-    def domain(group: Any, ranks: Any, device: str) -> Domain:
-        # The optimizer's own makes a group for comparing, which waits for the others.
-        return Domain(dist.group.WORLD, 0, len(ranks), torch.device(device), dist.group.WORLD)
-
-    monkeypatch.setattr(_optim_layout, "_make_domain", domain)
-
     def start(ranks: int) -> None:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=fake.FakeStore())
 
@@ -168,8 +161,7 @@ def real_traffic(
     says, in torch's own words.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, zeros
-    from torch.distributed.tensor.placement_types import _StridedShard
+    from torch.distributed.tensor import zeros
 
     name, axes = choose_layout(layout, parse_mesh(mesh), model)
     whole = init_device_mesh("cpu", tuple(size for _, size in axes.axes), mesh_dim_names=axes.names)
@@ -179,14 +171,7 @@ def real_traffic(
         if all(axis.dim is None for axis in lay.stored.axes) and len(lay.stored.mesh) == 1:
             params.append((label, p, nn.Parameter(torch.zeros(p.shape))))
             continue
-        placements = [
-            Replicate()
-            if axis.dim is None
-            else Shard(axis.dim)
-            if axis.split == 1
-            else _StridedShard(axis.dim, split_factor=axis.split)
-            for axis in lay.stored.axes
-        ]
+        placements = _optim_layout.dtensor_placements(lay.stored.axes)
         on = [i for i in range(len(lay.stored.mesh)) if i not in lay.implied]
         if len(on) < len(lay.stored.mesh):
             placements = [placements[i] for i in on]

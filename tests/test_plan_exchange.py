@@ -10,6 +10,7 @@ from typing import Any
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from muonkit._plan_ways import Way
 from muonkit.placement import Axis, Placement, box_size, intersection, replicated, shared_out
 from muonkit.plan import (
     Machine,
@@ -22,8 +23,6 @@ from muonkit.plan import (
     make_gather,
     make_own,
     make_plan,
-    sources,
-    targets,
 )
 
 CAPS = [1, 300, 1 << 30]
@@ -79,7 +78,9 @@ def test_every_matrix_has_one_owner_in_every_repetition_who_stores_a_part(
         assert len({tensor.lives.where(owner, tensor.repeat) for owner in owners}) == repetitions
         assert len(owners) == repetitions
         for owner in owners:
-            assert owner in sources(tensor.lives, tensor.shape, box, owner)
+            assert owner in Way(tensor.lives, tensor.shape, box, tensor.lives.copies()).others(
+                owner
+            )
 
 
 @given(described(), st.sampled_from(CAPS))
@@ -116,15 +117,15 @@ def test_owners_get_all_of_a_matrix_and_parameters_all_of_the_result(
         number, box, _, _ = matrices[matrix]
         tensor = tensors[number]
         for owner in owners:
-            parts = sources(tensor.lives, tensor.shape, box, owner)
+            parts = Way(tensor.lives, tensor.shape, box, tensor.lives.copies()).others(owner)
             assert covered(list(parts.values()), box) == covered([box], box)
         # Every rank gets what it stores of the matrix, from exactly one owner.
         got = [
             (position, part)
             for owner in owners
-            for position, part in targets(
-                tensor.stored, tensor.shape, box, owner, tensor.repeat
-            ).items()
+            for position, part in Way(tensor.stored, tensor.shape, box, tensor.repeat)
+            .others(owner)
+            .items()
         ]
         assert len({position for position, _ in got}) == len(got)
         for position in range(ranks):
@@ -213,9 +214,9 @@ def test_buckets_are_under_the_cap_or_one_matrix(
             tensor = plan.tensors[number]
             for owner in owners:
                 owned[owner] += box_size(box) * 4
-                for at, part in targets(
-                    tensor.stored, tensor.shape, box, owner, tensor.repeat
-                ).items():
+                for at, part in (
+                    Way(tensor.stored, tensor.shape, box, tensor.repeat).others(owner).items()
+                ):
                     stored[at] += box_size(part) * 4
         assert len(bucket) == 1 or max([*owned.values(), *stored.values()]) <= cap
 

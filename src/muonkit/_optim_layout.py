@@ -28,6 +28,7 @@ __all__ = [
     "Layout",
     "Layouts",
     "cuts_experts_only",
+    "dtensor_placements",
     "is_dtensor",
     "is_whole",
     "local",
@@ -150,11 +151,11 @@ class Layouts:
     ) -> Tensor:
         """Zeros of a logical shape on the parameter's ranks, lying as `lives` says."""
         assert self.domain is not None
-        box = lives.box(shape, self.domain.position)
-        own = torch.zeros([b - a for a, b in box], dtype=dtype, device=local(p).device)
         layout = self._layouts[p]
         if lives == layout.stored and is_dtensor(p) and shape == tuple(p.shape):
             return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+        box = lives.box(shape, self.domain.position)
+        own = torch.zeros([b - a for a, b in box], dtype=dtype, device=local(p).device)
         if layout.mesh is None:
             return own
         return _as_dtensor(own, layout.mesh, lives, shape)
@@ -199,7 +200,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank has, sharing its memory; any other tensor itself."""
-    if type(tensor) in _PLAIN or not is_dtensor(tensor):
+    if not is_dtensor(tensor):
         return tensor
     own: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
     return own
@@ -311,18 +312,25 @@ def _check_box(layouts: Layouts, name: str, p: Any, stored: Placement) -> None:
         )
 
 
-def _as_dtensor(own: Tensor, mesh: DeviceMesh, lives: Placement, shape: Sequence[int]) -> Tensor:
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+def dtensor_placements(axes: Sequence[Axis]) -> list[Any]:
+    """The same in DTensor's words: the inverse of reading them."""
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    placements = [
+    return [
         Replicate()
         if axis.dim is None
         else Shard(axis.dim)
         if axis.split == 1
         else _StridedShard(axis.dim, split_factor=axis.split)
-        for axis in lives.axes
+        for axis in axes
     ]
+
+
+def _as_dtensor(own: Tensor, mesh: DeviceMesh, lives: Placement, shape: Sequence[int]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    placements = dtensor_placements(lives.axes)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride

@@ -20,7 +20,7 @@ from muonkit.placement import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Matrix", "Stored", "Way", "alike", "sources", "targets"]
+__all__ = ["Matrix", "Stored", "Way", "alike"]
 
 
 class Stored(NamedTuple):
@@ -60,24 +60,12 @@ class Matrix(NamedTuple):
     state_box: Box | None = None
 
 
-def sources(lives: Placement, shape: tuple[int, ...], box: Box, owner: int) -> dict[int, Box]:
-    """Who sends which part of a box to its owner: the owner itself what it has; of several copies
-    the one that has the owner's place among the copies.
-    """
-    return Way(lives, shape, box, lives.copies()).others(owner)
-
-
-def targets(
-    stored: Placement, shape: tuple[int, ...], box: Box, owner: int, repeat: tuple[int, ...]
-) -> dict[int, Box]:
-    """Who gets which part of a box from its owner: all who store it, and have none of their own
-    repetition.
-    """
-    return Way(stored, shape, box, repeat).others(owner)
-
-
 class Way(NamedTuple):
     """One way of a matrix: between its owner and the ranks on which its parts lie.
+
+    To the owner `axes` are those along which the momentum has copies: the copy that has the owner's
+    own place among them is sent. Back they are those along which the work is repeated: every owner
+    serves its own repetition.
 
     Attributes:
         place: where the tensor lies whose box it is.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from muonkit._plan_batches import Item, PlannedBatch, default_cap, make_batches
 from muonkit._plan_machine import MACHINES, Machine, cheaper_repeated, machine
-from muonkit._plan_ways import Matrix, Stored, Way, alike, sources, targets
+from muonkit._plan_ways import Matrix, Stored, Way, alike
 from muonkit.placement import Box, Where, box_size, pieces, whole
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ __all__ = [
     "make_gather",
     "make_own",
     "make_plan",
-    "sources",
-    "targets",
 ]
 
 
@@ -70,11 +68,6 @@ class Errand(NamedTuple):
 
     sends: tuple[Parcel, ...]
     receives: tuple[Parcel, ...]
-
-    @property
-    def is_local(self) -> bool:
-        """Whether all of it stays on the rank itself (which says nothing of other ranks)."""
-        return len({parcel.position for parcel in (*self.sends, *self.receives)}) <= 1
 
 
 class Traffic(NamedTuple):
