@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types unit format demo lock clean
+.PHONY: help setup test lint types unit format demo docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -62,6 +62,9 @@ format: $(STAMP) ## let ruff mend what it can
 demo: $(STAMP) ## Muon against AdamW on real text, with a picture (under 4 minutes)
 	$(BIN)/muonkit compare gpt --out $(DEMO_OUT)
 
+docs: $(STAMP) ## the documentation site, into site/; broken links and anchors are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # The lock is what the extras of pyproject.toml resolve to today in an empty environment. A local
 # version such as torch's +cpu is cut off: which build fits is the installing machine's choice.
 lock: ## renew requirements-dev.lock from pyproject.toml
@@ -74,5 +77,5 @@ lock: ## renew requirements-dev.lock from pyproject.toml
 	rm -rf $(VENV)-lock
 
 clean: ## remove .venv, caches and builds (not runs/)
-	rm -rf $(VENV) $(VENV)-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

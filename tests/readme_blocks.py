@@ -1,9 +1,14 @@
-"""Reads a README: its fenced blocks, the directions above them, what a command line asks for."""
+"""Reads a README or a page: its fenced blocks, the directions above them, what a command line asks
+for; and runs its programs.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +17,11 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 ROOT = Path(__file__).parents[1]
+
+# Names the file, so that a traceback's line is the page's.
+_RUN_PROGRAM = (
+    "import sys; exec(compile(sys.stdin.read(), sys.argv[1], 'exec'), {'__name__': '__main__'})"
+)
 
 _FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})\s*(?P<language>[\w+-]*)")
 _HEADING = re.compile(r"^#{1,2} (?P<title>.+)")
@@ -100,6 +110,26 @@ def python_sections(blocks: list[Block]) -> dict[str, str]:
             padding = "\n" * (block.line - 1 - before.count("\n"))
             programs[block.section] = before + padding + block.text
     return programs
+
+
+def environment() -> dict[str, str]:
+    """This one, with the `muonkit` beside this Python first on the path, and one thread."""
+    scripts = str(Path(sys.executable).parent)
+    path = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run_program(program: str, folder: Path, page: str = "README.md") -> None:
+    """Run a section of `page` in a process of its own, in `folder`.
+
+    Raises:
+        AssertionError: it failed; with its output.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_PROGRAM, page],
+        input=program, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{page}, python:\n{done.stdout}{done.stderr}"
 
 
 def commands(block: Block) -> list[str]:

@@ -7,40 +7,28 @@ line above it (the directions are in `readme_blocks.read_blocks`).
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from readme_blocks import ROOT, Block, ReadmeError, commands, is_run, python_sections, read_blocks
+from readme_blocks import (
+    ROOT,
+    Block,
+    ReadmeError,
+    commands,
+    environment,
+    is_run,
+    python_sections,
+    read_blocks,
+    run_program,
+)
 
 README = ROOT / "README.md"
 BLOCKS = read_blocks(README.read_text(encoding="utf-8")) if README.is_file() else []
 PROGRAMS = python_sections(BLOCKS)
 SHELL_BLOCKS = [block for block in BLOCKS if block.language in ("bash", "console")]
-
-# Names the file README.md, so that a traceback's line is the README's.
-RUN_PROGRAM = (
-    "import sys; exec(compile(sys.stdin.read(), 'README.md', 'exec'), {'__name__': '__main__'})"
-)
-
-
-def environment() -> dict[str, str]:
-    """This one, with the `muonkit` beside this Python first on the path, and one thread."""
-    scripts = str(Path(sys.executable).parent)
-    path = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def run_program(program: str, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_PROGRAM],
-        input=program, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, f"README.md, python:\n{done.stdout}{done.stderr}"
 
 
 def run_command(command: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ def ddp_reduce_scatter_hook(
     """Average a bucket's gradients where the optimizer's state lives, and nowhere else.
 
     For DistributedDataParallel with ``zero=1``, which needs no more: every rank sends and receives
-    (N-1)/N of the gradients, half of what DDP's all-reduce does. ::
+    (N-1)/N of the gradients, half of what DDP's all-reduce does:
 
         model = DistributedDataParallel(model)
         optimizer = MuonW(model, process_group=dist.group.WORLD, zero=1)

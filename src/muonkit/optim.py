@@ -100,7 +100,7 @@ class Muon(Optimizer):
     """Muon for the matrices it is given; a drop-in for `torch.optim.Muon`.
 
     With momentum M, gradient G and a matrix W of `out` rows and `in` columns (torch.optim.Muon's
-    computation; Keller Jordan 2024)::
+    computation; Keller Jordan 2024):
 
         M <- lerp(M, G, 1 - momentum)
         U  = lerp(G, M, momentum) if nesterov else M
@@ -492,11 +492,9 @@ class Muon(Optimizer):
 class MuonW(Muon):
     """One optimizer for a whole model: Muon for the hidden matrices, AdamW for the rest.
 
-    ::
-
-        optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)     # routes the model itself
-        optimizer = MuonW(route(model, rules), lr=3e-4)         # or takes routes made before
-        optimizer = MuonW(muon_params, lr=0.02, adamw_params=rest, adamw_lr=3e-4)   # or by hand
+        optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)  # routes the model itself
+        optimizer = MuonW(route(model, rules), lr=3e-4)  # or takes routes made before
+        optimizer = MuonW(muon_params, lr=0.02, adamw_params=rest, adamw_lr=3e-4)  # or by hand
 
     When it routes, the scale is "match_rms_adamw" unless `adjust_lr_fn` is given: a learning rate
     and decay tuned for AdamW carry over in long trainings; in short ones sweep upward from there.

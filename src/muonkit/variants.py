@@ -2,7 +2,7 @@
 
 A variant rewrites stacks of whole matrices of one shape, in logical orientation (rows = outputs)
 and without padding; the scale and the learning rate come after it. With O = orthogonalize(U), v
-zero before the first step and every norm over one matrix::
+zero before the first step and every norm over one matrix:
 
     plain     O                                                    no state
     normuon   v <- lerp(v, mean over columns of O², 1 - β2)        one v per row, β2 = 0.95
