@@ -63,8 +63,8 @@ def turns(n: int) -> int:
     return sum(n * max(sizes[k : k + n]) for k in range(0, len(sizes), n))
 
 
-# Elements that all N ranks together send, by layout and name; DESIGN's formulas times N, and of the
-# others what their own say.
+# Elements that all N ranks together send, by layout and name; those of docs/distributed.md times
+# N, and of the others what their own say.
 FORMULAS: dict[tuple[str, str], Any] = {
     ("fsdp2", "torch, all-gather"): lambda n: (n - 1) * padded(n),
     ("fsdp2", "muonkit"): lambda n: 2 * (n - 1) / n * ALL,

@@ -16,7 +16,7 @@ def scalar_map(name: str, s: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return s
 
 
-# NUMERICS.md's table of measured output ranges: over [1e-3, 1] and over [1e-2, 1].
+# The output ranges of the table in docs/choosing.md: over [1e-3, 1] and over [1e-2, 1].
 RANGES = [
     ("keller", 5, (0.47, 1.20), (0.68, 1.13)),
     ("you", 5, (0.475, 1.145), (0.978, 1.032)),

@@ -1,7 +1,7 @@
 """The documentation site builds strictly and fetches nothing; the Python on its pages runs.
 
-As in README.md, the blocks of a section are one program (see `readme_blocks.read_blocks` for the
-directions that may stand above a block).
+The Python blocks of a page are one program, from top to bottom; `readme_blocks.read_blocks` has the
+directions that may stand above a block.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from readme_blocks import ROOT, python_sections, read_blocks, run_program
 
-PROGRAMS = {
-    (page.name, section): program
-    for page in sorted((ROOT / "docs").glob("*.md"))
-    for section, program in python_sections(read_blocks(page.read_text(encoding="utf-8"))).items()
-}
+
+def program_of(page: Path) -> str:
+    """All Python blocks of a page as one program, each line where it stands on the page."""
+    blocks = read_blocks(page.read_text(encoding="utf-8"))
+    return python_sections([replace(block, section="") for block in blocks]).get("", "")
+
+
+PROGRAMS = {page.name: program_of(page) for page in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = [name for name, program in PROGRAMS.items() if program]
 
 
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
@@ -42,8 +47,21 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     assert {name: loads.findall(text) for name, text in pages.items() if loads.search(text)} == {}
 
 
-@pytest.mark.parametrize(
-    ("page", "section"), PROGRAMS, ids=lambda text: re.sub(r"\W+", "-", text).strip("-")
-)
-def test_python(page: str, section: str, tmp_path: Path) -> None:
-    run_program(PROGRAMS[page, section], tmp_path, page)
+@pytest.mark.parametrize("page", PAGES)
+def test_python(page: str, tmp_path: Path) -> None:
+    run_program(PROGRAMS[page], tmp_path, page)
+
+
+def test_the_pitfalls_name_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. ", page, flags=re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
+    assert len(named) > len(numbers)
+    for file, name in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in source, f"docs/pitfalls.md: {file} has no {name}"
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for name in re.findall(r"^def (test_pitfalls?_\w+)", file.read_text("utf-8"), re.MULTILINE):
+            own = {int(number) for number in re.findall(r"(?<=_)\d+(?=_)", name)}
+            assert own <= set(numbers), f"{file.name}: {name} is not in docs/pitfalls.md"

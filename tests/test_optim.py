@@ -23,7 +23,7 @@ from optim_helpers import VIEWED, mlp, momentum_of, parameter, set_gradients
 def test_each_matrix_of_the_view_gets_the_written_step(
     view: str, shape: tuple[int, ...], nesterov: bool, adjust_lr_fn: str | None
 ) -> None:
-    """A plain float64 transcription, one matrix at a time (PITFALLS 9, 11, 12: the scale too)."""
+    """A plain float64 transcription, one matrix at a time (pitfalls 9, 11, 12: the scale too)."""
     lr, decay, mu = 0.1, 0.3, 0.9
     p = parameter(*shape, dtype=torch.float64)
     optimizer = Muon(

@@ -1,4 +1,4 @@
-"""The orthogonalizer's laws (DESIGN section 6), over every schedule, form and dtype.
+"""The orthogonalizer's laws (docs/design.md), over every schedule, form and dtype.
 
 float64 is the judge throughout: the exact result is U p(S) V^T with the singular value
 decomposition and the polynomials evaluated in float64.
@@ -22,8 +22,8 @@ from muonkit.orthogonalize import NS_DTYPES, _multiplies_bf16, resolve_dtype
 NAMES = [*SCHEDULES, "svd"]
 # Relative error (Frobenius) of one orthogonalization against float64 on well-conditioned input.
 # fp32: 5 iterations of products with unit round-off 6e-8, amplified by slopes up to 8 per step.
-# bf16: unit round-off 2^-8 = .004, fp16: 2^-11 = .0005, same amplification (NUMERICS.md measures
-# .027 and .0035 on a power law).
+# bf16: unit round-off 2^-8 = .004, fp16: 2^-11 = .0005, same amplification (docs/performance.md
+# has .015 and .0019 on a power law).
 TOLERANCE = {
     torch.float64: 1e-11,
     torch.float32: 2e-5,

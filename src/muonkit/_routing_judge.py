@@ -70,7 +70,7 @@ def judge(sites: list[Site], param: nn.Parameter, facts: Survey) -> Verdict:
     """
     if isinstance(param, nn.parameter.UninitializedParameter):
         raise Undecided("is not initialized: run one batch through the lazy module first")
-    # A tied tensor is an embedding, whatever else it is (PITFALL: claimed twice, or sent to Muon).
+    # A tied tensor is an embedding, whatever else it is (docs/pitfalls.md, 16).
     for site in sites:
         _refuse_shards(site, param)
         if isinstance(site.owner, _EMBEDDINGS) and site.label == "weight":
@@ -105,7 +105,7 @@ def _muon(view: str, reason: str) -> Verdict:
 
 
 def _refuse_shards(site: Site, param: nn.Parameter) -> None:
-    """A matrix seen as a 1-D shard would go to AdamW unnoticed (PITFALL: Muon silently off)."""
+    """A matrix seen as a 1-D shard would go to AdamW unnoticed (docs/pitfalls.md, 18)."""
     matrix_layer = isinstance(site.owner, (nn.Linear, *_EMBEDDINGS)) or is_conv(site.owner)
     if "_flat_param" in site.label or (matrix_layer and site.label == "weight" and param.ndim < 2):
         raise Undecided(
