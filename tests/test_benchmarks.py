@@ -259,6 +259,24 @@ def test_overhead_pairs_whole_steps(measured: Callable[[str], Path]) -> None:
     assert record["ratio"] == sorted(record["ratio"])
 
 
+def test_options_are_all_measured_and_cost_the_state_they_say() -> None:
+    import options
+    from sets import TINY, matrices
+
+    rows = options.measure(TINY["tiny"], rounds=2)
+    assert rows.keys() == options.OPTIONS.keys()
+    assert rows["the defaults"]["ratio"] == (1.0, 1.0, 1.0)
+    assert all(row["peak"] > 0 for row in rows.values())
+    elements = sum(m * n for m, n in matrices(TINY["tiny"]))
+    rows_of_all = sum(m for m, _ in matrices(TINY["tiny"]))
+    assert rows["the defaults"]["state"] == 4 * elements
+    assert rows['momentum_dtype="bfloat16"']["state"] == 2 * elements
+    # The second moment, and a count of steps for each parameter: less than a number for each row.
+    more = rows['variant="normuon"']["state"] - 4 * elements
+    assert 4 * rows_of_all < more < 8 * rows_of_all
+    assert 8 * elements < rows['variant="adamuon"']["state"] < 8 * elements + 4 * rows_of_all
+
+
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     path = tmp_path / "performance.md"
