@@ -17,7 +17,8 @@ class Machine(NamedTuple):
 
     Attributes:
         flops: products, FLOP/s.
-        intra, inter: bytes/s that it sends within its node, and to others.
+        intra: bytes/s that it sends within its node.
+        inter: bytes/s that it sends to other nodes.
         node: ranks in a node.
     """
 

@@ -1,7 +1,7 @@
 """Schedules: the polynomial coefficients of Newton-Schulz, one (a, b, c) per iteration.
 
 One iteration is X <- aX + (bA + cA^2)X with A = XX^T: every singular value goes through the odd
-polynomial a*s + b*s^3 + c*s^5. A schedule is the sequence of these polynomials; it says for which
+polynomial a s + b s^3 + c s^5. A schedule is the sequence of these polynomials; it says for which
 number of steps it was made and where the singular values land then.
 """
 

@@ -77,8 +77,10 @@ class Traffic(NamedTuple):
         flops: of the products.
         matrices: orthogonalized.
         owned: elements of the matrices that it owns.
-        sent_in, received_in: bytes on the way to the owners.
-        sent_out, received_out: bytes on the way back.
+        sent_in: bytes on the way to the owners.
+        received_in: the same, at the owners.
+        sent_out: bytes on the way back.
+        received_out: the same, where the parameters are stored.
     """
 
     flops: list[int]
