@@ -377,7 +377,8 @@ def test_a_wider_momentum_does_not_widen_the_products() -> None:
     for optimizer in (wide, plain):
         optimizer.step()
     assert {row["ns_dtype"] for row in wide.describe()} == {"torch.float32"}
-    torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+    # The updates, of 1e-3, differ by the rounding of the momentum: the parameters by their own.
+    torch.testing.assert_close(p, q, rtol=2**-23, atol=1e-7)
 
 
 def test_hooks_on_loading_have_the_last_word() -> None:

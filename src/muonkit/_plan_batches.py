@@ -20,9 +20,11 @@ _CAP_ELSEWHERE = 256 * 2**20
 
 # FLOPs that take as long as the launches of one more batch: up to here it is cheaper to pad
 # matrices with zeros, into the batch of a larger shape, than to compute them on their own. The
-# CPU's stands for 50 operations of 3 us at 60 GFLOP/s. A GPU's launches cost about the same and
-# its FLOPs a thousandth, but that was never measured: a cautious guess.
-_FLOPS_OF_A_LAUNCH = {"cpu": 10**7}
+# CPU's stands for a batch of its own, half a millisecond of Python and small operations, at 200
+# GFLOP/s: of 1e7, 3e7, 5e7 and 1e8 the last gave the fastest step over a ResNet-20's matrices. A
+# GPU's launches cost about the same and its FLOPs a thousandth, but that was never measured: a
+# cautious guess.
+_FLOPS_OF_A_LAUNCH = {"cpu": 10**8}
 _FLOPS_OF_A_LAUNCH_ELSEWHERE = 10**9
 
 # Of more shapes than this none are joined: looking at all pairs again and again takes seconds.

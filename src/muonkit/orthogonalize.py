@@ -17,8 +17,8 @@ from torch import Tensor
 from muonkit._compile import constant_result
 from muonkit.coefficients import DEFAULT_STEPS, KELLER, Iterations, Triple, resolve
 from muonkit.forms import check_form, choose_form, product_flops, segments
-from muonkit.scratch import scratch
-from muonkit.symmetric import block_count, method, symmetric_product
+from muonkit.scratch import is_kept, scratch
+from muonkit.symmetric import block_count, general_product, method, symmetric_product
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -313,6 +313,11 @@ def _normalize(
     return X.to(dtype)
 
 
+# Names of scratch memory, and none: what is small, or differentiated, is allocated.
+_NAMES: dict[str, str | None] = {name: name for name in ("A", "P0", "P1", "PA", "Q0", "Q1")}
+_NO_NAMES: dict[str, str | None] = dict.fromkeys(_NAMES)
+
+
 def _evaluate(
     X: Tensor,
     triples: tuple[Triple, ...],
@@ -331,7 +336,12 @@ def _evaluate(
     blocks = block_count(m, X.dtype, X.device)
     _, restarts = choose_form(ns_form, m, n, triples, X.dtype.itemsize, blocks)
     how = 1 if differentiable else method(X.mT if tall else X)
-    product = functools.partial(symmetric_product, blocks=how)
+    product: Callable[..., Tensor] = general_product
+    names = _NAMES
+    if how != 1:
+        product = functools.partial(symmetric_product, blocks=how)
+    elif differentiable or not is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device):
+        names = _NO_NAMES
     runs = segments(triples, restarts)
     for run, segment in enumerate(runs, start=1):
         rows = X.mT if tall else X
@@ -339,20 +349,26 @@ def _evaluate(
         if run < len(runs):  # not X's own memory
             name = f"X{run % 2}"
             target = None if differentiable else scratch(name, tuple(X.shape), X.dtype, X.device)
-        A = product(rows, rows, name="A")
+        A = product(rows, rows, name=names["A"])
         if len(segment) == 1 and X.dtype.itemsize == 2:
             # 16 bits would round a on P's diagonal; as the last product's beta it stays exact.
             ((a, b, c),) = segment
-            P = _polynomial(product, A, 0.0, b, c, "P0")
+            P = _polynomial(product, A, 0.0, b, c, names["P0"])
             X = _apply(torch.baddbmm, (X,), P, X, tall, target, beta=a)
             continue
         Q = None
         for number, (a, b, c) in enumerate(segment, start=1):
+            # A general product adds a times its other factor at no cost: then P is without aI.
+            apart = a if how == 1 and not differentiable else 0.0
             # Q and P in turn take the memory of the Q and P before the last.
-            P = _polynomial(product, A, a, b, c, f"P{number % 2}")
-            Q = P if Q is None else product(P, Q, name=f"Q{number % 2}")
+            P = _polynomial(product, A, a - apart, b, c, names[f"P{number % 2}"])
+            if Q is not None:
+                Q = product(P, Q, Q, beta=apart, name=names[f"Q{number % 2}"])
             if number < len(segment):
-                A = product(product(P, A, name="PA"), P, name="A")
+                PA = product(P, A, A, beta=apart, name=names["PA"])
+                A = product(PA, P, PA, beta=apart, name=names["A"])
+            if Q is None:
+                Q = _add_identity_(P, apart)
         assert Q is not None
         X = _apply(torch.bmm, (), Q, X, tall, target)
     return X
@@ -375,13 +391,17 @@ def _apply(
 
 
 def _polynomial(
-    product: Callable[..., Tensor], A: Tensor, a: float, b: float, c: float, name: str
+    product: Callable[..., Tensor], A: Tensor, a: float, b: float, c: float, name: str | None
 ) -> Tensor:
     """aI + bA + cA^2."""
     if c:
         return product(A, A, A, alpha=c, beta=b, gamma=a, name=name)
-    P = b * A
-    P.diagonal(dim1=-2, dim2=-1).add_(a)
+    return _add_identity_(b * A, a)
+
+
+def _add_identity_(P: Tensor, a: float) -> Tensor:
+    if a:
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
     return P
 
 

@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-__all__ = ["KEPT_BYTES", "scratch"]
+__all__ = ["KEPT_BYTES", "is_kept", "scratch"]
 
 # A buffer larger than this is not kept.
 KEPT_BYTES = 64 * 2**20
@@ -34,6 +34,11 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+def is_kept(nbytes: int, device: torch.device) -> bool:
+    """Whether so much is kept; if not, `scratch` is `torch.empty`."""
+    return device.type == "cpu" and _WORTH_KEEPING <= nbytes <= KEPT_BYTES
+
+
 def scratch(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -41,9 +46,8 @@ def scratch(
 
     The caller does not change it but for its values: the same object may be given out again.
     """
-    compiling = torch.compiler.is_compiling()
     nbytes = math.prod(shape) * dtype.itemsize
-    if compiling or device.type != "cpu" or not _WORTH_KEEPING <= nbytes <= KEPT_BYTES:
+    if torch.compiler.is_compiling() or not is_kept(nbytes, device):
         return torch.empty(shape, dtype=dtype, device=device)
     view = _kept.views.get((name, shape, dtype))
     if view is None:

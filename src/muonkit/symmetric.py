@@ -17,7 +17,7 @@ from muonkit.scratch import scratch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KERNEL", "block_count", "method", "symmetric_product"]
+__all__ = ["KERNEL", "block_count", "general_product", "method", "symmetric_product"]
 
 KERNEL = 0
 
@@ -90,22 +90,41 @@ def symmetric_product(
         return kernels.symmetric_product(rows, other, D, alpha, beta, gamma)
     D = None if beta == 0 else D
     if blocks == 1:
-        C = _general(L, R, D, alpha, beta)
-    else:
-        C = _blocked(L, R, alpha, blocks, name)
-        if D is not None:
-            C.add_(D, alpha=beta)
+        return general_product(L, R, D, alpha=alpha, beta=beta, gamma=gamma, name=name)
+    C = _blocked(L, R, alpha, blocks, name)
+    if D is not None:
+        C.add_(D, alpha=beta)
     if gamma:
         C.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return C
 
 
-def _general(L: Tensor, R: Tensor, D: Tensor | None, alpha: float, beta: float) -> Tensor:
+def general_product(
+    L: Tensor,
+    R: Tensor,
+    D: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    name: str | None = None,
+) -> Tensor:
+    """`symmetric_product` by torch's own product, whole: for those who know that they want that of
+    many small ones, of which the choices would take longer than the products.
+    """
     right = L.mT if R is L else R
-    if D is not None:
-        return torch.baddbmm(D, L, right, beta=beta, alpha=alpha)
-    C = torch.bmm(L, right)
-    return C if alpha == 1 else C * alpha
+    if name is not None:
+        C = _empty(name, (L.shape[0], L.shape[1], right.shape[2]), L)
+        # beta = 0: what C holds is not read.
+        torch.baddbmm(C if D is None else D, L, right, beta=beta, alpha=alpha, out=C)
+    elif D is not None:
+        C = torch.baddbmm(D, L, right, beta=beta, alpha=alpha)
+    else:
+        C = torch.bmm(L, right)
+        C = C if alpha == 1 else C * alpha
+    if gamma:
+        C.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return C
 
 
 def _blocked(L: Tensor, R: Tensor, alpha: float, blocks: int, name: str | None) -> Tensor:
