@@ -7,15 +7,21 @@ Muon trains the hidden weight matrices along an orthogonalized momentum, AdamW t
     optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from muonkit._optim_hook import ddp_reduce_scatter_hook
 from muonkit.optim import Muon, MuonW
 from muonkit.orthogonalize import orthogonalize
 from muonkit.routing import Route, Routes, RoutingError, Rule, route
 from muonkit.views import View
 
+if TYPE_CHECKING:
+    from muonkit.diagnostics import Monitor
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Monitor",
     "Muon",
     "MuonW",
     "Route",
@@ -28,3 +34,12 @@ __all__ = [
     "orthogonalize",
     "route",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Monitor` is imported when it is asked for: a training without it does not pay for it."""
+    if name == "Monitor":
+        from muonkit.diagnostics import Monitor
+
+        return Monitor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from muonkit.placement import Box
+
 __all__ = [
     "Arrived",
     "Arriving",
@@ -28,6 +30,7 @@ __all__ = [
     "Entry",
     "Living",
     "LocalBatch",
+    "Source",
     "Standing",
     "Whole",
     "join",
@@ -75,6 +78,21 @@ class Entry(NamedTuple):
     copies: tuple[int, ...] = ()
 
 
+class Source(NamedTuple):
+    """Which matrix one of a stack is.
+
+    Attributes:
+        param: that it is of: the optimizer's, or this rank's part of it (`Entry.param`).
+        box: where it lies in that.
+        rows, cols: of the matrix; in the stack it may be padded.
+    """
+
+    param: Tensor
+    box: Box
+    rows: int
+    cols: int
+
+
 class Living(NamedTuple):
     """Pieces of one shape whose momentum lives on this rank; `dtype` is the parameters'."""
 
@@ -120,6 +138,20 @@ class Batch(Protocol):
         """
         ...
 
+    def gathered(self, tensors: Sequence[Tensor]) -> Arriving[Sequence[Tensor]]:
+        """As `to_owners`, of any tensors that lie as the momentum: to be read, in full precision,
+        and without the variant's state.
+        """
+        ...
+
+    def weights(self) -> Sequence[list[Tensor]]:
+        """For each `living`, what there is of the parameters where the momentum lives."""
+        ...
+
+    def sources(self) -> Sequence[Sequence[Source]]:
+        """Which matrices `to_owners` gives, in its order; equal shapes side by side."""
+        ...
+
     def wholes(self, o: Sequence[Tensor]) -> Sequence[Whole]:
         """The same matrices without padding, by shape, with the variant's state."""
         ...
@@ -138,6 +170,7 @@ class _Part(NamedTuple):
 
     block: Block
     state_block: Block
+    entries: list[Entry]
     params: list[Tensor]
     grads: list[Tensor]
     momenta: list[Tensor]
@@ -159,6 +192,22 @@ class LocalBatch:
 
     def to_owners(self, u: Sequence[Tensor]) -> Arrived[list[Tensor]]:
         return Arrived([join(self, u)])
+
+    def gathered(self, tensors: Sequence[Tensor]) -> Arrived[list[Tensor]]:
+        return self.to_owners(tensors)
+
+    def weights(self) -> list[list[Tensor]]:
+        return [part.params for part in self.parts]
+
+    def sources(self) -> list[list[Source]]:
+        return [
+            [
+                Source(entry.param, box, part.block.rows, part.block.cols)
+                for part in self.parts
+                for entry in part.entries
+                for box in part.block.boxes()
+            ]
+        ]
 
     def wholes(self, o: Sequence[Tensor]) -> list[Whole]:
         wholes = []
@@ -242,8 +291,9 @@ def make(entries: Sequence[Entry], group: dict[str, Any]) -> list[LocalBatch]:
             shape = block.shape, block.batch, block.rows, block.cols, block.transposed
             geometry = *shape, entry.grad.dtype
             if geometry not in parts:
-                parts[geometry] = _Part(block, state_block, [], [], [], [], [])
+                parts[geometry] = _Part(block, state_block, [], [], [], [], [], [])
             part = parts[geometry]
+            part.entries.append(entry)
             part.params.append(block.region(entry.param))
             part.grads.append(block.region(entry.grad))
             part.momenta.append(block.region(entry.momentum))

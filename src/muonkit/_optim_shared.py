@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from muonkit._groups import flops_of, momentum_dtype
-from muonkit._optim_batches import Arrived, Living, Standing, Whole, place
+from muonkit._optim_batches import Arrived, Living, Source, Standing, Whole, place
 from muonkit._optim_layout import Layout, ranks_per_node
 from muonkit.exchange import Pending, move
 from muonkit.placement import Axis, Box, Placement, box_size, intersection, replicated, slices
@@ -238,6 +238,13 @@ class Share:
             self._cuts[matrix, where] = slices(box, own)
         return tensor[self._cuts[matrix, where]]
 
+    def living_piece(self, matrix: int, stored: Tensor) -> Tensor:
+        """Of a rank's part of a parameter what lies where its momentum lives."""
+        planned = self.tensor(matrix)
+        box = self.own_box(matrix, "lives")
+        assert box is not None
+        return stored[slices(box, planned.stored.box(planned.shape, self.domain.position))]
+
     def state_piece(self, matrix: int, tensor: Tensor) -> Tensor:
         """The same of the variant's state."""
         if (matrix, "state") not in self._cuts:
@@ -321,6 +328,31 @@ class SharedBatch:
 
     def to_owners(self, u: Sequence[Tensor]) -> _Arriving:
         whole = self._rooms()
+        on_its_way = [self._inward(u, whole, self.share.wire)]
+        if self.bucket.state is not None:
+            on_its_way.append(self._fetch_state(self.bucket.state[0]))
+        return _Arriving(on_its_way, whole)
+
+    def gathered(self, tensors: Sequence[Tensor]) -> _Arriving:
+        whole = self._rooms()
+        return _Arriving([self._inward(tensors, whole, self.share.dtype)], whole)
+
+    def weights(self) -> list[list[Tensor]]:
+        return [
+            [self.share.living_piece(m, self._entry(m).param) for m in members]
+            for members in self.bucket.living.values()
+        ]
+
+    def sources(self) -> list[list[Source]]:
+        return [[self._source(matrix) for matrix in members] for *_, members in self.bucket.batches]
+
+    def _source(self, matrix: int) -> Source:
+        number, block, _ = self.share.sources[matrix]
+        box = self.share.plan.matrices[matrix].box
+        return Source(self.share.params[number], box, block.rows, block.cols)
+
+    def _inward(self, u: Sequence[Tensor], whole: Sequence[Tensor], dtype: torch.dtype) -> Pending:
+        """Stacks of pieces that live here, to the owners' rooms."""
         parts = self._parts(whole)
         errand = self.bucket.inbound
         pieces = [stack.unbind() for stack in u]
@@ -332,10 +364,7 @@ class SharedBatch:
             (position, parts[matrix][self._inside(matrix, box)])
             for position, matrix, box in errand.receives
         ]
-        on_its_way = [self._move(outgoing, incoming, self.share.wire, inward=True, state=False)]
-        if self.bucket.state is not None:
-            on_its_way.append(self._fetch_state(self.bucket.state[0]))
-        return _Arriving(on_its_way, whole)
+        return self._move(outgoing, incoming, dtype, inward=True, state=False)
 
     def _rooms(self) -> list[Tensor]:
         """Room for the matrices that this rank owns, zero where they are padded."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +18,43 @@ if TYPE_CHECKING:
 
     from muonkit._optim_batches import Arriving, Batch, Living, Standing
 
-__all__ = ["muon_step"]
+__all__ = ["Observer", "muon_step"]
 
 
-def muon_step(batch: Batch, group: dict[str, Any]) -> Iterator[None]:
+class Observer(Protocol):
+    """Who is told of the whole matrices of a batch, on the rank that computes them.
+
+    All ranks have one, or none: it may exchange in `before`. It writes to nothing that it is given.
+    """
+
+    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+        """What is about to be orthogonalized; momentum is new, parameters are as they were."""
+        ...
+
+    def orthogonalized(self, o: Sequence[Tensor]) -> None:
+        """The same batch, before the variant."""
+        ...
+
+    def after(self, o: Sequence[Tensor]) -> None:
+        """What is about to be applied."""
+        ...
+
+
+def muon_step(
+    batch: Batch, group: dict[str, Any], observer: Observer | None = None
+) -> Iterator[None]:
     """The algorithm. It pauses while what it sent is on its way, so that others go on meanwhile."""
     u = batch.to_owners(_momentum_(batch.living, group))  # elementwise, where the state lives
     yield
-    o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in u.wait()]  # whole matrices
+    whole = u.wait()
+    if observer is not None:
+        observer.before(batch, group, whole)
+    o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in whole]  # whole matrices
+    if observer is not None:
+        observer.orthogonalized(o)
     kept = _vary_(batch, o, group)
+    if observer is not None:
+        observer.after(o)
     d = batch.to_params(o)
     yield
     _apply_(batch.standing, d.wait(), group)

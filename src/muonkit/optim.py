@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from muonkit._optim_batches import Batch
     from muonkit._optim_gradients import Scaled, Work
     from muonkit._optim_schedule import Present
+    from muonkit._optim_step import Observer
     from muonkit.coefficients import Coefficients
     from muonkit.plan import StepPlan
 
@@ -181,6 +182,8 @@ class Muon(Optimizer):
         RuntimeError: a complex or sparse parameter (on construction), a sparse gradient (in `step`,
             before anything is written).
     """
+
+    _observer: Observer | None = None  # a Monitor's, in the steps that it samples
 
     def __init__(
         self,
@@ -357,7 +360,7 @@ class Muon(Optimizer):
         self._adamw_(work)
         for group, batches in planned:
             for batch in batches:
-                for _ in muon_step(batch, group):
+                for _ in muon_step(batch, group, self._observer):
                     pass
         return True
 
@@ -375,11 +378,11 @@ class Muon(Optimizer):
             scaled.unscale_(work)
         own, shared = self._batches(work, schedule)
         self._adamw_(work)
-        tasks = [muon_step(batch, group) for group, batch in shared]
+        tasks = [muon_step(batch, group, self._observer) for group, batch in shared]
         tasks += [task for gather in schedule.gathers for task in gather.tasks()]
         run_overlapped(tasks, depth=3)
         for group, batch in own:
-            for _ in muon_step(batch, group):
+            for _ in muon_step(batch, group, self._observer):
                 pass
         return True
 

@@ -1,0 +1,138 @@
+"""Where samples go: JSON lines in a file, or any callable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["JsonLines", "Sink", "deliver", "sinks_of"]
+
+Sink: TypeAlias = "str | os.PathLike[str] | Callable[[dict[str, Any]], Any]"
+
+# The files that monitors of this process write to.
+_OPEN: set[Path] = set()
+
+# Significant digits in a file: what float32 has.
+_DIGITS = 7
+
+
+class JsonLines:
+    """One JSON object a line; not finite is null. What is in the file stays.
+
+    A run that goes on appends, and writes its header only where it differs from the last one
+    there. A last line that was not written to its end is cut off.
+
+    Raises:
+        ValueError: another name than *.jsonl, or a file that another monitor has open.
+        FileNotFoundError: no such folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".jsonl":
+            raise ValueError(
+                f"to={str(path)!r} is no sink: a path ends in .jsonl; for another format pass a "
+                "callable, as those of muonkit.integrations"
+            )
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"to={str(path)!r} is in a folder that is not there: make it first, "
+                f"os.makedirs({str(self.path.parent)!r})"
+            )
+        self._key = self.path.resolve()
+        if self._key in _OPEN:
+            raise ValueError(
+                f"another monitor writes to {str(path)!r}: close it, or give each its own file"
+            )
+        self._header = _mend(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        _OPEN.add(self._key)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        line = json.dumps(_plain(record), allow_nan=False)
+        if record["kind"] == "header":
+            if line == self._header:
+                return
+            self._header = line
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        _OPEN.discard(self._key)
+
+
+def _mend(path: Path) -> str | None:
+    """Cut off a line without an end; returns the last header that is there."""
+    if not path.exists():
+        return None
+    header, end = None, 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            end += len(line)
+            if line.startswith(b'{"kind": "header"'):
+                header = line.decode().rstrip("\n")
+        file.truncate(end)
+    return header
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
+
+
+def sinks_of(to: Sink | Sequence[Sink] | None, writes: bool) -> list[Callable[..., Any]]:
+    """The callables that `to` means; files are opened by the rank that writes only.
+
+    Raises:
+        TypeError: neither a path nor callable.
+        ValueError, FileNotFoundError: as `JsonLines`.
+    """
+    given = [] if to is None else list(to) if isinstance(to, list | tuple) else [to]
+    sinks: list[Callable[..., Any]] = []
+    try:
+        for sink in given:
+            if not callable(sink) and not isinstance(sink, str | os.PathLike):
+                raise TypeError(
+                    "to= is a path that ends in .jsonl, a callable that takes the sample, or a "
+                    f"list of these, got {sink!r:.80}"
+                )
+            if writes:
+                sinks.append(sink if callable(sink) else JsonLines(sink))
+    except Exception:
+        for sink in sinks:
+            if isinstance(sink, JsonLines):
+                sink.close()
+        raise
+    return sinks
+
+
+def deliver(sinks: list[Callable[..., Any]], record: dict[str, Any]) -> None:
+    """Give every sink the record. One that raises gets no more: a full disk is no reason to end a
+    training.
+    """
+    for sink in list(sinks):
+        try:
+            sink(record)
+        except Exception as error:
+            sinks.remove(sink)
+            warnings.warn(
+                f"the monitor's sink {sink!r:.80} raised {type(error).__name__}: {error}; it gets "
+                "no more samples, the training goes on",
+                UserWarning,
+                stacklevel=2,
+            )

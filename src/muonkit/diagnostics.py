@@ -1,0 +1,252 @@
+"""The instrument: what the optimizer does while it trains, read and never written to."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from muonkit._diagnostics_records import (
+    Traffic,
+    groups_of,
+    header_of,
+    matrices_records,
+    parameters_records,
+)
+from muonkit._diagnostics_sample import KINDS, Sampler, global_rank, matrices_of
+from muonkit._diagnostics_sinks import JsonLines, deliver, sinks_of
+from muonkit._diagnostics_spectra import LEVELS
+from muonkit.optim import Muon
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from muonkit._diagnostics_sinks import Sink
+
+__all__ = ["FORMAT", "Monitor"]
+
+# Of the records; a reader refuses another one.
+FORMAT = 1
+
+
+class Monitor:
+    """Samples what a `Muon` or `MuonW` does: norms, spectra, learning rates, traffic.
+
+    ::
+
+        monitor = Monitor(optimizer, every=100, to="run.jsonl")
+        ...                            # train; monitor.latest is the last sample
+        monitor.close()
+
+    Steps are counted from 1, by calls of `optimizer.step()`. Sampled are the first and every
+    multiple of `every`. Between samples nothing is computed and no device is waited for; a sample
+    waits for each device. Parameters, gradients, state and random numbers are left as they are, bit
+    for bit. In a sampled step of a matrix W of m rows and n columns, with G its gradient, M the
+    momentum after the step, O the orthogonalized matrix as the step applies it (after the variant),
+    η = lr * scale(m, n) and λ the decay::
+
+        gradient_norm, momentum_norm    ||G||_F, ||M||_F
+        weight_norm                     ||W||_F before the step
+        update_norm                     ||ηO||_F: what the step adds, without the decay
+        update_rms                      ||ηO||_F / √(mn)
+        update_to_weight                ||ηO||_F / ||W||_F
+        decay_norm                      lr λ ||W||_F (of the decayed entries, where cautious)
+        decay_share                     decay_norm / (decay_norm + update_norm)
+        orthogonality_error             ||OO^T - I||_F / √min(m, n), of the short side, before the
+                                        variant: √(mean of (σ² - 1)²)
+        lr                              η
+        nonfinite                       entries of G, M, O and W that are NaN or infinite
+        spectra                         of M, of O (the update without η) and of W: see below
+        owners                          the ranks that computed it
+
+    A spectrum has the singular values' min and max; entropy, H / log min(m, n) with
+    H = -Σ p log p and p = σ/Σσ; effective_rank exp(H) (Roy & Vetterli 2007); stable_rank
+    ||A||_F² / ||A||_2²; and 17 quantiles of them, equally spaced from the smallest to the largest
+    (`muonkit._diagnostics_spectra`). It is None where the matrix is zero or not finite, and so is
+    any number that is not.
+
+    For AdamW's parameters M is exp_avg and the update lr m̂ / (√v̂ + ε); there are no spectra. A
+    group's norms are those of all its matrices or parameters as one vector.
+
+    On several ranks that share parameters all of them make a monitor with the same arguments and
+    take the same steps; each ends with the same sample, whose numbers are one process's to the
+    rounding of the dtype. Whole matrices are measured by the ranks that compute them: a sampled
+    step has three more exchanges to the owners, and one of the results.
+
+    Args:
+        optimizer: a `Muon` or `MuonW` with at least one matrix.
+        every: steps from sample to sample.
+        to: where samples go: a path that ends in .jsonl, a callable that takes the sample (a dict),
+            or a list of these. Files are appended to. One that raises is warned of and gets no
+            more.
+        spectra: the tensors whose singular values are taken, of "gradient", "momentum", "update"
+            and "weight"; () for none, which makes a sample several times cheaper.
+        start: steps that were taken before, in a run that goes on.
+        writes: whether this process gives samples to `to`; None: the first of the ranks that share
+            parameters does, and rank 0 where none are shared.
+
+    Attributes:
+        step: how many steps were taken.
+        latest: the last sample, None before the first: ``{"kind": "sample", "step": n, "skipped":
+            whether the step was left out (`nonfinite="skip"`; then the rest is empty), "groups":
+            [...], "matrices": [...], "parameters": [...], "ranks": [...]}``.
+        header: what stays the same: the format, versions, every, and names, shapes, views and
+            groups of all matrices and parameters. It is the first line of a file.
+
+    Raises:
+        TypeError: the optimizer is none of muonkit's; a sink that is neither path nor callable.
+        ValueError: no matrix, every below 1, an optimizer that has a monitor, unknown spectra, a
+            path that is not *.jsonl or that another monitor writes to.
+        FileNotFoundError: the path's folder is missing.
+    """
+
+    def __init__(
+        self,
+        optimizer: Muon,
+        every: int = 100,
+        to: Sink | Sequence[Sink] | None = None,
+        *,
+        spectra: Sequence[str] = ("momentum", "update", "weight"),
+        start: int = 0,
+        writes: bool | None = None,
+    ) -> None:
+        _check(optimizer, every, spectra, start)
+        self.every, self.step = int(every), int(start)
+        self.latest: dict[str, Any] | None = None
+        self._optimizer, self._spectra = optimizer, tuple(spectra)
+        self._rank = global_rank()
+        domain = optimizer._layouts.domain
+        first = self._rank == 0 if domain is None else domain.position == 0
+        self._sinks = sinks_of(to, first if writes is None else writes)
+        self._owned = list(self._sinks)
+        self._sampler: Sampler | None = None
+        self._skipped = 0
+        self._traffic = Traffic(optimizer)
+        self._know()
+        disable: Any = torch.compiler.disable  # a compiled step calls these as they are
+        self._hooks = [
+            optimizer.register_step_pre_hook(disable(self._before_step)),
+            optimizer.register_step_post_hook(disable(self._after_step)),
+        ]
+        _MONITORED.add(optimizer)
+
+    def close(self) -> None:
+        """Leave the optimizer as it was, and close the files; as often as one likes."""
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer._observer = None
+        self._sampler = None
+        _MONITORED.discard(self._optimizer)
+        for sink in self._owned:
+            close: Callable[[], Any] | None = getattr(sink, "close", None)
+            if close is not None:
+                close()
+        self._sinks, self._owned = [], []
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- the hooks ------------------------------------------------------------------------------
+
+    def _before_step(self, *_: Any) -> None:
+        self.step += 1
+        self._sampler = self._optimizer._observer = None
+        if self.step == 1 or self.step % self.every == 0:
+            self._sampler = Sampler(self._optimizer, self._spectra)
+            self._skipped = self._optimizer.skipped_steps
+            with torch.no_grad():
+                self._sampler.begin()
+            self._optimizer._observer = self._sampler
+
+    def _after_step(self, *_: Any) -> None:
+        sampler, self._sampler = self._sampler, None
+        self._optimizer._observer = None
+        if sampler is None:
+            return
+        skipped = self._optimizer.skipped_steps != self._skipped
+        with torch.no_grad():
+            self.latest = self._sample(sampler, skipped)
+        if self._groups_known != _size(self._optimizer):
+            self._know()
+        deliver(self._sinks, self.latest)
+
+    def _sample(self, sampler: Sampler, skipped: bool) -> dict[str, Any]:
+        matrices, parameters, ranks = [], [], []
+        if not skipped:
+            sampler.end()
+            measured = sampler.gather()
+            matrices = matrices_records(self._optimizer, measured)
+            parameters = parameters_records(self._optimizer, measured)
+            ranks = self._traffic.records(self._rank)
+        return {
+            "kind": "sample",
+            "step": self.step,
+            "skipped": skipped,
+            "groups": groups_of(self._optimizer, matrices, parameters),
+            "matrices": matrices,
+            "parameters": parameters,
+            "ranks": ranks,
+        }
+
+    def _know(self) -> None:
+        """Read what the optimizer has, again after `add_param_group`, and write the header."""
+        self._groups_known = _size(self._optimizer)
+        self.header = {
+            "kind": "header",
+            "format": FORMAT,
+            "muonkit": sys.modules["muonkit"].__version__,
+            "torch": str(torch.__version__),
+            "every": self.every,
+            "levels": LEVELS,
+            **header_of(self._optimizer),
+        }
+        deliver([sink for sink in self._sinks if isinstance(sink, JsonLines)], self.header)
+
+
+def _check(optimizer: Any, every: Any, spectra: Any, start: Any) -> None:
+    if not isinstance(optimizer, Muon):
+        raise TypeError(
+            f"Monitor reads muonkit's Muon and MuonW, got {type(optimizer).__name__}; of a wrapper "
+            "give the optimizer inside"
+        )
+    if not any(
+        group["algorithm"] == "muon" and any(matrices_of(group, p) for p in group["params"])
+        for group in optimizer.param_groups
+    ):
+        raise ValueError(
+            "the optimizer has no matrix that Muon trains, so there is nothing to monitor: "
+            "print(muonkit.route(model)) says why AdamW has them all"
+        )
+    if optimizer in _MONITORED:
+        raise ValueError(
+            "the optimizer has a monitor already: close() it, or give that one several sinks, "
+            "to=[...]"
+        )
+    for name, value, least in (("every", every, 1), ("start", start, 0)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is a whole number of steps, at least {least}, got {value!r}")
+    unknown = [kind for kind in spectra if kind not in KINDS]
+    if unknown or isinstance(spectra, str):
+        raise ValueError(
+            f"spectra is a list of {', '.join(map(repr, KINDS))}, or () for none, got {spectra!r}"
+        )
+
+
+# Optimizers that have a monitor.
+_MONITORED: weakref.WeakSet[Muon] = weakref.WeakSet()
+
+
+def _size(optimizer: Muon) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
