@@ -24,7 +24,7 @@ from muonkit.scale import scale_factor
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -100,6 +100,8 @@ class Sampler:
 
     def __init__(self, optimizer: Muon, kinds: Sequence[str]) -> None:
         self._optimizer, self._kinds = optimizer, kinds
+        disable: Any = torch.compiler.disable
+        self.call: Callable[..., Any] = disable(lambda step, closure: step(closure))
         self._names = _Names(optimizer)
         self._measured: list[tuple[list[Key], str, Tensor]] = []
         self._batch: tuple[list[list[Source]], dict[str, Any], list[Tensor]] | None = None

@@ -83,7 +83,7 @@ def _spectra(A: Tensor) -> Tensor:
     gram = _gram(X)
     try:
         eigenvalues = torch.linalg.eigvalsh(gram)  # ascending
-    except RuntimeError:  # does not converge: no reason to end a training
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # does not converge: no reason to end a training
         eigenvalues = gram.new_full(gram.shape[:-1], math.nan)
     sigma = eigenvalues.clamp_min(0).sqrt() * largest[:, None]
     sigma = sigma.masked_fill((broken | (largest == 0))[:, None], math.nan)

@@ -14,7 +14,7 @@ from muonkit.scale import scale_factor
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from muonkit._optim_batches import Arriving, Batch, Living, Standing
 
@@ -26,6 +26,10 @@ class Observer(Protocol):
 
     All ranks have one, or none: it may exchange in `before`. It writes to nothing that it is given.
     """
+
+    def call(self, step: Callable[..., Any], closure: Any) -> Any:
+        """Take the step, outside of torch.compile's graphs: what follows has no place in one."""
+        ...
 
     def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
         """What is about to be orthogonalized; momentum is new, parameters are as they were."""

@@ -138,8 +138,7 @@ class Monitor:
         """Leave the optimizer as it was, and close the files; as often as one likes."""
         for hook in self._hooks:
             hook.remove()
-        self._optimizer._observer = None
-        self._sampler = None
+        self._listen(None)
         _MONITORED.discard(self._optimizer)
         for sink in self._owned:
             close: Callable[[], Any] | None = getattr(sink, "close", None)
@@ -162,17 +161,17 @@ class Monitor:
 
     def _before_step(self, *_: Any) -> None:
         self.step += 1
-        self._sampler = self._optimizer._observer = None
+        self._listen(None)  # the last step may have raised
         if self.step == 1 or self.step % self.every == 0:
-            self._sampler = Sampler(self._optimizer, self._spectra)
+            sampler = Sampler(self._optimizer, self._spectra)
             self._skipped = self._optimizer.skipped_steps
             with torch.no_grad():
-                self._sampler.begin()
-            self._optimizer._observer = self._sampler
+                sampler.begin()
+            self._listen(sampler)
 
     def _after_step(self, *_: Any) -> None:
-        sampler, self._sampler = self._sampler, None
-        self._optimizer._observer = None
+        sampler = self._sampler
+        self._listen(None)
         if sampler is None:
             return
         skipped = self._optimizer.skipped_steps != self._skipped
@@ -181,6 +180,10 @@ class Monitor:
         if self._groups_known != _size(self._optimizer):
             self._know()
         deliver(self._sinks, self.latest)
+
+    def _listen(self, sampler: Sampler | None) -> None:
+        """Take the optimizer's observer slot, or leave it."""
+        self._sampler = self._optimizer._observer = sampler
 
     def _sample(self, sampler: Sampler, skipped: bool) -> dict[str, Any]:
         matrices, parameters, ranks = [], [], []

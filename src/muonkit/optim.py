@@ -329,6 +329,11 @@ class Muon(Optimizer):
                 rank ended while others waited for it.
             FloatingPointError: see `nonfinite`.
         """
+        if self._observer is not None:
+            return self._observer.call(self._take_step, closure)
+        return self._take_step(closure)
+
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
