@@ -170,7 +170,7 @@ class _Part(NamedTuple):
 
     block: Block
     state_block: Block
-    entries: list[Entry]
+    origins: list[tuple[Tensor, Block]]  # of each region: the parameter, and where in it
     params: list[Tensor]
     grads: list[Tensor]
     momenta: list[Tensor]
@@ -202,10 +202,10 @@ class LocalBatch:
     def sources(self) -> list[list[Source]]:
         return [
             [
-                Source(entry.param, box, part.block.rows, part.block.cols)
+                Source(param, box, block.rows, block.cols)
                 for part in self.parts
-                for entry in part.entries
-                for box in part.block.boxes()
+                for param, block in part.origins
+                for box in block.boxes()
             ]
         ]
 
@@ -293,7 +293,7 @@ def make(entries: Sequence[Entry], group: dict[str, Any]) -> list[LocalBatch]:
             if geometry not in parts:
                 parts[geometry] = _Part(block, state_block, [], [], [], [], [], [])
             part = parts[geometry]
-            part.entries.append(entry)
+            part.origins.append((entry.param, block))
             part.params.append(block.region(entry.param))
             part.grads.append(block.region(entry.grad))
             part.momenta.append(block.region(entry.momentum))

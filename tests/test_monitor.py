@@ -1,0 +1,589 @@
+"""The monitor: its numbers against a plain transcription, and nothing changed by it."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import math
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from muonkit import Monitor, Muon, MuonW, orthogonalize
+from muonkit._diagnostics_sample import KINDS
+from muonkit._diagnostics_spectra import LEVELS, orthogonality_error, spectra
+from optim_helpers import VIEWED, mlp, momentum_of, parameter, set_gradients, train
+
+# Sums of float32 entries, taken in float64 on both sides; O is orthogonalized in other batches.
+TOLERANCE = 1e-5
+OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.2, "momentum": 0.9, "ns_dtype": "float32"}
+
+
+# --- the transcription --------------------------------------------------------------------------
+
+# What each view of `VIEWED` means, written without views: the logical matrices of a parameter.
+MEANING: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
+    "matrix": lambda p: [p],
+    "flatten": lambda p: [p.flatten(1)],
+    "experts": lambda p: list(p),
+    "split(rows=3)": lambda p: list(p.chunk(3)),
+    "split(rows=6+2+2)": lambda p: list(p.split([6, 2, 2])),
+    "split(cols=2)": lambda p: list(p.chunk(2, 1)),
+    "transpose > split(rows=3)": lambda p: list(p.mT.chunk(3)),
+    "experts > split(rows=2)": lambda p: [half for expert in p for half in expert.chunk(2)],
+}
+
+
+def spectrum(A: torch.Tensor) -> dict[str, Any]:
+    """By numpy's SVD, as the formulas are printed."""
+    sigma = np.linalg.svd(A.double().numpy(), compute_uv=False)[::-1]
+    p = sigma / sigma.sum()
+    entropy = -sum(x * math.log(x) for x in p if x > 0)
+    return {
+        "min": sigma[0],
+        "max": sigma[-1],
+        "entropy": entropy / math.log(len(sigma)),
+        "stable_rank": np.linalg.norm(A.double().numpy()) ** 2 / sigma[-1] ** 2,
+        "effective_rank": math.exp(entropy),
+        "quantiles": list(np.quantile(sigma, np.linspace(0, 1, LEVELS))),
+    }
+
+
+def transcribed(W: torch.Tensor, G: torch.Tensor, M: torch.Tensor, scale: float) -> dict[str, Any]:
+    """One matrix's record, from the weight before the step and the momentum after it."""
+    U = 0.9 * M + 0.1 * G
+    O = orthogonalize(U, ns_dtype="float32").double()
+    W, G, M = W.double(), G.double(), M.double()
+    lr, m = OPTIONS["lr"] * scale, min(W.shape)
+    update, decay = lr * O, OPTIONS["lr"] * OPTIONS["weight_decay"] * W
+    gram = O @ O.mT if O.shape[0] <= O.shape[1] else O.mT @ O
+    return {
+        "lr": lr,
+        "gradient_norm": G.norm().item(),
+        "momentum_norm": M.norm().item(),
+        "update_norm": update.norm().item(),
+        "weight_norm": W.norm().item(),
+        "update_rms": update.square().mean().sqrt().item(),
+        "update_to_weight": (update.norm() / W.norm()).item(),
+        "decay_norm": decay.norm().item(),
+        "decay_share": (decay.norm() / (decay.norm() + update.norm())).item(),
+        "orthogonality_error": ((gram - torch.eye(m).double()).norm() / m**0.5).item(),
+        "nonfinite": dict.fromkeys(KINDS, 0),
+        "spectra": {
+            "gradient": spectrum(G),
+            "momentum": spectrum(M),
+            "update": spectrum(O),
+            "weight": spectrum(W),
+        },
+    }
+
+
+def assert_close(got: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, dict):
+        assert got.keys() >= expected.keys(), where
+        scale = expected.get("max", 0.0)
+        for key, value in expected.items():
+            if scale and key in ("min", "quantiles"):  # the smallest to a fraction of the largest
+                assert got[key] == pytest.approx(value, abs=TOLERANCE * scale), f"{where} {key}"
+            else:
+                assert_close(got[key], value, f"{where} {key}")
+    else:
+        assert got == pytest.approx(expected, rel=TOLERANCE), where
+
+
+@pytest.mark.parametrize(("view", "shape"), VIEWED)
+def test_a_matrix_is_measured_as_the_formulas_say(view: str, shape: tuple[int, ...]) -> None:
+    p = parameter(*shape)
+    optimizer = Muon(
+        [{"params": [("w", p)], "view": view}], adjust_lr_fn="match_rms_adamw", **OPTIONS
+    )
+    with Monitor(optimizer, every=3, spectra=KINDS) as monitor:
+        for t in range(3):
+            before = p.detach().clone()
+            set_gradients([p], t)
+            optimizer.step()
+    sample = monitor.latest
+    assert sample is not None
+    assert sample["step"] == 3
+    assert p.grad is not None
+    parts = [MEANING[view](t) for t in (before, p.grad, momentum_of(optimizer, p))]
+    assert len(sample["matrices"]) == len(parts[0]) == len(monitor.header["matrices"])
+    for k, (record, W, G, M) in enumerate(zip(sample["matrices"], *parts, strict=True)):
+        assert (record["name"], record["index"], record["owners"]) == ("w", k, [0])
+        assert monitor.header["matrices"][k]["shape"] == list(W.shape)
+        assert_close(record, transcribed(W, G, M, 0.2 * max(W.shape) ** 0.5), f"{k}")
+
+
+def test_the_applied_update_is_what_the_parameter_changed_by() -> None:
+    """By the change itself, with a variant and cautious decay."""
+    p = parameter(12, 8)
+    optimizer = Muon([p], variant="adamuon", cautious=True, **OPTIONS)
+    with Monitor(optimizer, every=1) as monitor:
+        for t in range(4):
+            before = p.detach().clone()
+            set_gradients([p], t)
+            optimizer.step()
+    assert monitor.latest is not None
+    (record,) = monitor.latest["matrices"]
+    change = p.detach() - before
+    # change = -lr λ mask W - η O, and the mask is where O W > 0, which is where both shrink W.
+    decay = torch.zeros_like(before)
+    assert record["decay_norm"] > 0
+    for _ in range(3):  # where the update without the decay has the sign that shrinks
+        mask = (-(change + decay)) * before > 0
+        decay = OPTIONS["lr"] * OPTIONS["weight_decay"] * before * mask
+    assert record["decay_norm"] == pytest.approx(decay.norm().item(), rel=1e-4)
+    assert record["update_norm"] == pytest.approx((change + decay).norm().item(), rel=1e-4)
+
+
+def test_adamws_parameters_are_measured() -> None:
+    model = mlp()
+    optimizer = MuonW(model, lr=0.01, weight_decay=0.1, decay_1d=True)
+    with Monitor(optimizer, every=2) as monitor:
+        for t in range(2):
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            set_gradients(list(model.parameters()), t)
+            optimizer.step()
+    sample = monitor.latest
+    assert sample is not None
+    assert {r["name"] for r in sample["parameters"]} == {
+        r["name"] for r in monitor.header["parameters"]
+    }
+    params = dict(model.named_parameters())
+    for record in sample["parameters"]:
+        p, W = params[record["name"]], before[record["name"]]
+        decay = 0.01 * 0.1 * W
+        update = p.detach() - W + decay
+        assert record["lr"] == 0.01
+        assert p.grad is not None
+        # The difference of two float32 tensors is off by their rounding, a thousandth of so small
+        # a change.
+        assert record["update_norm"] == pytest.approx(update.norm().item(), rel=1e-3)
+        assert record["update_rms"] == pytest.approx(update.square().mean().sqrt().item(), rel=1e-3)
+        assert record["gradient_norm"] == pytest.approx(p.grad.norm().item(), rel=TOLERANCE)
+        moment = optimizer.state[p]["exp_avg"].norm().item()
+        assert record["momentum_norm"] == pytest.approx(moment, rel=TOLERANCE)
+        assert record["weight_norm"] == pytest.approx(W.norm().item(), rel=TOLERANCE)
+        assert record["decay_norm"] == pytest.approx(decay.norm().item(), rel=TOLERANCE)
+
+
+def test_a_group_is_its_members_as_one_vector() -> None:
+    model = mlp()
+    optimizer = MuonW(model, lr=0.01)
+    with Monitor(optimizer) as monitor:
+        train(model, optimizer, 1)
+    sample = monitor.latest
+    assert sample is not None
+    names = {r["name"]: r["group"] for r in (*sample["matrices"], *sample["parameters"])}
+    for record in sample["groups"]:
+        mine = [p for name, p in model.named_parameters() if names[name] == record["group"]]
+        grads = torch.cat([p.grad.flatten() for p in mine if p.grad is not None])
+        assert record["gradient_norm"] == pytest.approx(grads.norm().item(), rel=TOLERANCE)
+        rms = record["update_norm"] / sum(p.numel() for p in mine) ** 0.5
+        assert record["update_rms"] == pytest.approx(rms)
+        assert record["members"] == len(mine)
+
+
+# --- laws of the spectra ------------------------------------------------------------------------
+
+
+def measures(A: torch.Tensor) -> torch.Tensor:
+    return spectra(A[None])[0]
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 6), (300, 20)])
+def test_spectra_do_not_see_transposition_rotation_or_scale(shape: tuple[int, int]) -> None:
+    A = parameter(*shape, seed=1).detach().double()
+    Q = torch.linalg.qr(parameter(shape[0], shape[0], seed=2).detach().double())[0]
+    expected = measures(A)
+    torch.testing.assert_close(measures(A.mT), expected)
+    torch.testing.assert_close(measures(Q @ A), expected)
+    for scale in (1e-30, 1e30):  # squares would leave float32, and not float64
+        scaled = measures((A * scale).float())
+        torch.testing.assert_close(scaled[:2] / scale, expected[:2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scaled[2:5], expected[2:5], rtol=1e-5, atol=1e-5)
+
+
+def test_spectra_of_known_matrices() -> None:
+    """Flat: all ranks are full. Rank one: all are 1. (1 + 1e-7 for what squares lose.)"""
+    low, high, entropy, stable, effective = measures(3 * torch.eye(8, 20))[:5].tolist()
+    assert (low, high, entropy, stable, effective) == pytest.approx((3, 3, 1, 8, 8))
+    one = torch.outer(torch.arange(1.0, 9.0), torch.ones(20))
+    low, high, entropy, stable, effective = measures(one)[:5].tolist()
+    assert low == pytest.approx(0, abs=1e-6 * high)
+    assert (stable, effective) == pytest.approx((1, 1), abs=1e-4)
+    assert entropy == pytest.approx(0, abs=1e-4)
+
+
+def test_spectra_of_a_stack_are_those_of_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = parameter(5, 6, 9).detach()
+    expected = torch.stack([measures(a) for a in A])
+    torch.testing.assert_close(spectra(A), expected)
+    monkeypatch.setattr("muonkit._diagnostics_spectra.CHUNK_BYTES", 6 * 9 * 8 * 2)
+    torch.testing.assert_close(spectra(A), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_orthogonality_error_is_zero_for_orthonormal_rows(dtype: torch.dtype) -> None:
+    Q = torch.linalg.qr(parameter(20, 6).detach().double())[0]
+    for A in (Q, Q.mT):
+        # Each entry is rounded to eps / 2; 20 of them are summed.
+        error = orthogonality_error(A.to(dtype)[None]).item()
+        assert error <= 20 * torch.finfo(dtype).eps
+    assert orthogonality_error(torch.zeros(1, 3, 5)).item() == pytest.approx(1)
+    assert orthogonality_error(2 * Q[None]).item() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_counted_and_never_raises(value: float) -> None:
+    good, bad, zero = parameter(6, 4), parameter(6, 4, seed=1), parameter(5, 3, seed=2)
+    optimizer = Muon([("good", good), ("bad", bad), ("zero", zero)], **OPTIONS)
+    stream = io.StringIO()
+    sink: Callable[[Any], Any] = lambda s: stream.write(json.dumps(s, allow_nan=False))  # noqa: E731
+    with Monitor(optimizer, to=sink) as monitor:
+        set_gradients([good, bad, zero])
+        assert bad.grad is not None
+        assert zero.grad is not None
+        bad.grad[0, :2] = value
+        zero.grad.zero_()
+        optimizer.step()
+    assert monitor.latest is not None
+    ok, broken, empty = monitor.latest["matrices"]
+    assert ok["spectra"]["momentum"] is not None
+    assert broken["nonfinite"] == {"gradient": 2, "momentum": 2, "update": 24, "weight": 0}
+    assert broken["spectra"]["momentum"] is broken["spectra"]["update"] is None
+    assert broken["gradient_norm"] is broken["update_rms"] is broken["decay_share"] is None
+    assert broken["spectra"]["weight"] is not None
+    assert empty["spectra"]["momentum"] is None
+    assert (empty["gradient_norm"], empty["update_norm"]) == (0, 0)
+    assert empty["decay_share"] == 1
+    (group,) = monitor.latest["groups"]
+    assert group["nonfinite"]["gradient"] == 2
+    assert group["update_norm"] is None
+    assert "momentum_norm" in stream.getvalue()
+
+
+# --- nothing is changed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "normuon"}, {"momentum_dtype": "bfloat16"}])
+def test_parameters_and_state_are_those_without_it(options: dict[str, Any]) -> None:
+    plain, watched = mlp(), mlp()
+    optimizers = [MuonW(model, lr=0.01, **options) for model in (plain, watched)]
+    seen = torch.get_rng_state()
+    with Monitor(optimizers[1], every=2, spectra=KINDS) as monitor:
+        for model, optimizer in zip((plain, watched), optimizers, strict=True):
+            train(model, optimizer, 5)
+        assert monitor.latest is not None
+        assert monitor.latest["step"] == 4
+        ours, theirs = (optimizer.state_dict() for optimizer in optimizers)
+    assert torch.equal(seen, torch.get_rng_state())
+    for p, q in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for key, state in ours["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, theirs["state"][key][name])
+
+
+def test_it_samples_the_first_step_and_multiples() -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+    seen: list[int] = []
+    with Monitor(optimizer, every=3, to=lambda sample: seen.append(sample["step"])) as monitor:
+        for t in range(7):
+            set_gradients([p], t)
+            optimizer.step()
+    assert seen == [1, 3, 6]
+    assert monitor.step == 7
+    with Monitor(optimizer, every=5, to=lambda s: seen.append(s["step"]), start=7) as monitor:
+        for t in range(4):
+            set_gradients([p], t)
+            optimizer.step()
+    assert seen == [1, 3, 6, 10]
+
+
+def test_nobody_listens_between_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cause of its cost: between samples the step is told of no observer, nothing is made."""
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+    made: list[Any] = []
+    from muonkit import diagnostics
+
+    class Counted(diagnostics.Sampler):
+        def __init__(self, *args: Any) -> None:
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(diagnostics, "Sampler", Counted)
+    with Monitor(optimizer, every=10):
+        for t in range(12):
+            set_gradients([p], t)
+            optimizer.step()
+            assert optimizer._observer is None
+    assert len(made) == 2
+
+
+def test_closing_it_leaves_no_trace() -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+    monitor = Monitor(optimizer, every=1)
+    set_gradients([p])
+    optimizer.step()
+    monitor.close()
+    monitor.close()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert optimizer._observer is None
+    latest = monitor.latest
+    optimizer.step()
+    assert monitor.latest is latest
+    alive = weakref.ref(monitor)
+    del monitor
+    gc.collect()
+    assert alive() is None
+    Monitor(optimizer).close()  # another may follow
+
+
+def test_without_a_gradient_there_is_no_record() -> None:
+    p, q = parameter(4, 3), parameter(5, 2)
+    optimizer = Muon([("p", p), ("q", q)])
+    with Monitor(optimizer, every=1) as monitor:
+        set_gradients([p])
+        optimizer.step()
+        assert [r["name"] for r in monitor.latest["matrices"]] == ["p"]
+        p.grad = None
+        optimizer.step()
+    assert monitor.latest["matrices"] == monitor.latest["groups"] == []
+
+
+def test_skipped_and_refused_steps() -> None:
+    p = parameter(4, 3)
+    for policy in ("skip", "raise"):
+        optimizer = Muon([p], nonfinite=policy)
+        with Monitor(optimizer, every=1) as monitor:
+            set_gradients([p])
+            p.grad[0, 0] = math.nan
+            if policy == "raise":
+                with pytest.raises(FloatingPointError):
+                    optimizer.step()
+                assert monitor.latest is None
+            else:
+                optimizer.step()
+                assert monitor.latest["skipped"]
+                assert monitor.latest["matrices"] == []
+            set_gradients([p])
+            optimizer.step()
+            assert monitor.latest["step"] == 2
+            assert not monitor.latest["skipped"]
+            assert len(monitor.latest["matrices"]) == 1
+
+
+def test_a_closure_is_seen() -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    with Monitor(optimizer) as monitor:
+        assert optimizer.step(closure) > 0
+    assert p.grad is not None
+    assert monitor.latest["matrices"][0]["gradient_norm"] == pytest.approx(p.grad.norm().item())
+
+
+def test_without_spectra_the_rest_is_there() -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+    with Monitor(optimizer, spectra=()) as monitor:
+        set_gradients([p])
+        optimizer.step()
+    (record,) = monitor.latest["matrices"]
+    assert record["spectra"] == {}
+    assert record["orthogonality_error"] > 0
+
+
+def test_groups_that_are_added_are_known() -> None:
+    p, q = parameter(4, 3), parameter(6, 5, seed=1)
+    optimizer = Muon([p])
+    with Monitor(optimizer, every=1) as monitor:
+        set_gradients([p])
+        optimizer.step()
+        optimizer.add_param_group({"params": [q]})
+        set_gradients([p, q])
+        optimizer.step()
+    assert len(monitor.header["matrices"]) == len(monitor.latest["matrices"]) == 2
+    names = [record["name"] for record in monitor.latest["matrices"]]
+    assert len(set(names)) == 2  # nobody named them
+
+
+def test_a_tensor_lr_and_schedulers_are_read_as_they_are() -> None:
+    p = parameter(8, 2)
+    optimizer = Muon([p], lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    rates = []
+    with Monitor(optimizer, every=1, to=lambda sample: rates.append(sample["matrices"][0]["lr"])):
+        for t in range(3):
+            set_gradients([p], t)
+            optimizer.step()
+            scheduler.step()
+    assert rates == pytest.approx([0.2, 0.1, 0.05])  # "original": times √(8 / 2)
+
+
+def test_a_compiled_step_is_compiled_once_more_and_never_again() -> None:
+    """Its sampled steps run as they are, so they differ by rounding; the others are the same."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    params = [parameter(6, 4) for _ in range(2)]
+    optimizers = [Muon([p], lr=torch.tensor(0.01)) for p in params]
+    steps = [torch.compile(optimizer.step, backend="eager") for optimizer in optimizers]
+    graphs = []
+    with Monitor(optimizers[1], every=4) as monitor:
+        for t in range(10):
+            for p, step in zip(params, steps, strict=True):
+                set_gradients([p], t)
+                step()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert monitor.latest["step"] == 8
+    assert len(set(graphs[2:])) == 1
+    torch.testing.assert_close(params[0], params[1], rtol=1e-6, atol=1e-6)
+
+
+# --- sinks --------------------------------------------------------------------------------------
+
+
+def run(path: Path, steps: int, **options: Any) -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([("w", p)])
+    with Monitor(optimizer, every=2, to=path, **options):
+        for t in range(steps):
+            set_gradients([p], t)
+            optimizer.step()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_are_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    run(path, 4)
+    assert [(r["kind"], r.get("step")) for r in lines(path)] == [
+        ("header", None),
+        ("sample", 1),
+        ("sample", 2),
+        ("sample", 4),
+    ]
+    header = lines(path)[0]
+    assert (header["format"], header["every"]) == (1, 2)
+    assert header["torch"] == torch.__version__
+    assert header["matrices"][0]["name"] == "w"
+    with path.open("a") as file:
+        file.write('{"kind": "sample", "st')  # the run was killed here
+    run(path, 2, start=4)
+    kinds = [(r["kind"], r.get("step")) for r in lines(path)]
+    assert kinds[3:] == [("sample", 4), ("sample", 6)]
+    run(path, 1, spectra=())
+    assert [r["kind"] for r in lines(path)].count("header") == 1
+
+
+def test_another_models_header_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    run(path, 1)
+    p = parameter(5, 3)
+    optimizer = Muon([("other", p)])
+    with Monitor(optimizer, to=path):
+        set_gradients([p])
+        optimizer.step()
+    assert [r["kind"] for r in lines(path)] == ["header", "sample", "header", "sample"]
+
+
+def test_a_sample_is_in_the_file_at_once(tmp_path: Path) -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+    with Monitor(optimizer, to=tmp_path / "run.jsonl"):
+        set_gradients([p])
+        optimizer.step()
+        assert len(lines(tmp_path / "run.jsonl")) == 2
+
+
+def test_a_sink_that_raises_ends_no_training() -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+    seen: list[Any] = []
+
+    def broken(sample: dict[str, Any]) -> None:
+        raise OSError("no space left on device")
+
+    with Monitor(optimizer, every=1, to=[broken, seen.append]):
+        set_gradients([p])
+        with pytest.warns(UserWarning, match="no space left on device; it gets no more samples"):
+            optimizer.step()
+        optimizer.step()
+    assert [sample["step"] for sample in seen] == [1, 2]
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "remedy"),
+    [
+        ({"every": 0}, ValueError, "at least 1, got 0"),
+        ({"every": 2.5}, ValueError, "whole number of steps"),
+        ({"start": -1}, ValueError, "at least 0, got -1"),
+        ({"spectra": ["sigma"]}, ValueError, "'gradient', 'momentum', 'update', 'weight'"),
+        ({"spectra": "weight"}, ValueError, "is a list of"),
+        ({"to": "run.csv"}, ValueError, "ends in .jsonl"),
+        ({"to": "no/such/folder/run.jsonl"}, FileNotFoundError, "os.makedirs('no/such/folder')"),
+        ({"to": 3}, TypeError, "a callable that takes the sample"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(
+    arguments: dict[str, Any], error: type[Exception], remedy: str
+) -> None:
+    optimizer = Muon([parameter(4, 3)])
+    with pytest.raises(error) as caught:
+        Monitor(optimizer, **arguments)
+    assert remedy in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not optimizer._optimizer_step_pre_hooks  # nothing half done
+    Monitor(optimizer).close()
+
+
+def test_other_optimizers_are_refused() -> None:
+    p = parameter(4, 3)
+    with pytest.raises(TypeError, match="got SGD; of a wrapper give the optimizer inside"):
+        Monitor(torch.optim.SGD([p], lr=0.1))  # type: ignore[arg-type]
+    adamw = Muon([{"params": [p], "algorithm": "adamw", "lr": 0.1}])
+    with pytest.raises(ValueError, match=r"nothing to monitor: print\(muonkit.route\(model\)\)"):
+        Monitor(adamw)
+
+
+def test_two_monitors_do_not_meet(tmp_path: Path) -> None:
+    one, other = (Muon([nn.Parameter(torch.ones(3, 2))]) for _ in range(2))
+    with Monitor(one, to=tmp_path / "run.jsonl"):
+        with pytest.raises(ValueError, match="another monitor writes to"):
+            Monitor(other, to=tmp_path / ".." / tmp_path.name / "run.jsonl")
+        with pytest.raises(ValueError, match="has a monitor already"):
+            Monitor(one)
+    Monitor(other, to=tmp_path / "run.jsonl").close()
