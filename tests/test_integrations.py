@@ -1,0 +1,189 @@
+"""The monitor's sinks: what each tracker was given, read back with its own means where it has any.
+
+trackio is not installed where these tests run: its sink is held to the calls that it makes, on a
+stand-in module of a few lines.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muonkit import Monitor, Muon
+from muonkit.integrations._flat import histograms, scalars
+from muonkit.integrations.tensorboard import TensorBoard
+from muonkit.integrations.trackio import Trackio
+from muonkit.integrations.wandb import WandB
+from optim_helpers import parameter, set_gradients
+
+
+def sampled(to: Any, steps: int = 3) -> list[dict[str, Any]]:
+    """Samples of a training with a fused projection and an AdamW parameter."""
+    qkv, gain = parameter(12, 4), parameter(4, seed=1)
+    optimizer = Muon(
+        [
+            {"params": [("qkv", qkv)], "view": "split(rows=3)"},
+            {"params": [("gain", gain)], "algorithm": "adamw", "lr": 0.1},
+        ]
+    )
+    samples: list[dict[str, Any]] = []
+    with Monitor(optimizer, every=2, to=[to, samples.append]):
+        for t in range(steps):
+            set_gradients([qkv, gain], t)
+            optimizer.step()
+    return samples
+
+
+def test_every_number_has_a_name_of_its_own() -> None:
+    sample = sampled(lambda _: None)[-1]
+    numbers = scalars(sample)
+    one = sample["matrices"][1]
+    assert numbers["matrix/qkv[1]/update_rms"] == one["update_rms"]
+    assert (
+        numbers["matrix/qkv[1]/momentum/stable_rank"] == one["spectra"]["momentum"]["stable_rank"]
+    )
+    assert numbers["parameter/gain/lr"] == 0.1
+    assert numbers["group/0 muon/weight_decay"] == 0.1
+    assert numbers["rank/0/bytes_to_owners"] == 0
+    assert all(isinstance(value, float | int) for value in numbers.values())
+    assert len(histograms(sample)) == 9
+    # What is None has no number.
+    sample["matrices"][1] = {**one, "update_rms": None, "spectra": {"weight": None}}
+    assert "matrix/qkv[1]/update_rms" not in scalars(sample)
+    assert len(histograms(sample)) == 6
+
+
+def test_tensorboard_reads_back_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    samples = sampled(TensorBoard(tmp_path))
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    for name in scalars(samples[0]):
+        read = [(event.step, event.value) for event in events.Scalars(f"muon/{name}")]
+        # Event files have float32.
+        expected = [(s["step"], pytest.approx(scalars(s)[name], rel=1e-6)) for s in samples]
+        assert read == expected, name
+    drawn = events.Histograms("muon/matrix/qkv[0]/weight")
+    assert [event.step for event in drawn] == [1, 2]
+    assert drawn[0].histogram_value.num == 17
+    spectrum = samples[0]["matrices"][0]["spectra"]["weight"]
+    assert drawn[0].histogram_value.max == pytest.approx(spectrum["max"], rel=1e-6)
+
+
+def test_a_tensorboard_writer_of_ones_own_stays_open(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        sampled(TensorBoard(writer))
+        writer.add_scalar("mine", 1.0, 1)
+
+
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    """What a run logged. Its file is a LevelDB log: blocks of 32 KiB, in which each part of a
+    record has a head of 7 bytes (checksum, length, type: 1 is whole, 2 to 4 first, middle, last).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, part, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record.FromString(part)
+            part = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append(
+                    {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+                )
+    return rows
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    samples = sampled(WandB(project="muonkit"))
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    history = wandb_history(path)
+    assert [row["muon/step"] for row in history] == [1, 2]
+    for row, sample in zip(history, samples, strict=True):
+        for name, value in scalars(sample).items():
+            assert row[f"muon/{name}"] == pytest.approx(value)
+        assert sum(row["muon/matrix/qkv[0]/weight/sigma/values"]) == 17
+
+
+class FakeRun:
+    """As trackio.Run: what is logged, and whether it was finished."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.logged, self.finished = options, [], False
+
+    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.logged.append((step, metrics))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_trackio_is_called_as_its_documentation_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake: Any = types.ModuleType("trackio")
+    fake.init, fake.Histogram = FakeRun, tuple
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    sink = Trackio(project="muonkit", name="one")
+    samples = sampled(sink)
+    assert sink.run.options == {"project": "muonkit", "name": "one"}
+    assert [step for step, _ in sink.run.logged] == [1, 2]
+    _, metrics = sink.run.logged[-1]
+    assert metrics["muon/group/0 muon/update_norm"] == samples[-1]["groups"][0]["update_norm"]
+    assert len(metrics["muon/matrix/qkv[0]/update/sigma"]) == 17
+    assert sink.run.finished
+    mine = FakeRun()
+    sampled(Trackio(mine))
+    assert len(mine.logged) == 2
+    assert not mine.finished
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("tensorboard", lambda: TensorBoard("runs")), ("wandb", WandB), ("trackio", Trackio)],
+)
+def test_a_tracker_that_is_not_installed(
+    name: str, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    with pytest.raises(ImportError, match=f"pip install {name}$") as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_tracker_is_imported_before_its_sink_is_made() -> None:
+    import subprocess
+
+    code = (
+        "import sys; import muonkit.integrations.tensorboard, muonkit.integrations.wandb, "
+        "muonkit.integrations.trackio; "
+        "print(sorted({'tensorboard', 'wandb', 'trackio'} & set(sys.modules)))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert shown.stdout.strip() == "[]"
