@@ -54,6 +54,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ],
         "errors": ["--quick", "--schedules", "keller", "polar_express_1.05"],
         "train_overhead": gpt.split(),
+        "monitor_overhead": [*gpt.split()[:10], "--pairs", 6, "--every", 2],
     }
 
     def file(script: str) -> Path:
@@ -275,6 +276,14 @@ def test_options_are_all_measured_and_cost_the_state_they_say() -> None:
     more = rows['variant="normuon"']["state"] - 4 * elements
     assert 4 * rows_of_all < more < 8 * rows_of_all
     assert 8 * elements < rows['variant="adamuon"']["state"] < 8 * elements + 4 * rows_of_all
+
+
+def test_monitor_overhead_pairs_steps(measured: Callable[[str], Path]) -> None:
+    record = json.loads(measured("monitor_overhead").read_text())
+    assert record["matrices"] == 6  # query, key, value and three more
+    assert record["sample_ms"] == sorted(record["sample_ms"])
+    assert record["overhead"]["10"] > record["overhead"]["1000"]
+    assert record["hooks_us"] > 0
 
 
 @pytest.fixture
