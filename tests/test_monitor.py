@@ -20,6 +20,7 @@ from muonkit import Monitor, Muon, MuonW, orthogonalize
 from muonkit._diagnostics_sample import KINDS
 from muonkit._diagnostics_spectra import LEVELS, orthogonality_error, spectra
 from optim_helpers import VIEWED, mlp, momentum_of, parameter, set_gradients, train
+from readme_blocks import ROOT, python_sections, read_blocks
 
 # Sums of float32 entries, taken in float64 on both sides; O is orthogonalized in other batches.
 TOLERANCE = 1e-5
@@ -172,6 +173,38 @@ def test_adamws_parameters_are_measured() -> None:
         assert record["momentum_norm"] == pytest.approx(moment, rel=TOLERANCE)
         assert record["weight_norm"] == pytest.approx(W.norm().item(), rel=TOLERANCE)
         assert record["decay_norm"] == pytest.approx(decay.norm().item(), rel=TOLERANCE)
+
+
+def test_the_error_is_the_orthogonalizations_and_the_update_is_the_variants() -> None:
+    found = {}
+    for variant in ("plain", "normuon"):
+        p = parameter(6, 10)
+        optimizer = Muon([p], variant=variant, **OPTIONS)
+        with Monitor(optimizer) as monitor:
+            set_gradients([p])
+            optimizer.step()
+        assert monitor.latest is not None
+        (found[variant],) = monitor.latest["matrices"]
+    plain, normuon = found["plain"], found["normuon"]
+    assert normuon["orthogonality_error"] == plain["orthogonality_error"]
+    # The same norm (NorMuon keeps it), other singular values.
+    assert normuon["update_norm"] == pytest.approx(plain["update_norm"], rel=TOLERANCE)
+    assert normuon["spectra"]["update"]["max"] != pytest.approx(
+        plain["spectra"]["update"]["max"], rel=1e-3
+    )
+
+
+def test_empty_parameters_are_no_trouble() -> None:
+    p, empty, nothing = parameter(4, 3), parameter(0, 3), parameter(0)
+    adamw = {"params": [nothing], "algorithm": "adamw", "lr": 0.1}
+    optimizer = Muon([{"params": [p, empty]}, adamw])
+    with Monitor(optimizer) as monitor:
+        set_gradients([p, empty, nothing])
+        optimizer.step()
+    assert monitor.latest is not None
+    assert len(monitor.latest["matrices"]) == 1
+    (record,) = monitor.latest["parameters"]
+    assert (record["update_norm"], record["update_rms"]) == (0, None)
 
 
 def test_a_group_is_its_members_as_one_vector() -> None:
@@ -463,6 +496,14 @@ def test_a_compiled_step_is_compiled_once_more_and_never_again() -> None:
     assert monitor.latest["step"] == 8
     assert len(set(graphs[2:])) == 1
     torch.testing.assert_close(params[0], params[1], rtol=1e-6, atol=1e-6)
+
+
+def test_the_pages_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs" / "monitor.md"
+    (program,) = python_sections(read_blocks(page.read_text(encoding="utf-8"))).values()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "monitor.md", "exec"), {"__name__": "__main__"})
+    assert [record.get("step") for record in lines(Path("run.jsonl"))] == [None, 1, 100, 200]
 
 
 # --- sinks --------------------------------------------------------------------------------------

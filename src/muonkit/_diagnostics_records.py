@@ -102,7 +102,7 @@ def _tensors(squares: Mapping[str, float], decayed: float, size: int) -> Record:
     both = root["update"] + math.sqrt(decayed)
     return {
         **{f"{kind}_norm": _number(root[kind]) for kind in KINDS},
-        "update_rms": _number(root["update"] / math.sqrt(size)),
+        "update_rms": _number(_over(root["update"], math.sqrt(size))),
         "update_to_weight": _number(_over(root["update"], root["weight"])),
         "decay_norm": _number(math.sqrt(decayed)),
         "decay_share": _number(_over(math.sqrt(decayed), both)),
