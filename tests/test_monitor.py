@@ -423,6 +423,21 @@ def test_skipped_and_refused_steps() -> None:
             assert len(monitor.latest["matrices"]) == 1
 
 
+def test_after_a_step_that_raised_nobody_listens() -> None:
+    p = parameter(4, 3)
+    optimizer = Muon([p], nonfinite="raise")
+    with Monitor(optimizer, every=5) as monitor:
+        set_gradients([p])
+        assert p.grad is not None
+        p.grad[0, 0] = math.nan
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+        set_gradients([p])
+        optimizer.step()
+        assert monitor.latest is None  # the second step is not sampled
+        assert optimizer._observer is None
+
+
 def test_a_closure_is_seen() -> None:
     p = parameter(4, 3)
     optimizer = Muon([p])
