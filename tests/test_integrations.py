@@ -114,12 +114,15 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    # Its service is a process of its own, which a busy machine may not start in 30 s.
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "200")
     monkeypatch.setenv("WANDB_SILENT", "true")
     samples = sampled(WandB(project="muonkit"))
+    wandb.teardown()  # its service may still be writing
     (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     history = wandb_history(path)
     assert [row["muon/step"] for row in history] == [1, 2]
