@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lab", "_cli"),
     ("muonkit",),
     ("integrations", "diagnostics"),
-    ("optim", "_groups", "convert"),
+    ("optim", "mup", "_groups", "convert"),
     ("routing", "plan", "exchange", "variants", "orthogonalize", "adamw"),
     ("views", "placement", "coefficients", "forms", "symmetric", "scale"),
     ("kernels", "scratch", "_compile"),
