@@ -42,18 +42,18 @@ SETTING: dict[str, Any] = {
     "head_dim": 32,
     "context": 64,
     "batch": 8,
-    "steps": 100,
+    "steps": 64,
     "weight_decay": 0.1,
     "base_width": 128,
     "seed": 0,
 }
 KINDS = {"mup": "muP (muonkit.mup)", "standard": "MuonW's defaults, GPT-2's initialisation"}
 
-# log2 of the learning rates, from and to, in steps: wide models are dear, and get every second.
-_STEP = {64: 0.5, 128: 0.5, 256: 1.0, 512: 1.0}
+# log2 of the learning rates, from and to, in steps: wider models are dear, and get every second.
+_STEP = {64: 0.5, 128: 1.0, 256: 1.0, 512: 1.0}
 _RANGE = {
-    "mup": {64: (-5.5, -2), 128: (-5.5, -2), 256: (-6, -2), 512: (-5, -3)},
-    "standard": {64: (-7, -3), 128: (-8, -4), 256: (-9, -5), 512: (-9, -6)},
+    "mup": {64: (-5.5, -2), 128: (-5, -2), 256: (-5, -3), 512: (-5, -3)},
+    "standard": {64: (-7, -3), 128: (-8, -4), 256: (-8, -6), 512: (-9, -6)},
 }
 WIDTHS = tuple(_STEP)
 
