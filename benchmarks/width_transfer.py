@@ -3,7 +3,8 @@
 The lab's GPT on Python's own source at four widths, with muP (`muonkit.mup`) and without, at
 learning rates a factor of two or of √2 apart. Each finished run is a line of docs/mup/runs.jsonl: a
 killed command goes on where it was. Then docs/mup/width_transfer.json and .png and the table of
-docs/mup.md are written from what is there. About half an hour on one core.
+docs/mup.md are written from what is there. The runs took 16 minutes on a busy machine; those of
+--widths 512, which are not there, take longer.
 
 Without muP is what `MuonW(model, lr=...)` does by itself: the scale "match_rms_adamw" (Moonlight),
 one learning rate for Muon's and AdamW's parameters, and the model's own initialisation, GPT-2's.
@@ -55,7 +56,7 @@ _RANGE = {
     "mup": {32: (-5.5, -2), 64: (-5.5, -2), 128: (-5, -2), 256: (-5, -2), 512: (-5, -2)},
     "standard": {32: (-6, -2), 64: (-7, -3), 128: (-8, -4), 256: (-8, -5), 512: (-9, -5)},
 }
-# The widest takes hours on a busy machine, so it is asked for by name: --widths 512.
+# The widest takes longer than all others together, so it is asked for by name: --widths 512.
 WIDTHS = (32, 64, 128, 256)
 
 # Okabe and Ito's colours, each with a dash pattern and a marker of its own.
@@ -161,7 +162,7 @@ def best(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
     if found["inside"]:
         a, b, _ = np.polyfit(near[:, 0] - lr, near[:, 1], 2)
         if a > 0 and abs(b / (2 * a)) <= 1:
-            found["vertex"] = lr - b / (2 * a)
+            found["vertex"] = float(lr - b / (2 * a))
     return found
 
 
@@ -209,7 +210,7 @@ def plot(summary: dict[str, Any]) -> Figure:
 def table(summary: dict[str, Any]) -> str:
     """The best learning rates as Markdown."""
     lines = [
-        "| width | best lr with muP | loss | best lr without | loss |",
+        "| width | best lr with muP (on grid) | loss | best lr without (on grid) | loss |",
         "|--:|--:|--:|--:|--:|",
     ]
     for width in sorted({w for k in KINDS for w in summary["kinds"][k]["widths"]}, key=int):
