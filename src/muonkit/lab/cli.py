@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 _TASK_LIST = "\n".join(f"  {t.name:<11} {t.summary}; {t.budget}" for t in TASKS.values())
-_OPTIMIZER_LIST = "\n".join(f"  {o.name:<11} {o.summary}" for o in OPTIMIZERS.values())
+_OPTIMIZER_LIST = "\n".join(f"  {o.name:<15} {o.summary}" for o in OPTIMIZERS.values())
 
 _COMPARE_HELP = f"""Train TASK with several optimizers and report on them.
 
@@ -45,7 +45,7 @@ Optimizers:
 \b
 Examples:
   muonkit compare gpt
-  muonkit compare digits --optimizers muonw,adamw,sgd --sweep --seeds 3
+  muonkit compare digits --optimizers muonw,adamw,sgd --sweep --sweep-decay --seeds 3 --jobs 2
   muonkit compare mnist --epochs 3 --lr muonw=2e-3,adamw=1e-3
   MUONKIT_DATA=/data muonkit compare cifar10 --out runs/cifar
 
@@ -90,8 +90,10 @@ Examples:
 """
 
 
-def _rates(text: str | None) -> dict[str | None, float]:
-    """``0.01`` or ``muonw=0.02,adamw=0.001`` as learning rates by optimizer."""
+def _rates(
+    text: str | None, option: str = "--lr", *, zero: bool = False
+) -> dict[str | None, float]:
+    """``0.01`` or ``muonw=0.02,adamw=0.001`` as values by optimizer; 0 is one where ``zero``."""
     rates: dict[str | None, float] = {}
     for part in text.split(",") if text else ():
         name, equals, value = part.rpartition("=")
@@ -99,10 +101,11 @@ def _rates(text: str | None) -> dict[str | None, float]:
             rate = float(value)
         except ValueError:
             rate = float("nan")
-        if not 0 < rate < float("inf"):
+        if not (0 < rate < float("inf") or (zero and rate == 0)):
+            expected = "neither 0 nor a positive number" if zero else "no positive number"
             raise LabError(
-                f"--lr {text}: {value!r} is no positive number; write --lr 1e-3, or "
-                "--lr muonw=2e-3,adamw=1e-3"
+                f"{option} {text}: {value!r} is {expected}; write {option} 1e-3, or "
+                f"{option} muonw=2e-3,adamw=1e-3"
             )
         rates[name.strip() if equals else None] = rate
     return rates
@@ -137,15 +140,42 @@ def compare_command(
             "if the best is at the edge; lowest validation loss on seed 0.",
         ),
     ] = False,
+    sweep_decay: Annotated[
+        bool,
+        typer.Option(
+            "--sweep-decay",
+            help="Then choose each optimizer's weight decay, from a tenth of its default to ten "
+            "times it, likewise.",
+        ),
+    ] = False,
+    sweep_points: Annotated[
+        int, typer.Option(metavar="N", help="Values in each sweep's grid; an odd number.")
+    ] = 5,
+    weight_decay: Annotated[
+        str | None,
+        typer.Option(metavar="X | NAME=X,...", help="Weight decays, for all or by name."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per optimizer.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Length in passes.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Validations per run.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for everything written [default: runs/TASK-HASH]."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a run.")] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Train N runs at a time, each in its own process, with one thread unless "
+            "--threads says more. Losses do not depend on it; seconds do.",
+        ),
+    ] = 1,
     checkpoint_every: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="Time between checkpoints.")
     ] = 15.0,
@@ -162,6 +192,11 @@ def compare_command(
         budget=_budget(steps, epochs),
         batch_size=batch_size,
         threads=threads,
+        sweep_decay=sweep_decay,
+        points=sweep_points,
+        weight_decay=_rates(weight_decay, "--weight-decay", zero=True),
+        jobs=jobs,
+        evaluations=evaluations,
     )
     compare(asked, out, checkpoint_seconds=checkpoint_every)
 

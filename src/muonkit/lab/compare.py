@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from rich.console import Console
 import muonkit
 from muonkit.lab import report
 from muonkit.lab.errors import Interrupted, LabError
+from muonkit.lab.jobs import Workers
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome, rows
-from muonkit.lab.store import Folder, Record, read_json, read_records, write_atomically
-from muonkit.lab.sweep import best_rate
+from muonkit.lab.store import DATA, Folder, Record, read_json, read_records, write_atomically
+from muonkit.lab.sweep import POINTS, best_decay, best_rate
 from muonkit.lab.tasks import Budget, get_task
 from muonkit.lab.train import Result, Run, Setting, StopRequest, train
 
@@ -31,10 +32,15 @@ class Comparison:
         optimizers: keys of ``OPTIMIZERS``.
         lr: the learning rate of each of them, the centre of the grid when swept.
         sweep: whether the learning rate of each is chosen on seed 0 first.
+        sweep_decay: whether the weight decay of each is, after that.
+        points: in the grid of either sweep.
+        weight_decay: those that are not the optimizer's default; the centre of the grid when swept.
         seeds: number of runs per optimizer, with the seeds 0, 1, …
         budget: length of a run.
         batch_size: examples per step.
-        threads: CPU threads; they decide the order of sums, hence the last bits.
+        threads: CPU threads of a run; they decide the order of sums, hence the last bits.
+        jobs: runs at a time, which the seconds depend on.
+        evaluations: validations of a run; None: the task's.
     """
 
     task: str
@@ -45,8 +51,21 @@ class Comparison:
     budget: Budget
     batch_size: int
     threads: int
+    sweep_decay: bool = False
+    points: int = POINTS
+    weight_decay: Mapping[str, float] = field(default_factory=dict)
+    jobs: int = 1
+    evaluations: int | None = None
 
     def config(self) -> Record:
+        """What is asked for; what is not asked for is left out, so that older folders go on."""
+        further = {
+            "sweep_decay": self.sweep_decay,
+            "sweep_points": self.points if self.points != POINTS else None,
+            "weight_decay": dict(self.weight_decay),
+            "jobs": self.jobs if self.jobs > 1 else None,
+            "evaluations": self.evaluations,
+        }
         return {
             "task": self.task,
             "optimizers": list(self.optimizers),
@@ -56,6 +75,7 @@ class Comparison:
             "budget": str(self.budget),
             "batch_size": self.batch_size,
             "threads": self.threads,
+            **{name: value for name, value in further.items() if value},
         }
 
     def default_folder(self) -> Path:
@@ -74,37 +94,65 @@ def comparison(
     budget: Budget | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
+    sweep_decay: bool = False,
+    points: int = POINTS,
+    weight_decay: Mapping[str | None, float] | None = None,
+    jobs: int = 1,
+    evaluations: int | None = None,
 ) -> Comparison:
     """A checked :class:`Comparison`, the task's defaults filled in.
 
     Args:
         lr: learning rates by optimizer; the key None is for all that are not named.
+        weight_decay: likewise.
+        threads: None: torch's number, or one of each run if there are several at a time.
 
     Raises:
-        LabError: an unknown task or optimizer, one given twice, or a learning rate for none.
+        LabError: an unknown task or optimizer, one given twice, a learning rate or decay for none,
+            or a grid that has no middle.
     """
     chosen = get_task(task)
-    given = dict(lr or {})
-    for name in optimizers:
-        get_optimizer(name)
+    defaults = {name: get_optimizer(name).weight_decay for name in optimizers}
     if not optimizers or len(set(optimizers)) < len(optimizers):
         raise LabError(f"--optimizers {','.join(optimizers)}: name each optimizer once")
-    for stranger in given.keys() - {None, *optimizers}:
+    if points < 3 or points % 2 == 0:
         raise LabError(
-            f"--lr names {stranger!r}, which is not compared: add it to --optimizers "
-            f"({','.join(optimizers)})"
+            f"--sweep-points {points}: the default is the middle of the grid; give an odd number, "
+            "3 or more"
         )
-    rates = {name: given.get(name, given.get(None, chosen.lr[name])) for name in optimizers}
+    decays = _by_optimizer("--weight-decay", weight_decay, defaults)
+    if sweep_decay and 0.0 in decays.values():
+        raise LabError(
+            "--weight-decay 0 with --sweep-decay: a grid around 0 is only 0; give another centre"
+        )
     return Comparison(
         task=task,
         optimizers=tuple(optimizers),
-        lr=rates,
+        lr=_by_optimizer("--lr", lr, {name: chosen.lr[name] for name in optimizers}),
         sweep=sweep,
         seeds=seeds,
         budget=budget or chosen.budget,
         batch_size=batch_size or chosen.batch_size,
-        threads=threads or torch.get_num_threads(),
+        threads=threads or (1 if jobs > 1 else torch.get_num_threads()),
+        sweep_decay=sweep_decay,
+        points=points,
+        weight_decay={name: x for name, x in decays.items() if x != defaults[name]},
+        jobs=jobs,
+        evaluations=evaluations,
     )
+
+
+def _by_optimizer(
+    option: str, given: Mapping[str | None, float] | None, defaults: Mapping[str, float]
+) -> dict[str, float]:
+    """The value of every optimizer: its own, else the one for all, else its default."""
+    given = given or {}
+    for stranger in given.keys() - {None, *defaults}:
+        raise LabError(
+            f"{option} names {stranger!r}, which is not compared: add it to --optimizers "
+            f"({','.join(defaults)})"
+        )
+    return {name: given.get(name, given.get(None, x)) for name, x in defaults.items()}
 
 
 class Session:
@@ -116,38 +164,69 @@ class Session:
         self.results: dict[Run, Result] = {}
         self.trained = False  # whether any run was, this time
         self.expected = 0
+        self.workers: Workers | None = None
 
-    def run(self, run: Run) -> Result:
-        """The result of ``run``, trained at most once."""
-        if run not in self.results:
-            folder = self.folder.run(run.key)
-            self.trained |= not (folder / "result.json").exists()
-            self.results[run] = train(run, self.setting, folder, self.stop, self.lines)
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Hear signals in this block, and have the processes that --jobs asks for."""
+        with self.stop.listening(), ExitStack() as stack:
+            if self.asked.jobs > 1:
+                workers = Workers(self.asked.jobs, self.setting, self.folder, self.stop)
+                self.workers = stack.enter_context(workers)
+            yield
+
+    def run(self, runs: Sequence[Run]) -> list[Result]:
+        """The results of ``runs``, each trained at most once."""
+        missing = [run for run in dict.fromkeys(runs) if run not in self.results]
+        self.expected += len(missing)
+        self.lines.expect(self.expected)
+        results = self._one_by_one(missing) if self.workers is None else self._at_once(missing)
+        self.results.update(zip(missing, results, strict=True))
+        return [self.results[run] for run in runs]
+
+    def _is_new(self, run: Run) -> bool:
+        return not (self.folder.run(run.key) / "result.json").exists()
+
+    def _one_by_one(self, runs: Sequence[Run]) -> Iterator[Result]:
+        for run in runs:
+            self.trained |= self._is_new(run)
+            yield train(run, self.setting, self.folder.run(run.key), self.stop, self.lines)
             if self.stop.received:
                 raise Interrupted(f"stopped after {run.title}")
-        return self.results[run]
 
-    def attempt(self, optimizer: str, lr: float) -> Result:
-        """One point of a sweep."""
-        return self.run(Run(optimizer, lr, 0))
+    def _at_once(self, runs: Sequence[Run]) -> list[Result]:
+        assert self.workers is not None
+        self.trained |= any(map(self._is_new, runs))
+        return self.workers.train(runs, self.lines)
 
-    def expect(self, more: int) -> None:
-        self.expected += more
-        self.lines.expect(self.expected)
+    def _choose(self, name: str) -> tuple[float, float | None]:
+        """The learning rate and the decay of an optimizer, swept where that is asked for."""
+        asked, default = self.asked, get_optimizer(name).weight_decay
+        lr, decay = asked.lr[name], asked.weight_decay.get(name)
+        if asked.sweep:
+            lr = best_rate(
+                lr, lambda rates: self.run([Run(name, x, 0, decay) for x in rates]), asked.points
+            )
+            self.lines.say(f"{name}: lr {lr:g} has the lowest validation loss")
+        if asked.sweep_decay:
+
+            def attempt(decays: Sequence[float]) -> list[Result]:
+                return self.run([Run(name, lr, 0, x if x != default else None) for x in decays])
+
+            best = best_decay(default if decay is None else decay, attempt, asked.points)
+            self.lines.say(f"{name}: weight decay {best:g} has the lowest validation loss")
+            decay = best if best != default else None
+        return lr, decay
 
     def all_runs(self) -> list[Run]:
         """Train everything; the runs that count, by optimizer and seed."""
-        rates = dict(self.asked.lr)
-        if self.asked.sweep:
-            for name, centre in rates.items():
-                rates[name] = best_rate(centre, partial(self.attempt, name), self.expect)
-                self.lines.say(f"{name}: lr {rates[name]:g} has the lowest validation loss")
+        chosen = {name: self._choose(name) for name in self.asked.optimizers}
         runs = [
-            Run(name, lr, seed) for seed in range(self.asked.seeds) for name, lr in rates.items()
+            Run(name, lr, seed, decay)
+            for seed in range(self.asked.seeds)
+            for name, (lr, decay) in chosen.items()
         ]
-        self.expect(sum(run not in self.results for run in runs))
-        for run in runs:
-            self.run(run)
+        self.run(runs)
         return sorted(runs, key=lambda run: (self.asked.optimizers.index(run.optimizer), run.seed))
 
     def outcome(self, run: Run) -> tuple[Outcome, list[Record]]:
@@ -163,7 +242,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
     write_atomically(session.folder.path / "measurements.jsonl", text)
     task = session.setting.task
     return report.Material(
-        config=session.asked.config() | {"data": session.setting.data.fingerprint},
+        config=session.asked.config() | {DATA: session.setting.data.fingerprint},
         summary=task.summary,
         data=session.setting.data.description,
         routing=str(muonkit.route(task.build())),
@@ -175,7 +254,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
 
 def _check_data(folder: Folder, fingerprint: str) -> None:
     """The data of a resumed comparison must be those it began with."""
-    begun = read_json(folder.path / "config.json").get("data")
+    begun = read_json(folder.path / "config.json").get(DATA)
     if begun != fingerprint:
         raise LabError(
             f"{folder.path} was begun on other data (fingerprint {begun}, now {fingerprint}): "
@@ -220,20 +299,27 @@ def compare(
     data = task.load()
     per_epoch = data.steps_per_epoch(asked.batch_size)
     setting = Setting(
-        task, data, asked.budget.steps(per_epoch), asked.batch_size, checkpoint_seconds
+        task,
+        data,
+        asked.budget.steps(per_epoch),
+        asked.batch_size,
+        checkpoint_seconds,
+        asked.evaluations,
     )
     for name, lr in asked.lr.items():
-        get_optimizer(name).build(task.build(), lr)  # refused here, before anything is written
+        Run(name, lr, 0, asked.weight_decay.get(name)).build(
+            task.build()
+        )  # refused here, before anything is written
     if begun:
         _check_data(folder, data.fingerprint)
-    folder.create(asked.config() | {"data": data.fingerprint})
+    folder.create(asked.config() | {DATA: data.fingerprint})
     with folder.locked(), reporter(progress) as lines:
         session = Session(asked, setting, folder, lines)
-        with session.stop.listening():
+        with session.working():
             runs = session.all_runs()
             material = _material(session, runs)
         path = report.write(folder.path, material)
-    report.show(output, asked.task, rows(material.outcomes))
+    report.show(output, asked.task, rows(material.outcomes), report.notes(asked.config()))
     if not session.trained:
         said = f"{folder.path} was finished already: nothing was trained"
         output.print(said, soft_wrap=True, markup=False)

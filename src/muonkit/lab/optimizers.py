@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import muonkit
-from muonkit.lab.errors import LabError, unknown
+from muonkit.lab.errors import LabError, RunError, unknown
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -56,32 +57,75 @@ class Together:
             part.load_state_dict(state_dict[str(i)])
 
 
-def _adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+class _Float32Casts(TorchFunctionMode):
+    """Where ``tensor.bfloat16()`` is called in this block, a float32 copy comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.bfloat16:
+            self.casts += 1
+            # A copy, as a cast makes: the loop divides in place what may be the momentum itself.
+            return args[0].float().clone()
+        return func(*args, **(kwargs or {}))
+
+
+class Float32Muon(Together):
+    """torch.optim.Muon beside AdamW, its cast to bfloat16 changed to float32 and nothing else."""
+
+    def step(self) -> None:
+        """One step.
+
+        Raises:
+            RunError: this torch's Muon does not cast by ``tensor.bfloat16()``, so its products
+                would not be float32.
+        """
+        with _Float32Casts() as found:
+            super().step()
+        if not found.casts:
+            raise RunError(
+                f"torch-muon-fp32 found no bfloat16() to change in torch {torch.__version__}'s "
+                "Muon: leave it out of --optimizers, or take torch 2.9 to 2.13"
+            )
+
+
+def _adamw(parameters: Iterable[nn.Parameter], lr: float, decay: float) -> torch.optim.AdamW:
     """torch's AdamW with decay on matrices and tables only."""
     every = list(parameters)
     groups = [
-        {"params": [p for p in every if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in every if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
     ]
     # Fused is the fastest that torch has, here and on GPUs.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=True)
 
 
-def _build_adamw(model: nn.Module, lr: float) -> Optimizer:
-    return _adamw(model.parameters(), lr)
+def _make_adamw(model: nn.Module, lr: float, decay: float) -> Optimizer:
+    return _adamw(model.parameters(), lr, decay)
 
 
-def _build_sgd(model: nn.Module, lr: float) -> Optimizer:
+def _make_sgd(model: nn.Module, lr: float, decay: float) -> Optimizer:
     return torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=SGD_WEIGHT_DECAY
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=decay
     )
 
 
-def _build_muonw(model: nn.Module, lr: float) -> Optimizer:
-    return muonkit.MuonW(model, lr=lr, weight_decay=WEIGHT_DECAY, adamw_betas=BETAS)
+def _make_muonw(model: nn.Module, lr: float, decay: float) -> Optimizer:
+    return muonkit.MuonW(model, lr=lr, weight_decay=decay, adamw_betas=BETAS)
 
 
-def _build_torch_muon(model: nn.Module, lr: float) -> Optimizer:
+def _make_normuon(model: nn.Module, lr: float, decay: float) -> Optimizer:
+    return muonkit.MuonW(model, lr=lr, weight_decay=decay, adamw_betas=BETAS, variant="normuon")
+
+
+def _torch_parts(
+    name: str, model: nn.Module, lr: float, decay: float
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """torch.optim.Muon for the 2-D hidden matrices, AdamW for all else; LabError without one."""
     chosen = {
         id(route.param)
         for route in muonkit.route(model)
@@ -92,35 +136,57 @@ def _build_torch_muon(model: nn.Module, lr: float) -> Optimizer:
     if not hidden:
         # Together() would be AdamW under Muon's name.
         raise LabError(
-            "torch-muon has nothing to train here: torch.optim.Muon takes 2-D hidden matrices "
+            f"{name} has nothing to train here: torch.optim.Muon takes 2-D hidden matrices "
             "only, and the model has none; leave it out of --optimizers"
         )
-    muon = torch.optim.Muon(
-        hidden, lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
-    return Together(muon, _adamw(rest, lr))
+    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return muon, _adamw(rest, lr, decay)
+
+
+def _make_torch_muon(model: nn.Module, lr: float, decay: float) -> Optimizer:
+    return Together(*_torch_parts("torch-muon", model, lr, decay))
+
+
+def _make_torch_muon_fp32(model: nn.Module, lr: float, decay: float) -> Optimizer:
+    return Float32Muon(*_torch_parts("torch-muon-fp32", model, lr, decay))
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """How an optimizer is made for a model, and one line on what it is."""
+    """One line on what an optimizer is, and how it is made.
+
+    Attributes:
+        make: from a model, a learning rate and a weight decay.
+        weight_decay: the default, and the centre of its sweep.
+    """
 
     name: str
     summary: str
-    build: Callable[[nn.Module, float], Optimizer]
+    make: Callable[[nn.Module, float, float], Optimizer]
+    weight_decay: float = WEIGHT_DECAY
+
+    def build(self, model: nn.Module, lr: float, weight_decay: float | None = None) -> Optimizer:
+        """The optimizer for ``model``; a weight decay of None is the default."""
+        return self.make(model, lr, self.weight_decay if weight_decay is None else weight_decay)
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
-        OptimizerSpec("muonw", "muonkit.MuonW(model): Muon and AdamW in one", _build_muonw),
-        OptimizerSpec("adamw", "torch.optim.AdamW, decay on matrices only", _build_adamw),
-        OptimizerSpec("sgd", "torch.optim.SGD, Nesterov momentum 0.9", _build_sgd),
+        OptimizerSpec("muonw", "muonkit.MuonW(model): Muon and AdamW in one", _make_muonw),
+        OptimizerSpec("normuon", 'muonkit.MuonW(model, variant="normuon")', _make_normuon),
+        OptimizerSpec("adamw", "torch.optim.AdamW, decay on matrices only", _make_adamw),
+        OptimizerSpec("sgd", "torch.optim.SGD, Nesterov momentum 0.9", _make_sgd, SGD_WEIGHT_DECAY),
         OptimizerSpec(
             "torch-muon",
             "torch.optim.Muon for the 2-D hidden matrices, torch.optim.AdamW for the rest; "
             "its bfloat16 products are about 100 times slower than float32 on most CPUs",
-            _build_torch_muon,
+            _make_torch_muon,
+        ),
+        OptimizerSpec(
+            "torch-muon-fp32",
+            "the same, its cast to bfloat16 changed to float32",
+            _make_torch_muon_fp32,
         ),
     )
 }

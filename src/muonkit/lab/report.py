@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 import muonkit
+from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.results import NOTES, Outcome, Row, rows, table
 from muonkit.lab.store import Record, write_atomically, write_json
+from muonkit.lab.train import Result
 
 
 def environment() -> dict[str, str]:
@@ -69,7 +71,15 @@ class Material:
     records: dict[str, list[Record]]
 
 
-def show(console: Console, task: str, lines: Sequence[Row]) -> None:
+def notes(config: Record) -> str:
+    """What the table's figures mean."""
+    jobs = config.get("jobs", 1)
+    if jobs == 1:
+        return NOTES
+    return f"{NOTES} {jobs} runs were trained at a time: times are those of a loaded machine."
+
+
+def show(console: Console, task: str, lines: Sequence[Row], note: str = NOTES) -> None:
     """Print the table of results: a column per optimizer, so that it fits 80 characters."""
     headings, cells = table(lines)
     shown = Table(title=f"muonkit compare {task}")
@@ -79,20 +89,32 @@ def show(console: Console, task: str, lines: Sequence[Row]) -> None:
     for i, heading in enumerate(headings[1:], start=1):
         shown.add_row(heading, *(row[i] for row in cells))
     console.print(shown)
-    console.print(NOTES, highlight=False)
+    console.print(note, highlight=False)
 
 
-def _sweep_table(attempts: Sequence[Outcome]) -> list[list[str]]:
-    swept = [result for result, _ in attempts if result.seed == 0]
-    swept.sort(key=lambda result: (result.optimizer, result.lr))
+def _decay(result: Result) -> float:
+    default = get_optimizer(result.optimizer).weight_decay
+    return default if result.weight_decay is None else result.weight_decay
+
+
+def _swept(material: Material) -> list[Result]:
+    """The runs on seed 0, among which the sweep chose."""
+    results = [result for result, _ in material.attempts if result.seed == 0]
+    return sorted(results, key=lambda result: (result.optimizer, result.lr, _decay(result)))
+
+
+def _sweep_table(material: Material) -> list[list[str]]:
+    chosen = [result for result, _ in material.outcomes]
     return [
         [
             result.optimizer,
             f"{result.lr:g}",
+            f"{_decay(result):g}",
             "diverged" if result.train_loss is None else f"{result.train_loss:.4f}",
             "diverged" if result.val_loss is None else f"{result.val_loss:.4f}",
+            "chosen" if result in chosen else "",
         ]
-        for result in swept
+        for result in _swept(material)
     ]
 
 
@@ -110,6 +132,8 @@ def write(folder: Path, material: Material) -> Path:
         write_atomically(folder / name, image)
         images[against] = "data:image/png;base64," + base64.b64encode(image).decode()
     headings, cells = table(lines)
+    is_decay_swept = material.config.get("sweep_decay", False)
+    is_swept = material.config["sweep"] or is_decay_swept
     templates = Environment(
         loader=PackageLoader("muonkit.lab"), autoescape=True, undefined=StrictUndefined
     )
@@ -117,11 +141,12 @@ def write(folder: Path, material: Material) -> Path:
         task=task,
         summary=material.summary,
         data=material.data,
-        notes=NOTES,
+        notes=notes(material.config),
         headings=headings,
         cells=cells,
         images=images,
-        sweep=_sweep_table(material.attempts) if material.config["sweep"] else [],
+        sweep=_sweep_table(material) if is_swept else [],
+        is_decay_swept=is_decay_swept,
         config={name: json.dumps(value) for name, value in material.config.items()},
         environment=environment(),
         command=shlex.join(["muonkit", *sys.argv[1:]]),
@@ -130,6 +155,11 @@ def write(folder: Path, material: Material) -> Path:
     report = folder / "report.html"
     write_atomically(report, page.encode())
     # Last: a folder with a summary counts as finished.
-    summary = {"rows": [asdict(row) for row in lines], "environment": environment()}
+    summary = {
+        "rows": [asdict(row) for row in lines],
+        "runs": [asdict(result) | asdict(curve) for result, curve in material.outcomes],
+        "sweep": [asdict(result) for result in _swept(material)] if is_swept else [],
+        "environment": environment(),
+    }
     write_json(folder / "summary.json", summary)
     return report

@@ -2,6 +2,9 @@
 
 *To AdamW's final loss*: for each seed, the first point of the validation curve (straight lines
 between validations) that is at or below the loss at which AdamW's curve of the same seed ends.
+
+*p*: of Welch's t-test (Welch, Biometrika 1947: two-sided, the variances not taken to be equal) of
+the final figures of an optimizer's seeds against those of AdamW's.
 """
 
 import math
@@ -9,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.store import Record
 from muonkit.lab.train import Result
 
@@ -39,6 +43,18 @@ def figure(values: Sequence[float | None]) -> Figure | None:
         return None
     std = statistics.stdev(there) if len(there) > 1 else None
     return Figure(statistics.fmean(there), std, len(there), len(values))
+
+
+def welch(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+    """The p-value of Welch's t-test; None with fewer than two values, or none that differ."""
+    # Here, because it takes half a second that no error should wait for.
+    from scipy.stats import ttest_ind_from_stats  # type: ignore[import-untyped]
+
+    samples = [[value for value in values if value is not None] for values in (ours, theirs)]
+    if any(len(sample) < 2 for sample in samples) or all(len(set(s)) == 1 for s in samples):
+        return None
+    figures = [(statistics.fmean(s), statistics.stdev(s), len(s)) for s in samples]
+    return float(ttest_ind_from_stats(*figures[0], *figures[1], equal_var=False).pvalue)
 
 
 @dataclass(frozen=True)
@@ -76,10 +92,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer in the table. None: there is no such figure."""
+    """One optimizer in the table. None: there is no such figure.
+
+    ``val_loss_p`` and ``accuracy_p`` are the p-values against AdamW.
+    """
 
     optimizer: str
     lr: float
+    weight_decay: float
     seeds: int
     diverged: int
     train_loss: Figure | None
@@ -90,17 +110,24 @@ class Row:
     step_ms: Figure | None
     optimizer_ms: Figure | None
     seconds: Figure | None
+    val_loss_p: float | None
+    accuracy_p: float | None
 
 
 Outcome = tuple[Result, Curve]
 
 
-def _row(outcomes: Sequence[Outcome], reference: dict[int, float]) -> Row:
+def _row(outcomes: Sequence[Outcome], reference: Sequence[Result]) -> Row:
     results = [result for result, _ in outcomes]
-    reached = [curve.reaches(reference.get(result.seed, -math.inf)) for result, curve in outcomes]
+    first = results[0]
+    ends = {result.seed: result.val_loss for result in reference if result.val_loss is not None}
+    reached = [curve.reaches(ends.get(result.seed, -math.inf)) for result, curve in outcomes]
+    against = reference if first.optimizer != REFERENCE else []
+    decay = first.weight_decay
     return Row(
-        optimizer=results[0].optimizer,
-        lr=results[0].lr,
+        optimizer=first.optimizer,
+        lr=first.lr,
+        weight_decay=get_optimizer(first.optimizer).weight_decay if decay is None else decay,
         seeds=len(results),
         diverged=sum(result.diverged for result in results),
         train_loss=figure([result.train_loss for result in results]),
@@ -111,16 +138,14 @@ def _row(outcomes: Sequence[Outcome], reference: dict[int, float]) -> Row:
         step_ms=figure([result.step_ms for result in results]),
         optimizer_ms=figure([result.optimizer_ms for result in results]),
         seconds=figure([result.seconds for result in results]),
+        val_loss_p=welch([r.val_loss for r in results], [r.val_loss for r in against]),
+        accuracy_p=welch([r.accuracy for r in results], [r.accuracy for r in against]),
     )
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """One row per optimizer, in the order of first appearance."""
-    reference = {
-        result.seed: result.val_loss
-        for result, _ in outcomes
-        if result.optimizer == REFERENCE and result.val_loss is not None
-    }
+    reference = [result for result, _ in outcomes if result.optimizer == REFERENCE]
     names = list(dict.fromkeys(result.optimizer for result, _ in outcomes))
     return [_row([o for o in outcomes if o[0].optimizer == name], reference) for name in names]
 
@@ -130,8 +155,12 @@ def _decimals(loss: float) -> int:
     return min(9, max(4, 3 - math.floor(math.log10(loss)))) if loss > 0 else 4
 
 
+def p_value(p: float | None) -> str:
+    return "—" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+
+
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells as text; accuracy is left out where no run has it."""
+    """Headings and cells as text; what no row has is left out: accuracy, p-values."""
 
     def loss(row: Row, figure: Figure | None) -> str:
         if row.diverged == row.seeds:
@@ -144,17 +173,21 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns = {
         "optimizer": [row.optimizer for row in rows],
         "lr": [f"{row.lr:g}" for row in rows],
+        "weight decay": [f"{row.weight_decay:g}" for row in rows],
         "train loss": [loss(row, row.train_loss) for row in rows],
         "val loss": [loss(row, row.val_loss) for row in rows],
+        "p of val loss": [p_value(row.val_loss_p) for row in rows],
         "accuracy, %": [plain(row.accuracy, 2, 100) for row in rows],
+        "p of accuracy": [p_value(row.accuracy_p) for row in rows],
         "steps to AdamW's loss": [plain(row.steps_to_reference, 0) for row in rows],
         "s to AdamW's loss": [plain(row.seconds_to_reference, 1) for row in rows],
         "ms/step": [plain(row.step_ms, 2) for row in rows],
         "of it optimizer": [plain(row.optimizer_ms, 2) for row in rows],
         "s in all": [plain(row.seconds, 1) for row in rows],
     }
-    if all(row.accuracy is None for row in rows):
-        del columns["accuracy, %"]
+    for name in ("accuracy, %", "p of val loss", "p of accuracy"):
+        if set(columns[name]) == {"—"}:
+            del columns[name]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -162,5 +195,6 @@ NOTES = (
     "Losses are cross-entropies in nats. Train loss: mean over the last 5% of the steps. "
     "To AdamW's loss: where the validation curve first reaches the loss AdamW's ends at, same "
     "seed; — if never. ms/step: median. Seconds: training steps only, validation left out. "
-    "±: standard deviation over seeds; (n/N): n of N seeds have the figure."
+    "±: standard deviation over seeds; (n/N): n of N seeds have the figure. "
+    "p: Welch's t-test against AdamW over seeds."
 )

@@ -29,6 +29,8 @@ except ImportError:  # Windows: two processes in one folder are not noticed ther
 Record = dict[str, Any]
 
 CONFIG = "config.json"
+#: The one entry of a stored configuration that is not asked for: the fingerprint of the data.
+DATA = "data"
 _LOCK = ".lock"
 
 
@@ -131,11 +133,12 @@ class Folder:
                 )
             return False
         found = read_json(stored)
-        for name, value in config.items():
-            if found.get(name) != value:
+        for name in dict.fromkeys([*config, *found]):
+            if name != DATA and found.get(name) != config.get(name):
                 raise LabError(
                     f"{self.path} holds a comparison with {name} = {json.dumps(found.get(name))}, "
-                    f"not {json.dumps(value)}: choose another folder with --out, or delete it"
+                    f"not {json.dumps(config.get(name))}: choose another folder with --out, or "
+                    "delete it"
                 )
         return True
 

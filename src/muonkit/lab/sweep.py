@@ -1,52 +1,68 @@
-"""Which learning rate: the same grid for every optimizer, widened when the best lies at its edge.
+"""Which learning rate and which weight decay: the same grids and the same rule for every optimizer.
 
-The best is the one with the lowest final *validation* loss on seed 0. The grid has five points a
-factor of two apart, centred on the default; while the best is the lowest or the highest tried,
-two more points are tried beyond it, at most twice.
+The best is the one with the lowest final *validation* loss on seed 0.
+
+Learning rates are a factor of two apart, by default five, centred on the default; while the best is
+the lowest or the highest tried, as many more as lie on one side are tried beyond it, at most twice.
+
+Weight decays, with the learning rate that was chosen, reach from a tenth of the default to ten
+times it, as many as there are learning rates, and no further: below a tenth it hardly acts in runs
+as short as these, and so a widened grid would follow the noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from muonkit.lab.train import Result
 
+POINTS = 5
 FACTOR = 2.0
-REACH = 2
 EXTENSIONS = 2
+DECAY_REACH = 10.0
+
+#: Trains with each of these values (or gives back what it gave before), in their order.
+Attempt = Callable[[Sequence[float]], Sequence[Result]]
 
 
-def rate(centre: float, power: int) -> float:
-    """``centre``·2^``power`` to six digits, so that it reads the same in every place."""
-    return float(f"{centre * FACTOR**power:.6g}")
+def _value(centre: float, factor: float, power: int) -> float:
+    """``centre``·``factor``^``power`` to six digits, so that it reads the same in every place."""
+    return float(f"{centre * factor**power:.6g}") if power else centre
 
 
-def best_rate(
-    centre: float, attempt: Callable[[float], Result], more: Callable[[int], None]
-) -> float:
-    """The learning rate with the lowest validation loss; the lowest one if all diverged.
-
-    Args:
-        centre: the middle of the grid.
-        attempt: trains with one learning rate (or gives back what it gave before).
-        more: is told how many further attempts follow.
-    """
+def _best(centre: float, factor: float, reach: int, extensions: int, attempt: Attempt) -> float:
+    """The value with the lowest validation loss; the lowest value if all diverged."""
     losses: dict[int, float] = {}
 
-    def attempt_all(powers: range) -> None:
-        more(len(powers))
-        for power in powers:
-            result = attempt(rate(centre, power))
+    def attempt_all(powers: Sequence[int]) -> None:
+        results = attempt([_value(centre, factor, power) for power in powers])
+        for power, result in zip(powers, results, strict=True):
             losses[power] = float("inf") if result.val_loss is None else result.val_loss
 
     def best() -> int:
         # Of equal ones the lower: where all diverged, the way to go is down.
         return min(losses, key=lambda power: (losses[power], power))
 
-    attempt_all(range(-REACH, REACH + 1))
-    for _ in range(EXTENSIONS):
+    attempt_all(range(-reach, reach + 1))
+    for _ in range(extensions):
         if best() == min(losses):
-            attempt_all(range(best() - REACH, best()))
+            attempt_all(range(best() - reach, best()))
         elif best() == max(losses):
-            attempt_all(range(best() + 1, best() + REACH + 1))
+            attempt_all(range(best() + 1, best() + reach + 1))
         else:
             break
-    return rate(centre, best())
+    return _value(centre, factor, best())
+
+
+def best_rate(centre: float, attempt: Attempt, points: int = POINTS) -> float:
+    """The learning rate with the lowest validation loss.
+
+    Args:
+        centre: the middle of the grid.
+        points: in the grid before it is widened; odd, 3 at least.
+    """
+    return _best(centre, FACTOR, points // 2, EXTENSIONS, attempt)
+
+
+def best_decay(centre: float, attempt: Attempt, points: int = POINTS) -> float:
+    """The weight decay with the lowest validation loss, ``points`` of them, ``centre`` included."""
+    reach = points // 2
+    return _best(centre, DECAY_REACH ** (1 / reach), reach, 0, attempt)

@@ -58,8 +58,15 @@ class Task:
 _CONTEXT = 128
 
 # The learning rates of muonw and adamw for gpt, and of muonw, adamw and sgd for mnist, are what
-# --sweep chose on 2026-11-22 (docs/lab.md has the grids); torch-muon's are muonw's, since the scale
-# is the same. All others are guesses from which --sweep starts.
+# --sweep chose on 2026-11-22 (docs/lab.md has the grids). All others are guesses from which --sweep
+# starts.
+
+
+def _rates(muon: float, adamw: float, sgd: float) -> dict[str, float]:
+    """Default learning rates by optimizer: one for every Muon, since the scale is the same."""
+    muons = ("muonw", "normuon", "torch-muon", "torch-muon-fp32")
+    return {**dict.fromkeys(muons, muon), "adamw": adamw, "sgd": sgd}
+
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -71,7 +78,7 @@ TASKS: dict[str, Task] = {
             build=partial(models.GPT, 256, _CONTEXT),
             batch_size=16,
             budget=Budget(400, "steps"),
-            lr={"muonw": 0.016, "adamw": 2e-3, "sgd": 0.3, "torch-muon": 0.016},
+            lr=_rates(muon=0.016, adamw=2e-3, sgd=0.3),
             evaluations=20,
             accuracy=False,
         ),
@@ -82,7 +89,7 @@ TASKS: dict[str, Task] = {
             build=partial(models.mlp, 64, 128, 10, 2),
             batch_size=64,
             budget=Budget(20, "epochs"),
-            lr={"muonw": 4e-3, "adamw": 4e-3, "sgd": 0.1, "torch-muon": 4e-3},
+            lr=_rates(muon=4e-3, adamw=4e-3, sgd=0.1),
             evaluations=20,
             accuracy=True,
         ),
@@ -93,7 +100,7 @@ TASKS: dict[str, Task] = {
             build=partial(models.mlp, 784, 256, 10, 3),
             batch_size=128,
             budget=Budget(3, "epochs"),
-            lr={"muonw": 1e-3, "adamw": 2e-3, "sgd": 0.1, "torch-muon": 1e-3},
+            lr=_rates(muon=1e-3, adamw=2e-3, sgd=0.1),
             evaluations=20,
             accuracy=True,
         ),
@@ -104,7 +111,7 @@ TASKS: dict[str, Task] = {
             build=models.ConvNet,
             batch_size=250,
             budget=Budget(5, "epochs"),
-            lr={"muonw": 4e-3, "adamw": 4e-3, "sgd": 0.1, "torch-muon": 4e-3},
+            lr=_rates(muon=4e-3, adamw=4e-3, sgd=0.1),
             evaluations=10,
             accuracy=True,
         ),

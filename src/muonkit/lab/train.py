@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from muonkit.lab.data import Data, generator
 from muonkit.lab.errors import Interrupted, LabError
-from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.optimizers import Optimizer, get_optimizer
 from muonkit.lab.progress import Reporter
 from muonkit.lab.store import (
+    Folder,
     MeasurementFile,
     Record,
     read_json,
@@ -38,20 +39,38 @@ FINAL_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Run:
-    """What tells one run from another in a comparison."""
+    """What tells one run from another in a comparison.
+
+    A weight decay of None is the optimizer's default: it is named nowhere, so that one run has
+    one key, whether its decay was chosen or never asked for.
+    """
 
     optimizer: str
     lr: float
     seed: int
+    weight_decay: float | None = None
 
     @property
     def key(self) -> str:
         """The run's name on disk."""
-        return f"{self.optimizer}-lr{self.lr!r}-seed{self.seed}"
+        decay = "" if self.weight_decay is None else f"-wd{self.weight_decay!r}"
+        return f"{self.optimizer}-lr{self.lr!r}{decay}-seed{self.seed}"
 
     @property
     def title(self) -> str:
-        return f"{self.optimizer} lr {self.lr:g} seed {self.seed}"
+        decay = "" if self.weight_decay is None else f" decay {self.weight_decay:g}"
+        return f"{self.optimizer} lr {self.lr:g}{decay} seed {self.seed}"
+
+    def fields(self) -> Record:
+        """As a line of measurements begins."""
+        named = asdict(self)
+        if self.weight_decay is None:
+            del named["weight_decay"]
+        return named
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """The optimizer of this run for ``model``."""
+        return get_optimizer(self.optimizer).build(model, self.lr, self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -63,11 +82,12 @@ class Setting:
     steps: int
     batch_size: int
     checkpoint_seconds: float = 15.0
+    evaluations: int | None = None  # None: the task's
 
     @property
     def evaluation_steps(self) -> frozenset[int]:
         """Counts of steps after which the model is validated; 0 and the last are among them."""
-        count = min(self.task.evaluations, self.steps)
+        count = min(self.evaluations or self.task.evaluations, self.steps)
         return frozenset(round(i * self.steps / count) for i in range(count + 1))
 
 
@@ -76,7 +96,8 @@ class Result:
     """The figures of one finished run. Losses in nats per target.
 
     ``seconds`` is the time of the training steps (batch, forward, backward, optimizer), without
-    validation and checkpoints. A diverged run has no final figures.
+    validation and checkpoints. A diverged run has no final figures. A weight decay of None is the
+    optimizer's default.
     """
 
     optimizer: str
@@ -90,6 +111,7 @@ class Result:
     seconds: float
     step_ms: float
     optimizer_ms: float
+    weight_decay: float | None = None
 
 
 class StopRequest:
@@ -156,7 +178,7 @@ def warm_up(run: Run, setting: Setting) -> None:
     belong to no optimizer and would shift its whole curve.
     """
     model = setting.task.build()
-    optimizer = get_optimizer(run.optimizer).build(model, run.lr)
+    optimizer = run.build(model)
     loss, _ = loss_of(model, *setting.data.batch(run.seed, 0, setting.batch_size))
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
@@ -174,7 +196,7 @@ class Trainer:
         # The seed alone decides the initial weights, so they are the same for every optimizer.
         torch.manual_seed(generator("weights", run.seed).initial_seed())
         self.model = setting.task.build()
-        self.optimizer = get_optimizer(run.optimizer).build(self.model, run.lr)
+        self.optimizer = run.build(self.model)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = 0
         self.seconds = 0.0
@@ -296,7 +318,7 @@ class Trainer:
 
     def _record(self, kind: str, **values: object) -> None:
         # json.dumps prints the shortest digits that give the same float back: nothing is lost.
-        record = {**asdict(self.run), "kind": kind, "step": self.step, **values}
+        record = {**self.run.fields(), "kind": kind, "step": self.step, **values}
         record["seconds"] = round(self.seconds, 6)
         self.records.append(record)
         self.file.append(record)
@@ -361,4 +383,7 @@ def train(
         reporter.start(run.title, 0, setting.steps)
         reporter.end("finished earlier")
         return result
-    return Trainer(run, setting, folder, stop, reporter).train()
+    folder.mkdir(parents=True, exist_ok=True)
+    # A worker outlives a killed parent by a step or so; meanwhile the run is still its own.
+    with Folder(folder).locked():
+        return Trainer(run, setting, folder, stop, reporter).train()

@@ -1,0 +1,295 @@
+"""What the evidence rests on: decays swept like rates, p-values, torch's Muon in float32, processes
+side by side that change no loss, and the page that is written from the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+from muonkit.lab.cli import main
+from muonkit.lab.errors import RunError
+from muonkit.lab.optimizers import OPTIMIZERS
+from muonkit.lab.results import Curve, rows, table, welch
+from muonkit.lab.store import read_records
+from muonkit.lab.sweep import best_decay, best_rate
+from muonkit.lab.train import Result, Run
+from test_lab_compare import _attempt, losses
+
+# --- optimizers ---
+
+
+def _stepped(name: str, weight_decay: float | None = None, steps: int = 3) -> list[torch.Tensor]:
+    """The parameters of an MLP after some steps along fixed gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 32), nn.GELU())
+    model.append(nn.Linear(32, 4))
+    optimizer = OPTIMIZERS[name].build(model, 0.02, weight_decay)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def _distance(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def test_torch_muon_in_float32_is_ours_and_bfloat16_is_not() -> None:
+    """Same algorithm, same scale: they differ by float32's rounding (five products of sums of 32
+    terms, amplified at most 3.4445 times each: below 1e-5 of a step of 0.02·0.2·√32), where
+    bfloat16's is a thousand times larger.
+    """
+    ours = _stepped("muonw")
+    assert _distance(ours, _stepped("torch-muon-fp32")) < 1e-6
+    assert _distance(ours, _stepped("torch-muon")) > 1e-4
+
+
+def test_the_change_of_the_cast_ends_with_the_step() -> None:
+    _stepped("torch-muon-fp32")
+    assert torch.ones(1).bfloat16().dtype == torch.bfloat16
+
+
+def test_a_torch_that_casts_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.optim import _muon
+
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad)
+    with pytest.raises(RunError, match=r"found no bfloat16\(\) to change"):
+        _stepped("torch-muon-fp32")
+
+
+def test_normuon_is_the_variant() -> None:
+    optimizer = OPTIMIZERS["normuon"].build(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.01)
+    assert {g["variant"] for g in optimizer.param_groups if g["algorithm"] == "muon"} == {"normuon"}
+    assert _distance(_stepped("normuon"), _stepped("muonw")) > 1e-3
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_weight_decay_is_applied_and_none_is_the_default(name: str) -> None:
+    default = OPTIMIZERS[name].weight_decay
+    assert _distance(_stepped(name), _stepped(name, default)) == 0
+    # Weights of up to 0.25, three steps at lr 0.02: 3·0.02·|Δdecay|·0.25, of which at least a third.
+    assert _distance(_stepped(name), _stepped(name, default + 1)) > 0.005
+
+
+def test_a_decay_names_its_run_and_the_default_names_none() -> None:
+    assert Run("sgd", 0.1, 2).key == "sgd-lr0.1-seed2"
+    assert Run("sgd", 0.1, 2, 5e-3).key == "sgd-lr0.1-wd0.005-seed2"
+    assert "weight_decay" not in Run("sgd", 0.1, 2).fields()
+    assert Run("sgd", 0.1, 2, 5e-3).fields()["weight_decay"] == 5e-3
+
+
+# --- sweeps ---
+
+
+@pytest.mark.parametrize("points", [3, 5, 7])
+@pytest.mark.parametrize("centre", [0.1, 5e-4])
+def test_decays_reach_from_a_tenth_to_ten_times_and_no_further(points: int, centre: float) -> None:
+    tried, attempt = _attempt(lambda decay: decay)
+    assert best_decay(centre, attempt, points) == pytest.approx(centre / 10)
+    assert len(tried) == points
+    assert centre in tried
+    assert max(tried) == pytest.approx(10 * centre)
+
+
+def test_three_points_widen_by_one() -> None:
+    tried, attempt = _attempt(lambda lr: -lr)
+    assert best_rate(0.01, attempt, 3) == 0.08
+    assert tried == [0.005, 0.01, 0.02, 0.04, 0.08]
+
+
+def test_compare_sweeps_rates_then_decays_and_keeps_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--optimizers", "adamw,sgd", "--steps", "12", "--sweep", "--sweep-decay"]
+    words += ["--sweep-points", "3", "--seeds", "2", "--out", str(out)]
+    assert main(["compare", "digits", *words]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    for row in summary["rows"]:
+        name, default = row["optimizer"], OPTIMIZERS[row["optimizer"]].weight_decay
+        tried = [r for r in summary["sweep"] if r["optimizer"] == name]
+        rates = {r["lr"]: r["val_loss"] for r in tried if r["weight_decay"] is None}
+        decays = {
+            default if r["weight_decay"] is None else r["weight_decay"]: r["val_loss"]
+            for r in tried
+            if r["lr"] == row["lr"]
+        }
+        assert rates[row["lr"]] == min(rates.values())
+        assert sorted(decays) == pytest.approx([default / 10, default, default * 10])
+        assert decays[row["weight_decay"]] == min(decays.values())
+        # The runs that count have the decay that was chosen, in their names and lines too.
+        chosen = None if row["weight_decay"] == default else row["weight_decay"]
+        for run in (r for r in summary["runs"] if r["optimizer"] == name):
+            assert run["weight_decay"] == chosen
+            key = Run(name, run["lr"], run["seed"], chosen).key
+            lines = read_records(out / "runs" / key / "measurements.jsonl")
+            assert all(line.get("weight_decay") == chosen for line in lines)
+    page = (out / "report.html").read_text()
+    assert "Learning rates and weight decays tried" in page
+    assert page.count("<td>chosen</td>") == 2
+    assert "weight decay" in capsys.readouterr().out
+
+
+def test_weight_decay_by_hand(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--optimizers", "adamw,sgd", "--steps", "3", "--weight-decay", "sgd=0,adamw=0.1"]
+    assert main(["compare", "digits", *words, "--out", str(out)]) == 0
+    assert sorted(path.name for path in (out / "runs").iterdir()) == [
+        "adamw-lr0.004-seed0",
+        "sgd-lr0.1-wd0.0-seed0",
+    ]
+    assert json.loads((out / "config.json").read_text())["weight_decay"] == {"sgd": 0.0}
+
+
+# --- p-values ---
+
+
+def test_welch_by_the_formula() -> None:
+    """t, its degrees of freedom and p, written out; scipy's distribution and nothing else of it."""
+    a, b = [1.0, 1.2, 1.1, 0.9], [1.5, 1.9, 1.4]
+    mean = [sum(x) / len(x) for x in (a, b)]
+    error = [
+        sum((x - m) ** 2 for x in xs) / (len(xs) - 1) / len(xs)
+        for xs, m in zip((a, b), mean, strict=True)
+    ]
+    t = (mean[0] - mean[1]) / sum(error) ** 0.5
+    freedom = sum(error) ** 2 / (error[0] ** 2 / 3 + error[1] ** 2 / 2)
+    expected = 2 * scipy.stats.t.sf(abs(t), freedom)
+    assert welch(a, b) == pytest.approx(expected, rel=1e-9)
+    assert welch([*a, None], b) == welch(a, b)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([1.0, 1.0], [2.0, 2.0]), ([], [])])
+def test_no_p_value_of_one_seed_or_none_that_differ(a: list[float], b: list[float]) -> None:
+    assert welch(a, b) is None
+
+
+def _outcome(name: str, seed: int, loss: float, accuracy: float | None) -> tuple[Result, Curve]:
+    result = Result(name, 0.1, seed, False, 10, loss, loss, accuracy, 1.0, 1.0, 1.0)
+    return result, Curve([0, 10], [0, 1], [5.0, loss])
+
+
+def test_p_values_are_against_adamw_and_shown_where_there_are_any() -> None:
+    outcomes = [_outcome("adamw", s, 2 + s / 10, 0.5 + s / 50) for s in range(3)]
+    outcomes += [_outcome("muonw", s, 1 + s / 10, 0.9) for s in range(3)]
+    adamw, muonw = rows(outcomes)
+    assert adamw.val_loss_p is None
+    assert muonw.val_loss_p == pytest.approx(welch([1, 1.1, 1.2], [2, 2.1, 2.2]), rel=1e-9)
+    assert muonw.accuracy_p is not None
+    assert muonw.accuracy_p < 0.01
+    headings, cells = table([adamw, muonw])
+    shown = dict(zip(headings, cells[1], strict=True))
+    assert shown["p of val loss"] == "3e-04"
+    assert "p of val loss" not in table(rows([_outcome("adamw", 0, 1.0, None)]))[0]
+
+
+# --- processes side by side ---
+
+
+COMMAND = ["compare", "digits", "--optimizers", "muonw,adamw", "--seeds", "2", "--threads", "1"]
+
+
+def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*COMMAND, "--steps", "20", "--sweep", "--sweep-points", "3"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert main([*words, "--jobs", "2", "--out", str(tmp_path / "two")]) == 0
+    told = capsys.readouterr()
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert "times are those of a loaded machine" in " ".join(told.out.split())
+    assert "muonw lr 0.004 seed 0: val loss" in told.err
+    page = (tmp_path / "two" / "report.html").read_text()
+    assert "times are those of a loaded machine" in page
+    assert "a loaded machine" not in (tmp_path / "one" / "report.html").read_text()
+    # What is wrong with a run is the command's error, whoever found it.
+    (result, *_) = (tmp_path / "two" / "runs").glob("adamw-*-seed1/result.json")
+    result.write_text("{}")
+    assert main([*words, "--jobs", "2", "--out", str(tmp_path / "two")]) == 2
+    assert "damaged or of another version" in capsys.readouterr().err.splitlines()[-1]
+
+
+def _begin(out: Path) -> subprocess.Popen[str]:
+    # Steps enough that a run is still going on when the test has seen it begin.
+    words = [*COMMAND, "--steps", "400", "--jobs", "2", "--checkpoint-every", "0.02"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "muonkit.lab.cli", *words, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for_checkpoints(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if len(list(out.glob("runs/*/checkpoint.pt"))) >= count:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    raise AssertionError("the runs did not begin in two minutes")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*COMMAND, "--steps", "400", "--out", str(out)]) == 0
+    return losses(out)
+
+
+def test_side_by_side_they_stop_and_go_on(
+    tmp_path: Path, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    out = tmp_path / "out"
+    process = _begin(out)
+    _wait_for_checkpoints(process, out, 2)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "the same command goes on from there" in said.splitlines()[-1]
+
+    process = _begin(out)
+    _wait_for_checkpoints(process, out, 2)
+    process.kill()
+    process.communicate()
+    # The orphans end by themselves, and let go of their runs.
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        again = _begin(out)
+        said = again.communicate(timeout=200)[1]
+        if again.returncode == 0:
+            break
+        assert "another muonkit is running in" in said
+    assert again.returncode == 0
+    assert "goes on at step" in said
+    assert losses(out) == undisturbed
+
+
+def _die(*_: object) -> None:
+    os._exit(1)
+
+
+def test_a_killed_process_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("muonkit.lab.jobs._train", _die)
+    words = [*COMMAND, "--steps", "5", "--jobs", "2", "--out", str(tmp_path / "out")]
+    assert main(words) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: a process of --jobs was killed")
