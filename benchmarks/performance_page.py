@@ -196,6 +196,23 @@ BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
 }
 
 
+def replace_block(page: str, name: str, content: str) -> str:
+    """The page with ``content`` between the markers of the block ``name``.
+
+    Raises:
+        ValueError: the page is without the markers.
+    """
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(end) < page.index(begin):
+        raise ValueError(
+            f"the page needs {begin!r} once and {end!r} once after it: put both markers where "
+            "the table belongs"
+        )
+    block = f"{begin}\n{content}\n{end}"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: block, page, flags=re.DOTALL)
+
+
 def rewrite(page: str, records: list[Record]) -> str:
     """The page with every block renewed whose kind is among the records.
 
@@ -211,17 +228,8 @@ def rewrite(page: str, records: list[Record]) -> str:
             )
     for name, (kind, make) in BLOCKS.items():
         chosen = [record for record in records if record["kind"] == kind]
-        if not chosen:
-            continue
-        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-        if page.count(begin) != 1 or page.count(end) != 1 or page.index(end) < page.index(begin):
-            raise ValueError(
-                f"the page needs {begin!r} once and {end!r} once after it: put both markers where "
-                "the table belongs"
-            )
-        block = f"{begin}\n{make(chosen)}\n{end}"
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        page = re.sub(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
+        if chosen:
+            page = replace_block(page, name, make(chosen))
     return page
 
 

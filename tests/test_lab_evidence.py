@@ -81,7 +81,7 @@ def test_normuon_is_the_variant() -> None:
 def test_a_weight_decay_is_applied_and_none_is_the_default(name: str) -> None:
     default = OPTIMIZERS[name].weight_decay
     assert _distance(_stepped(name), _stepped(name, default)) == 0
-    # Weights of up to 0.25, three steps at lr 0.02: 3·0.02·|Δdecay|·0.25, of which at least a third.
+    # Weights of up to 0.25, three steps at lr 0.02: up to 3·0.02·|Δdecay|·0.25, a third at least.
     assert _distance(_stepped(name), _stepped(name, default + 1)) > 0.005
 
 

@@ -157,7 +157,7 @@ def write(folder: Path, material: Material) -> Path:
     # Last: a folder with a summary counts as finished.
     summary = {
         "rows": [asdict(row) for row in lines],
-        "runs": [asdict(result) | asdict(curve) for result, curve in material.outcomes],
+        "runs": [asdict(result) | {"curve": asdict(curve)} for result, curve in material.outcomes],
         "sweep": [asdict(result) for result in _swept(material)] if is_swept else [],
         "environment": environment(),
     }
