@@ -142,18 +142,19 @@ def claim_words(task: str, claim: Claim, tuned: Record) -> list[str]:
 
 def run(task: str, plan: Plan, options: argparse.Namespace) -> None:
     """Train what is missing of one task, and keep the figures and pictures."""
-    seeds = ["--seeds", str(options.seeds or plan.seeds), "--jobs", str(options.jobs)]
+    seeds = options.seeds or plan.seeds
+    claim_seeds = options.claim_seeds or seeds
     # --threads by name, so that the same command goes on on another machine.
-    seeds += ["--threads", "1"]
+    jobs = ["--jobs", str(options.jobs), "--threads", "1"]
     further = [*(QUICK if options.quick else ()), *options.further]
-    words = [task, "--optimizers", ",".join(plan.optimizers), "--sweep", "--sweep-decay"]
-    words += ["--sweep-points", str(plan.points), *plan.words, *seeds]
+    optimizers = options.optimizers or ",".join(plan.optimizers)
+    words = [task, "--optimizers", optimizers, "--sweep", "--sweep-decay"]
+    words += ["--sweep-points", str(plan.points), *plan.words, "--seeds", str(seeds), *jobs]
     out = options.out / task
     record = compare(merged(words, further), out)
     if plan.claim:
-        words = [*claim_words(task, plan.claim, record), *seeds]
-        claimed = compare(merged(words, further), options.out / f"{task}-untuned")
-        record["untuned"] = claimed
+        words = [*claim_words(task, plan.claim, record), "--seeds", str(claim_seeds), *jobs]
+        record["untuned"] = compare(merged(words, further), options.out / f"{task}-untuned")
     options.results.mkdir(parents=True, exist_ok=True)
     for picture in PICTURES:
         shutil.copyfile(out / picture, options.results / f"{task}-{picture}")
@@ -320,6 +321,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--task", choices=list(PLANS), action="append", help="may be repeated")
     parser.add_argument("--seeds", type=int, help="runs per optimizer")
+    parser.add_argument("--claim-seeds", type=int, help="those of AdamW untuned, if not as many")
+    parser.add_argument("--optimizers", metavar="A,B,...", help="fewer of them; adamw is needed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--page-only", action="store_true", help="train nothing")
