@@ -4,13 +4,14 @@ side by side that change no loss, and the page that is written from the figures.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
 
 def _begin(out: Path) -> subprocess.Popen[str]:
     # Steps enough that a run is still going on when the test has seen it begin.
-    words = [*COMMAND, "--steps", "400", "--jobs", "2", "--checkpoint-every", "0.02"]
+    words = [*COMMAND, "--steps", "200", "--jobs", "2", "--checkpoint-every", "0.02"]
     return subprocess.Popen(
         [sys.executable, "-m", "muonkit.lab.cli", *words, "--out", str(out)],
         stdout=subprocess.DEVNULL,
@@ -248,7 +249,7 @@ def _wait_for_checkpoints(process: subprocess.Popen[str], out: Path, count: int)
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert main([*COMMAND, "--steps", "400", "--out", str(out)]) == 0
+    assert main([*COMMAND, "--steps", "200", "--out", str(out)]) == 0
     return losses(out)
 
 
@@ -293,3 +294,95 @@ def test_a_killed_process_is_named_with_the_remedy(
     assert main(words) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: a process of --jobs was killed")
+
+
+# --- the page of evidence ---
+
+
+def _script() -> Any:
+    """benchmarks/evidence.py as a module."""
+    path = Path(__file__).parents[1] / "benchmarks" / "evidence.py"
+    spec = importlib.util.spec_from_file_location("evidence", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evidence"] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = _script()
+    plan = module.Plan(
+        ("muonw", "adamw"),
+        ("--epochs", "1"),
+        seeds=2,
+        points=3,
+        claim=module.Claim("twice the accuracy", 1),
+    )
+    monkeypatch.setattr(module, "PLANS", {"digits": plan})
+    yield module
+    del sys.modules["evidence"]
+
+
+PAGE = "by hand\n<!-- begin: {0} -->\nstale\n<!-- end: {0} -->\n"
+
+
+def test_options_are_replaced_and_a_length_is_one_option(evidence: Any) -> None:
+    words = ["mnist", "--sweep", "--epochs", "3", "--seeds", "5"]
+    assert evidence.merged(words, []) == words
+    assert evidence.merged(words, ["--steps", "9"]) == [
+        *("mnist", "--sweep", "--seeds", "5", "--steps", "9")
+    ]
+
+
+def test_evidence_end_to_end(evidence: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.format("digits") + PAGE.format("claims"))
+    words = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "kept")]
+    words += ["--page", str(page), "--jobs", "1"]
+    assert evidence.main([*words, "--page-only"]) == 0
+    assert page.read_text().count(evidence.NOT_RUN) == 2
+
+    assert evidence.main([*words, "--", "--steps", "15", "--evaluations", "3"]) == 0
+    kept = json.loads((tmp_path / "kept" / "digits.json").read_text())
+    assert (tmp_path / "kept" / "digits-loss-steps.png").read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert text.count("by hand") == 2
+    assert "stale" not in text
+    assert "muonkit compare digits --optimizers muonw,adamw --sweep --sweep-decay" in text
+    assert "--epochs" not in text
+    # Every figure is one of the runs', and what was untuned is not among the tuned.
+    losses_of = {
+        name: [r["val_loss"] for r in record["runs"] if r["optimizer"] == "adamw"]
+        for name, record in (("tuned", kept), ("untuned", kept["untuned"]))
+    }
+    assert losses_of["tuned"] != losses_of["untuned"]
+    assert [r["lr"] for r in kept["untuned"]["runs"]] == [1e-3, 1e-3]
+    for values in losses_of.values():
+        assert f"{sum(values) / 2:.4f}" in text
+    ours = [r["val_loss"] for r in kept["runs"] if r["optimizer"] == "muonw"]
+    share = 1 - sum(ours) / sum(losses_of["untuned"])
+    assert f"| {abs(share):.1%} {'lower' if share >= 0 else 'higher'} |" in text
+    assert "**Claimed: twice the accuracy.** Here, after 15 steps, 2 seeds:" in text
+    assert evidence.main([*words, "--page-only"]) == 0
+    assert page.read_text() == text
+
+
+def test_the_claim_trains_muonw_as_it_was_tuned(evidence: Any) -> None:
+    claim = evidence.Claim("x", 5, ("muonw", "adamw"))
+    tuned = {"rows": [{"optimizer": "muonw", "lr": 0.02, "weight_decay": 0.01}]}
+    assert evidence.claim_words("cifar10", claim, tuned) == [
+        *("cifar10", "--optimizers", "muonw,adamw", "--lr", "muonw=0.02,adamw=0.001"),
+        *("--weight-decay", "muonw=0.01", "--epochs", "5"),
+    ]
+
+
+def test_the_page_in_the_repository_has_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = _script()
+    page = (Path(__file__).parents[1] / "docs" / "evidence.md").read_text()
+    kept = module.kept(Path(__file__).parents[1] / "docs" / "evidence")
+    assert module.write_page(page, kept) == page, "write it: benchmarks/evidence.py --page-only"
