@@ -1,4 +1,4 @@
-"""The command line: ``muonkit compare TASK``, ``muonkit route SPEC`` and ``muonkit plan``.
+"""The command line: ``muonkit compare TASK``, ``monitor RUN``, ``route SPEC`` and ``plan``.
 
 Every error of the user's is one line on standard error with its remedy, and exit status 2; 1 is
 a failure while running, 130 is Ctrl-C. ``--debug`` shows the traceback.
@@ -87,6 +87,25 @@ Examples:
   muonkit plan --model llama-8b --mesh dp=8,tp=8
   muonkit plan --model llama-70b --mesh dp=4,fsdp=64 --exchange-dtype bfloat16
   muonkit plan --model kimi-k2 --mesh fsdp=64,ep=8,tp=8 --plot kimi.png --json kimi.json
+"""
+
+
+_MONITOR_HELP = """Draw what muonkit.Monitor recorded: every matrix over the steps, and spectra.
+
+monitor-layers.png has a row for each matrix: update-to-weight ratio, stable rank of the momentum,
+orthogonality error. monitor-spectra.png has the singular values of some matrices' momentum, and of
+the update made of it. The last sample is summed up in the terminal.
+
+\b
+RUN is one of
+  FILE.jsonl   what muonkit.Monitor(optimizer, to="FILE.jsonl") writes
+  FOLDER       a run's folder, with monitor.jsonl
+
+\b
+Examples:
+  muonkit compare digits --monitor 20 --out runs/digits
+  muonkit monitor runs/digits/runs/muonw-lr0.004-seed0
+  muonkit monitor run.jsonl --layers '*.attention.*' --out .
 """
 
 
@@ -179,6 +198,14 @@ def compare_command(
     checkpoint_every: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="Time between checkpoints.")
     ] = 15.0,
+    monitor: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Record every N steps what muonw and normuon do; pictures in the report.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     from muonkit.lab.compare import compare, comparison
@@ -197,6 +224,7 @@ def compare_command(
         weight_decay=_rates(weight_decay, "--weight-decay", zero=True),
         jobs=jobs,
         evaluations=evaluations,
+        monitor=monitor,
     )
     compare(asked, out, checkpoint_seconds=checkpoint_every)
 
@@ -301,6 +329,25 @@ def plan_command(
     # A table that is cut off tells nothing: a pipe, or a narrow terminal, gets it whole.
     show(Console(width=max(console.width, 118)), found)
     write(found, plot, json_file)
+
+
+@app.command("monitor", help=_MONITOR_HELP)
+def monitor_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The recording.")],
+    layers: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Only matrices with such names.")
+    ] = "*",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures [default: beside the recording].")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    from rich.console import Console
+
+    from muonkit.lab.monitor import write
+
+    console = Console()
+    write(run, out, layers, Console(width=max(console.width, 118)))
 
 
 def _version(asked: bool) -> None:

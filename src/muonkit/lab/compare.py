@@ -20,7 +20,7 @@ from muonkit.lab.results import Curve, Outcome, rows
 from muonkit.lab.store import DATA, Folder, Record, read_json, read_records, write_atomically
 from muonkit.lab.sweep import POINTS, best_decay, best_rate
 from muonkit.lab.tasks import Budget, get_task
-from muonkit.lab.train import Result, Run, Setting, StopRequest, train
+from muonkit.lab.train import RECORDING, Result, Run, Setting, StopRequest, train
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Comparison:
         threads: CPU threads of a run; they decide the order of sums, hence the last bits.
         jobs: runs at a time, which the seconds depend on.
         evaluations: validations of a run; None: the task's.
+        monitor: steps between samples of ``muonkit.Monitor``; None: it is not used.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Comparison:
     weight_decay: Mapping[str, float] = field(default_factory=dict)
     jobs: int = 1
     evaluations: int | None = None
+    monitor: int | None = None
 
     def config(self) -> Record:
         """What is asked for; what is not asked for is left out, so that older folders go on."""
@@ -65,6 +67,7 @@ class Comparison:
             "weight_decay": dict(self.weight_decay),
             "jobs": self.jobs if self.jobs > 1 else None,
             "evaluations": self.evaluations,
+            "monitor": self.monitor,
         }
         return {
             "task": self.task,
@@ -99,6 +102,7 @@ def comparison(
     weight_decay: Mapping[str | None, float] | None = None,
     jobs: int = 1,
     evaluations: int | None = None,
+    monitor: int | None = None,
 ) -> Comparison:
     """A checked :class:`Comparison`, the task's defaults filled in.
 
@@ -139,6 +143,7 @@ def comparison(
         weight_decay={name: x for name, x in decays.items() if x != defaults[name]},
         jobs=jobs,
         evaluations=evaluations,
+        monitor=monitor,
     )
 
 
@@ -241,6 +246,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
     )
     write_atomically(session.folder.path / "measurements.jsonl", text)
     task = session.setting.task
+    recorded = [(run, session.folder.run(run.key) / RECORDING) for run in runs if run.seed == 0]
     return report.Material(
         config=session.asked.config() | {DATA: session.setting.data.fingerprint},
         summary=task.summary,
@@ -249,6 +255,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         outcomes=[measured[run][0] for run in runs],
         attempts=[outcome for outcome, _ in measured.values()],
         records={f"{run.optimizer}/{run.seed}": measured[run][1] for run in runs},
+        recordings={run.title: path for run, path in recorded if path.exists()},
     )
 
 
@@ -305,6 +312,7 @@ def compare(
         asked.batch_size,
         checkpoint_seconds,
         asked.evaluations,
+        asked.monitor,
     )
     for name, lr in asked.lr.items():
         Run(name, lr, 0, asked.weight_decay.get(name)).build(

@@ -39,6 +39,7 @@ class _Recipe:
     batch_size: int
     checkpoint_seconds: float
     evaluations: int | None
+    monitor: int | None
     fingerprint: str
     threads: int
 
@@ -49,7 +50,13 @@ class _Recipe:
         if data.fingerprint != self.fingerprint:
             raise LabError(f"the data of {self.task} changed meanwhile: give the command again")
         return Setting(
-            task, data, self.steps, self.batch_size, self.checkpoint_seconds, self.evaluations
+            task,
+            data,
+            self.steps,
+            self.batch_size,
+            self.checkpoint_seconds,
+            self.evaluations,
+            self.monitor,
         )
 
 
@@ -128,6 +135,7 @@ class Workers:
             setting.batch_size,
             setting.checkpoint_seconds,
             setting.evaluations,
+            setting.monitor,
             setting.data.fingerprint,
             torch.get_num_threads(),
         )

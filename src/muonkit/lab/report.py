@@ -6,10 +6,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import muonkit
+from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.results import NOTES, Outcome, Row, rows, table
 from muonkit.lab.store import Record, write_atomically, write_json
@@ -60,6 +62,7 @@ class Material:
         outcomes: the runs that count (of a sweep, those with the chosen learning rates).
         attempts: every run, the sweep's included.
         records: the measurements of each of ``outcomes``, by ``"NAME/SEED"``.
+        recordings: what the monitor wrote on seed 0, by the run's title.
     """
 
     config: Record
@@ -69,14 +72,18 @@ class Material:
     outcomes: Sequence[Outcome]
     attempts: Sequence[Outcome]
     records: dict[str, list[Record]]
+    recordings: Mapping[str, Path] = field(default_factory=dict)
 
 
 def notes(config: Record) -> str:
     """What the table's figures mean."""
-    jobs = config.get("jobs", 1)
-    if jobs == 1:
-        return NOTES
-    return f"{NOTES} {jobs} runs were trained at a time: times are those of a loaded machine."
+    jobs, every = config.get("jobs", 1), config.get("monitor")
+    said = [NOTES]
+    if jobs > 1:
+        said.append(f"{jobs} runs were trained at a time: times are those of a loaded machine.")
+    if every:
+        said.append(f"Seconds include the monitor's samples, every {every} steps.")
+    return " ".join(said)
 
 
 def show(console: Console, task: str, lines: Sequence[Row], note: str = NOTES) -> None:
@@ -118,6 +125,30 @@ def _sweep_table(material: Material) -> list[list[str]]:
     ]
 
 
+def _inline(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def _drawn(folder: Path, title: str, path: Path) -> dict[str, Any]:
+    """A run's recording: its pictures, written beside the report's too, or why there are none."""
+    from muonkit.lab.monitor import draw
+    from muonkit.lab.recording import read, remarks
+
+    try:
+        recording = read(path)
+        images = draw(recording, title)
+    except LabError as error:  # a run that is well is not to be lost for its recording
+        return {"title": title, "remarks": [str(error)], "images": []}
+    name = path.parent.name
+    for file, image in images.items():
+        write_atomically(folder / f"{name}-{file}", image)
+    return {
+        "title": title,
+        "remarks": remarks(recording),
+        "images": [_inline(image) for image in images.values()],
+    }
+
+
 def write(folder: Path, material: Material) -> Path:
     """Write the PNGs, ``summary.json`` and ``report.html`` to ``folder``; the report's path."""
     # Here, because it brings matplotlib, which takes a second that no error should wait for.
@@ -130,7 +161,7 @@ def write(folder: Path, material: Material) -> Path:
         title = f"{task}: {material.summary}"
         image = loss_plot(title, against, material.outcomes, material.records)
         write_atomically(folder / name, image)
-        images[against] = "data:image/png;base64," + base64.b64encode(image).decode()
+        images[against] = _inline(image)
     headings, cells = table(lines)
     is_decay_swept = material.config.get("sweep_decay", False)
     is_swept = material.config["sweep"] or is_decay_swept
@@ -145,6 +176,7 @@ def write(folder: Path, material: Material) -> Path:
         headings=headings,
         cells=cells,
         images=images,
+        recordings=[_drawn(folder, title, path) for title, path in material.recordings.items()],
         sweep=_sweep_table(material) if is_swept else [],
         is_decay_swept=is_decay_swept,
         config={name: json.dumps(value) for name, value in material.config.items()},

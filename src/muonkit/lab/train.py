@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import os
 import signal
 import statistics
 import threading
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import muonkit
 from muonkit.lab.data import Data, generator
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import Optimizer, get_optimizer
@@ -33,6 +35,8 @@ from muonkit.lab.store import (
 from muonkit.lab.tasks import Task
 
 WARMUP = 0.05
+#: What the monitor writes, beside the measurements.
+RECORDING = "monitor.jsonl"
 #: The share of the steps whose mean training loss is called the final one.
 FINAL_SHARE = 0.05
 
@@ -83,6 +87,7 @@ class Setting:
     batch_size: int
     checkpoint_seconds: float = 15.0
     evaluations: int | None = None  # None: the task's
+    monitor: int | None = None  # steps between samples of muonkit.Monitor; None: it is not used
 
     @property
     def evaluation_steps(self) -> frozenset[int]:
@@ -202,7 +207,9 @@ class Trainer:
         self.seconds = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         self.records: list[Record] = []
+        self.watched = 0  # bytes of the recording that the checkpoint knows
         self.file = MeasurementFile(folder / "measurements.jsonl", self._resume())
+        self.monitor = self._watch()
 
     # --- going on ---
 
@@ -230,8 +237,19 @@ class Trainer:
             )
             return 0
         self.model, self.optimizer = model, optimizer
+        self.watched = int(saved.get("watched", 0))
         self.step, self.seconds, self.records = step, seconds, records
         return int(length)
+
+    def _watch(self) -> muonkit.Monitor | None:
+        """The monitor of muonkit's own optimizers, if asked for; its file as long as it was."""
+        if self.setting.monitor is None or not isinstance(self.optimizer, muonkit.Muon):
+            return None
+        path = self.folder / RECORDING
+        if path.exists():
+            # The monitor does not wait for the disk: after a power cut there may be less.
+            os.truncate(path, min(self.watched, path.stat().st_size))
+        return muonkit.Monitor(self.optimizer, self.setting.monitor, path, start=self.step)
 
     def save(self) -> None:
         """Replace the checkpoint by one of this moment."""
@@ -243,6 +261,7 @@ class Trainer:
             "seconds": self.seconds,
             # Before the state: a checkpoint must never speak of lines that are not on disk.
             "length": self.file.sync(),
+            "watched": (self.folder / RECORDING).stat().st_size if self.monitor else 0,
         }
         content = io.BytesIO()
         torch.save(state, content)
@@ -260,6 +279,8 @@ class Trainer:
             return self._train()
         finally:
             self.file.close()
+            if self.monitor is not None:
+                self.monitor.close()
 
     def _train(self) -> Result:
         self.reporter.start(self.run.title, self.step, self.setting.steps)
