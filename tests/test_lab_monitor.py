@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,9 @@ def test_the_later_sample_of_a_step_counts_and_skipped_ones_do_not(recorded: Pat
 
 def test_a_matrix_is_named_with_its_part(recorded: Path) -> None:
     found = read(recorded)
-    assert found.label(found.matrices[0]) == found.matrices[0][0].removesuffix(".weight")
-    split = vars(found) | {"of": dict.fromkeys(found.matrices, 3)}
-    assert type(found)(**split).label(found.matrices[0]).endswith(" [1/3]")
+    assert [found.label(key) for key in found.matrices] == ["0.weight", "1.weight", "2.weight"]
+    split = replace(found, of={("blocks.0.qkv.weight", 1): 3})
+    assert split.label(("blocks.0.qkv.weight", 1)) == "blocks.0.qkv [2/3]"
 
 
 # --- pictures ---
@@ -202,12 +203,12 @@ def test_colours_span_what_there_is() -> None:
     assert plots._norm([math.nan], is_log=False)(0.5) == 0.5
 
 
-def test_matrices_for_the_spectra_are_spread_over_the_model(recorded: Path) -> None:
+def test_matrices_for_the_spectra_are_spread_over_the_model() -> None:
     keys = [(f"layers.{i}", 0) for i in range(40)]
-    chosen = plots._chosen(keys)
-    assert len(set(chosen)) == plots._SHOWN
+    chosen = plots._spread(keys, 6)
+    assert len(set(chosen)) == 6
     assert (chosen[0], chosen[-1]) == (keys[0], keys[-1])
-    assert plots._chosen(keys[:2]) == keys[:2]
+    assert plots._spread(keys[:2], 6) == keys[:2]
 
 
 def test_layers_are_chosen_by_name(recorded: Path) -> None:

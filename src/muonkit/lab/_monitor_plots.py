@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -16,16 +17,18 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from muonkit.lab.recording import FIGURES, Key, Recording
+from muonkit.lab.recording import FIGURES, Recording
 from muonkit.lab.recording import Figure as Quantity
 from muonkit.lab.store import Record
+
+T = TypeVar("T")
 
 _DPI = 130
 _ROW = 0.2  # inches: room for a name of 8 points
 #: More rows than this are named one in several; each stays a row of the map.
 _NAMED = 100
-#: Matrices in the picture of spectra, spread evenly over the model.
-_SHOWN = 6
+#: Matrices in the picture of spectra, spread evenly over the model, and samples of each.
+_SHOWN, _CURVES = 6, 40
 
 
 def _png(figure: Figure) -> bytes:
@@ -97,18 +100,18 @@ def _quantiles(record: Record | None, kind: str) -> list[float] | None:
     return None if spectrum is None else spectrum["quantiles"]
 
 
-def _chosen(keys: Sequence[Key]) -> list[Key]:
-    """Some of the matrices, from the first to the last."""
-    if len(keys) <= _SHOWN:
-        return list(keys)
-    return [keys[round(i * (len(keys) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of the items, evenly from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _curves(
     axes: Axes, records: Sequence[Record | None], kind: str, steps: Sequence[int], norm: Normalize
 ) -> None:
     """One line a sample: singular values from the smallest to the largest."""
-    for step, record in zip(steps, records, strict=True):
+    for step, record in _spread(list(zip(steps, records, strict=True)), _CURVES):
         values = _quantiles(record, kind)
         if not values or values[-1] is None:
             continue
@@ -123,7 +126,7 @@ def _curves(
 
 def spectra(recording: Recording, title: str) -> bytes:
     """The PNG of the momentum's singular values beside those of the update made of it."""
-    keys = _chosen(recording.matrices)
+    keys = _spread(recording.matrices, _SHOWN)
     steps = recording.steps
     norm = Normalize(steps[0], max(steps[-1], steps[0] + 1))
     figure = Figure(figsize=(10.0, 1.6 + 1.9 * len(keys)), dpi=_DPI, layout="constrained")

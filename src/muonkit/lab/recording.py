@@ -82,7 +82,8 @@ class Recording:
     def label(self, key: Key) -> str:
         """``blocks.0.qkv [1/3]``: ``.weight`` says nothing, since every matrix is one."""
         name, index = key
-        short = name.removesuffix(".weight") or name
+        short = name.removesuffix(".weight")
+        short = name if short.isdigit() else short  # of a Sequential: "1" alone names nothing
         return f"{short} [{index + 1}/{self.of[key]}]" if self.of[key] > 1 else short
 
     def records(self, key: Key) -> list[Record | None]:
