@@ -227,7 +227,7 @@ def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
 
 def _begin(out: Path) -> subprocess.Popen[str]:
     # Steps enough that a run is still going on when the test has seen it begin.
-    words = [*COMMAND, "--steps", "200", "--jobs", "2", "--checkpoint-every", "0.02"]
+    words = [*COMMAND, "--steps", "60", "--jobs", "2", "--checkpoint-every", "0.02"]
     return subprocess.Popen(
         [sys.executable, "-m", "muonkit.lab.cli", *words, "--out", str(out)],
         stdout=subprocess.DEVNULL,
@@ -249,7 +249,7 @@ def _wait_for_checkpoints(process: subprocess.Popen[str], out: Path, count: int)
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert main([*COMMAND, "--steps", "200", "--out", str(out)]) == 0
+    assert main([*COMMAND, "--steps", "60", "--out", str(out)]) == 0
     return losses(out)
 
 
@@ -260,7 +260,7 @@ def test_side_by_side_they_stop_and_go_on(
     process = _begin(out)
     _wait_for_checkpoints(process, out, 2)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert "Traceback" not in said
     assert "the same command goes on from there" in said.splitlines()[-1]
