@@ -20,6 +20,7 @@ import scipy.stats
 import torch
 from torch import nn
 
+from muonkit.lab import optimizers
 from muonkit.lab.cli import main
 from muonkit.lab.errors import RunError
 from muonkit.lab.optimizers import OPTIMIZERS
@@ -59,7 +60,13 @@ def test_torch_muon_in_float32_is_ours_and_bfloat16_is_not() -> None:
     assert _distance(ours, _stepped("torch-muon")) > 1e-4
 
 
-def test_the_change_of_the_cast_ends_with_the_step() -> None:
+def test_the_cast_is_a_copy_in_float32_and_a_cast_again_after_the_step() -> None:
+    momentum = torch.ones(3)
+    with optimizers._Float32Casts():
+        cast = momentum.bfloat16()
+    assert cast.dtype == torch.float32
+    cast.zero_()  # as torch's loop, which divides it in place
+    assert torch.equal(momentum, torch.ones(3))
     _stepped("torch-muon-fp32")
     assert torch.ones(1).bfloat16().dtype == torch.bfloat16
 
@@ -130,6 +137,7 @@ def test_compare_sweeps_rates_then_decays_and_keeps_both(
             if r["lr"] == row["lr"]
         }
         assert rates[row["lr"]] == min(rates.values())
+        assert len(tried) == len(rates) + 2  # the default decay was tried with the rates
         assert sorted(decays) == pytest.approx([default / 10, default, default * 10])
         assert decays[row["weight_decay"]] == min(decays.values())
         # The runs that count have the decay that was chosen, in their names and lines too.
