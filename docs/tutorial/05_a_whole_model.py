@@ -173,7 +173,7 @@ print(route(nn.Sequential(Experts()), [Rule("*.up", view="experts")])[0].reason)
 
 # %%
 text = stdlib_text(64)
-steps, batch = (40, 8) if QUICK else (400, 16)
+steps, batch = (40, 8) if QUICK else (200, 16)
 
 
 def train(make, lr, steps=steps, after=lambda model, optimizer, step: None):
@@ -233,10 +233,10 @@ assert abs(rms[0][1] - 1) < 0.05, "the first step is sign descent"
 assert rms[-1][1] < rms[0][1]
 
 # %% [markdown]
-# Both meet near 0.2 after a while; at first AdamW's updates are several times larger (its first step
-# is the sign of the gradient, RMS one). A short training ends before that has evened out, and even
-# after it Muon stands larger steps than AdamW. So AdamW's learning rate is a safe start for `MuonW`,
-# and often too small. The recipe:
+# Both meet near 0.2 after a while; at first AdamW's updates are several times larger (its first
+# step is the sign of the gradient, RMS one). A short training ends before that has evened out, and
+# even after it Muon stands larger steps than AdamW. So AdamW's learning rate is a safe start for
+# `MuonW`, and often too small. The recipe:
 #
 # 1. Keep the schedule, the decay and the betas. Replace `AdamW(model.parameters(), lr=...)` by
 #    `MuonW(model, lr=...)`; print `route(model)` once and read it.
