@@ -7,6 +7,7 @@ LOCK  := requirements-dev.lock
 # One worker per core; each worker is held to one thread by tests/conftest.py.
 JOBS  ?= 2
 DEMO_OUT ?= runs/demo
+TUTORIAL_OUT ?= runs/tutorial
 
 # The first of these that is Python 3.11 or later; `make PYTHON=/path/to/python` overrides it.
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types unit format demo docs lock clean
+.PHONY: help setup test lint types unit format demo docs tutorial lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -64,6 +65,16 @@ demo: $(STAMP) ## Muon against AdamW on real text, with a picture (under 4 minut
 
 docs: $(STAMP) ## the documentation site, into site/; broken links and anchors are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Each notebook runs in the folder that it is kept in, with every core, one after the other.
+tutorial: $(STAMP) ## execute the tutorial's notebooks in full, into runs/tutorial (minutes)
+	@mkdir -p $(TUTORIAL_OUT)
+	@for notebook in docs/tutorial/[0-9]*.py; do \
+		name=$$(basename $$notebook .py); start=$$(date +%s); \
+		MUONKIT_TUTORIAL=full $(BIN)/python -m jupytext --quiet --to ipynb --execute \
+			--run-path docs/tutorial --output $(TUTORIAL_OUT)/$$name.ipynb $$notebook || exit 1; \
+		echo "$(TUTORIAL_OUT)/$$name.ipynb: $$(( $$(date +%s) - start )) s"; \
+	done
 
 # The lock is what the extras of pyproject.toml resolve to today in an empty environment. A local
 # version such as torch's +cpu is cut off: which build fits is the installing machine's choice.

@@ -1,0 +1,127 @@
+"""The tutorial's notebooks run, in their short form; what their text claims is asserted in them.
+
+They are kept as text (docs/tutorial/*.py) and executed as a reader's Jupyter would: in a kernel of
+their own, from the folder that they are in.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs" / "tutorial"
+NOTEBOOKS = sorted(TUTORIAL.glob("[0-9][0-9]_*.py"))
+DATA = ROOT.parent / "shared" / "data"  # where a checkout has data sets beside it; else the digits
+
+names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def environment() -> dict[str, str]:
+    """As a reader has it, but for the short form: conftest's back end of matplotlib shows nothing."""
+    chosen = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    chosen["MUONKIT_TUTORIAL"] = "quick"
+    if DATA.is_dir():
+        chosen.setdefault("MUONKIT_DATA", str(DATA))
+    # Without data: an empty folder says at once what a download would after its timeouts.
+    chosen.setdefault("MUONKIT_DATA", str(TUTORIAL / "no-data"))
+    return chosen
+
+
+def executed(text: str) -> Any:
+    """The notebook with its outputs.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+    """
+    jupytext = pytest.importorskip("jupytext", reason='pip install "muonkit[tutorial]"')
+    nbclient = pytest.importorskip("nbclient", reason='pip install "muonkit[tutorial]"')
+    pytest.importorskip("ipykernel", reason='pip install "muonkit[tutorial]"')
+    notebook = jupytext.reads(text, fmt="py:percent")
+    with warnings.catch_warnings():
+        # Of jupyter's own packages and the sockets between them and the kernel; not of the cells',
+        # which are in another process and come back as text.
+        warnings.simplefilter("ignore")
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=240,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(TUTORIAL)}},
+        )
+        client.execute(env=environment())
+    return notebook
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+@names
+def test_notebook_runs(path: Path) -> None:
+    notebook = executed(path.read_text(encoding="utf-8"))
+    found = outputs(notebook)
+    # A warning, or an error that a cell caught, would be printed here.
+    assert "".join(o.text for o in found if o.get("name") == "stderr") == ""
+    assert any(o.get("name") == "stdout" for o in found)
+    # Every figure that is drawn is shown.
+    shown = sum("image/png" in o.get("data", {}) for o in found)
+    assert shown >= path.read_text(encoding="utf-8").count("plt.show()")
+
+
+def test_a_false_claim_fails() -> None:
+    nbclient = pytest.importorskip("nbclient", reason='pip install "muonkit[tutorial]"')
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
+        executed("# %%\nassert 1 + 1 == 3\n")
+
+
+@names
+def test_notebook_without_the_extra_is_one_line(path: Path, tmp_path: Path) -> None:
+    """As in an environment without matplotlib, where muonkit alone is installed."""
+    hide = "import runpy, sys; sys.modules['matplotlib'] = sys.modules['numpy'] = None; "
+    hide += "sys.modules['sklearn'] = sys.modules['muonkit.lab'] = None; "
+    done = subprocess.run(
+        [sys.executable, "-c", hide + f"runpy.run_path({str(path)!r})"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert 'pip install "muonkit[tutorial]"' in done.stderr
+
+
+@names
+def test_notebook_has_its_parts(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    code = re.findall(r"^# %%$", text, re.MULTILINE)
+    assert 5 <= len(code) <= 15
+    number = path.stem.split("_")[0].removeprefix("0")
+    assert f"# # {number}. " in text
+    remembered, exercises = text.index("# ## What to remember"), text.index("# ## Exercises")
+    answers = text.index("<details><summary>Answers</summary>")
+    assert remembered < exercises < answers
+    # Colab: the first cell installs muonkit where it is not there, and only there.
+    first = text.index("# %%\n")
+    assert text.index('find_spec("muonkit") is None') < text.index("# %%", first + 1)
+
+
+def test_muon_from_scratch_is_forty_lines() -> None:
+    text = (TUTORIAL / "03_from_scratch.py").read_text(encoding="utf-8")
+    source = text[text.index("def newton_schulz") : text.index("# ## Is it right?")]
+    lines = [line for line in source.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 40
+
+
+def test_the_page_lists_every_notebook() -> None:
+    page = (TUTORIAL / "index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\((\d\d_\w+\.py)\)", page))
+    assert linked == {path.name for path in NOTEBOOKS}
+    assert len(NOTEBOOKS) == 8
