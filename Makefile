@@ -66,14 +66,15 @@ demo: $(STAMP) ## Muon against AdamW on real text, with a picture (under 4 minut
 docs: $(STAMP) ## the documentation site, into site/; broken links and anchors are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# Each notebook runs in the folder that it is kept in, with every core, one after the other.
+# Beside the notebooks goes the module that one of them needs.
 tutorial: $(STAMP) ## execute the tutorial's notebooks in full, into runs/tutorial (minutes)
 	@mkdir -p $(TUTORIAL_OUT)
+	@cp docs/tutorial/ranks.py $(TUTORIAL_OUT)
 	@for notebook in docs/tutorial/[0-9]*.py; do \
-		name=$$(basename $$notebook .py); start=$$(date +%s); \
-		MUONKIT_TUTORIAL=full $(BIN)/python -m jupytext --quiet --to ipynb --execute \
-			--run-path docs/tutorial --output $(TUTORIAL_OUT)/$$name.ipynb $$notebook || exit 1; \
-		echo "$(TUTORIAL_OUT)/$$name.ipynb: $$(( $$(date +%s) - start )) s"; \
+		out=$(TUTORIAL_OUT)/$$(basename $$notebook .py).ipynb; start=$$(date +%s); \
+		$(BIN)/jupytext --quiet --to ipynb --output $$out $$notebook && \
+		MUONKIT_TUTORIAL=full $(BIN)/jupyter-execute --inplace $$out || exit 1; \
+		echo "$$out: $$(( $$(date +%s) - start )) s"; \
 	done
 
 # The lock is what the extras of pyproject.toml resolve to today in an empty environment. A local

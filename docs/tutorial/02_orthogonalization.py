@@ -145,8 +145,8 @@ plt.show()
 
 # %% [markdown]
 # Each schedule declares the band in which singular values of $[10^{-3}, 1]$ land. Here they are,
-# checked. Values below $10^{-3}$ come out smaller: a direction a thousand times weaker than the
-# norm is mostly noise, and five iterations only multiply it by the slope at zero.
+# checked. Values below $10^{-3}$ come out smaller: near zero an iteration can only multiply by its
+# slope.
 
 # %%
 x = torch.logspace(-3, 0, 200_001, dtype=torch.float64)
@@ -248,7 +248,7 @@ for name, run in {
 #
 # ## Rounding
 #
-# On GPUs the products are in bfloat16: 8 significant bits. That Newton-Schulz stands that is no
+# On GPUs the products are in bfloat16: 8 significant bits. Newton-Schulz stands that, and not by
 # accident: the standard form starts every iteration from $X$ itself, so an error is a slightly
 # wrong $X$, and the next polynomial pushes *its* singular values towards one. The Gram form does
 # not look at $X$ again, and rounding errors in $R$ where it should be zero (a rank-deficient $M$:

@@ -56,8 +56,8 @@ print(route(GPT(256, 64, 64, layers=1)))
 # - An **embedding** is a table: its input is one-hot, each row is a vector of its own, and the
 #   rows of tokens that are not in the batch have no gradient at all. To orthogonalize would couple
 #   rows that have nothing to do with each other.
-# - An **output head** is the same seen from the other side, and sits next to the softmax; in
-#   practice AdamW does better there. (A tied head *is* the embedding.)
+# - An **output head** is the same seen from the other side, and sits next to the softmax. Keller
+#   Jordan's advice is AdamW for both. (A tied head *is* the embedding.)
 # - **Gains and biases** are vectors. A vector has no spectrum.
 #
 # All of them are trained by AdamW inside the same optimizer: one `step`, one state dict, one
@@ -241,8 +241,9 @@ assert rms[-1][1] < rms[0][1]
 # 1. Keep the schedule, the decay and the betas. Replace `AdamW(model.parameters(), lr=...)` by
 #    `MuonW(model, lr=...)`; print `route(model)` once and read it.
 # 2. Try AdamW's learning rate times 1, 2, 4, 8.
-# 3. Remove AdamW-only tricks last, one at a time. Gradient clipping does nothing to Muon's matrices
-#    in the steady state (the scale of a gradient drops out) but still acts on the AdamW part.
+# 3. Remove AdamW-only tricks last, one at a time. Gradient clipping only changes how much each
+#    gradient counts in Muon's average (the scale of the average drops out), but acts on the AdamW
+#    part as ever.
 
 # %%
 print(f"validation loss after {steps} steps of 64 x {batch} bytes (nats)")

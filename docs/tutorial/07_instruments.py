@@ -47,11 +47,12 @@ STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":
 # %% [markdown]
 # ## A training with a monitor
 #
-# The GPT of notebook 5. Every tenth step is sampled; each sample is a dict, and a line of a file.
+# The GPT of notebook 5. Step 1 and every tenth are sampled; each sample is a dict, and a line of a
+# file.
 
 # %%
 text = stdlib_text(64)
-steps, every = (40, 5) if QUICK else (300, 10)
+steps, every = (24, 4) if QUICK else (300, 10)
 folder = Path(tempfile.mkdtemp())
 
 

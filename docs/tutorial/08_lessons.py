@@ -50,9 +50,8 @@ def one_step(kind, gradient, **options):
 # ## Numbers
 #
 # **eps swamps the norm.** A guard against division by zero, `norm.clamp(min=1e-7)`, is fine until
-# the gradient's norm *is* that small: under loss scaling, or in late layers of deep networks. Then
-# the singular values start far below $10^{-3}$ and never arrive. At the other end the squares
-# overflow, and the update is zero. Neither says anything.
+# the gradient's norm *is* that small. Then the singular values start far below $10^{-3}$ and never
+# arrive. At the other end the squares overflow, and the update is zero. Neither says anything.
 
 # %%
 torch.manual_seed(0)
