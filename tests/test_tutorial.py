@@ -24,18 +24,18 @@ DATA = ROOT.parent / "shared" / "data"  # where a checkout has data sets beside 
 names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def environment() -> dict[str, str]:
-    """As a reader has it, but for the short form; conftest's back end for plots shows none."""
-    chosen = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
-    chosen["MUONKIT_TUTORIAL"] = "quick"
-    if DATA.is_dir():
-        chosen.setdefault("MUONKIT_DATA", str(DATA))
-    # Without data: an empty folder says at once what a download would after its timeouts.
-    chosen.setdefault("MUONKIT_DATA", str(TUTORIAL / "no-data"))
-    return chosen
+def environment(data: Path = DATA) -> dict[str, str]:
+    """As a reader has it, but for the short form; conftest's back end for plots shows none.
+
+    Args:
+        data: where data sets are looked for; a folder that is missing says at once what a download
+            without a network says after its timeouts.
+    """
+    kept = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    return {**kept, "MUONKIT_TUTORIAL": "quick", "MUONKIT_DATA": str(data)}
 
 
-def executed(text: str) -> Any:
+def executed(text: str, data: Path = DATA) -> Any:
     """The notebook with its outputs.
 
     Raises:
@@ -55,7 +55,7 @@ def executed(text: str) -> Any:
             kernel_name="python3",
             resources={"metadata": {"path": str(TUTORIAL)}},
         )
-        client.execute(env=environment())
+        client.execute(env=environment(data))
     return notebook
 
 
@@ -63,16 +63,26 @@ def outputs(notebook: Any) -> list[Any]:
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
+def printed(notebook: Any, stream: str) -> str:
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == stream)
+
+
 @names
 def test_notebook_runs(path: Path) -> None:
     notebook = executed(path.read_text(encoding="utf-8"))
-    found = outputs(notebook)
-    # A warning, or an error that a cell caught, would be printed here.
-    assert "".join(o.text for o in found if o.get("name") == "stderr") == ""
-    assert any(o.get("name") == "stdout" for o in found)
+    assert printed(notebook, "stderr") == ""  # no warnings
+    assert printed(notebook, "stdout")
     # Every figure that is drawn is shown.
-    shown = sum("image/png" in o.get("data", {}) for o in found)
+    shown = sum("image/png" in output.get("data", {}) for output in outputs(notebook))
     assert shown >= path.read_text(encoding="utf-8").count("plt.show()")
+
+
+def test_without_data_the_digits_stand_in(tmp_path: Path) -> None:
+    path = TUTORIAL / "04_experiments.py"
+    notebook = executed(path.read_text(encoding="utf-8"), data=tmp_path / "missing")
+    for name in ("mnist", "cifar10"):
+        said = f"NOTE: {name} is not to be had, scikit-learn's digits stand in for it."
+        assert said in printed(notebook, "stdout")
 
 
 def test_a_false_claim_fails() -> None:

@@ -178,9 +178,9 @@ for name, schedule in SCHEDULES.items():
 # should be the small one.
 #
 # Two savings. $A$, $A^2$ are **symmetric**: computing one triangle halves them. And the **Gram
-# form** never touches the wide $X$ inside the loop: all the factors are polynomials of the one $m
-# \times m$ matrix $R = XX^\top$, so they commute, and it is enough to keep track of the product
-# $Q$ of the factors:
+# form** never touches the wide $X$ inside the loop: all the factors are polynomials of the one
+# m × m matrix $R = XX^\top$, so they commute, and it is enough to keep track of the product $Q$ of
+# the factors:
 #
 # $$P_k = aI + bR_k + cR_k^2, \qquad Q \leftarrow P_k Q, \qquad R_{k+1} = P_k R_k P_k,
 #   \qquad \text{at the end } X \leftarrow Q X.$$

@@ -94,8 +94,8 @@ except ValueError as error:
 # What is orthogonalized should be what acts as one linear map. Three cases where the stored tensor
 # is not that:
 #
-# - **A fused projection** stacks query, key and value: three maps, one tensor. As one $3d \times
-#   d$ matrix they would share one set of singular values, and a large query gradient would shrink
+# - **A fused projection** stacks query, key and value: three maps, one tensor. As one 3d ×
+#   d matrix they would share one set of singular values, and a large query gradient would shrink
 #   the key's update. View: `split(rows=3)`.
 # - **A convolution** (out, in, kh, kw) maps a patch of in·kh·kw numbers to out: `flatten`.
 # - **Experts** (E, m, n) are E independent maps: `experts`.

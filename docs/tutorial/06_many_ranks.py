@@ -155,6 +155,43 @@ draw("1.down.weight")
 # quarter of the momentum; and rank 1 computes it. Which cut is along which mesh axis does not
 # matter for the step: a rectangle is a rectangle.
 #
+# Here is the whole step of one rank, from the plan: a part is [rows, columns].
+
+
+# %%
+def part(box):
+    return "[" + ", ".join(f"{start}:{end}" for start, end in box) + "]"
+
+
+def narrate(name, rank):
+    plan = muon_plan(seen[name])
+
+    def of(parcels):
+        """Parcels to or from others, in words."""
+        named = [(plan.tensors[plan.matrices[p.matrix].tensor].name, p) for p in parcels]
+        return [f"{n} {part(p.box)}, rank {p.position}" for n, p in named if p.position != rank]
+
+    (bucket,) = plan.buckets  # larger models have several, one under way while another is computed
+    there, back = plan.inbound(bucket, rank), plan.outbound(bucket, rank)
+    own = [plan.tensors[plan.matrices[job.matrix].tensor] for job in bucket if rank in job.owners]
+    lives = [f"{t.name} {part(t.lives.box(t.shape, rank))}" for t in plan.tensors]
+    stored = [f"{t.name} {part(t.stored.box(t.shape, rank))}" for t in plan.tensors]
+    for title, lines in {
+        "1. momentum of": lives,
+        "2. momentum out, to": of(there.sends),
+        "   momentum in, from": of(there.receives),
+        "3. orthogonalizes": [f"{t.name} {t.shape[0]} x {t.shape[1]}, whole" for t in own],
+        "4. results out, to": of(back.sends),
+        "   results in, from": of(back.receives),
+        "5. updates": stored,
+    }.items():
+        print(f"{title:22}" + "; ".join(lines or ["nothing"]))
+
+
+print("rank 0 of DP x TP with ZeRO-1\n")
+narrate("DP x TP, ZeRO-1", 0)
+
+# %% [markdown]
 # ## What is sent
 #
 # `plan().messages(rank)` says how many bytes a rank sends to which other: to the owners, back to
@@ -205,12 +242,12 @@ for name, of in seen.items():
 
 # %%
 S, b, M = sum(p.numel() for n, p in alone.weights.items() if ".up." in n or ".down." in n), 4, 2
-part, copy = (N - 1) / N**2 * S * b, (N - 1) / N * S * b
+piece, copy = (N - 1) / N**2 * S * b, (N - 1) / N * S * b
 formulas = {
     "DDP": (0, copy),
-    "DDP, ZeRO-1": (part, copy),
-    "FSDP2": (part, part),
-    "DP x TP, ZeRO-1": (part, (N - 1) / (M * N) * S * b),
+    "DDP, ZeRO-1": (piece, copy),
+    "FSDP2": (piece, piece),
+    "DP x TP, ZeRO-1": (piece, (N - 1) / (M * N) * S * b),
 }
 print(f"S = {S} elements; bytes of rank 0, planned and by the formula")
 for name, expected in formulas.items():
