@@ -177,7 +177,7 @@ for name, schedule in SCHEDULES.items():
 # $(10\alpha + 5)\, m^3$ multiply-adds, twice as many FLOPs. Always put the short side first: $A$
 # should be the small one.
 #
-# Two savings. $A$, $A^2$ are **symmetric**: computing one triangle halves them. And the **Gram
+# Two savings. $A$ and $A^2$ are **symmetric**: computing one triangle halves them. And the **Gram
 # form** never touches the wide $X$ inside the loop: all the factors are polynomials of the one
 # m × m matrix $R = XX^\top$, so they commute, and it is enough to keep track of the product $Q$ of
 # the factors:

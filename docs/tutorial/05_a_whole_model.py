@@ -283,8 +283,8 @@ assert {g["lr"] for g in optimizer.param_groups if g["algorithm"] == "adamw"} ==
 #
 # <details><summary>Answers</summary>
 #
-# 1. The cell below trains both. In so short a training the difference is small next to that between
-#    seeds; what is certain is the coupling printed above.
+# 1. The cell below trains both, with one seed: so short a training hardly shows it. What is
+#    certain is the coupling printed above.
 # 2. Its input is dense (pixels), so mathematically it can be orthogonalized; but like an embedding
 #    it is the first layer, and recipes differ. `print(route(model))` has the reason in its last
 #    column.
