@@ -82,7 +82,7 @@ asked = comparison(
     ["muonw", "adamw"],
     sweep=not QUICK,  # five learning rates each, more where the best lies at the edge
     lr={"muonw": 8e-3, "adamw": 4e-3},  # the centres of the grids
-    budget=Budget(10 if QUICK else 80, "steps"),
+    budget=Budget(5 if QUICK else 80, "steps"),
 )
 out = Path(tempfile.mkdtemp()) / "mnist"
 with (out.parent / "progress.txt").open("w") as progress:
@@ -203,7 +203,7 @@ cifar = dataclasses.replace(cifar, batch_size=16 if QUICK else 64)
 grids = {"MuonW": (1e-3, 4e-3, 1.6e-2), "AdamW": (1e-3, 4e-3, 1.6e-2)}
 if QUICK:
     grids = {"MuonW": (1.6e-2,), "AdamW": (4e-3,)}
-show(cifar.name, tuned(cifar, cifar_data, grids, 6 if QUICK else 30))
+show(cifar.name, tuned(cifar, cifar_data, grids, 3 if QUICK else 30))
 
 # %% [markdown]
 # ### A GPT
@@ -220,7 +220,7 @@ gpt_data = gpt.load()
 grids = {"MuonW": (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1), "AdamW": (1e-3, 2e-3, 4e-3, 8e-3)}
 if QUICK:
     grids = {"MuonW": (1.6e-2,), "AdamW": (4e-3,)}
-show("GPT", tuned(gpt, gpt_data, grids, 20 if QUICK else 150))
+show("GPT", tuned(gpt, gpt_data, grids, 12 if QUICK else 150))
 
 # %% [markdown]
 # ## How to read this
