@@ -240,8 +240,8 @@ show("GPT", tuned(gpt, gpt_data, grids, 12 if QUICK else 150))
 # ## What to remember
 #
 # - Tune AdamW too, with the same care, by validation loss, and look whether the best is at an edge.
-# - In short trainings Muon's best learning rate (with the scale `match_rms_adamw`) is several times
-#   AdamW's. Sweep upward.
+# - With the scale `match_rms_adamw` Muon's best learning rate can be near AdamW's or many times
+#   it, as the lines above show. Sweep upward from AdamW's.
 # - Count seconds as well as steps.
 #
 # ## Exercises
@@ -255,8 +255,8 @@ show("GPT", tuned(gpt, gpt_data, grids, 12 if QUICK else 150))
 #
 # 1. A rate that is good for one makes the other look worse than it is: read the lead off the lines
 #    "validation loss by learning rate" above, at one rate and then at each one's best.
-# 2. The cell below prints both. An inexact polynomial does as well as the exact factor, and takes
-#    less time.
+# 2. The cell below prints both. The inexact polynomial does about as well as the exact factor, and
+#    takes less time.
 #
 # </details>
 
