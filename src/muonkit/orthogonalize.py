@@ -337,11 +337,13 @@ def _evaluate(
     _, restarts = choose_form(ns_form, m, n, triples, X.dtype.itemsize, blocks)
     how = 1 if differentiable else method(X.mT if tall else X)
     product: Callable[..., Tensor] = general_product
-    names = _NAMES
     if how != 1:
         product = functools.partial(symmetric_product, blocks=how)
-    elif differentiable or not is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device):
-        names = _NO_NAMES
+    kept = is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device)
+    names = _NAMES if how != 1 or (kept and not differentiable) else _NO_NAMES
+    # Of small matrices an operation costs more than what it computes: P is without aI, and the
+    # products add a times their other factor. Of large ones that would be a pass over memory more.
+    split = how == 1 and not kept and not differentiable
     runs = segments(triples, restarts)
     for run, segment in enumerate(runs, start=1):
         rows = X.mT if tall else X
@@ -358,8 +360,7 @@ def _evaluate(
             continue
         Q = None
         for number, (a, b, c) in enumerate(segment, start=1):
-            # A general product adds a times its other factor at no cost: then P is without aI.
-            apart = a if how == 1 and not differentiable else 0.0
+            apart = a if split else 0.0
             # Q and P in turn take the memory of the Q and P before the last.
             P = _polynomial(product, A, a - apart, b, c, names[f"P{number % 2}"])
             if Q is not None:
