@@ -31,6 +31,8 @@ from muonkit import MuonW
 from muonkit.plan import StepPlan
 
 STEPS, BATCH, VOCABULARY, WIDTH = 3, 16, 48, 32
+# float32 products on every machine: in bfloat16, "auto" on some, layouts agree to 3e-4 only.
+OPTIONS = {"lr": 0.01, "ns_dtype": "float32"}
 
 
 class Block(nn.Module):
@@ -66,13 +68,13 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def ddp():
     """Everything is whole on every rank; each matrix is computed once, and sent to all."""
     model = DistributedDataParallel(build())
-    return model, MuonW(model, lr=0.01, process_group=dist.group.WORLD)
+    return model, MuonW(model, **OPTIONS, process_group=dist.group.WORLD)
 
 
 def ddp_zero1():
     """The same, with the optimizer's state cut into four."""
     model = DistributedDataParallel(build())
-    return model, MuonW(model, lr=0.01, process_group=dist.group.WORLD, zero=1)
+    return model, MuonW(model, **OPTIONS, process_group=dist.group.WORLD, zero=1)
 
 
 def fsdp2():
@@ -81,7 +83,7 @@ def fsdp2():
     for block in (model[1], model[2]):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, MuonW(model, lr=0.01)
+    return model, MuonW(model, **OPTIONS)
 
 
 def dp_tp_zero1():
@@ -91,7 +93,7 @@ def dp_tp_zero1():
     model, mesh = build(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     for block in (model[1], model[2]):
         parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    return model, MuonW(model, lr=0.01, process_group=mesh["dp"].get_group(), zero=1)
+    return model, MuonW(model, **OPTIONS, process_group=mesh["dp"].get_group(), zero=1)
 
 
 LAYOUTS = {
@@ -160,7 +162,7 @@ def train(name: str | None) -> Seen:
     """A few steps in one layout, on all ranks; None is this process alone."""
     if name is None:
         model = build()
-        optimizer, part, parts = MuonW(model, lr=0.01), 0, 1
+        optimizer, part, parts = MuonW(model, **OPTIONS), 0, 1
     else:
         model, optimizer = LAYOUTS[name]()
         part, parts = dist.get_rank(), dist.get_world_size()
