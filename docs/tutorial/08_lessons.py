@@ -115,17 +115,27 @@ except ValueError as error:
 # %% [markdown]
 # **Decay that rounds.** $W \leftarrow (1 - \eta\lambda) W$ with $\eta\lambda = 0.002$ and bfloat16
 # weights: `torch._foreach_mul_` rounds the factor to the weights' dtype first. Between 0.99609 and
-# 1 there is no bfloat16 number, so the decay is twice what was asked for, or nothing.
+# 1 there is no bfloat16 number, so the factor is twice as far from 1 as it should be, or 1.
 
 # %%
 for decay in (0.002, 0.001):
     factor = torch.tensor(1 - decay, dtype=torch.bfloat16).item()
     print(f"1 - {decay} in bfloat16: {factor:.5f}, a decay of {1 - factor:.4f}")
     assert not 0.5 * decay < 1 - factor < 1.5 * decay
+    W = torch.randn(200, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    product, added = W.clone(), W.clone()
+    torch._foreach_mul_([product], 1 - decay)
+    torch._foreach_add_([added], [added], alpha=-decay)
+    for how, decayed in (("multiplied", product), ("added", added)):
+        left = ((decayed.float() * W.float()).sum() / W.float().square().sum()).item()
+        print(f"  weights {how}: a decay of {1 - left:.4f}")
 
 # %% [markdown]
-# *The remedy:* add instead, `p += -lr * decay * p`: the small factor keeps its digits. (muonkit's
-# docs/decisions.md: "decay is added, not multiplied".)
+# muonkit adds instead, `p += -lr * decay * p`: the small factor keeps its digits (muonkit's
+# docs/decisions.md: "decay is added, not multiplied"). But the sum is rounded to bfloat16 too, and a change of less
+# than half the distance to the next number is lost: most of a decay of 0.002, all of one of 0.001.
+# *The remedy:* keep the weights in float32, and compute in 16 bits by autocast or FSDP2's mixed
+# precision.
 #
 # ## Shapes
 #
@@ -177,7 +187,8 @@ for layers, width in ((1, 64), (4, 128), (24, 1024)):
 G = torch.randn(64, 256)
 assert abs(orthogonalize(G, ns_coefficients="svd").norm() - 64**0.5) < 1e-3
 # Clipping the *gradient* is harmless: the scale drops out.
-assert torch.allclose(orthogonalize(G * (1 / G.norm())), orthogonalize(G), atol=1e-5)
+clipped, whole = (orthogonalize(g, ns_dtype="float32") for g in (G / G.norm(), G))
+assert torch.allclose(clipped, whole, atol=1e-5)
 
 # %% [markdown]
 # **No gradient is not a zero gradient.** A layer that this batch did not use has `p.grad is None`.
