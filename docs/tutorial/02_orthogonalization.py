@@ -310,7 +310,7 @@ assert not naive_errors[torch.bfloat16, "rank 24 of 48"] < 1  # useless, or not 
 # 2. The largest singular value is itself the result of an iteration (power iteration), more
 #    expensive than a sum of squares, and an estimate that is too low puts singular values above
 #    one, where these polynomials grow without bound. The Frobenius norm is never too low. It is
-#    too high by at most $\sqrt{\text{stable rank}}$, which notebook 1 found to be small.
+#    too high by a factor of $\sqrt{\text{stable rank}}$, which notebook 1 found to be small.
 #
 # </details>
 

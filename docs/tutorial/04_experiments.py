@@ -194,7 +194,7 @@ def show(title, best):
 #
 # A small residual convnet. Its convolutions are matrices too: a kernel of shape (out, in, 3, 3) is
 # seen as out × 9·in (notebook 5 has these *views*). The images are mirrored and shifted at random,
-# and 60 steps are far from an epoch: this is the start of a training.
+# and 30 steps are far from an epoch: this is the start of a training.
 
 # %%
 cifar, cifar_data = task_or_digits("cifar10")

@@ -240,7 +240,7 @@ assert rms[-1][1] < rms[0][1]
 #
 # 1. Keep the schedule, the decay and the betas. Replace `AdamW(model.parameters(), lr=...)` by
 #    `MuonW(model, lr=...)`; print `route(model)` once and read it.
-# 2. Try AdamW's learning rate times 1, 2, 4, 8.
+# 2. Try AdamW's learning rate times 1, 2, 4, 8, and on as long as the loss falls.
 # 3. Remove AdamW-only tricks last, one at a time. Gradient clipping only changes how much each
 #    gradient counts in Muon's average (the scale of the average drops out), but acts on the AdamW
 #    part as ever.
@@ -272,7 +272,7 @@ assert {g["lr"] for g in optimizer.param_groups if g["algorithm"] == "adamw"} ==
 #
 # - Muon: hidden matrices. AdamW: embeddings, heads, vectors. Read `print(route(model))` once.
 # - A view says which blocks act as one linear map. Fused projections are several.
-# - From AdamW: same schedule and decay, learning rate times 1, 2, 4, 8.
+# - From AdamW: same schedule and decay, learning rate times 1, 2, 4, 8, and on while it helps.
 #
 # ## Exercises
 #
