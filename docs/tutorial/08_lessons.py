@@ -132,10 +132,10 @@ for decay in (0.002, 0.001):
 
 # %% [markdown]
 # muonkit adds instead, `p += -lr * decay * p`: the small factor keeps its digits (muonkit's
-# docs/decisions.md: "decay is added, not multiplied"). But the sum is rounded to bfloat16 too, and a change of less
-# than half the distance to the next number is lost: most of a decay of 0.002, all of one of 0.001.
-# *The remedy:* keep the weights in float32, and compute in 16 bits by autocast or FSDP2's mixed
-# precision.
+# docs/decisions.md: "decay is added, not multiplied"). But the sum is rounded to bfloat16 too, and
+# a change of less than half the distance to the next number is lost: most of a decay of 0.002, all
+# of one of 0.001. *The remedy:* keep the weights in float32, and compute in 16 bits by autocast or
+# FSDP2's mixed precision.
 #
 # ## Shapes
 #
