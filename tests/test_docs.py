@@ -55,6 +55,13 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     # What a browser loads by itself; links that a reader may follow are none of it.
     loads = re.compile(r"<(?:script|img|link)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
     assert {name: loads.findall(text) for name, text in pages.items() if loads.search(text)} == {}
+    # The tutorial's notebooks are pages, their equations drawn, and lead from one to the next.
+    notebooks = sorted(name for name in pages if re.match(r"tutorial/\d", name))
+    sources = sorted((ROOT / "docs/tutorial").glob("[0-9]*.py"))
+    assert [Path(name).parent.name for name in notebooks] == [path.stem for path in sources]
+    assert all("$$" not in pages[name] for name in notebooks)
+    assert "<math" in pages["tutorial/02_orthogonalization/index.html"]
+    assert 'href="01_the_problem/"' in pages["tutorial/index.html"]
 
 
 @pytest.mark.parametrize("page", PAGES)

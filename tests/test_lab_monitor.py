@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +24,7 @@ from muonkit.lab.cli import main
 from muonkit.lab.data import digits
 from muonkit.lab.errors import LabError
 from muonkit.lab.monitor import draw
-from muonkit.lab.recording import FIGURES, read
+from muonkit.lab.recording import FIGURES, find, read
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Run, Setting, StopRequest, Trainer, train
 from test_lab_compare import Silent, losses
@@ -307,7 +308,10 @@ def test_a_folder_without_a_recording(
     run = tmp_path / "whole" / "runs" / "muonw-lr0.1-seed0"
     run.mkdir(parents=True)
     recorded.rename(run / "monitor.jsonl")
-    _refused(tmp_path / "whole", f"holds 1 recordings: name the run, for example {run}", capsys)
+    assert find(tmp_path / "whole") == run / "monitor.jsonl"  # the only one
+    other = run.with_name("muonw-lr0.2-seed0")
+    shutil.copytree(run, other)
+    _refused(tmp_path / "whole", f"holds 2 recordings: name the run, for example {run}", capsys)
     assert main(["monitor", str(run), "--out", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is no folder: make it first" in capsys.readouterr().err
 

@@ -128,7 +128,7 @@ def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -
     """params += factor * tensors, with the factor in full precision.
 
     (`_foreach_mul_` by a float would round it to the parameters' dtype: in bf16, 1 - 0.002 becomes
-    1 - 0.0039.)
+    1 - 0.0039. The sum is rounded to it all the same: bf16 weights lose small decays.)
     """
     if isinstance(factor, Tensor):
         # A tensor as alpha would be read back to the host; multiplying keeps it on the device.

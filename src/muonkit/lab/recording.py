@@ -119,10 +119,13 @@ def find(run: Path) -> Path:
     if run.is_dir():
         if (run / RECORDING).is_file():
             return run / RECORDING
-        inside = sorted(path.parent for path in run.glob(f"runs/*/{RECORDING}"))
+        inside = sorted(run.glob(f"runs/*/{RECORDING}"))
+        if len(inside) == 1:
+            return inside[0]
         if inside:
             raise LabError(
-                f"{run} holds {len(inside)} recordings: name the run, for example {inside[0]}"
+                f"{run} holds {len(inside)} recordings: name the run, for example "
+                f"{inside[0].parent}"
             )
         raise LabError(
             f"{run} has no {RECORDING}: name the folder of a run that was recorded, by muonkit "
