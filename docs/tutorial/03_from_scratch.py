@@ -44,12 +44,12 @@ QUICK = os.environ.get("MUONKIT_TUTORIAL") == "quick"  # the short form, for aut
 # With $G$ the gradient, $M$ the momentum, $\mu$ its weight, $\eta$ the learning rate, $\lambda$
 # the decay:
 #
-# $$\begin{aligned}
-# M &\leftarrow \mu M + (1-\mu)\, G && \text{momentum: an average of gradients} \\
-# U &= (1-\mu)\, G + \mu M && \text{Nesterov: look ahead by one gradient} \\
-# O &= \mathrm{NewtonSchulz}(U / \|U\|_F) && \text{same directions, singular values near one} \\
-# W &\leftarrow W - \eta\lambda W - \eta\, s\, O && \text{decay and step, } s = 0.2\sqrt{\max(m, n)}
-# \end{aligned}$$
+# $$\begin{array}{lll}
+# M &\leftarrow \mu M + (1-\mu)\, G & \text{momentum: an average of gradients} \\
+# U &= (1-\mu)\, G + \mu M & \text{Nesterov: look ahead by one gradient} \\
+# O &= \mathrm{NewtonSchulz}(U / \|U\|_F) & \text{same directions, singular values near one} \\
+# W &\leftarrow W - \eta\lambda W - \eta\, s\, O & \text{decay and step, } s = 0.2\sqrt{\max(m, n)}
+# \end{array}$$
 
 
 # %%
