@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import math
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from muonkit import Monitor, Muon, MuonW, orthogonalize
 from muonkit._diagnostics_sample import KINDS
+from muonkit._diagnostics_sinks import JsonLines
 from muonkit._diagnostics_spectra import LEVELS, orthogonality_error, spectra
 from optim_helpers import VIEWED, mlp, momentum_of, parameter, set_gradients, train
 from readme_blocks import ROOT, python_sections, read_blocks
@@ -274,6 +276,19 @@ def test_the_orthogonality_error_is_zero_for_orthonormal_rows(dtype: torch.dtype
     assert orthogonality_error(2 * Q[None]).item() == pytest.approx(3)
 
 
+def test_norms_whose_squares_are_infinite_do_not_raise() -> None:
+    p = parameter(4, 3, dtype=torch.float64)
+    optimizer = Muon([p], lr=0.1)
+    p.grad = torch.full_like(p, 1e200)
+    with Monitor(optimizer, every=1) as monitor:
+        optimizer.step()
+    assert monitor.latest is not None
+    (record,) = monitor.latest["matrices"]
+    assert record["gradient_norm"] is None
+    assert record["update_norm"] is not None
+    assert record["nonfinite"]["gradient"] == 0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_counted_and_never_raises(value: float) -> None:
     good, bad, zero = parameter(6, 4), parameter(6, 4, seed=1), parameter(5, 3, seed=2)
@@ -387,6 +402,16 @@ def test_closing_it_leaves_no_trace() -> None:
     gc.collect()
     assert alive() is None
     Monitor(optimizer).close()  # another may follow
+
+
+def test_closing_a_monitor_again_leaves_the_next_one_alone() -> None:
+    optimizer = Muon([parameter(4, 3)])
+    first = Monitor(optimizer)
+    first.close()
+    with Monitor(optimizer):
+        first.close()
+        with pytest.raises(ValueError, match="has a monitor already"):
+            Monitor(optimizer)
 
 
 def test_without_a_gradient_there_is_no_record() -> None:
@@ -596,6 +621,53 @@ def test_a_sink_that_raises_ends_no_training() -> None:
             optimizer.step()
         optimizer.step()
     assert [sample["step"] for sample in seen] == [1, 2]
+
+
+def test_a_sink_that_cannot_be_closed_holds_nothing_up(tmp_path: Path) -> None:
+    p = parameter(4, 3)
+
+    class Sink:
+        closed = False
+
+        def __call__(self, sample: dict[str, Any]) -> None: ...
+
+        def close(self) -> None:
+            self.closed = True
+
+    class Full(Sink):
+        def close(self) -> None:
+            raise OSError("no space left on device")
+
+    last = Sink()
+    path = tmp_path / "run.jsonl"
+    monitor = Monitor(Muon([p]), to=[Full(), path, last])
+    with pytest.warns(UserWarning, match="could not be closed, OSError: no space left on device"):
+        monitor.close()
+    assert last.closed
+    Monitor(Muon([p]), to=path).close()
+
+
+def test_a_file_that_could_not_be_written_may_be_opened_again(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "run.jsonl")
+    os.close(sink._file.fileno())  # as on a full disk, writing and closing raise
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        sink({"kind": "sample"})
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        sink.close()
+    JsonLines(tmp_path / "run.jsonl").close()
+
+
+def test_a_monitor_that_nobody_has_any_more_lets_its_file_go(tmp_path: Path) -> None:
+    def run() -> None:
+        p = parameter(4, 3)
+        optimizer = Muon([p])
+        Monitor(optimizer, to=tmp_path / "run.jsonl")  # as in a function that raises
+        set_gradients([p])
+        optimizer.step()
+
+    run()
+    run()
+    assert len(lines(tmp_path / "run.jsonl")) == 3
 
 
 # --- mistakes -----------------------------------------------------------------------------------

@@ -80,9 +80,9 @@ def matrices_records(optimizer: Muon, measured: Measured) -> list[Record]:
 
 def _matrix(numbers: Mapping[str, list[float]], size: int) -> Record:
     decayed, lr = numbers["applied"]
-    squares = {kind: numbers[kind][0] ** 2 for kind in KINDS}
-    squares["update"] *= lr**2
-    record = _tensors(squares, decayed**2, size)
+    squares = {kind: _square(numbers[kind][0]) for kind in KINDS}
+    squares["update"] *= _square(lr)
+    record = _tensors(squares, _square(decayed), size)
     return {
         "lr": _number(lr),
         **record,
@@ -130,7 +130,7 @@ def parameters_records(optimizer: Muon, measured: Measured) -> list[Record]:
         numbers, n = sums[key], len(KINDS)
         squares = dict(zip(KINDS, numbers[:n], strict=True))
         lr = float(group["lr"])
-        decayed = (lr * float(group["weight_decay"])) ** 2 * squares["weight"]
+        decayed = _square(lr * float(group["weight_decay"])) * squares["weight"]
         records.append(
             {
                 "name": _names(key.group, group)[key.param],
@@ -178,7 +178,8 @@ def _elements(g: int, group: Mapping[str, Any], records: Sequence[Record]) -> in
 
 
 def _square(number: float | None) -> float:
-    return math.nan if number is None else number**2
+    # Not a power: that raises where a product is infinite.
+    return math.nan if number is None else number * number
 
 
 def _over(a: float, b: float) -> float:

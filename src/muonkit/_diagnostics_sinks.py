@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["JsonLines", "Sink", "deliver", "sinks_of"]
+__all__ = ["JsonLines", "Sink", "deliver", "shut", "sinks_of"]
 
 Sink: TypeAlias = "str | os.PathLike[str] | Callable[[dict[str, Any]], Any]"
-
-# The files that monitors of this process write to.
-_OPEN: set[Path] = set()
 
 # Significant digits in a file: what float32 has.
 _DIGITS = 7
@@ -48,12 +47,15 @@ class JsonLines:
             )
         self._key = self.path.resolve()
         if self._key in _OPEN:
+            gc.collect()  # it may be of a monitor that nobody has: a cycle with its optimizer
+        if self._key in _OPEN:
             raise ValueError(
                 f"another monitor writes to {str(path)!r}: close it, or give each its own file"
             )
         self._header = _mend(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        _OPEN.add(self._key)
+        self._close = weakref.finalize(self, self._file.close)  # also where nobody calls `close`
+        _OPEN[self._key] = self
 
     def __call__(self, record: dict[str, Any]) -> None:
         line = json.dumps(_plain(record), allow_nan=False)
@@ -65,8 +67,15 @@ class JsonLines:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
-        _OPEN.discard(self._key)
+        try:
+            self._close()  # writes what is left, for which there may be no room
+        finally:
+            if _OPEN.get(self._key) is self:
+                del _OPEN[self._key]
+
+
+# The files that monitors of this process write to.
+_OPEN: weakref.WeakValueDictionary[Path, JsonLines] = weakref.WeakValueDictionary()
 
 
 def _mend(path: Path) -> str | None:
@@ -135,4 +144,20 @@ def deliver(sinks: list[Callable[..., Any]], record: dict[str, Any]) -> None:
                 "no more samples, the training goes on",
                 UserWarning,
                 stacklevel=2,
+            )
+
+
+def shut(sinks: Sequence[Any]) -> None:
+    """Close every sink that can be closed, whatever the others raise."""
+    for sink in sinks:
+        close: Callable[[], Any] | None = getattr(sink, "close", None)
+        try:
+            if close is not None:
+                close()
+        except Exception as error:
+            warnings.warn(
+                f"the monitor's sink {sink!r:.80} could not be closed, {type(error).__name__}: "
+                f"{error}; its last samples may be missing",
+                UserWarning,
+                stacklevel=3,
             )

@@ -17,12 +17,12 @@ from muonkit._diagnostics_records import (
     parameters_records,
 )
 from muonkit._diagnostics_sample import KINDS, Sampler, global_rank, matrices_of
-from muonkit._diagnostics_sinks import JsonLines, deliver, sinks_of
+from muonkit._diagnostics_sinks import JsonLines, deliver, shut, sinks_of
 from muonkit._diagnostics_spectra import LEVELS
 from muonkit.optim import Muon
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
     from muonkit._diagnostics_sinks import Sink
@@ -135,16 +135,19 @@ class Monitor:
         _MONITORED.add(optimizer)
 
     def close(self) -> None:
-        """Leave the optimizer as it was, and close the files; as often as one likes."""
+        """Leave the optimizer as it was, and close the files; as often as one likes.
+
+        A sink that cannot be closed is warned of.
+        """
+        if not self._hooks:
+            return  # the optimizer may have another monitor by now
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         self._listen(None)
         _MONITORED.discard(self._optimizer)
-        for sink in self._owned:
-            close: Callable[[], Any] | None = getattr(sink, "close", None)
-            if close is not None:
-                close()
-        self._sinks, self._owned = [], []
+        owned, self._sinks, self._owned = self._owned, [], []
+        shut(owned)
 
     def __enter__(self) -> Monitor:
         return self
