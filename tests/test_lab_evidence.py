@@ -233,7 +233,7 @@ def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
     assert "damaged or of another version" in capsys.readouterr().err.splitlines()[-1]
 
 
-def _begin(out: Path) -> subprocess.Popen[str]:
+def _begin(out: Path, **options: Any) -> subprocess.Popen[str]:
     # Steps enough that a run is still going on when the test has seen it begin.
     words = [*COMMAND, "--steps", "60", "--jobs", "2", "--checkpoint-every", "0.02"]
     return subprocess.Popen(
@@ -241,6 +241,7 @@ def _begin(out: Path) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
@@ -288,6 +289,30 @@ def test_side_by_side_they_stop_and_go_on(
     assert again.returncode == 0
     assert "goes on at step" in said
     assert losses(out) == undisturbed
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are read from /proc")
+def test_ctrl_c_while_the_processes_begin_stops_in_one_line(tmp_path: Path) -> None:
+    process = _begin(tmp_path / "out", start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 120
+    found: list[str] = []
+    while time.monotonic() < deadline and not any(map(_is_spawned, found)):
+        assert process.poll() is None, process.communicate()[1]
+        found = children.read_text().split()
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "the same command goes on from" in said.splitlines()[-1]
+
+
+def _is_spawned(pid: str) -> bool:
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
 
 
 def _die(*_: object) -> None:

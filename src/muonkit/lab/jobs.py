@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -124,6 +125,21 @@ def _train(run: Run, recipe: _Recipe, folder: Path) -> tuple[Result, list[str], 
     return result, notes.said, notes.note
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that begin in this block do not hear Ctrl-C, from their first moment on; this one
+    hears at the block's end what was sent meanwhile.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Workers:
     """Processes that train the runs of one comparison. Use it as a context manager."""
 
@@ -160,10 +176,11 @@ class Workers:
             RunError: a process died.
             LabError: what a run raised.
         """
-        waiting = {
-            self._pool.submit(_train, run, self.recipe, self.folder.run(run.key)): run
-            for run in runs
-        }
+        with _deaf():  # they import torch for seconds before `_begin`
+            waiting = {
+                self._pool.submit(_train, run, self.recipe, self.folder.run(run.key)): run
+                for run in runs
+            }
         results: dict[Run, Result] = {}
         while waiting:
             done, _ = wait(waiting, timeout=_SECONDS, return_when=FIRST_COMPLETED)
