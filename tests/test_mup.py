@@ -419,3 +419,20 @@ def test_activations_keep_their_size_at_the_start() -> None:
 
 def with_init(width: int) -> nn.Module:
     return mup.init_(gpt(width))
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_rows_of_padding_stay_zero(index: int) -> None:
+    embedding = nn.Embedding(7, 16, padding_idx=index)
+    mup.init_(nn.Sequential(embedding, nn.Linear(16, 16), nn.Linear(16, 5)))
+    assert embedding.weight[index].count_nonzero() == 0
+    assert embedding.weight.count_nonzero() == 6 * 16
+
+
+@pytest.mark.parametrize("options", [{"head_std": -1.0}, {"embedding_std": math.nan}])
+def test_deviations_out_of_range_change_nothing(options: dict[str, float]) -> None:
+    model = nn.Sequential(nn.Embedding(7, 16), nn.Linear(16, 16), nn.Linear(16, 5))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="should be >= 0 and finite but is"):
+        mup.init_(model, **options)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,7 +159,7 @@ def init_(
     - Every matrix of a hidden parameter, one block of its view at a time, gets spectral norm
       sqrt(out / in) (arXiv 2310.17813, condition 1).
     - Embeddings are normal with deviation `embedding_std`: a row looked up has RMS 1. None leaves
-      them.
+      them. The row `padding_idx` is zero, as torch has it.
     - Output heads are normal with deviation `head_std` / in (Tensor Programs V, table 3).
     - Gains, biases and filters with a fan-in that does not grow stay as they are, and frozen
       parameters too.
@@ -177,23 +178,37 @@ def init_(
     Raises:
         RoutingError: as `route`; a parameter on the meta device, sharded (a DTensor), or
             parametrized. Nothing has been changed.
-        ValueError: no such choice.
+        ValueError: no such choice, or a deviation out of range.
     """
     _choice("init", init, INITS)
     routes = routing.route(model, rules, scale="spectral")
     found = roles(model, routes, tied=tied)
+    for what, std in (("embedding_std", embedding_std), ("head_std", head_std)):
+        if std is not None and not 0 <= std < math.inf:
+            raise ValueError(f"{what} should be >= 0 and finite but is: {std!r}")
     for r in routes:
         if found[r.name] in ("hidden", "embedding", "head"):
             _refuse_unreachable(r)
+    padding = _padding_rows(model)
     for r in routes:
         role = found[r.name]
         if role == "hidden":
             _init_hidden_(r, INITS[init], generator)
         elif role == "embedding" and embedding_std is not None:
             r.param.normal_(std=embedding_std, generator=generator)
+            r.param[padding.get(id(r.param), [])] = 0
         elif role == "head":
             r.param.normal_(std=head_std / _fan_in(r), generator=generator)
     return model
+
+
+def _padding_rows(model: nn.Module) -> dict[int, list[int]]:
+    """Rows of embeddings that have no gradient and are zero, by the parameter's id."""
+    rows: dict[int, list[int]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            rows.setdefault(id(module.weight), []).append(module.padding_idx)
+    return rows
 
 
 def _init_hidden_(
@@ -309,9 +324,9 @@ def _width(routes: Routes, found: dict[str, str]) -> int:
 
 
 def _whole(what: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{what} should be a whole number of at least 1 but is: {value!r}")
-    return value
+    return int(value)
 
 
 def _choice(what: str, value: object, options: Any) -> None:
@@ -326,6 +341,9 @@ def coordinates(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, fl
     Compare them at two widths, before training and after a few steps: under muP each stays of one
     order; one that grows or shrinks with the width points to the layer (or, in attention, to what
     the model does before it) that is scaled otherwise (Tensor Programs V, appendix D.1).
+
+    The pass is the model's own, in the mode that it is in: while training, dropout draws random
+    numbers and BatchNorm notes the batch. `model.eval()` before it has neither.
 
     Args:
         inputs, keywords: what the model is called with.
