@@ -83,7 +83,7 @@ class Recording:
         """``blocks.0.qkv [1/3]``: ``.weight`` says nothing, since every matrix is one."""
         name, index = key
         short = name.removesuffix(".weight")
-        short = name if short.isdigit() else short  # of a Sequential: "1" alone names nothing
+        short = name if short.isdecimal() else short  # of a Sequential: "1" alone names nothing
         return f"{short} [{index + 1}/{self.of[key]}]" if self.of[key] > 1 else short
 
     def records(self, key: Key) -> list[Record | None]:
@@ -165,7 +165,7 @@ def _lines(path: Path) -> tuple[list[Record], bool]:
 def _natural(key: Key) -> tuple[Any, ...]:
     """Sorts ``blocks.10`` behind ``blocks.2``."""
     parts = re.split(r"(\d+)", key[0])
-    return (*[(int(p), "") if p.isdigit() else (-1, p) for p in parts], (key[1], ""))
+    return (*[(int(p), "") if p.isdecimal() else (-1, p) for p in parts], (key[1], ""))
 
 
 def read(run: Path, pattern: str = "*") -> Recording:
