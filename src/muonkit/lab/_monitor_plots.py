@@ -70,6 +70,7 @@ def _heat_map(axes: Axes, recording: Recording, quantity: Quantity) -> None:
         ticks = _ticks(norm)
         bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
         bar.minorticks_off()
+        bar.set_label("logarithmic", fontsize="small")
 
 
 def _ticks(norm: Normalize) -> list[float]:

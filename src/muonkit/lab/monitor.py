@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from muonkit.lab.errors import LabError
-from muonkit.lab.recording import FIGURES, Recording, read, remarks
+from muonkit.lab.recording import FIGURES, RECORDING, Recording, read, remarks
 from muonkit.lab.store import write_atomically
 
 
@@ -83,6 +83,8 @@ def write(run: Path, out: Path | None, pattern: str, console: Console) -> None:
     if not folder.is_dir():
         raise LabError(f"--out {folder} is no folder: make it first")
     show(console, recording)
-    for name, image in draw(recording, str(run)).items():
+    of_run = recording.path.name == RECORDING
+    title = recording.path.resolve().parent.name if of_run else recording.path.stem
+    for name, image in draw(recording, title).items():
         write_atomically(folder / name, image)
         console.print(f"wrote {folder / name}", markup=False, highlight=False, soft_wrap=True)
