@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from muonkit.lab.errors import LabError
-from muonkit.lab.recording import FIGURES, RECORDING, Recording, read, remarks
+from muonkit.lab.recording import FIGURES, Recording, read, remarks
 from muonkit.lab.store import write_atomically
+from muonkit.lab.train import RECORDING
 
 
 def _extremes(recording: Recording) -> Iterator[list[str]]:
