@@ -1,10 +1,10 @@
 """Does the best learning rate stay where it is when the model widens? `python width_transfer.py`.
 
-The lab's GPT on Python's own source at four widths, with muP (`muonkit.mup`) and without, at
+The lab's GPT on Python's own source at five widths, with muP (`muonkit.mup`) and without, at
 learning rates a factor of two or of √2 apart. Each finished run is a line of docs/mup/runs.jsonl: a
 killed command goes on where it was. Then docs/mup/width_transfer.json and .png and the table of
-docs/mup.md are written from what is there. The runs took 16 minutes on a busy machine; those of
---widths 512, which are not there, take longer.
+docs/mup.md are written from what is there. The runs took 16 minutes on a busy machine, those of
+--widths 512 ten more on a free core.
 
 Without muP is what `MuonW(model, lr=...)` does by itself: the scale "match_rms_adamw" (Moonlight),
 one learning rate for Muon's and AdamW's parameters, and the model's own initialisation, GPT-2's.
