@@ -339,11 +339,11 @@ def _evaluate(
     product: Callable[..., Tensor] = general_product
     if how != 1:
         product = functools.partial(symmetric_product, blocks=how)
-    kept = is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device)
-    names = _NAMES if how != 1 or (kept and not differentiable) else _NO_NAMES
-    # Of small matrices an operation costs more than what it computes: P is without aI, and the
-    # products add a times their other factor. Of large ones that would be a pass over memory more.
-    split = how == 1 and not kept and not differentiable
+    small = not is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device)
+    names = _NO_NAMES if how == 1 and (small or differentiable) else _NAMES
+    # 16 bits would round a on P's diagonal: P is without aI, and the products add a times their
+    # other factor. In float32 one P, rounded once for all three products, is nearer to exact.
+    split = how == 1 and X.dtype.itemsize == 2 and not differentiable
     runs = segments(triples, restarts)
     for run, segment in enumerate(runs, start=1):
         rows = X.mT if tall else X
@@ -353,7 +353,7 @@ def _evaluate(
             target = None if differentiable else scratch(name, tuple(X.shape), X.dtype, X.device)
         A = product(rows, rows, name=names["A"])
         if len(segment) == 1 and X.dtype.itemsize == 2:
-            # 16 bits would round a on P's diagonal; as the last product's beta it stays exact.
+            # a is the last product's beta: see above.
             ((a, b, c),) = segment
             P = _polynomial(product, A, 0.0, b, c, names["P0"])
             X = _apply(torch.baddbmm, (X,), P, X, tall, target, beta=a)
