@@ -24,12 +24,11 @@ from typing import Any
 
 import machine
 import torch
-from train_overhead import WARM_UP, Training
+from train_overhead import WARM_UP, Training, add_model_options
 
 from muonkit import Monitor
 from muonkit.lab.data import stdlib_text
 from muonkit.lab.models import GPT
-from muonkit.lab.tasks import get_task
 
 CALLS = 10_000
 
@@ -76,12 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    task = get_task("gpt")
-    parser.add_argument("--batch-size", type=int, default=task.batch_size)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--context", type=int, default=128)
+    add_model_options(parser)
     parser.add_argument("--pairs", type=int, default=120)
     parser.add_argument("--every", type=int, default=4, help="while it is measured")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -89,16 +89,20 @@ def measure(trainings: dict[str, Training], blocks: int, steps: int) -> dict[str
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    task = get_task("gpt")
-    parser.add_argument("--batch-size", type=int, default=task.batch_size)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the lab's `gpt` task: which GPT, on how much."""
+    parser.add_argument("--batch-size", type=int, default=get_task("gpt").batch_size)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser)
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--steps", type=int, default=5, help="in a block")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
