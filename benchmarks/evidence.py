@@ -4,10 +4,10 @@
     python benchmarks/evidence.py --task cifar10 --seeds 3 -- --evaluations 4
     python benchmarks/evidence.py --quick
 
-For each task it runs `muonkit compare` twice: every optimizer with its learning rate and its decay
-swept on the same grids; and AdamW at its default learning rate 1e-3, untuned, as public claims have
-it. What follows `--` goes to both. Stopped, the same command goes on. The figures are kept in
-docs/evidence/TASK.json and the pictures beside them; the blocks of the page between
+For each task it runs `muonkit compare`: every optimizer with its learning rate and its decay swept
+on the same grids; and, where there is a public claim, AdamW at its default learning rate 1e-3,
+untuned. What follows `--` goes to either. Stopped, the same command goes on. The figures are kept
+in docs/evidence/TASK.json and the pictures beside them; the blocks of the page between
 `<!-- begin: NAME -->` and `<!-- end: NAME -->` are written from those files, the text around them
 by hand. `--page-only` writes the page again and trains nothing.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from performance_page import Record, replace_block, table
 
@@ -37,30 +39,23 @@ UNTUNED = 1e-3
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What a public tutorial says of MuonW against AdamW at its default learning rate.
+class Plan:
+    """One task: how it is compared, and what is claimed of it.
 
     Attributes:
-        text: the claim.
-        epochs: after which it is said to hold.
-        optimizers: what to train for it, besides the tuned comparison. muonw's learning rate and
-            decay are those chosen there; it is trained again only where the length differs.
+        optimizers: adamw is needed.
+        length: options of `muonkit compare` that say how long to train.
+        seeds: runs per optimizer.
+        points: values in each sweep's grid.
+        claim: what a public tutorial says of MuonW against AdamW at its default learning rate,
+            after as many epochs.
     """
 
-    text: str
-    epochs: int
-    optimizers: tuple[str, ...] = ("adamw",)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One task: how it is compared, and what is claimed of it."""
-
     optimizers: tuple[str, ...]
-    words: tuple[str, ...]
+    length: tuple[str, ...]
     seeds: int
     points: int
-    claim: Claim | None = None
+    claim: str | None = None
 
 
 ALL = ("muonw", "normuon", "torch-muon-fp32", "adamw", "sgd")
@@ -71,20 +66,16 @@ PLANS: dict[str, Plan] = {
         ("--epochs", "3"),
         seeds=5,
         points=5,
-        claim=Claim("a loss 34% lower than AdamW's after 3 epochs on MNIST", 3),
+        claim="a loss 34% lower than AdamW's after 3 epochs on MNIST",
     ),
     "gpt": Plan(ALL, ("--steps", "400"), seeds=5, points=3),
-    # torch.optim.Muon takes no convolutions. The sweeps are of one epoch, the claim is of five.
+    # torch.optim.Muon takes no convolutions.
     "cifar10": Plan(
         ("muonw", "normuon", "adamw", "sgd"),
-        ("--epochs", "1", "--evaluations", "4"),
-        seeds=3,
+        ("--epochs", "5", "--evaluations", "5"),
+        seeds=5,
         points=3,
-        claim=Claim(
-            "an accuracy of 80.79% against AdamW's 71.66% after 5 epochs on CIFAR-10",
-            5,
-            ("muonw", "adamw"),
-        ),
+        claim="an accuracy of 80.79% against AdamW's 71.66% after 5 epochs on CIFAR-10",
     ),
 }
 QUICK = ("--steps", "6", "--seeds", "2", "--sweep-points", "3", "--evaluations", "2")
@@ -124,36 +115,19 @@ def compare(words: Sequence[str], out: Path) -> Record:
     return found
 
 
-def _rate(name: str, row: Record) -> tuple[str, str]:
-    return f"{name}={row['lr']!r}", f"{name}={row['weight_decay']!r}"
-
-
-def claim_words(task: str, claim: Claim, tuned: Record) -> list[str]:
-    """The comparison a claim needs: AdamW untuned, and MuonW as it was tuned."""
-    lrs, decays = [f"adamw={UNTUNED!r}"], []
-    if "muonw" in claim.optimizers:
-        (row,) = [row for row in tuned["rows"] if row["optimizer"] == "muonw"]
-        lr, decay = _rate("muonw", row)
-        lrs, decays = [lr, *lrs], [decay]
-    words = [task, "--optimizers", ",".join(claim.optimizers), "--lr", ",".join(lrs)]
-    words += ["--weight-decay", ",".join(decays)] if decays else []
-    return [*words, "--epochs", str(claim.epochs)]
-
-
 def run(task: str, plan: Plan, options: argparse.Namespace) -> None:
     """Train what is missing of one task, and keep the figures and pictures."""
     seeds = options.seeds or plan.seeds
-    claim_seeds = options.claim_seeds or seeds
     # --threads by name, so that the same command goes on on another machine.
-    jobs = ["--jobs", str(options.jobs), "--threads", "1"]
+    shared = [*plan.length, "--seeds", str(seeds), "--jobs", str(options.jobs), "--threads", "1"]
     further = [*(QUICK if options.quick else ()), *options.further]
     optimizers = options.optimizers or ",".join(plan.optimizers)
     words = [task, "--optimizers", optimizers, "--sweep", "--sweep-decay"]
-    words += ["--sweep-points", str(plan.points), *plan.words, "--seeds", str(seeds), *jobs]
+    words += ["--sweep-points", str(plan.points)]
     out = options.out / task
-    record = compare(merged(words, further), out)
+    record = compare(merged([*words, *shared], further), out)
     if plan.claim:
-        words = [*claim_words(task, plan.claim, record), "--seeds", str(claim_seeds), *jobs]
+        words = [task, "--optimizers", "adamw", "--lr", f"adamw={UNTUNED!r}", *shared]
         record["untuned"] = compare(merged(words, further), options.out / f"{task}-untuned")
     options.results.mkdir(parents=True, exist_ok=True)
     for picture in PICTURES:
@@ -175,15 +149,13 @@ def outcomes(record: Record) -> list[Outcome]:
 
 
 def _untuned(record: Record) -> list[Outcome]:
-    """AdamW's untuned runs under a name of their own, if they are as long as the tuned ones."""
-    other = record.get("untuned")
-    if other is None or other["config"]["budget"] != record["config"]["budget"]:
+    """AdamW's untuned runs, where a claim asked for them, under a name of their own."""
+    if "untuned" not in record:
         return []
     decay = get_optimizer("adamw").weight_decay
     return [
         (replace(result, optimizer="adamw, untuned", weight_decay=decay), curve)
-        for result, curve in outcomes(other)
-        if result.optimizer == "adamw"
+        for result, curve in outcomes(record["untuned"])
     ]
 
 
@@ -205,21 +177,28 @@ def _bold(text: str, is_best: bool) -> str:
 
 
 def sweep_table(record: Record) -> str:
-    """What was tried on seed 0: learning rates with the default decay, then decays."""
+    """What was tried, means over the seeds that chose: learning rates with the default decay, then
+    decays.
+    """
     lines = []
     for row in record["rows"]:
         name, default = row["optimizer"], get_optimizer(row["optimizer"]).weight_decay
         tried = [r for r in record["sweep"] if r["optimizer"] == name]
-        rates = {r["lr"]: r["val_loss"] for r in tried if r["weight_decay"] is None}
+        losses: dict[tuple[float, float | None], list[float]] = {}
+        for r in tried:
+            loss = math.inf if r["val_loss"] is None else r["val_loss"]
+            losses.setdefault((r["lr"], r["weight_decay"]), []).append(loss)
+        means = {point: fmean(values) for point, values in losses.items()}
+        rates = {lr: mean for (lr, decay), mean in means.items() if decay is None}
         decays = {
-            default if r["weight_decay"] is None else r["weight_decay"]: r["val_loss"]
-            for r in tried
-            if r["lr"] == row["lr"]
+            default if decay is None else decay: mean
+            for (lr, decay), mean in means.items()
+            if lr == row["lr"]
         }
         cells = []
         for values, chosen in ((rates, row["lr"]), (decays, row["weight_decay"])):
             shown = [
-                _bold(f"{x:g}: {'diverged' if loss is None else f'{loss:.4f}'}", x == chosen)
+                _bold(f"{x:g}: {f'{loss:.4f}' if loss < math.inf else 'diverged'}", x == chosen)
                 for x, loss in sorted(values.items())
             ]
             cells.append(", ".join(shown))
@@ -232,12 +211,14 @@ def task_block(record: Record) -> str:
     headings, cells = results.table(rows([*outcomes(record), *_untuned(record)]))
     task, seeds = record["task"], record["config"]["seeds"]
     picture = f"evidence/{task}-{PICTURES[0]}"
+    swept = record["config"].get("sweep_seeds", 1)
+    chosen_on = "seed 0" if swept == 1 else f"the first {swept} seeds (means)"
     said = [
         _commands(record),
         f"{record['config']['budget']}, batches of {record['config']['batch_size']}, {seeds} "
         f"seed{'s' if seeds != 1 else ''}, mean ± standard deviation. p: against AdamW, tuned.",
         table(headings, cells),
-        "Tried on seed 0, the chosen ones in bold:",
+        f"Tried on {chosen_on}, the chosen ones in bold:",
         sweep_table(record),
         f"![Training and validation loss of each optimizer against steps]({picture})",
     ]
@@ -263,14 +244,13 @@ def _mean(figure: str, value: Figure) -> str:
     return value.text(2, 100) + "%" if figure == "accuracy" else value.text(4)
 
 
-def claim_block(record: Record, claim: Claim) -> str:
-    """The claim, and a table of MuonW against AdamW untuned and, where it is as long, tuned."""
-    other = record["untuned"]
-    budget = other["config"]["budget"]
-    ours = _of("muonw", other) or _of("muonw", record)
-    rivals = {f"AdamW, lr {UNTUNED:g}, untuned": _of("adamw", other)}
-    if record["config"]["budget"] == budget:
-        rivals["AdamW, tuned"] = _of("adamw", record)
+def claim_block(record: Record, claim: str) -> str:
+    """The claim, and a table of MuonW against AdamW untuned and tuned."""
+    ours = _of("muonw", record)
+    rivals = {
+        f"AdamW, lr {UNTUNED:g}, untuned": _of("adamw", record["untuned"]),
+        "AdamW, tuned": _of("adamw", record),
+    }
     lines = []
     for figure in ("train_loss", "val_loss", "accuracy"):
         mine = results.figure(_column(ours, figure))
@@ -284,9 +264,8 @@ def claim_block(record: Record, claim: Claim) -> str:
             lines.append([figure.replace("_", " "), name, *cells])
     head = ["figure", "MuonW against", "MuonW", "AdamW", "MuonW's is", "p"]
     seeds = f"{len(ours)} seed{'s' if len(ours) != 1 else ''}"
-    return f"**Claimed: {claim.text}.** Here, after {budget}, {seeds}:\n\n" + "\n\n".join(
-        [table(head, lines), _commands(other)]
-    )
+    said = f"**Claimed: {claim}.** Here, after {record['config']['budget']}, {seeds}:"
+    return "\n\n".join([said, table(head, lines), _commands(record["untuned"])])
 
 
 NOT_RUN = "Not yet run."
@@ -301,7 +280,7 @@ def write_page(page: str, records: dict[str, Record]) -> str:
         if plan.claim is not None and record is not None:
             claims.append(claim_block(record, plan.claim))
         elif plan.claim is not None:
-            claims.append(f"**Claimed: {plan.claim.text}.** {NOT_RUN}")
+            claims.append(f"**Claimed: {plan.claim}.** {NOT_RUN}")
     return replace_block(page, "claims", "\n\n".join(claims))
 
 
@@ -321,7 +300,6 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--task", choices=list(PLANS), action="append", help="may be repeated")
     parser.add_argument("--seeds", type=int, help="runs per optimizer")
-    parser.add_argument("--claim-seeds", type=int, help="those of AdamW untuned, if not as many")
     parser.add_argument("--optimizers", metavar="A,B,...", help="fewer of them; adamw is needed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.progress import Lines
 from muonkit.lab.results import Curve, figure, rows, table
 from muonkit.lab.store import Folder, MeasurementFile, read_records
-from muonkit.lab.sweep import best_rate
+from muonkit.lab.sweep import Search, best_rate
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Result, Run, Setting, StopRequest, Trainer, lr_factor, train
 
@@ -264,18 +264,16 @@ def test_a_diverging_run_ends_early_and_the_others_go_on(
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def _attempt(loss_at: Any) -> tuple[list[float], Any]:
+def searched(search: Search, loss_at: Callable[[float], float]) -> tuple[float, list[float]]:
+    """What a search finds where ``loss_at`` is the loss, and the values it tried."""
     tried: list[float] = []
-
-    def attempt(values: Sequence[float]) -> list[Result]:
+    values = next(search)
+    while True:
         tried.extend(values)
-        losses = [loss_at(value) for value in values]
-        return [
-            Result("x", value, 0, loss is None, 1, loss, loss, None, 0.0, 0.0, 0.0)
-            for value, loss in zip(values, losses, strict=True)
-        ]
-
-    return tried, attempt
+        try:
+            values = search.send([loss_at(value) for value in values])
+        except StopIteration as end:
+            return end.value, tried
 
 
 @pytest.mark.parametrize(
@@ -285,16 +283,16 @@ def _attempt(loss_at: Any) -> tuple[list[float], Any]:
 def test_the_sweep_finds_the_best_rate_and_widens_at_the_edge(
     optimum: float, runs: int, best: float
 ) -> None:
-    tried, attempt = _attempt(lambda lr: math.log(lr / optimum) ** 2)
-    assert best_rate(0.01, attempt) == best
+    found, tried = searched(best_rate(0.01), lambda lr: math.log(lr / optimum) ** 2)
+    assert found == best
     assert len(tried) == len(set(tried)) == runs
 
 
 def test_a_sweep_walks_away_from_divergence() -> None:
-    _, attempt = _attempt(lambda lr: None if lr > 0.001 else 1 / lr)
-    assert best_rate(0.01, attempt) == 0.000625
-    tried, attempt = _attempt(lambda lr: None)
-    assert best_rate(0.01, attempt) == min(tried)
+    found, _ = searched(best_rate(0.01), lambda lr: math.inf if lr > 0.001 else 1 / lr)
+    assert found == 0.000625
+    found, tried = searched(best_rate(0.01), lambda lr: math.inf)
+    assert found == min(tried)
     assert len(tried) == 9
 
 
@@ -310,6 +308,29 @@ def test_compare_sweeps_on_seed_0_and_reports_it(tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     assert "Learning rates tried" in page
     assert all(f"<td>{lr:g}</td>" in page for lr in first)
+
+
+def test_a_sweep_over_several_seeds_chooses_by_their_mean(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--optimizers", "adamw,sgd", "--steps", "6", "--lr", "sgd=1e18,adamw=0.004"]
+    words += ["--sweep", "--sweep-points", "3", "--sweep-seeds", "2", "--seeds", "3"]
+    assert main(["compare", "digits", *words, "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert {r["seed"] for r in summary["sweep"]} == {0, 1}
+    adamw, sgd = (
+        [r for r in summary["sweep"] if r["optimizer"] == name] for name in ("adamw", "sgd")
+    )
+    means = {
+        lr: sum(r["val_loss"] for r in adamw if r["lr"] == lr) / 2
+        for lr in {r["lr"] for r in adamw}
+    }
+    assert summary["rows"][0]["lr"] == min(means, key=lambda lr: means[lr])
+    assert len(adamw) == 2 * len(means)
+    assert all(r["diverged"] for r in sgd)
+    page = (out / "report.html").read_text()
+    assert "Means over the first 2 seeds" in page
+    assert all(f"<td>{mean:.4f}</td>" in page for mean in means.values())
+    assert page.count("<td>chosen</td>") == 2
 
 
 # --- figures ---

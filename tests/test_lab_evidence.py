@@ -28,7 +28,7 @@ from muonkit.lab.results import Curve, rows, table, welch
 from muonkit.lab.store import read_records
 from muonkit.lab.sweep import best_decay, best_rate
 from muonkit.lab.train import Result, Run
-from test_lab_compare import _attempt, losses
+from test_lab_compare import losses, searched
 
 # --- optimizers ---
 
@@ -106,16 +106,16 @@ def test_a_decay_names_its_run_and_the_default_names_none() -> None:
 @pytest.mark.parametrize("points", [3, 5, 7])
 @pytest.mark.parametrize("centre", [0.1, 5e-4])
 def test_decays_reach_from_a_tenth_to_ten_times_and_no_further(points: int, centre: float) -> None:
-    tried, attempt = _attempt(lambda decay: decay)
-    assert best_decay(centre, attempt, points) == pytest.approx(centre / 10)
+    found, tried = searched(best_decay(centre, points), lambda decay: decay)
+    assert found == pytest.approx(centre / 10)
     assert len(tried) == points
     assert centre in tried
     assert max(tried) == pytest.approx(10 * centre)
 
 
 def test_three_points_widen_by_one() -> None:
-    tried, attempt = _attempt(lambda lr: -lr)
-    assert best_rate(0.01, attempt, 3) == 0.08
+    found, tried = searched(best_rate(0.01, 3), lambda lr: -lr)
+    assert found == 0.08
     assert tried == [0.005, 0.01, 0.02, 0.04, 0.08]
 
 
@@ -353,7 +353,7 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ("--epochs", "1"),
         seeds=2,
         points=3,
-        claim=module.Claim("twice the accuracy", 1),
+        claim="twice the accuracy",
     )
     monkeypatch.setattr(module, "PLANS", {"digits": plan})
     yield module
@@ -402,15 +402,6 @@ def test_evidence_end_to_end(evidence: Any, tmp_path: Path) -> None:
     assert "**Claimed: twice the accuracy.** Here, after 15 steps, 2 seeds:" in text
     assert evidence.main([*words, "--page-only"]) == 0
     assert page.read_text() == text
-
-
-def test_the_claim_trains_muonw_as_it_was_tuned(evidence: Any) -> None:
-    claim = evidence.Claim("x", 5, ("muonw", "adamw"))
-    tuned = {"rows": [{"optimizer": "muonw", "lr": 0.02, "weight_decay": 0.01}]}
-    assert evidence.claim_words("cifar10", claim, tuned) == [
-        *("cifar10", "--optimizers", "muonw,adamw", "--lr", "muonw=0.02,adamw=0.001"),
-        *("--weight-decay", "muonw=0.01", "--epochs", "5"),
-    ]
 
 
 def test_the_page_in_the_repository_has_every_block(monkeypatch: pytest.MonkeyPatch) -> None:

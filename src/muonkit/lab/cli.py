@@ -156,7 +156,7 @@ def compare_command(
         typer.Option(
             "--sweep",
             help="First choose each optimizer's learning rate: five, a factor of 2 apart, wider "
-            "if the best is at the edge; lowest validation loss on seed 0.",
+            "if the best is at the edge; lowest validation loss on seed 0, or on --sweep-seeds.",
         ),
     ] = False,
     sweep_decay: Annotated[
@@ -170,6 +170,9 @@ def compare_command(
     sweep_points: Annotated[
         int, typer.Option(metavar="N", help="Values in each sweep's grid; an odd number.")
     ] = 5,
+    sweep_seeds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Seeds whose mean loss chooses in a sweep.")
+    ] = 1,
     weight_decay: Annotated[
         str | None,
         typer.Option(metavar="X | NAME=X,...", help="Weight decays, for all or by name."),
@@ -221,6 +224,7 @@ def compare_command(
         threads=threads,
         sweep_decay=sweep_decay,
         points=sweep_points,
+        sweep_seeds=sweep_seeds,
         weight_decay=_rates(weight_decay, "--weight-decay", zero=True),
         jobs=jobs,
         evaluations=evaluations,

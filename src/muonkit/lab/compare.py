@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -18,7 +20,7 @@ from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome, rows
 from muonkit.lab.store import DATA, Folder, Record, read_json, read_records, write_atomically
-from muonkit.lab.sweep import POINTS, best_decay, best_rate
+from muonkit.lab.sweep import POINTS, Search, best_decay, best_rate
 from muonkit.lab.tasks import Budget, get_task
 from muonkit.lab.train import RECORDING, Result, Run, Setting, StopRequest, train
 
@@ -31,9 +33,10 @@ class Comparison:
         task: a key of ``TASKS``.
         optimizers: keys of ``OPTIMIZERS``.
         lr: the learning rate of each of them, the centre of the grid when swept.
-        sweep: whether the learning rate of each is chosen on seed 0 first.
+        sweep: whether the learning rate of each is chosen first.
         sweep_decay: whether the weight decay of each is, after that.
         points: in the grid of either sweep.
+        sweep_seeds: number of runs of every value in either sweep, with the seeds 0, 1, …
         weight_decay: those that are not the optimizer's default; the centre of the grid when swept.
         seeds: number of runs per optimizer, with the seeds 0, 1, …
         budget: length of a run.
@@ -54,6 +57,7 @@ class Comparison:
     threads: int
     sweep_decay: bool = False
     points: int = POINTS
+    sweep_seeds: int = 1
     weight_decay: Mapping[str, float] = field(default_factory=dict)
     jobs: int = 1
     evaluations: int | None = None
@@ -64,6 +68,7 @@ class Comparison:
         further = {
             "sweep_decay": self.sweep_decay,
             "sweep_points": self.points if self.points != POINTS else None,
+            "sweep_seeds": self.sweep_seeds if self.sweep_seeds > 1 else None,
             "weight_decay": dict(self.weight_decay),
             "jobs": self.jobs if self.jobs > 1 else None,
             "evaluations": self.evaluations,
@@ -99,6 +104,7 @@ def comparison(
     threads: int | None = None,
     sweep_decay: bool = False,
     points: int = POINTS,
+    sweep_seeds: int = 1,
     weight_decay: Mapping[str | None, float] | None = None,
     jobs: int = 1,
     evaluations: int | None = None,
@@ -140,6 +146,7 @@ def comparison(
         threads=threads or (1 if jobs > 1 else torch.get_num_threads()),
         sweep_decay=sweep_decay,
         points=points,
+        sweep_seeds=sweep_seeds,
         weight_decay={name: x for name, x in decays.items() if x != defaults[name]},
         jobs=jobs,
         evaluations=evaluations,
@@ -158,6 +165,23 @@ def _by_optimizer(
             f"({','.join(defaults)})"
         )
     return {name: given.get(name, given.get(None, x)) for name, x in defaults.items()}
+
+
+#: Yields runs, is sent the loss of each, returns the learning rate and the decay.
+Choice = Generator[list[Run], list[float], tuple[float, float | None]]
+
+
+def _with_runs(
+    search: Search, run_of: Callable[[float], Run]
+) -> Generator[list[Run], list[float], float]:
+    """``search``, asking for runs where it asks for values."""
+    losses = None
+    while True:
+        try:
+            values = search.send(losses)  # type: ignore[arg-type]
+        except StopIteration as end:
+            return float(end.value)
+        losses = yield [run_of(value) for value in values]
 
 
 class Session:
@@ -204,28 +228,50 @@ class Session:
         self.trained |= any(map(self._is_new, runs))
         return self.workers.train(runs, self.lines)
 
-    def _choose(self, name: str) -> tuple[float, float | None]:
+    def _choose(self, name: str) -> Choice:
         """The learning rate and the decay of an optimizer, swept where that is asked for."""
         asked, default = self.asked, get_optimizer(name).weight_decay
         lr, decay = asked.lr[name], asked.weight_decay.get(name)
         if asked.sweep:
-            lr = best_rate(
-                lr, lambda rates: self.run([Run(name, x, 0, decay) for x in rates]), asked.points
-            )
+            rates = best_rate(lr, asked.points)
+            lr = yield from _with_runs(rates, lambda x: Run(name, x, 0, decay))
             self.lines.say(f"{name}: lr {lr:g} has the lowest validation loss")
         if asked.sweep_decay:
-
-            def attempt(decays: Sequence[float]) -> list[Result]:
-                return self.run([Run(name, lr, 0, x if x != default else None) for x in decays])
-
-            best = best_decay(default if decay is None else decay, attempt, asked.points)
+            decays = best_decay(default if decay is None else decay, asked.points)
+            best = yield from _with_runs(
+                decays, lambda x: Run(name, lr, 0, x if x != default else None)
+            )
             self.lines.say(f"{name}: weight decay {best:g} has the lowest validation loss")
             decay = best if best != default else None
         return lr, decay
 
+    def _mean_losses(self, candidates: Sequence[Run]) -> list[float]:
+        """The validation loss of each, its mean over the seeds that choose; inf if one diverged."""
+        count = self.asked.sweep_seeds
+        runs = [replace(run, seed=seed) for run in candidates for seed in range(count)]
+        losses = [math.inf if x.val_loss is None else x.val_loss for x in self.run(runs)]
+        return [fmean(losses[i : i + count]) for i in range(0, len(losses), count)]
+
+    def _chosen(self) -> dict[str, tuple[float, float | None]]:
+        """What every optimizer chooses. They go side by side, so that no process waits for one."""
+        chosen: dict[str, tuple[float, float | None]] = {}
+        searches = {name: self._choose(name) for name in self.asked.optimizers}
+        losses: dict[str, list[float] | None] = dict.fromkeys(searches)
+        while searches:
+            wanted: dict[str, list[Run]] = {}
+            for name, search in list(searches.items()):
+                try:
+                    wanted[name] = search.send(losses[name])  # type: ignore[arg-type]
+                except StopIteration as end:
+                    chosen[name] = end.value
+                    del searches[name]
+            found = iter(self._mean_losses([run for runs in wanted.values() for run in runs]))
+            losses = {name: [next(found) for _ in runs] for name, runs in wanted.items()}
+        return chosen
+
     def all_runs(self) -> list[Run]:
         """Train everything; the runs that count, by optimizer and seed."""
-        chosen = {name: self._choose(name) for name in self.asked.optimizers}
+        chosen = self._chosen()
         runs = [
             Run(name, lr, seed, decay)
             for seed in range(self.asked.seeds)

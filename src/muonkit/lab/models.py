@@ -103,11 +103,11 @@ class Residual(nn.Module):
 class ConvNet(nn.Module):
     """A small residual network in channels_last: (batch, 3, 32, 32) to logits (batch, classes).
 
-    The widest convolutions work on 16 × 16 and 8 × 8 maps: most of the accuracy of a ResNet-9
-    at a tenth of its FLOPs.
+    The widest convolutions work on the smallest maps. With the default width an image costs 10
+    MFLOP forward, so that five epochs of CIFAR-10 take three minutes of one CPU core.
     """
 
-    def __init__(self, classes: int = 10, width: int = 32) -> None:
+    def __init__(self, classes: int = 10, width: int = 16) -> None:
         super().__init__()
         self.stem = ConvBlock(3, width)
         self.stages = nn.Sequential(

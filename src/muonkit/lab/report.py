@@ -9,7 +9,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -104,25 +106,44 @@ def _decay(result: Result) -> float:
     return default if result.weight_decay is None else result.weight_decay
 
 
+def _point(result: Result) -> tuple[str, float, float]:
+    """What a sweep varies."""
+    return result.optimizer, result.lr, _decay(result)
+
+
+def _sweep_seeds(material: Material) -> int:
+    return int(material.config.get("sweep_seeds", 1))
+
+
 def _swept(material: Material) -> list[Result]:
-    """The runs on seed 0, among which the sweep chose."""
-    results = [result for result, _ in material.attempts if result.seed == 0]
-    return sorted(results, key=lambda result: (result.optimizer, result.lr, _decay(result)))
+    """The runs among which the sweep chose."""
+    seeds = _sweep_seeds(material)
+    results = [result for result, _ in material.attempts if result.seed < seeds]
+    return sorted(results, key=lambda result: (*_point(result), result.seed))
+
+
+def _mean(losses: Sequence[float | None]) -> str:
+    sound = [loss for loss in losses if loss is not None]
+    return f"{fmean(sound):.4f}" if len(sound) == len(losses) else "diverged"
 
 
 def _sweep_table(material: Material) -> list[list[str]]:
-    chosen = [result for result, _ in material.outcomes]
-    return [
-        [
-            result.optimizer,
-            f"{result.lr:g}",
-            f"{_decay(result):g}",
-            "diverged" if result.train_loss is None else f"{result.train_loss:.4f}",
-            "diverged" if result.val_loss is None else f"{result.val_loss:.4f}",
-            "chosen" if result in chosen else "",
-        ]
-        for result in _swept(material)
-    ]
+    chosen = {_point(result) for result, _ in material.outcomes}
+    lines = []
+    for point, group in groupby(_swept(material), _point):
+        results = list(group)
+        name, lr, decay = point
+        lines.append(
+            [
+                name,
+                f"{lr:g}",
+                f"{decay:g}",
+                _mean([result.train_loss for result in results]),
+                _mean([result.val_loss for result in results]),
+                "chosen" if point in chosen else "",
+            ]
+        )
+    return lines
 
 
 def _inline(image: bytes) -> str:
@@ -179,6 +200,7 @@ def write(folder: Path, material: Material) -> Path:
         recordings=[_drawn(folder, title, path) for title, path in material.recordings.items()],
         sweep=_sweep_table(material) if is_swept else [],
         is_decay_swept=is_decay_swept,
+        sweep_seeds=_sweep_seeds(material),
         config={name: json.dumps(value) for name, value in material.config.items()},
         environment=environment(),
         command=shlex.join(["muonkit", *sys.argv[1:]]),
