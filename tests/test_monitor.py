@@ -6,7 +6,9 @@ import gc
 import io
 import json
 import math
+import multiprocessing
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import nn
 
 from muonkit import Monitor, Muon, MuonW, orthogonalize
 from muonkit._diagnostics_sample import KINDS
-from muonkit._diagnostics_sinks import JsonLines
+from muonkit._diagnostics_sinks import _OPEN, JsonLines
 from muonkit._diagnostics_spectra import LEVELS, orthogonality_error, spectra
 from optim_helpers import VIEWED, mlp, momentum_of, parameter, set_gradients, train
 from readme_blocks import ROOT, python_sections, read_blocks
@@ -715,3 +717,52 @@ def test_two_monitors_do_not_meet(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has a monitor already"):
             Monitor(one)
     Monitor(other, to=tmp_path / "run.jsonl").close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_monitors_of_two_processes_do_not_meet_and_a_forked_child_holds_nothing(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.jsonl"
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def open_too() -> None:
+        try:
+            JsonLines(path)
+        except ValueError as error:
+            theirs.send(str(error))
+        theirs.recv()  # as a worker of a DataLoader, which outlives the monitor
+
+    sink = JsonLines(path)
+    sink._file.write(b"begun")
+    sink._file.flush()
+    _OPEN.clear()  # the child is to know of no monitor but by the file
+    child = context.Process(target=open_too)
+    child.start()
+    assert ours.poll(60)
+    assert "a monitor of another process writes to" in ours.recv()
+    assert path.read_bytes() == b"begun"  # not cut off as a line without an end
+    sink.close()
+    JsonLines(path).close()
+    ours.send("end")
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_a_parameter_taken_out_without_its_name_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = MuonW(model, lr=0.1)
+    monitor = Monitor(optimizer, every=1)
+    (group,) = [g for g in optimizer.param_groups if g["algorithm"] == "muon"]
+    del group["params"][0]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"1 parameters and 2 names: change its 'params' and"):
+        optimizer.step()
+    del group["param_names"][0]
+    optimizer.step()
+    assert monitor.latest is not None
+    assert [record["name"] for record in monitor.latest["matrices"]] == ["1.weight"]
+    monitor.close()

@@ -253,10 +253,15 @@ def test_a_growing_matrix_of_adamws_needs_an_lr(
         ({"width": True}, "width should be a whole number"),
         ({"decay": "none"}, "unknown decay 'none'; it is one of 'constant', 'width'"),
         ({"tied": "yes"}, "unknown tied 'yes'; it is one of 'refuse', 'embedding'"),
+        ({"tied": ["yes"]}, r"unknown tied \['yes'\]"),
+        ({"lr": "0.1"}, "lr should be a number but is: '0.1'"),
+        ({"lr": None}, "lr should be a number but is: None"),
+        ({"adamw_lr": True}, "adamw_lr should be a number but is: True"),
+        ({"weight_decay": float("nan")}, "weight_decay should be >= 0 and finite but is: nan"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         mup.route(gpt(32), **{"base_width": 16, "lr": 0.1, **options})
 
 
@@ -266,6 +271,8 @@ def test_another_scale_and_another_init_are_refused() -> None:
         mup.route(gpt(32), [Rule("*.up.weight", options=rule.options)], base_width=16, lr=0.1)
     with pytest.raises(ValueError, match="unknown init 'zero'; it is one of"):
         mup.init_(gpt(32), init="zero")
+    with pytest.raises(TypeError, match="head_std should be a number but is: None"):
+        mup.init_(gpt(32), head_std=None)  # type: ignore[arg-type]
 
 
 def _parametrized() -> nn.Module:

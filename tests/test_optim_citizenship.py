@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -340,7 +342,10 @@ def test_load_refuses_another_optimizers_state_and_options() -> None:
     assert torch.equal(momentum_of(optimizer, model[0].weight), kept)
 
 
-def test_view_is_kept_and_a_number_of_steps_is_taken_on_load() -> None:
+@pytest.mark.parametrize("counted", [int, lambda step: step.long(), lambda step: step.double()])
+def test_view_is_kept_and_any_number_of_steps_is_taken_on_load(
+    counted: Callable[[torch.Tensor], Any],
+) -> None:
     model = mlp()
     optimizer = MuonW(model)
     train(model, optimizer, 2)
@@ -348,7 +353,7 @@ def test_view_is_kept_and_a_number_of_steps_is_taken_on_load() -> None:
     state["param_groups"][0]["view"] = "split(rows=2)"
     for entry in state["state"].values():  # Keller Jordan's Muon counts in a number
         if "step" in entry:
-            entry["step"] = int(entry["step"])
+            entry["step"] = counted(entry["step"])
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["view"] == "matrix"
     train(model, optimizer, 1)

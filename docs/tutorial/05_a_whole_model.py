@@ -247,11 +247,14 @@ assert rms[-1][1] < rms[0][1]
 
 # %%
 print(f"validation loss after {steps} steps of 64 x {batch} bytes (nats)")
-print(f"  AdamW  lr 0.002: {reference:.3f}")
-factors = (1, 8) if QUICK else (1, 2, 4, 8, 16)
-losses = {factor: train(muonw, factor * 2e-3) for factor in factors}
+tuned = {2e-3: reference} | {lr: train(adamw, lr) for lr in (() if QUICK else (1e-3, 4e-3))}
+best = min(tuned, key=tuned.get)
+for lr, loss in tuned.items():
+    print(f"  AdamW  lr {lr:g}: {loss:.3f}")
+factors = (1, 8) if QUICK else (1, 2, 4, 8, 16, 32, 64)
+losses = {factor: train(muonw, factor * best) for factor in factors}
 for factor, loss in losses.items():
-    print(f"  MuonW  lr {factor * 2e-3:.3f} ({factor:2} x AdamW's): {loss:.3f}")
+    print(f"  MuonW  lr {factor * best:g} ({factor} x AdamW's best): {loss:.3f}")
 assert losses[8] < losses[1], "sweep upward"
 
 # %% [markdown]

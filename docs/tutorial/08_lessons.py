@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 8. Lessons
 #
-# Muon is forty lines, and most of its implementations have shipped with a bug. None of these bugs
+# Muon is forty lines, and many of its implementations have shipped with a bug. None of these bugs
 # raises an error: the loss goes down, a little less than it should. Each cell shows one, and how
 # muonkit's tests look for it. Some are bugs of releases of others, which may have been mended
 # since: those cells print what the release that you have does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
@@ -11,8 +12,14 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that write to one file are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import BinaryIO
 
 __all__ = ["JsonLines", "Sink", "deliver", "shut", "sinks_of"]
 
@@ -29,7 +36,8 @@ class JsonLines:
     there. A last line that was not written to its end is cut off.
 
     Raises:
-        ValueError: another name than *.jsonl, or a file that another monitor has open.
+        ValueError: another name than *.jsonl, or a file that another monitor has open, of this
+            process or another.
         FileNotFoundError: no such folder.
     """
 
@@ -52,8 +60,13 @@ class JsonLines:
             raise ValueError(
                 f"another monitor writes to {str(path)!r}: close it, or give each its own file"
             )
-        self._header = _mend(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a+b")
+        try:
+            _lock(self._file, path)
+            self._header = _mend(self._file)
+        except Exception:
+            self._file.close()
+            raise
         self._close = weakref.finalize(self, self._file.close)  # also where nobody calls `close`
         _OPEN[self._key] = self
 
@@ -63,7 +76,7 @@ class JsonLines:
             if line == self._header:
                 return
             self._header = line
-        self._file.write(line + "\n")
+        self._file.write(f"{line}\n".encode())
         self._file.flush()
 
     def close(self) -> None:
@@ -78,19 +91,35 @@ class JsonLines:
 _OPEN: weakref.WeakValueDictionary[Path, JsonLines] = weakref.WeakValueDictionary()
 
 
-def _mend(path: Path) -> str | None:
+def _lock(file: BinaryIO, path: str | os.PathLike[str]) -> None:
+    """Hold the file for this process; the system lets go even if it is killed.
+
+    A lock of the process, not of the open file: a child that is forked, as a DataLoader's, does not
+    keep it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
+            raise ValueError(
+                f"a monitor of another process writes to {str(path)!r}: give each its own file, or "
+                "writes=False to all but one"
+            ) from error
+
+
+def _mend(file: BinaryIO) -> str | None:
     """Cut off a line without an end; returns the last header that is there."""
-    if not path.exists():
-        return None
     header, end = None, 0
-    with path.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
-            if line.startswith(b'{"kind": "header"'):
-                header = line.decode().rstrip("\n")
-        file.truncate(end)
+    file.seek(0)
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        end += len(line)
+        if line.startswith(b'{"kind": "header"'):
+            header = line.decode().rstrip("\n")
+    file.truncate(end)
     return header
 
 

@@ -360,9 +360,20 @@ def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
 
 
 def parameter_names(group: Mapping[str, Any]) -> list[str]:
-    """A name for every parameter of the group, for errors."""
-    names = group.get("param_names")
-    return list(names) if names else [f"parameter {i}" for i in range(len(group["params"]))]
+    """A name for every parameter of the group.
+
+    Raises:
+        ValueError: parameters were taken out of the group, or put in, and their names were not.
+    """
+    names, count = group.get("param_names"), len(group["params"])
+    if not names:
+        return [f"parameter {i}" for i in range(count)]
+    if len(names) != count:
+        raise ValueError(
+            f"a param group has {count} parameters and {len(names)} names: change its 'params' and "
+            "'param_names' together, or leave both and set requires_grad_(False) with grad = None"
+        )
+    return list(names)
 
 
 def merge_saved(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -66,9 +66,10 @@ def ensure_state(
             state[key] = have.to(device, dtype)
     if adamw or VARIANTS[group["variant"]].state != "none":
         count = state.get(STEP, 0.0)
-        if not isinstance(count, Tensor) or count.device != device or count.is_meta:
+        kept = isinstance(count, Tensor) and not count.is_meta
+        if not kept or count.device != device or count.dtype != torch.float32:
             count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
-            # A checkpoint may be of an optimizer that counts its steps in a number.
+            # A checkpoint may be of an optimizer that counts its steps in a number or in int64.
             state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=device)
 
 

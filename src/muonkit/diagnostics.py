@@ -100,7 +100,7 @@ class Monitor:
     Raises:
         TypeError: the optimizer is none of muonkit's; a sink that is neither path nor callable.
         ValueError: no matrix, every below 1, an optimizer that has a monitor, unknown spectra, a
-            path that is not *.jsonl or that another monitor writes to.
+            path that is not *.jsonl or that another monitor writes to, in this process or another.
         FileNotFoundError: the path's folder is missing.
     """
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,9 +119,13 @@ def route(
 
     Raises:
         RoutingError: as `muonkit.route`; a parameter that muP has no rule for, and no rule's lr.
+        TypeError: a learning rate or decay that is no number.
         ValueError: an option or a width out of range; a width that does not follow from the model.
     """
     _choice("decay", decay, DECAYS)
+    for what, value in (("lr", lr), ("adamw_lr", adamw_lr), ("weight_decay", weight_decay)):
+        if value is not None or what != "adamw_lr":
+            _number(what, value)
     base_width = _whole("base_width", base_width)
     routes = routing.route(model, rules, scale="spectral", decay_1d=decay_1d)
     found = roles(model, routes, tied=tied)
@@ -178,14 +182,15 @@ def init_(
     Raises:
         RoutingError: as `route`; a parameter on the meta device, sharded (a DTensor), or
             parametrized. Nothing has been changed.
+        TypeError: a deviation that is no number.
         ValueError: no such choice, or a deviation out of range.
     """
     _choice("init", init, INITS)
     routes = routing.route(model, rules, scale="spectral")
     found = roles(model, routes, tied=tied)
     for what, std in (("embedding_std", embedding_std), ("head_std", head_std)):
-        if std is not None and not 0 <= std < math.inf:
-            raise ValueError(f"{what} should be >= 0 and finite but is: {std!r}")
+        if std is not None or what != "embedding_std":
+            _number(what, std)
     for r in routes:
         if found[r.name] in ("hidden", "embedding", "head"):
             _refuse_unreachable(r)
@@ -329,8 +334,15 @@ def _whole(what: str, value: Any) -> int:
     return int(value)
 
 
+def _number(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+        raise TypeError(f"{what} should be a number but is: {value!r}")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{what} should be >= 0 and finite but is: {value!r}")
+
+
 def _choice(what: str, value: object, options: Any) -> None:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"unknown {what} {value!r}; it is one of {', '.join(map(repr, options))}")
 
 

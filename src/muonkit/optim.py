@@ -119,8 +119,9 @@ class Muon(Optimizer):
             An AdamW group has lr, betas, eps and weight_decay; what it lacks comes from the
             ``adamw_`` arguments.
         lr: learning rate, a float or a one-element tensor (of which each of several groups gets
-            its own copy, as schedulers need it). In units of spectral norm per update with the
-            scale "original", of RMS per update (as AdamW's) with "match_rms_adamw".
+            its own copy, as schedulers need it). With the scale "original" the spectral norm of an
+            update, up to its factor sqrt(max(1, rows/cols)); with "match_rms_adamw" five times its
+            RMS (an RMS of 0.2 lr, as AdamW's).
         weight_decay: decoupled decay per unit of (unscaled) lr; a float or a one-element tensor.
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
