@@ -36,6 +36,11 @@ def machine_line(record: Record) -> str:
     )
 
 
+def machine_lines(records: Iterable[Record]) -> str:
+    """A list in Markdown: one command and its machine each."""
+    return "\n".join(f"- {machine_line(record)}" for record in records)
+
+
 def spread(quartiles: Sequence[float], digits: int = 2) -> str:
     low, middle, high = quartiles
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -126,7 +131,7 @@ def step_notes(sets: dict[str, Record]) -> str:
 
 def step_block(records: list[Record]) -> str:
     sets = merged_sets(records)
-    parts = ["\n".join(machine_line(r) for r in records), step_summary(sets)]
+    parts = [machine_lines(records), step_summary(sets)]
     parts += [step_details(name, s) for name, s in sets.items()]
     notes = step_notes(sets)
     return "\n\n".join([*parts, "### Notes\n\n" + notes] if notes else parts)
@@ -161,7 +166,7 @@ def errors_block(records: list[Record]) -> str:
     ]
     head = ["dtype", "spectrum", "form", "keller", "worst schedule", "which", "× standard"]
     found = [f"- {line}" for record in records for line in record["failures"]]
-    parts = ["\n".join(map(machine_line, records)), table([*head, "largest σ"], rows)]
+    parts = [machine_lines(records), table([*head, "largest σ"], rows)]
     return "\n\n".join([*parts, "Out of bounds:\n\n" + "\n".join(found)] if found else parts)
 
 
@@ -184,7 +189,7 @@ def overhead_block(records: list[Record]) -> str:
         )
     head = ["GPT", "parameters", "tokens a step", "MuonW, ms", "AdamW, ms", "ratio"]
     head += ["MuonW's share", "AdamW's share", "tokens/s with MuonW"]
-    return "\n".join(map(machine_line, records)) + "\n\n" + table(head, rows)
+    return machine_lines(records) + "\n\n" + table(head, rows)
 
 
 # block of the page -> kind of file it is made from, and how
