@@ -1,13 +1,17 @@
 """The monitor's sinks: what each tracker was given, read back with its own means where it has any.
 
-trackio is not installed where these tests run: its sink is held to the calls that it makes, on a
-stand-in module of a few lines.
+trackio is not among the locked packages (it wants an older pillow than they have): its sink is
+held to the calls that it makes, on a stand-in module of a few lines, and read back where it is
+installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import struct
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -161,6 +165,35 @@ def test_trackio_is_called_as_its_documentation_says(monkeypatch: pytest.MonkeyP
     sampled(Trackio(mine))
     assert len(mine.logged) == 2
     assert not mine.finished
+
+
+# A process of its own: trackio reads its folder when it is imported.
+TRACKIO = """
+import json, sys
+from test_integrations import sampled, scalars
+from muonkit.integrations.trackio import Trackio
+samples = sampled(Trackio(project="muonkit", name="one"))
+from trackio.sqlite_storage import SQLiteStorage
+rows = SQLiteStorage.get_logs("muonkit", "one")
+assert [row["step"] for row in rows] == [1, 2]
+for row, sample in zip(rows, samples, strict=True):
+    for name, value in scalars(sample).items():
+        assert abs(row[f"muon/{name}"] - value) <= 1e-9 * abs(value), name
+    assert sum(row["muon/matrix/qkv[0]/weight/sigma"]["values"]) == 17
+"""
+
+
+def test_trackio_reads_back_what_was_measured(tmp_path: Path) -> None:
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("pip install trackio")
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKIO],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
