@@ -82,6 +82,8 @@ def loss_plot(
     limits = _limits(outcomes, records)
     if limits and limits[1] / max(limits[0], 1e-9) > 4:
         axes.set_yscale("log")
+        # Losses often span less than a decade, whose powers of ten would be one label or none.
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=20))
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     if limits:
