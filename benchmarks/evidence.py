@@ -43,7 +43,7 @@ class Plan:
     """One task: how it is compared, and what is claimed of it.
 
     Attributes:
-        optimizers: adamw is needed.
+        optimizers: muonw and adamw are needed.
         length: options of `muonkit compare` that say how long to train.
         seeds: runs per optimizer.
         points: values in each sweep's grid.
@@ -129,6 +129,9 @@ def run(task: str, plan: Plan, options: argparse.Namespace) -> None:
     if plan.claim:
         words = [task, "--optimizers", "adamw", "--lr", f"adamw={UNTUNED!r}", *shared]
         record["untuned"] = compare(merged(words, further), options.out / f"{task}-untuned")
+        budgets = [r["config"]["budget"] for r in (record, record["untuned"])]
+        if budgets[0] != budgets[1]:
+            raise ValueError(f"{task}: tuned runs of {budgets[0]}, untuned ones of {budgets[1]}")
     options.results.mkdir(parents=True, exist_ok=True)
     for picture in PICTURES:
         shutil.copyfile(out / picture, options.results / f"{task}-{picture}")
@@ -262,7 +265,7 @@ def claim_block(record: Record, claim: str) -> str:
                 cells = [_mean(figure, mine), _mean(figure, theirs)]
                 cells += [_against(figure, mine, theirs), p]
             lines.append([figure.replace("_", " "), name, *cells])
-    head = ["figure", "MuonW against", "MuonW", "AdamW", "MuonW's is", "p"]
+    head = ["figure", "MuonW, tuned, against", "MuonW", "AdamW", "MuonW's is", "p"]
     seeds = f"{len(ours)} seed{'s' if len(ours) != 1 else ''}"
     said = f"**Claimed: {claim}.** Here, after {record['config']['budget']}, {seeds}:"
     return "\n\n".join([said, table(head, lines), _commands(record["untuned"])])
@@ -300,7 +303,9 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--task", choices=list(PLANS), action="append", help="may be repeated")
     parser.add_argument("--seeds", type=int, help="runs per optimizer")
-    parser.add_argument("--optimizers", metavar="A,B,...", help="fewer of them; adamw is needed")
+    parser.add_argument(
+        "--optimizers", metavar="A,B,...", help="fewer of them; muonw and adamw are needed"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--page-only", action="store_true", help="train nothing")

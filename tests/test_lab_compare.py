@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from muonkit.lab import data, report
 from muonkit.lab.cli import main
+from muonkit.lab.compare import Comparison, Session, comparison
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.progress import Lines
@@ -310,7 +312,42 @@ def test_compare_sweeps_on_seed_0_and_reports_it(tmp_path: Path) -> None:
     assert all(f"<td>{lr:g}</td>" in page for lr in first)
 
 
-def test_a_sweep_over_several_seeds_chooses_by_their_mean(tmp_path: Path) -> None:
+class Known(Session):
+    """A session whose runs end with the losses of a table, by learning rate and seed."""
+
+    def __init__(self, asked: Comparison, losses: dict[float, tuple[float | None, ...]]) -> None:
+        self.asked, self.losses = asked, losses
+        self.lines = Lines(Console(quiet=True))
+
+    def run(self, runs: Sequence[Run]) -> list[Result]:
+        found = [self.losses[run.lr][run.seed] for run in runs]
+        return [
+            Result(run.optimizer, run.lr, run.seed, x is None, 1, x, x, None, 0.0, 0.0, 0.0)
+            for run, x in zip(runs, found, strict=True)
+        ]
+
+
+def test_the_mean_chooses_and_one_that_diverges_counts_as_infinite() -> None:
+    losses = {
+        0.001: (2.0, 2.0),
+        0.002: (1.0, 1.0),
+        0.004: (0.9, 1.3),
+        0.008: (0.5, None),
+        0.016: (0.6, 0.6),
+    }
+    for seeds, best in ((2, 0.002), (1, 0.008)):
+        asked = comparison(
+            "digits", ["adamw"], lr={"adamw": 0.004}, sweep=True, points=3, sweep_seeds=seeds
+        )
+        assert Known(asked, losses)._chosen() == {"adamw": (best, None)}
+
+
+def test_a_grid_is_nothing_without_a_sweep() -> None:
+    plain = comparison("digits", ["adamw"])
+    assert comparison("digits", ["adamw"], points=3, sweep_seeds=2).config() == plain.config()
+
+
+def test_compare_sweeps_over_several_seeds_and_reports_their_means(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--optimizers", "adamw,sgd", "--steps", "6", "--lr", "sgd=1e18,adamw=0.004"]
     words += ["--sweep", "--sweep-points", "3", "--sweep-seeds", "2", "--seeds", "3"]

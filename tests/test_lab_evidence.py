@@ -404,6 +404,32 @@ def test_evidence_end_to_end(evidence: Any, tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
+def test_the_sweep_is_shown_by_its_means(evidence: Any) -> None:
+    losses = {(0.01, None): (1.0, 2.0), (0.02, None): (0.5, None), (0.01, 1.0): (1.25, 1.25)}
+    sweep = [
+        {"optimizer": "adamw", "lr": lr, "weight_decay": decay, "val_loss": loss}
+        for (lr, decay), seeds in losses.items()
+        for loss in seeds
+    ]
+    rows = [{"optimizer": "adamw", "lr": 0.01, "weight_decay": 1.0}]
+    text = evidence.sweep_table({"rows": rows, "sweep": sweep})
+    assert "| adamw | **0.01: 1.5000**, 0.02: diverged | 0.1: 1.5000, **1: 1.2500** | 6 |" in text
+
+
+def test_tuned_and_untuned_of_other_lengths_are_refused(
+    evidence: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    budgets = iter(["3 epochs", "1 epoch"])
+    monkeypatch.setattr(
+        evidence, "compare", lambda words, out: {"config": {"budget": next(budgets)}}
+    )
+    assert evidence.main(["--out", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert "digits: tuned runs of 3 epochs, untuned ones of 1 epoch" in capsys.readouterr().err
+
+
 def test_the_page_in_the_repository_has_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     module = _script()

@@ -257,6 +257,7 @@ def test_a_growing_matrix_of_adamws_needs_an_lr(
         ({"lr": "0.1"}, "lr should be a number but is: '0.1'"),
         ({"lr": None}, "lr should be a number but is: None"),
         ({"adamw_lr": True}, "adamw_lr should be a number but is: True"),
+        ({"lr": torch.tensor(0.1)}, r"lr should be a number but is: tensor\(0.1"),
         ({"weight_decay": float("nan")}, "weight_decay should be >= 0 and finite but is: nan"),
     ],
 )

@@ -99,7 +99,8 @@ def test_notebook_runs_where_products_are_in_bfloat16(path: Path, tmp_path: Path
     """Those that hold results to a tolerance."""
     (tmp_path / "sitecustomize.py").write_text(BF16_UNITS)
     check = '\n\n# %%\nassert torch.cpu.get_capabilities()["avx512_bf16"]\n'
-    executed(path.read_text(encoding="utf-8") + check, PYTHONPATH=str(tmp_path))
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    executed(path.read_text(encoding="utf-8") + check, PYTHONPATH=paths)
 
 
 def test_without_data_the_digits_stand_in(tmp_path: Path) -> None:

@@ -258,9 +258,9 @@ for factor, loss in losses.items():
 assert losses[8] < losses[1], "sweep upward"
 
 # %% [markdown]
-# In a full run of this notebook AdamW's best is in the middle of its three, and MuonW improves until
-# 16 times AdamW's. One seed; how many times it is depends on the model and on how long it trains
-# (docs/evidence.md has three tasks).
+# In a full run of this notebook AdamW's best is in the middle of its three, and MuonW improves
+# until 16 times AdamW's. One seed; how many times it is depends on the model and on how long it
+# trains (docs/evidence.md has three tasks).
 #
 # One learning rate for both parts is the simple way. If the AdamW part (embeddings, head) wants to
 # stay where it was, give it its own: `MuonW(model, lr=8 * lr, adamw_lr=lr)`. Hyperparameters are

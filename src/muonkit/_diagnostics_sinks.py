@@ -71,6 +71,7 @@ class JsonLines:
         _OPEN[self._key] = self
 
     def __call__(self, record: dict[str, Any]) -> None:
+        _lock(self._file, self.path)  # again: this process may have read the file meanwhile
         line = json.dumps(_plain(record), allow_nan=False)
         if record["kind"] == "header":
             if line == self._header:
@@ -95,7 +96,8 @@ def _lock(file: BinaryIO, path: str | os.PathLike[str]) -> None:
     """Hold the file for this process; the system lets go even if it is killed.
 
     A lock of the process, not of the open file: a child that is forked, as a DataLoader's, does not
-    keep it.
+    keep it. But the process loses it where it closes any other handle of the file, a reader's too,
+    so it is taken again before each line.
     """
     if fcntl is None:
         return

@@ -371,7 +371,8 @@ def parameter_names(group: Mapping[str, Any]) -> list[str]:
     if len(names) != count:
         raise ValueError(
             f"a param group has {count} parameters and {len(names)} names: change its 'params' and "
-            "'param_names' together, or leave both and set requires_grad_(False) with grad = None"
+            "'param_names' (and the optimizer's state) together, or leave them and set the "
+            "parameter's requires_grad_(False) and grad = None"
         )
     return list(names)
 

@@ -123,9 +123,9 @@ def route(
         ValueError: an option or a width out of range; a width that does not follow from the model.
     """
     _choice("decay", decay, DECAYS)
-    for what, value in (("lr", lr), ("adamw_lr", adamw_lr), ("weight_decay", weight_decay)):
-        if value is not None or what != "adamw_lr":
-            _number(what, value)
+    _number("lr", lr)
+    _number("adamw_lr", lr if adamw_lr is None else adamw_lr)
+    _number("weight_decay", weight_decay)
     base_width = _whole("base_width", base_width)
     routes = routing.route(model, rules, scale="spectral", decay_1d=decay_1d)
     found = roles(model, routes, tied=tied)
@@ -188,9 +188,9 @@ def init_(
     _choice("init", init, INITS)
     routes = routing.route(model, rules, scale="spectral")
     found = roles(model, routes, tied=tied)
-    for what, std in (("embedding_std", embedding_std), ("head_std", head_std)):
-        if std is not None or what != "embedding_std":
-            _number(what, std)
+    if embedding_std is not None:
+        _number("embedding_std", embedding_std)
+    _number("head_std", head_std)
     for r in routes:
         if found[r.name] in ("hidden", "embedding", "head"):
             _refuse_unreachable(r)
@@ -335,7 +335,7 @@ def _whole(what: str, value: Any) -> int:
 
 
 def _number(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} should be a number but is: {value!r}")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{what} should be >= 0 and finite but is: {value!r}")

@@ -145,8 +145,9 @@ def comparison(
         batch_size=batch_size or chosen.batch_size,
         threads=threads or (1 if jobs > 1 else torch.get_num_threads()),
         sweep_decay=sweep_decay,
-        points=points,
-        sweep_seeds=sweep_seeds,
+        # Without a sweep they are nothing that tells one comparison from another.
+        points=points if sweep or sweep_decay else POINTS,
+        sweep_seeds=sweep_seeds if sweep or sweep_decay else 1,
         weight_decay={name: x for name, x in decays.items() if x != defaults[name]},
         jobs=jobs,
         evaluations=evaluations,
@@ -167,7 +168,8 @@ def _by_optimizer(
     return {name: given.get(name, given.get(None, x)) for name, x in defaults.items()}
 
 
-#: Yields runs, is sent the loss of each, returns the learning rate and the decay.
+#: Yields runs (of seed 0, for all seeds that choose), is sent the loss of each, returns the
+#: learning rate and the decay.
 Choice = Generator[list[Run], list[float], tuple[float, float | None]]
 
 
@@ -253,11 +255,11 @@ class Session:
         return [fmean(losses[i : i + count]) for i in range(0, len(losses), count)]
 
     def _chosen(self) -> dict[str, tuple[float, float | None]]:
-        """What every optimizer chooses. They go side by side, so that no process waits for one."""
+        """What every optimizer chooses. What they want to try next is trained together."""
         chosen: dict[str, tuple[float, float | None]] = {}
         searches = {name: self._choose(name) for name in self.asked.optimizers}
         losses: dict[str, list[float] | None] = dict.fromkeys(searches)
-        while searches:
+        while True:
             wanted: dict[str, list[Run]] = {}
             for name, search in list(searches.items()):
                 try:
@@ -265,9 +267,10 @@ class Session:
                 except StopIteration as end:
                     chosen[name] = end.value
                     del searches[name]
+            if not wanted:
+                return chosen
             found = iter(self._mean_losses([run for runs in wanted.values() for run in runs]))
             losses = {name: [next(found) for _ in runs] for name, runs in wanted.items()}
-        return chosen
 
     def all_runs(self) -> list[Run]:
         """Train everything; the runs that count, by optimizer and seed."""
