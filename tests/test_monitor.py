@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -749,6 +750,17 @@ def test_monitors_of_two_processes_do_not_meet_and_a_forked_child_holds_nothing(
     ours.send("end")
     child.join(60)
     assert child.exitcode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_a_line_takes_back_the_lock_that_a_reader_lost(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink.path.read_bytes()  # closing any handle of the file drops the process's lock
+    sink({"kind": "sample"})
+    code = f"from muonkit._diagnostics_sinks import JsonLines; JsonLines({str(sink.path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "a monitor of another process writes to" in done.stderr
+    sink.close()
 
 
 def test_a_parameter_taken_out_without_its_name_is_named() -> None:
