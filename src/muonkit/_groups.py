@@ -26,6 +26,7 @@ __all__ = [
     "OPTION_KEYS",
     "STEP",
     "VARIANCE",
+    "adopt_momentum",
     "beta2_of",
     "complete_group",
     "describe_group",
@@ -37,6 +38,7 @@ __all__ = [
     "refuse_unknown",
     "separate_lr",
     "state_shapes",
+    "unused_name",
     "validate_defaults",
     "validate_group",
 ]
@@ -190,6 +192,37 @@ def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | Non
         rest = [*groups[:number], *groups[number + 1 :], *(others or ())]
         if isinstance(group["lr"], Tensor) and any(group["lr"] is g["lr"] for g in rest):
             group["lr"] = group["lr"].clone()
+
+
+def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """A name for the group that none of the others has: what a framework's learning-rate monitor
+    shows, and wants to be unique. Its own, if it has one.
+
+    Raises:
+        TypeError: its own is no string.
+    """
+    taken = {other["name"] for other in others}
+    name = group.get("name")
+    if name is None:
+        name = group["algorithm"]
+        if name == "muon" and group["view"] != "matrix":
+            name += f" {group['view']}"
+        decay = group["weight_decay"]
+        if name == "adamw" and not isinstance(decay, Tensor) and decay == 0:
+            name += " no decay"
+    elif not isinstance(name, str):
+        raise TypeError(f"a param group's name is a string, got {name!r:.80}")
+    numbered = (name, *(f"{name} {number}" for number in range(2, len(others) + 3)))
+    return next(each for each in numbered if each not in taken)
+
+
+def adopt_momentum(groups: list[dict[str, Any]]) -> None:
+    """OneCycleLR and CyclicLR cycle the momentum of every group of an optimizer that has one: for
+    AdamW's that is beta1, as these schedulers have it for torch's AdamW.
+    """
+    for group in groups:
+        if group["algorithm"] == "adamw" and "momentum" in group:
+            group["betas"] = (group.pop("momentum"), *group["betas"][1:])
 
 
 def refuse_unknown(options: dict[str, Any]) -> None:
@@ -397,7 +430,7 @@ def merge_saved(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dic
         return state_dict  # torch's own error says how they differ
     merged = []
     for own, saved in zip(groups, saved_groups, strict=True):
-        structure = {key: own[key] for key in ("algorithm", "view") if key in own}
+        structure = {key: own[key] for key in ("algorithm", "view", "name") if key in own}
         group = {**own, **saved, **structure}
         _validate_options(group)
         _check_state(own, saved, state_dict["state"])
