@@ -221,7 +221,7 @@ def adopt_momentum(groups: list[dict[str, Any]]) -> None:
     AdamW's that is beta1, as these schedulers have it for torch's AdamW.
     """
     for group in groups:
-        if group["algorithm"] == "adamw" and "momentum" in group:
+        if group["algorithm"] == "adamw" and {"momentum", "betas"} <= group.keys():
             group["betas"] = (group.pop("momentum"), *group["betas"][1:])
 
 
@@ -264,6 +264,7 @@ def validate_group(group: dict[str, Any]) -> None:
 
 
 def _validate_options(group: dict[str, Any]) -> None:
+    _validate_keys(group)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -306,6 +307,23 @@ def _validate_options(group: dict[str, Any]) -> None:
         raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
     if cap is not None and cap < 1:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
+
+
+def _validate_keys(group: dict[str, Any]) -> None:
+    """Refuse a group whose algorithm was changed, or whose options were deleted, after it was made.
+
+    Raises:
+        ValueError: an option is missing.
+    """
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
+    own = ("betas",) if group["algorithm"] == "adamw" else _MUON_KEYS
+    for key in ("lr", "weight_decay", "eps", "maximize", "nonfinite", *own):
+        if key not in group:
+            raise ValueError(
+                f"a group of {group['algorithm']} has no {key!r}: put it back; for another "
+                "algorithm make the optimizer anew"
+            )
 
 
 def _choose(
@@ -457,11 +475,11 @@ def _check_state(own: dict[str, Any], saved: dict[str, Any], state: dict[Any, An
 
 
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `Muon.describe` for one group."""
+    """The rows of `Muon.describe` for one group; frozen parameters are not counted."""
+    params = [p for p in group["params"] if p.requires_grad]
     if group["algorithm"] == "adamw":
-        return [{"group": number, "algorithm": "adamw", "parameters": len(group["params"])}]
+        return [{"group": number, "algorithm": "adamw", "parameters": len(params)}]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    params = group["params"]
     for batch_rows, batch_cols, blocks in planned(params, group):
         for index, block, _ in blocks:
             p = params[index]

@@ -31,6 +31,7 @@ class Known(NamedTuple):
 
     Attributes:
         params, names, shapes: in the group's order.
+        named: whether the names are the model's; else they are numbers.
         trained: whether a layout and state were made; a frozen parameter has none.
     """
 
@@ -38,6 +39,7 @@ class Known(NamedTuple):
     names: list[str]
     shapes: list[torch.Size]
     trained: list[bool]
+    named: bool
 
 
 def is_trained(p: Tensor) -> bool:
@@ -64,6 +66,7 @@ def known_of(groups: Sequence[Mapping[str, Any]]) -> list[Known]:
             parameter_names(group),
             [p.shape for p in group["params"]],
             [is_trained(p) for p in group["params"]],
+            bool(group.get("param_names")),
         )
         for group in groups
     ]
@@ -115,10 +118,8 @@ def predecessors(
         if p in new and old in gone:
             before[p] = old
             del new[p], gone[old]
-    by_name = {names[old]: old for old in gone}
-    for p in list(new):
-        old = by_name.get(now[p])
-        if old is not None:
+    for p, old in _by_name(groups, known, gone):
+        if p in new and old in gone:
             before[p] = old
             del new[p], gone[old]
     unclear = [now[p] for p in new if p not in begun]
@@ -132,7 +133,8 @@ def predecessors(
         if p not in begun and p.shape != shapes[old]:
             raise ValueError(
                 f"{now[p]} has the shape {tuple(p.shape)}, its state was made for "
-                f"{tuple(shapes[old])}: it was resized after the optimizer was made. {_REMEDY}"
+                f"{tuple(shapes[old])}: it was resized after the optimizer was made; nothing was changed. "
+                f"{_REMEDY}"
             )
     return {p: old for p, old in before.items() if p not in begun}
 
@@ -145,6 +147,26 @@ def _by_position(
         for group, before in zip(groups, known, strict=False)
         if len(group["params"]) == len(before.params)
         for pair in zip(group["params"], before.params, strict=True)
+    ]
+
+
+def _by_name(
+    groups: Sequence[Mapping[str, Any]], known: Sequence[Known], gone: Iterable[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    left = set(gone)
+    of_name = {
+        name: p
+        for before in known
+        if before.named
+        for name, p in zip(before.names, before.params, strict=True)
+        if p in left
+    }
+    return [
+        (p, of_name[name])
+        for group in groups
+        if group.get("param_names")
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+        if name in of_name
     ]
 
 

@@ -703,6 +703,23 @@ class MuonW(Muon):
             **options,
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which has to say its algorithm; see `Muon`. Nothing is added when it raises.
+
+        A module is added as MuonW would route it by:
+
+            for group in muonkit.route(module).param_groups():
+                optimizer.add_param_group(group)
+        """
+        if isinstance(param_group, dict) and not {"algorithm", "use_muon"} & param_group.keys():
+            raise ValueError(
+                "the param group does not say which algorithm trains it, and MuonW routes modules, "
+                "not parameters: add a module with 'for group in "
+                "muonkit.route(module).param_groups(): optimizer.add_param_group(group)', or say "
+                "'algorithm': 'muon' or 'adamw' in the group"
+            )
+        super().add_param_group(param_group)
+
 
 def _routes(
     model: nn.Module | Routes, rules: Sequence[Rule], scale: str | None, decay_1d: bool
