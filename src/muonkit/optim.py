@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,9 @@ _LATER_OPTIONS = {
 
 # Schedules that are kept: one for each set of parameters that had gradients lately.
 _MOST_SCHEDULES = 8
+
+# Parameters, gradients and states.
+_AdamWEntries: TypeAlias = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
 
 _DISAGREE = (
     "all ranks have to build the same model and optimizer, and every parameter has to have a "
@@ -289,8 +292,8 @@ class Muon(Optimizer):
         for p in chosen:
             if all(p is not q for q in own):
                 raise ValueError(
-                    f"reset_state got a tensor {tuple(p.shape)} that no param group holds; it takes "
-                    "parameters of this optimizer"
+                    f"reset_state got a tensor {tuple(p.shape)} that no param group holds; it "
+                    "takes parameters of this optimizer"
                 )
         self._settle(chosen)
 
@@ -488,7 +491,7 @@ class Muon(Optimizer):
                 pass
         return True
 
-    def _adamw(self, work: Work) -> list[tuple[dict[str, Any], Any]]:
+    def _adamw(self, work: Work) -> list[tuple[dict[str, Any], _AdamWEntries]]:
         """(group, what `adamw_step_` takes) of AdamW's groups."""
         return [
             (group, self._adamw_entries(params, group))
@@ -579,9 +582,7 @@ class Muon(Optimizer):
             return Entry(local(p), grad, momentum, copies=copies)
         return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
-    def _adamw_entries(
-        self, params: Sequence[Tensor], group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]:
+    def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
         """Of AdamW's parameters what this rank's state is for: parameters, gradients, state."""
         own, grads, states = [], [], []
         for p in params:
