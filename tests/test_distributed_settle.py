@@ -105,9 +105,7 @@ def refused_on_one_rank_refused_on_all(layout: str) -> None:
     if mine:
         group["adjust_lr_fn"] = "typo"
     zoo.set_gradients(model, 1)
-    error, message = (
-        (ValueError, "typo.*nothing") if mine else (RuntimeError, "refused: .*typo")
-    )
+    error, message = (ValueError, "typo.*nothing") if mine else (RuntimeError, "refused: .*typo")
     with pytest.raises(error, match=message):
         optimizer.step()
     assert_unchanged(model, optimizer, before)
