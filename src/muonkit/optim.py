@@ -133,8 +133,9 @@ class Muon(Optimizer):
         adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.forms`).
-        ns_dtype: dtype of the matrix products: "auto" (what the hardware multiplies natively),
-            "float32", "bfloat16", "float16" or "float64". `describe()` tells what auto chose.
+        ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
+            hardware multiplies fastest, see `muonkit.orthogonalize`), "float32", "bfloat16",
+            "float16" or "float64". `describe()` tells what auto chose, and why.
         momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
@@ -491,7 +492,8 @@ class Muon(Optimizer):
             their number; for Muon view, matrices, rows, cols, computed_as (the shape that small
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.forms`), blocks (of rows
             of a symmetric product), gflop (of the products for one matrix), ns_dtype,
-            momentum_dtype, scale, lr (after the scale).
+            ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype, scale,
+            lr (after the scale).
         """
         return [
             row for n, group in enumerate(self.param_groups) for row in describe_group(n, group)
