@@ -32,6 +32,7 @@ __all__ = [
     "dtensor_placements",
     "is_dtensor",
     "is_whole",
+    "listed",
     "local",
     "other_ranks",
     "ranks_per_node",
@@ -135,8 +136,8 @@ class Layouts:
             self._ranks = sorted(ranks)
         elif sorted(ranks) != self._ranks:
             raise ValueError(
-                f"{name} lies on ranks {_listed(sorted(ranks))}, others of this optimizer on "
-                f"{_listed(self._ranks)}: all parameters of one optimizer share one set of ranks; "
+                f"{name} lies on ranks {listed(sorted(ranks))}, others of this optimizer on "
+                f"{listed(self._ranks)}: all parameters of one optimizer share one set of ranks; "
                 "distribute them over meshes of the same ranks, or make an optimizer for each set"
             )
 
@@ -370,7 +371,7 @@ def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> Dev
         if axis is None or not root.mesh_dim_names:
             ranks = torch.distributed.get_process_group_ranks(group)
             raise ValueError(
-                f"parameters are on {full}, of which process_group (ranks {_listed(ranks)}) is no "
+                f"parameters are on {full}, of which process_group (ranks {listed(ranks)}) is no "
                 "axis, nor of the mesh that it was cut from: make one mesh with named axes, "
                 'init_device_mesh(..., mesh_dim_names=("dp", "tp")), shard over mesh["tp"], and '
                 'pass process_group=mesh["dp"]; or leave process_group out if the placements say '
@@ -473,7 +474,7 @@ def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None
     return _groups[key]
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
     return f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
 
 

@@ -27,6 +27,7 @@ from muonkit._groups import (
     validate_group,
 )
 from muonkit._optim_batches import Entry, make
+from muonkit._optim_dtypes import look_at_others, post
 from muonkit._optim_gradients import (
     Verdict,
     clip_gradients_,
@@ -275,6 +276,8 @@ class Muon(Optimizer):
             self.__dict__["_step_together"] = disable(self._step_together)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._make_state(self.param_groups)
+        if layouts.domain is None:
+            self._told = post(self)
 
     @torch.no_grad()
     def _make_state(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -328,7 +331,9 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; or, on every rank and before anything is sent, ranks
                 that disagree: in hyperparameters, shapes, or which parameters have a gradient. Or a
-                rank ended while others waited for it.
+                rank ended while others waited for it. Or `ns_dtype="auto"` is another dtype on
+                another rank; where ranks exchange nothing (plain DDP) each looks for that at its
+                first step, in the store at which they met.
             FloatingPointError: see `nonfinite`.
         """
         if self._observer is not None:
@@ -352,6 +357,7 @@ class Muon(Optimizer):
 
     def _step_alone(self) -> bool:
         """Whether the step took place: of parameters that no other rank shares."""
+        look_at_others(self._told)
         work = with_gradients(self.param_groups)
         refuse_sparse(work)
         warn_if_idle(work)
