@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
-from muonkit._torch import own_modules, own_parameters
+from muonkit._torch import WRAPPERS, own_modules, own_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,8 +39,6 @@ def name_set(text: str) -> frozenset[str]:
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-# Wrappers that put one component into every name below them and change nothing else.
-_WRAPPER_COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # PEFT keeps the module it adapts under these.
 _ADAPTED_COMPONENTS = ("base_layer", "original_module")
 
@@ -137,7 +135,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, DistributedDataParallel, DataParallel, AveragedModel."""
     while True:
         children = dict(model.named_children())
-        inner = next((children[c] for c in _WRAPPER_COMPONENTS if c in children), None)
+        inner = next((children[c] for c in WRAPPERS if c in children), None)
         if inner is None and list(children) == ["module"] and not own_parameters(model):
             # A user's own single-child model is told apart by its name in the children alone;
             # taking it off changes nothing but the prefix "module.".
@@ -170,7 +168,7 @@ def _walk(root: nn.Module) -> Iterator[_Place]:
         for child_name, child in own_modules(module).items():
             if child is None or any(child is above for above in chain):
                 continue
-            clean = child_name not in _WRAPPER_COMPONENTS
+            clean = child_name not in WRAPPERS
             child_path = f"{name}.{child_name}".lstrip(".") if clean else name
             yield from visit(child_path, (*chain, child), (*parts, child_name))
 
@@ -188,7 +186,7 @@ def _effective(
     names: list[str] = []
     skip_key = False
     for part, module in zip(parts, chain[1:], strict=True):
-        if skip_key or part in _WRAPPER_COMPONENTS or part in _ADAPTED_COMPONENTS:
+        if skip_key or part in WRAPPERS or part in _ADAPTED_COMPONENTS:
             modules[-1] = module
             skip_key = False
         elif part == "modules_to_save":

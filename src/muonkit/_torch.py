@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONSTANT_MARK",
+    "FLAT_PARAMETER",
+    "WRAPPERS",
     "cpu_capabilities",
     "default_store",
     "is_watched_by_func",
@@ -37,6 +39,13 @@ __all__ = [
 
 # What `torch.compiler.assume_constant_result` writes on a function (see `muonkit._compile`).
 CONSTANT_MARK = "_dynamo_marked_constant"
+
+# torch.compile's, FSDP1's and activation checkpointing's wrappers put these into every name below
+# them, and change nothing else.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+# What FSDP1 calls a parameter that it has made of several.
+FLAT_PARAMETER = "_flat_param"
 
 
 def cpu_capabilities() -> dict[str, bool]:
