@@ -20,6 +20,7 @@ from muonkit._diagnostics_spectra import (
 from muonkit._optim_batches import place
 from muonkit._optim_gradients import local_gradient
 from muonkit._optim_layout import is_dtensor, local
+from muonkit._torch import local_box
 from muonkit.scale import scale_factor
 from muonkit.views import blocks_of
 
@@ -85,10 +86,7 @@ class _Names:
 
 
 def _offset(p: Any) -> tuple[int, ...]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, at = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return tuple(at)
+    return local_box(p.shape, p.device_mesh, p.placements)[1]
 
 
 class Sampler:

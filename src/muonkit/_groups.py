@@ -501,6 +501,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "blocks": choice.blocks,
                     "gflop": choice.flops / 1e9,
                     "ns_dtype": str(choice.dtype),
+                    "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,

@@ -10,6 +10,7 @@ from torch import Tensor
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
 from muonkit._optim_layout import is_dtensor, local
 from muonkit._optim_shared import state_placement
+from muonkit._torch import local_box
 from muonkit.placement import slices
 from muonkit.variants import VARIANTS
 
@@ -147,10 +148,7 @@ def _moved(tensor: Tensor, like: Tensor) -> Tensor:
                 "set_state_dict, which go from any number of ranks to any other"
             )
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+    size, offset = local_box(like.shape, *_spread(like))
     box = tuple((a, a + n) for a, n in zip(offset, size, strict=True))
     whole = tuple((0, n) for n in tensor.shape)
     local(like).copy_(tensor[slices(box, whole)])

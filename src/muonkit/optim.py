@@ -31,6 +31,7 @@ from muonkit._groups import (
 )
 from muonkit._optim_batches import Entry, make
 from muonkit._optim_checks import Options, check_gradients, check_parts
+from muonkit._optim_dtypes import look_at_others, post
 from muonkit._optim_gradients import (
     Verdict,
     clip_gradients_,
@@ -141,8 +142,9 @@ class Muon(Optimizer):
         adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.forms`).
-        ns_dtype: dtype of the matrix products: "auto" (what the hardware multiplies natively),
-            "float32", "bfloat16", "float16" or "float64". `describe()` tells what auto chose.
+        ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
+            hardware multiplies fastest, see `muonkit.orthogonalize`), "float32", "bfloat16",
+            "float16" or "float64". `describe()` tells what auto chose, and why.
         momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
@@ -341,6 +343,8 @@ class Muon(Optimizer):
         self.state = defaultdict(dict, {**others, **frozen, **carried})
         self._make_state(trained)
         self._known = known_of(self.param_groups)
+        if layouts.domain is None:
+            self._told = post(self)
 
     @torch.no_grad()
     def _make_state(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -403,7 +407,9 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; or, on every rank and before anything is sent, ranks
                 that disagree: in hyperparameters, shapes, or which parameters have a gradient. Or a
-                rank ended while others waited for it.
+                rank ended while others waited for it. Or `ns_dtype="auto"` is another dtype on
+                another rank; where ranks exchange nothing (plain DDP) each looks for that at its
+                first step, in the store at which they met.
             FloatingPointError: see `nonfinite`.
         """
         if self._observer is not None:
@@ -445,6 +451,7 @@ class Muon(Optimizer):
         work = self._work()
         if self._layouts.domain is not None:  # sharded since the last step
             return self._step_together()
+        look_at_others(self._told)
         warn_if_idle(work)
         verdict = judge(work)
         if not verdict.may_step(verdict.vote):
@@ -604,7 +611,8 @@ class Muon(Optimizer):
             their number; for Muon view, matrices, rows, cols, computed_as (the shape that small
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.forms`), blocks (of rows
             of a symmetric product), gflop (of the products for one matrix), ns_dtype,
-            momentum_dtype, scale, lr (after the scale).
+            ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype, scale,
+            lr (after the scale).
         """
         self._settle()
         return [
