@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from muonkit._optim_layout import Layouts
     from muonkit.placement import Placement
 
-__all__ = ["adopt_state", "ensure_state"]
+__all__ = ["adopt_state", "carried_state", "ensure_state"]
 
 
 class _Kept(NamedTuple):
@@ -73,6 +73,26 @@ def ensure_state(
             state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=device)
 
 
+def carried_state(
+    before: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> dict[str, Any]:
+    """The state of a parameter that another stood for until now, or that was laid out otherwise:
+    the same values, in the layout that it has now. What lies right is not copied.
+    """
+    state = dict(before)
+    for key, dtype in _dtypes(p, group):
+        have = state.get(key)
+        if have is None:
+            continue
+        if have.is_meta and not p.is_meta:
+            del state[key]
+            continue
+        kept = _kept(key, dtype, p, group, layouts)
+        if is_dtensor(have) or kept.lives is not None:
+            state[key] = _moved(have.to(p.device, dtype), _zeros(kept, p, layouts))
+    return state
+
+
 def adopt_state(
     state: dict[str, Any],
     saved: Mapping[str, Any],
@@ -122,7 +142,9 @@ def _moved(tensor: Tensor, like: Tensor) -> Tensor:
     if is_dtensor(tensor) and not is_a_part(tensor):
         tensor = local(tensor)
     if is_dtensor(tensor) and is_dtensor(like) and _spread(tensor) == _spread(like):
-        # On our own mesh: an unpickled one has no process groups.
+        if tensor.device_mesh is like.device_mesh:  # type: ignore[attr-defined]
+            return tensor
+        # An unpickled mesh has not our process groups.
         local(like).copy_(local(tensor))
         return like
     if is_dtensor(tensor):
