@@ -30,6 +30,7 @@ __all__ = [
     "Layouts",
     "cuts_experts_only",
     "dtensor_placements",
+    "is_a_part",
     "is_dtensor",
     "is_whole",
     "listed",
@@ -204,6 +205,14 @@ def is_dtensor(tensor: Tensor) -> bool:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_a_part(tensor: Any) -> bool:
+    """Whether a rank has only a part of a tensor."""
+    if not is_dtensor(tensor):
+        return False
+    axes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return any(n > 1 and not placement.is_replicate() for n, placement in axes)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from muonkit._groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
-    merge_saved,
     refuse_unknown,
     separate_lr,
     unused_name,
@@ -44,6 +43,7 @@ from muonkit._optim_gradients import (
     with_gradients,
 )
 from muonkit._optim_layout import Layouts, local
+from muonkit._optim_saved import merge_saved, whole_state
 from muonkit._optim_schedule import (
     Schedule,
     gradients,
@@ -195,6 +195,8 @@ class Muon(Optimizer):
     """
 
     _observer: Observer | None = None  # a Monitor's, in the steps that it samples
+    # Since `consolidate_state_dict`, on the rank that has it: the whole state, until it changes.
+    _whole: dict[Any, dict[str, Any]] | None = None
 
     def __init__(
         self,
@@ -342,7 +344,7 @@ class Muon(Optimizer):
         others = {key: self.state[key] for key in self.state if not isinstance(key, Tensor)}
         self.state = defaultdict(dict, {**others, **frozen, **carried})
         self._make_state(trained)
-        self._known = known_of(self.param_groups)
+        self._known, self._whole = known_of(self.param_groups), None
         if layouts.domain is None:
             self._told = post(self)
 
@@ -370,32 +372,68 @@ class Muon(Optimizer):
             self._settle_all(Layouts(), {p: p for p in self.state})
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's: state by the number of the parameter, and the groups.
+        """torch's: the state of each parameter by its number, and the groups.
+
+        Where the state is sharded (zero=1, FSDP2) each rank's has its own part, as DTensors, which
+        no other rank can load: see `consolidate_state_dict`, or save with
+        torch.distributed.checkpoint.
 
         Raises:
             ValueError: the groups hold parameters that cannot be mapped to what they held before.
         """
         self._settle()
-        return super().state_dict()
+        if self._whole is None:
+            return super().state_dict()
+        parts, self.state = self.state, defaultdict(dict, self._whole)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = parts
 
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Make the whole state known to one rank, as `torch.distributed.optim`'s
+        ZeroRedundancyOptimizer does: all ranks call this together.
+
+        Until the next step (or load) `state_dict` of that rank has every tensor whole, as a plain
+        tensor on the CPU, and can be loaded on any number of ranks and in any layout. That of the
+        other ranks has their own parts, as ever. Nothing is to be done, nor is it, where every rank
+        has everything. Other ranks hold one whole tensor at a time.
+
+        Args:
+            to: the rank, counted in the ranks that share this optimizer's parameters.
+
+        Raises:
+            ValueError: there is no such rank.
+            RuntimeError: on every rank, if they differ in `to` or in what they keep.
+        """
+        self._settle()
+        self._whole = whole_state(self.param_groups, self.state, self._layouts, to)
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, of `torch.optim.Muon` or of one with the same keys.
 
-        Hyperparameters that it lacks keep their value here; view and algorithm are always kept.
+        Hyperparameters that it lacks keep their value here. Names and structure (algorithm, view)
+        are always the model's own: where both sides have the parameters' names, the state goes by
+        name, in whatever order it was saved; else by position.
         For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
 
         Raises:
-            ValueError: other groups, other algorithms or other shapes than here, or options that
-                the constructor refuses; nothing is loaded.
+            ValueError: other groups, names, algorithms or shapes than here, options that the
+                constructor refuses, a parameter without state or with a part of it, or state that
+                lies on several ranks and is not this rank's part; nothing is loaded.
         """
         self._settle()
-        merged = merge_saved(self.param_groups, state_dict)
+        merged = merge_saved(self.param_groups, state_dict, self.state)
+        self._whole = None
         super().load_state_dict(merged)
         for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 before = merged["state"].get(key)
                 if before:
                     adopt_state(self.state[p], before, p, group, self._layouts)
+        self._make_state(self.param_groups)  # of what has none, and counts of another dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -418,6 +456,8 @@ class Muon(Optimizer):
 
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
+        if self._whole is not None:
+            self._whole = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
