@@ -10,7 +10,6 @@ from torch import Tensor
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
 from muonkit._optim_layout import is_dtensor, local
 from muonkit._optim_shared import state_placement
-from muonkit.placement import slices
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def adopt_state(
         if kept.dtype != loaded.dtype and (sharded or torch.equal(exact.to(loaded), loaded)):
             loaded = exact.to(p.device, kept.dtype, copy=True)
         if is_dtensor(loaded) or kept.lives is not None:
-            loaded = _moved(loaded, _zeros(kept, p, layouts))
+            loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)
         state[kept.key] = loaded
 
 
@@ -112,7 +111,7 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
     return layouts.new_state(p, kept.dtype, kept.shape, kept.lives)
 
 
-def _moved(tensor: Tensor, like: Tensor) -> Tensor:
+def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
     """The same values, laid out as `like`."""
     if not is_dtensor(like):
         return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
@@ -127,13 +126,12 @@ def _moved(tensor: Tensor, like: Tensor) -> Tensor:
                 "set_state_dict, which go from any number of ranks to any other"
             )
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
-    box = tuple((a, a + n) for a, n in zip(offset, size, strict=True))
-    whole = tuple((0, n) for n in tensor.shape)
-    local(like).copy_(tensor[slices(box, whole)])
+    # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.
+    assert kept.lives is not None
+    at, whole = layouts[p].at, tuple(tensor.shape)
+    for box in kept.lives.parts(whole, at, tuple((0, n) for n in whole)):
+        inside = kept.lives.slices(whole, at, box)
+        local(like)[inside].copy_(tensor[tuple(slice(a, b) for a, b in box)])
     return like
 
 
