@@ -26,6 +26,7 @@ __all__ = [
     "OPTION_KEYS",
     "STEP",
     "VARIANCE",
+    "adopt_momentum",
     "beta2_of",
     "complete_group",
     "describe_group",
@@ -37,6 +38,7 @@ __all__ = [
     "refuse_unknown",
     "separate_lr",
     "state_shapes",
+    "unused_name",
     "validate_defaults",
     "validate_group",
 ]
@@ -192,6 +194,37 @@ def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | Non
             group["lr"] = group["lr"].clone()
 
 
+def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """A name for the group that none of the others has: what a framework's learning-rate monitor
+    shows, and wants to be unique. Its own, if it has one.
+
+    Raises:
+        TypeError: its own is no string.
+    """
+    taken = {other["name"] for other in others}
+    name = group.get("name")
+    if name is None:
+        name = group["algorithm"]
+        if name == "muon" and group["view"] != "matrix":
+            name += f" {group['view']}"
+        decay = group["weight_decay"]
+        if name == "adamw" and not isinstance(decay, Tensor) and decay == 0:
+            name += " no decay"
+    elif not isinstance(name, str):
+        raise TypeError(f"a param group's name is a string, got {name!r:.80}")
+    numbered = (name, *(f"{name} {number}" for number in range(2, len(others) + 3)))
+    return next(each for each in numbered if each not in taken)
+
+
+def adopt_momentum(groups: list[dict[str, Any]]) -> None:
+    """OneCycleLR and CyclicLR cycle the momentum of every group of an optimizer that has one: for
+    AdamW's that is beta1, as these schedulers have it for torch's AdamW.
+    """
+    for group in groups:
+        if group["algorithm"] == "adamw" and {"momentum", "betas"} <= group.keys():
+            group["betas"] = (group.pop("momentum"), *group["betas"][1:])
+
+
 def refuse_unknown(options: dict[str, Any]) -> None:
     """Refuse keyword arguments that `MuonW` has not, with the name it has for AdamW's.
 
@@ -231,6 +264,7 @@ def validate_group(group: dict[str, Any]) -> None:
 
 
 def _validate_options(group: dict[str, Any]) -> None:
+    _validate_keys(group)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -273,6 +307,23 @@ def _validate_options(group: dict[str, Any]) -> None:
         raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
     if cap is not None and cap < 1:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
+
+
+def _validate_keys(group: dict[str, Any]) -> None:
+    """Refuse a group whose algorithm was changed, or whose options were deleted, after it was made.
+
+    Raises:
+        ValueError: an option is missing.
+    """
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
+    own = ("betas",) if group["algorithm"] == "adamw" else _MUON_KEYS
+    for key in ("lr", "weight_decay", "eps", "maximize", "nonfinite", *own):
+        if key not in group:
+            raise ValueError(
+                f"a group of {group['algorithm']} has no {key!r}: put it back; for another "
+                "algorithm make the optimizer anew"
+            )
 
 
 def _choose(
@@ -397,7 +448,7 @@ def merge_saved(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dic
         return state_dict  # torch's own error says how they differ
     merged = []
     for own, saved in zip(groups, saved_groups, strict=True):
-        structure = {key: own[key] for key in ("algorithm", "view") if key in own}
+        structure = {key: own[key] for key in ("algorithm", "view", "name") if key in own}
         group = {**own, **saved, **structure}
         _validate_options(group)
         _check_state(own, saved, state_dict["state"])
@@ -424,11 +475,11 @@ def _check_state(own: dict[str, Any], saved: dict[str, Any], state: dict[Any, An
 
 
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `Muon.describe` for one group."""
+    """The rows of `Muon.describe` for one group; frozen parameters are not counted."""
+    params = [p for p in group["params"] if p.requires_grad]
     if group["algorithm"] == "adamw":
-        return [{"group": number, "algorithm": "adamw", "parameters": len(group["params"])}]
+        return [{"group": number, "algorithm": "adamw", "parameters": len(params)}]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    params = group["params"]
     for batch_rows, batch_cols, blocks in planned(params, group):
         for index, block, _ in blocks:
             p = params[index]

@@ -92,6 +92,12 @@ class Layouts:
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
 
+    def anew(self) -> Layouts:
+        """For other parameters, with what was asked for here."""
+        other = Layouts(self.group, self.zero)
+        other._asked, other.scattered = self._asked, self.scattered
+        return other
+
     def __getitem__(self, p: Tensor) -> Layout:
         return self._layouts[p]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from muonkit._optim_layout import Layouts
     from muonkit.placement import Placement
 
-__all__ = ["adopt_state", "ensure_state"]
+__all__ = ["adopt_state", "carried_state", "ensure_state"]
 
 
 class _Kept(NamedTuple):
@@ -70,6 +70,26 @@ def ensure_state(
             count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
             # A checkpoint may be of an optimizer that counts its steps in a number or in int64.
             state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=device)
+
+
+def carried_state(
+    before: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> dict[str, Any]:
+    """The state of a parameter that another stood for until now, or that was laid out otherwise:
+    the same values, in the layout that it has now. What lies right is not copied.
+    """
+    state = dict(before)
+    for key, dtype in _dtypes(p, group):
+        have = state.get(key)
+        if have is None:
+            continue
+        if have.is_meta and not p.is_meta:
+            del state[key]
+            continue
+        kept = _kept(key, dtype, p, group, layouts)
+        if is_dtensor(have) or kept.lives is not None:
+            state[key] = _moved(have.to(p.device, dtype), _zeros(kept, p, layouts))
+    return state
 
 
 def adopt_state(
