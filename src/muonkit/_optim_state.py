@@ -10,8 +10,6 @@ from torch import Tensor
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
 from muonkit._optim_layout import is_a_part, is_dtensor, local
 from muonkit._optim_shared import state_placement
-from muonkit._torch import local_box
-from muonkit.placement import slices
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -90,7 +88,9 @@ def carried_state(
             continue
         kept = _kept(key, dtype, p, group, layouts)
         if is_dtensor(have) or kept.lives is not None:
-            state[key] = _moved(have.to(p.device, dtype), _zeros(kept, p, layouts))
+            state[key] = _moved(
+                have.to(p.device, dtype), _zeros(kept, p, layouts), kept, layouts, p
+            )
     return state
 
 
@@ -118,7 +118,7 @@ def adopt_state(
         if kept.dtype != loaded.dtype and (sharded or _same(exact.to(loaded), loaded)):
             loaded = exact.to(p.device, kept.dtype, copy=True)
         if is_dtensor(loaded) or kept.lives is not None:
-            loaded = _moved(loaded, _zeros(kept, p, layouts))
+            loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)
         state[kept.key] = loaded
 
 
@@ -138,7 +138,7 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
     return layouts.new_state(p, kept.dtype, kept.shape, kept.lives)
 
 
-def _moved(tensor: Tensor, like: Tensor) -> Tensor:
+def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
     """The same values, laid out as `like`."""
     if is_dtensor(tensor) and not is_a_part(tensor):
         tensor = local(tensor)
@@ -152,10 +152,12 @@ def _moved(tensor: Tensor, like: Tensor) -> Tensor:
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     if not is_dtensor(like):
         return tensor
-    size, offset = local_box(like.shape, *_spread(like))
-    box = tuple((a, a + n) for a, n in zip(offset, size, strict=True))
-    whole = tuple((0, n) for n in tensor.shape)
-    local(like).copy_(tensor[slices(box, whole)])
+    # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.
+    assert kept.lives is not None
+    at, whole = layouts[p].at, tuple(tensor.shape)
+    for box in kept.lives.parts(whole, at, tuple((0, n) for n in whole)):
+        inside = kept.lives.slices(whole, at, box)
+        local(like)[inside].copy_(tensor[tuple(slice(a, b) for a, b in box)])
     return like
 
 
