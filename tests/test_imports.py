@@ -22,7 +22,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "muonkit"
 # `scale` is a leaf since the routing table prints the scale of each parameter. A private helper
 # `_NAME_...` is part of NAME; one of another name has its place here.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lab", "_cli"),
+    ("lab", "_cli", "__main__"),
     ("muonkit",),
     ("integrations", "diagnostics"),
     ("optim", "mup", "_groups", "convert"),
@@ -264,3 +264,14 @@ def test_import_adds_no_other_package_and_nothing_distributed() -> None:
     known = {"muonkit", "torch", *sys.stdlib_module_names}
     assert [name for name in added if name.partition(".")[0] not in known] == []
     assert len(added) <= MOST_NEW_MODULES, added
+
+
+def test_every_public_name_is_listed_by_dir() -> None:
+    """Those too that are imported when they are asked for; being listed imports none of them."""
+    code = (
+        "import sys, muonkit\n"
+        "assert set(muonkit.__all__) <= set(dir(muonkit)), set(muonkit.__all__) - set(dir(muonkit))\n"
+        "assert 'muonkit.diagnostics' not in sys.modules\n"
+        "assert all(getattr(muonkit, name) is not None for name in muonkit.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
