@@ -64,7 +64,8 @@ def ensure_state(
         elif have.dtype != dtype or have.device != device:
             state[key] = have.to(device, dtype)
     if adamw or VARIANTS[group["variant"]].state != "none":
-        count = state.get(STEP, 0.0)
+        count = state.get(STEP)
+        count = 0.0 if count is None else count
         kept = isinstance(count, Tensor) and not count.is_meta
         if not kept or count.device != device or count.dtype != torch.float32:
             count = 0.0 if isinstance(count, Tensor) and count.is_meta else count

@@ -340,7 +340,8 @@ class Muon(Optimizer):
             self.__dict__["_step_together"] = disable(self._step_together)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._options = Options()
-        frozen = {p: self.state[q] for p, q in before.items() if q in self.state}
+        held = {p for group in self.param_groups for p in group["params"]}
+        frozen = {p: self.state[before[p]] for p in held if before.get(p) in self.state}
         others = {key: self.state[key] for key in self.state if not isinstance(key, Tensor)}
         self.state = defaultdict(dict, {**others, **frozen, **carried})
         self._make_state(trained)
@@ -355,6 +356,7 @@ class Muon(Optimizer):
                 ensure_state(self.state[p], p, group, self._layouts)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         if self._layouts.domain is not None:
             raise TypeError(
                 "an optimizer whose parameters several ranks share cannot be pickled or copied: "
@@ -579,6 +581,7 @@ class Muon(Optimizer):
             RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
         """
         self._settle()
+        refuse_sparse(with_gradients(self.param_groups))
         params = [p for group in self.param_groups for p in group["params"]]
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 
