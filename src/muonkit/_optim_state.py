@@ -10,7 +10,7 @@ from torch import Tensor
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
 from muonkit._optim_layout import is_dtensor, local
 from muonkit._optim_shared import state_placement
-from muonkit._torch import local_box
+from muonkit._torch import local_box, whole_tensor
 from muonkit.placement import slices
 from muonkit.variants import VARIANTS
 
@@ -116,7 +116,7 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
 def _moved(tensor: Tensor, like: Tensor) -> Tensor:
     """The same values, laid out as `like`."""
     if not is_dtensor(like):
-        return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+        return whole_tensor(tensor) if is_dtensor(tensor) else tensor
     if is_dtensor(tensor):
         if _spread(tensor) == _spread(like):
             return tensor
@@ -127,7 +127,7 @@ def _moved(tensor: Tensor, like: Tensor) -> Tensor:
                 "save and load it with torch.distributed.checkpoint and get_state_dict, "
                 "set_state_dict, which go from any number of ranks to any other"
             )
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        tensor = whole_tensor(tensor)
     size, offset = local_box(like.shape, *_spread(like))
     box = tuple((a, a + n) for a, n in zip(offset, size, strict=True))
     whole = tuple((0, n) for n in tensor.shape)

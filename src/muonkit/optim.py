@@ -343,7 +343,8 @@ class Muon(Optimizer):
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
-            with torch.enable_grad():
+            enable_grad: Any = torch.enable_grad  # untyped in torch 2.9
+            with enable_grad():
                 loss = closure()
         alone = self._layouts.domain is None
         try:
