@@ -35,6 +35,7 @@ __all__ = [
     "root_mesh",
     "strided_shard",
     "timeout_of",
+    "whole_tensor",
 ]
 
 # What `torch.compiler.assume_constant_result` writes on a function (see `muonkit._compile`).
@@ -126,6 +127,25 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
         ask = functools.partial(vars(device_mesh)["_mesh_resources"].get_root_mesh, mesh)
     root: DeviceMesh = ask()
     return root
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """All of a DTensor, on every rank of its mesh: all of them call this.
+
+    torch 2.9's `full_tensor` puts rows in the wrong places where a dim that two mesh axes cut does
+    not divide by both (10 rows over 2 x 2 ranks); 2.11's does not.
+    """
+    if not any(hasattr(placement, "split_factor") for placement in tensor.placements):
+        return tensor.full_tensor()  # type: ignore[no-any-return]
+    size, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
+    own = local_tensor(tensor).detach()
+    found = own.new_zeros(tensor.shape)
+    found[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))] = own
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            # Each entry is on one rank of the axis, and zero on its others.
+            torch.distributed.all_reduce(found, group=tensor.device_mesh.get_group(axis))
+    return found
 
 
 def timeout_of(group: ProcessGroup) -> Any:

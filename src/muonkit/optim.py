@@ -461,7 +461,8 @@ class Muon(Optimizer):
         if self._whole is not None:
             self._whole = None
         if closure is not None:
-            with torch.enable_grad():
+            enable_grad: Any = torch.enable_grad  # untyped in torch 2.9
+            with enable_grad():
                 loss = closure()
         try:
             alone = self._layouts.domain is None
