@@ -88,7 +88,8 @@ def carried_state(
             continue
         kept = _kept(key, dtype, p, group, layouts)
         if is_dtensor(have) or kept.lives is not None:
-            state[key] = _moved(have.to(p.device, dtype), _zeros(kept, p, layouts))
+            like = _zeros(kept, p, layouts)
+            state[key] = _moved(have.to(p.device, dtype), like, kept, layouts, p)
     return state
 
 
