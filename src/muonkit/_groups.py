@@ -32,7 +32,6 @@ __all__ = [
     "describe_group",
     "drop_foreign_keys",
     "flops_of",
-    "merge_saved",
     "momentum_dtype",
     "parameter_names",
     "products_of",
@@ -42,6 +41,7 @@ __all__ = [
     "unused_name",
     "validate_defaults",
     "validate_group",
+    "validate_options",
 ]
 
 # What `orthogonalize` takes from a group, in its order.
@@ -259,12 +259,17 @@ def validate_group(group: dict[str, Any]) -> None:
     Raises:
         ValueError, TypeError, RuntimeError: as documented in `Muon`.
     """
-    _validate_options(group)
+    validate_options(group)
     for name, p in zip(parameter_names(group), group["params"], strict=True):
         _validate_parameter(name, p, group)
 
 
-def _validate_options(group: dict[str, Any]) -> None:
+def validate_options(group: dict[str, Any]) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        ValueError, TypeError: there is one.
+    """
     _validate_keys(group)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -438,52 +443,6 @@ def parameter_names(group: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
-def merge_saved(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with what its groups lack filled in from ours; view and algorithm are ours.
-
-    Raises:
-        ValueError: it is another model's or another optimizer's, or has options out of range.
-    """
-    missing = {"state", "param_groups"} - set(state_dict)
-    if missing:
-        raise ValueError(f"no optimizer state dict: it lacks {sorted(missing)}")
-    saved_groups = state_dict["param_groups"]
-    for number, (own, saved) in enumerate(zip(groups, saved_groups, strict=False)):
-        if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
-            raise ValueError(
-                f"group {number} of the state dict is trained by {saved['algorithm']}, here by "
-                f"{own['algorithm']}; build the optimizer with the routes it was saved with"
-            )
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
-        return state_dict  # torch's own error says how they differ
-    merged = []
-    for own, saved in zip(groups, saved_groups, strict=True):
-        structure = {key: own[key] for key in ("algorithm", "view", "name") if key in own}
-        group = {**own, **saved, **structure}
-        _validate_options(group)
-        _check_state(own, saved, state_dict["state"])
-        merged.append({**group, "params": saved["params"]})
-    return {**state_dict, "param_groups": merged}
-
-
-def _check_state(own: dict[str, Any], saved: dict[str, Any], state: dict[Any, Any]) -> None:
-    for name, p, key in zip(parameter_names(own), own["params"], saved["params"], strict=True):
-        entry = state.get(key)
-        if not entry:
-            continue
-        for kind, shape in state_shapes(p, own).items():
-            if kind not in entry:
-                raise ValueError(
-                    f"the state dict has {', '.join(map(str, entry))} for {name}, no {kind}: "
-                    f"it was saved by another optimizer than {own['algorithm']}"
-                )
-            if tuple(entry[kind].shape) != shape:
-                raise ValueError(
-                    f"the state dict's {kind} for {name} has shape {tuple(entry[kind].shape)}, the "
-                    f"parameter {tuple(p.shape)} wants {shape}; it was saved from another model"
-                )
-
-
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of `Muon.describe` for one group; frozen parameters are not counted."""
     params = [p for p in group["params"] if p.requires_grad]
@@ -511,6 +470,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "blocks": choice.blocks,
                     "gflop": choice.flops / 1e9,
                     "ns_dtype": str(choice.dtype),
+                    "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,

@@ -91,7 +91,7 @@ def check_gradients(
                 and grad.device == p.device
                 and grad.dtype in _DTYPES
                 and p.dtype in _DTYPES
-                and _fits(state[p] if p in state else {}, p, group)
+                and _fits(state.get(p, {}), p, group)
             ):
                 _refuse(parameter_names(group)[index], p, group, state)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from muonkit._groups import parameter_names
+from muonkit._torch import local_tensor, root_mesh, strided_shard, timeout_of
 from muonkit.exchange import Domain
 from muonkit.placement import Axis, Placement, replicated, shared_out
 from muonkit.views import View
@@ -29,8 +30,10 @@ __all__ = [
     "Layouts",
     "cuts_experts_only",
     "dtensor_placements",
+    "is_a_part",
     "is_dtensor",
     "is_whole",
+    "listed",
     "local",
     "other_ranks",
 ]
@@ -147,8 +150,8 @@ class Layouts:
             self._ranks = sorted(ranks)
         elif sorted(ranks) != self._ranks:
             raise ValueError(
-                f"{name} lies on ranks {_listed(sorted(ranks))}, others of this optimizer on "
-                f"{_listed(self._ranks)}: all parameters of one optimizer share one set of ranks; "
+                f"{name} lies on ranks {listed(sorted(ranks))}, others of this optimizer on "
+                f"{listed(self._ranks)}: all parameters of one optimizer share one set of ranks; "
                 "distribute them over meshes of the same ranks, or make an optimizer for each set"
             )
 
@@ -204,12 +207,19 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_a_part(tensor: Any) -> bool:
+    """Whether a rank has only a part of a tensor."""
+    if not is_dtensor(tensor):
+        return False
+    axes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return any(n > 1 and not placement.is_replicate() for n, placement in axes)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank has, sharing its memory; any other tensor itself."""
     if not is_dtensor(tensor):
         return tensor
-    own: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
-    return own
+    return local_tensor(tensor)
 
 
 def other_ranks() -> bool:
@@ -226,7 +236,7 @@ def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -
         return _alone(name, p, axes)
     implied: tuple[int, ...] = ()
     if own != full and not _is_cut_from(own, full):
-        root = own._get_root_mesh()
+        root = root_mesh(own)
         # The others may be on an axis made by flattening this one's among others.
         if _is_cut_from(own, root) and set(_ranks(root)) == set(_ranks(full)):
             full = root
@@ -338,14 +348,13 @@ def _check_parts(name: str, p: Any, stored: Placement, at: int) -> None:
 def dtensor_placements(axes: Sequence[Axis]) -> list[Any]:
     """The same in DTensor's words: the inverse of reading them."""
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
 
     return [
         Replicate()
         if axis.dim is None
         else Shard(axis.dim)
         if axis.split == 1
-        else _StridedShard(axis.dim, split_factor=axis.split)
+        else strided_shard(axis.dim, axis.split)
         for axis in axes
     ]
 
@@ -388,13 +397,13 @@ def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> Dev
         ValueError: the process group is no axis of it.
     """
     full = max(meshes, key=lambda mesh: mesh.size())
-    root = full._get_root_mesh()
+    root = root_mesh(full)
     if group is not None and _axis_of_group(full, group) is None:
         axis = _axis_of_group(root, group)
         if axis is None or not root.mesh_dim_names:
             ranks = torch.distributed.get_process_group_ranks(group)
             raise ValueError(
-                f"parameters are on {full}, of which process_group (ranks {_listed(ranks)}) is no "
+                f"parameters are on {full}, of which process_group (ranks {listed(ranks)}) is no "
                 "axis, nor of the mesh that it was cut from: make one mesh with named axes, "
                 'init_device_mesh(..., mesh_dim_names=("dp", "tp")), shard over mesh["tp"], and '
                 'pass process_group=mesh["dp"]; or leave process_group out if the placements say '
@@ -410,7 +419,7 @@ def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> Dev
             )
         full = whole
     outside = [m for m in meshes if m != full and not _is_cut_from(m, full)]
-    same_root = [m for m in outside if m._get_root_mesh() == root and m.mesh_dim_names]
+    same_root = [m for m in outside if root_mesh(m) == root and m.mesh_dim_names]
     if same_root and len(same_root) == len(outside):
         return _union(root, [full, *outside], set())
     return full
@@ -432,7 +441,7 @@ def _is_cut_from(mesh: DeviceMesh, full: DeviceMesh) -> bool:
         names is not None
         and others is not None
         and set(names) <= set(others)
-        and mesh._get_root_mesh() == full._get_root_mesh()
+        and root_mesh(mesh) == root_mesh(full)
     )
 
 
@@ -479,7 +488,7 @@ def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) 
     # pretend have no others to meet.
     control = group
     if backend not in _PRETENDING and dist.is_gloo_available():
-        control = _new_group(sorted(ranks), "gloo", _timeout(group))
+        control = _new_group(sorted(ranks), "gloo", timeout_of(group))
     where = torch.device(device)
     if device != "cpu":
         where = torch.device(device, torch.accelerator.current_device_index())
@@ -501,11 +510,6 @@ def _ranks_per_node(control: ProcessGroup) -> int:
     return int(node)
 
 
-def _timeout(group: ProcessGroup) -> Any:
-    """How long a group waits for its ranks."""
-    return group._get_backend(group._device_types[0]).options._timeout
-
-
 def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None) -> ProcessGroup:
     """A group of these ranks; all of them, and nobody else, have to call this."""
     dist = torch.distributed
@@ -513,7 +517,7 @@ def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None
     assert world is not None
     if backend is None and dist.get_process_group_ranks(world) == ranks:
         return world
-    timeout = timeout or _timeout(world)
+    timeout = timeout or timeout_of(world)
     key = (world, *ranks, backend, timeout)
     if key not in _groups:
         _groups[key] = dist.new_group(
@@ -522,7 +526,7 @@ def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None
     return _groups[key]
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
     return f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
 
 

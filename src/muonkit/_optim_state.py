@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
-from muonkit._optim_layout import is_dtensor, local
+from muonkit._optim_layout import is_a_part, is_dtensor, local
 from muonkit._optim_shared import state_placement
 from muonkit.variants import VARIANTS
 
@@ -88,8 +88,9 @@ def carried_state(
             continue
         kept = _kept(key, dtype, p, group, layouts)
         if is_dtensor(have) or kept.lives is not None:
-            like = _zeros(kept, p, layouts)
-            state[key] = _moved(have.to(p.device, dtype), like, kept, layouts, p)
+            state[key] = _moved(
+                have.to(p.device, dtype), _zeros(kept, p, layouts), kept, layouts, p
+            )
     return state
 
 
@@ -114,11 +115,16 @@ def adopt_state(
         # A hook may have changed it: then it is as the hook wants it.
         exact = saved[kept.key]
         sharded = is_dtensor(exact) or is_dtensor(loaded)
-        if kept.dtype != loaded.dtype and (sharded or torch.equal(exact.to(loaded), loaded)):
+        if kept.dtype != loaded.dtype and (sharded or _same(exact.to(loaded), loaded)):
             loaded = exact.to(p.device, kept.dtype, copy=True)
         if is_dtensor(loaded) or kept.lives is not None:
             loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)
         state[kept.key] = loaded
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values; NaN is NaN."""
+    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> Tensor:
@@ -134,19 +140,18 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
 
 def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
     """The same values, laid out as `like`."""
-    if not is_dtensor(like):
-        return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-    if is_dtensor(tensor):
-        if _spread(tensor) == _spread(like):
+    if is_dtensor(tensor) and not is_a_part(tensor):
+        tensor = local(tensor)
+    if is_dtensor(tensor) and is_dtensor(like) and _spread(tensor) == _spread(like):
+        if tensor.device_mesh is like.device_mesh:  # type: ignore[attr-defined]
             return tensor
-        before, now = (t.device_mesh.size() for t in (tensor, like))  # type: ignore[attr-defined]
-        if before != now:
-            raise ValueError(
-                f"a state that was saved by {before} ranks as it lay on them is loaded by {now}: "
-                "save and load it with torch.distributed.checkpoint and get_state_dict, "
-                "set_state_dict, which go from any number of ranks to any other"
-            )
+        # An unpickled mesh has not our process groups.
+        local(like).copy_(local(tensor))
+        return like
+    if is_dtensor(tensor):
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    if not is_dtensor(like):
+        return tensor
     # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.
     assert kept.lives is not None
     at, whole = layouts[p].at, tuple(tensor.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from muonkit._groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
-    merge_saved,
     refuse_unknown,
     separate_lr,
     unused_name,
@@ -31,6 +30,7 @@ from muonkit._groups import (
 )
 from muonkit._optim_batches import Entry, make
 from muonkit._optim_checks import Options, check_gradients, check_parts
+from muonkit._optim_dtypes import look_at_others, post
 from muonkit._optim_gradients import (
     Verdict,
     clip_gradients_,
@@ -43,6 +43,7 @@ from muonkit._optim_gradients import (
     with_gradients,
 )
 from muonkit._optim_layout import Layouts, local
+from muonkit._optim_saved import merge_saved, whole_state
 from muonkit._optim_schedule import (
     Schedule,
     gradients,
@@ -101,6 +102,9 @@ _PRODUCTS = (
     "that differ say which, as ns_dtype='float32'; nothing was changed"
 )
 
+# Parameters, gradients and states.
+_AdamWEntries: TypeAlias = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
+
 _DISAGREE = (
     "all ranks have to build the same model and optimizer, and every parameter has to have a "
     "gradient of one dtype on all of them or on none (where some ranks did not use a layer: add "
@@ -144,8 +148,9 @@ class Muon(Optimizer):
         adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.forms`).
-        ns_dtype: dtype of the matrix products: "auto" (what the hardware multiplies natively),
-            "float32", "bfloat16", "float16" or "float64". `describe()` tells what auto chose.
+        ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
+            hardware multiplies fastest, see `muonkit.orthogonalize`), "float32", "bfloat16",
+            "float16" or "float64". `describe()` tells what auto chose, and why.
         momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
@@ -196,6 +201,8 @@ class Muon(Optimizer):
     """
 
     _observer: Observer | None = None  # a Monitor's, in the steps that it samples
+    # Since `consolidate_state_dict`, on the rank that has it: the whole state, until it changes.
+    _whole: dict[Any, dict[str, Any]] | None = None
 
     def __init__(
         self,
@@ -295,8 +302,8 @@ class Muon(Optimizer):
         for p in chosen:
             if all(p is not q for q in own):
                 raise ValueError(
-                    f"reset_state got a tensor {tuple(p.shape)} that no param group holds; it takes "
-                    "parameters of this optimizer"
+                    f"reset_state got a tensor {tuple(p.shape)} that no param group holds; it "
+                    "takes parameters of this optimizer"
                 )
         self._settle(chosen)
 
@@ -343,7 +350,9 @@ class Muon(Optimizer):
         others = {key: self.state[key] for key in self.state if not isinstance(key, Tensor)}
         self.state = defaultdict(dict, {**others, **frozen, **carried})
         self._make_state(trained)
-        self._known = known_of(self.param_groups)
+        self._known, self._whole = known_of(self.param_groups), None
+        if layouts.domain is None:
+            self._told = post(self)
 
     @torch.no_grad()
     def _make_state(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -369,32 +378,68 @@ class Muon(Optimizer):
             self._settle_all(Layouts(), {p: p for p in self.state})
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's: state by the number of the parameter, and the groups.
+        """torch's: the state of each parameter by its number, and the groups.
+
+        Where the state is sharded (zero=1, FSDP2) each rank's has its own part, as DTensors, which
+        no other rank can load: see `consolidate_state_dict`, or save with
+        torch.distributed.checkpoint.
 
         Raises:
             ValueError: the groups hold parameters that cannot be mapped to what they held before.
         """
         self._settle()
-        return super().state_dict()
+        if self._whole is None:
+            return super().state_dict()
+        parts, self.state = self.state, defaultdict(dict, self._whole)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = parts
 
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Make the whole state known to one rank, as `torch.distributed.optim`'s
+        ZeroRedundancyOptimizer does: all ranks call this together.
+
+        Until the next step (or load) `state_dict` of that rank has every tensor whole, as a plain
+        tensor on the CPU, and can be loaded on any number of ranks and in any layout. That of the
+        other ranks has their own parts, as ever. Nothing is to be done, nor is it, where every rank
+        has everything. Other ranks hold one whole tensor at a time.
+
+        Args:
+            to: the rank, counted in the ranks that share this optimizer's parameters.
+
+        Raises:
+            ValueError: there is no such rank.
+            RuntimeError: on every rank, if they differ in `to` or in what they keep.
+        """
+        self._settle()
+        self._whole = whole_state(self.param_groups, self.state, self._layouts, to)
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, of `torch.optim.Muon` or of one with the same keys.
 
-        Hyperparameters that it lacks keep their value here; view and algorithm are always kept.
+        Hyperparameters that it lacks keep their value here. Names and structure (algorithm, view)
+        are always the model's own: where both sides have the parameters' names, the state goes by
+        name, in whatever order it was saved; else by position.
         For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
 
         Raises:
-            ValueError: other groups, other algorithms or other shapes than here, or options that
-                the constructor refuses; nothing is loaded.
+            ValueError: other groups, names, algorithms or shapes than here, options that the
+                constructor refuses, a parameter without state or with a part of it, or state that
+                lies on several ranks and is not this rank's part; nothing is loaded.
         """
         self._settle()
-        merged = merge_saved(self.param_groups, state_dict)
+        merged = merge_saved(self.param_groups, state_dict, self.state)
+        self._whole = None
         super().load_state_dict(merged)
         for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 before = merged["state"].get(key)
                 if before:
                     adopt_state(self.state[p], before, p, group, self._layouts)
+        self._make_state(self.param_groups)  # of what has none, and counts of another dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -406,7 +451,9 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; or, on every rank and before anything is sent, ranks
                 that disagree: in hyperparameters, shapes, or which parameters have a gradient. Or a
-                rank ended while others waited for it.
+                rank ended while others waited for it. Or `ns_dtype="auto"` is another dtype on
+                another rank; where ranks exchange nothing (plain DDP) each looks for that at its
+                first step, in the store at which they met.
             FloatingPointError: see `nonfinite`.
         """
         if self._observer is not None:
@@ -415,6 +462,8 @@ class Muon(Optimizer):
 
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
+        if self._whole is not None:
+            self._whole = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -448,6 +497,7 @@ class Muon(Optimizer):
         work = self._work()
         if self._layouts.domain is not None:  # sharded since the last step
             return self._step_together()
+        look_at_others(self._told)
         warn_if_idle(work)
         verdict = judge(work)
         if not verdict.may_step(verdict.vote):
@@ -494,7 +544,7 @@ class Muon(Optimizer):
                 pass
         return True
 
-    def _adamw(self, work: Work) -> list[tuple[dict[str, Any], Any]]:
+    def _adamw(self, work: Work) -> list[tuple[dict[str, Any], _AdamWEntries]]:
         """(group, what `adamw_step_` takes) of AdamW's groups."""
         return [
             (group, self._adamw_entries(params, group))
@@ -587,9 +637,7 @@ class Muon(Optimizer):
             return Entry(local(p), grad, momentum, copies=copies)
         return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
-    def _adamw_entries(
-        self, params: Sequence[Tensor], group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]:
+    def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
         """Of AdamW's parameters what this rank's state is for: parameters, gradients, state."""
         own, grads, states = [], [], []
         for p in params:
@@ -611,7 +659,8 @@ class Muon(Optimizer):
             their number; for Muon view, matrices, rows, cols, computed_as (the shape that small
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.forms`), blocks (of rows
             of a symmetric product), gflop (of the products for one matrix), ns_dtype,
-            momentum_dtype, scale, lr (after the scale).
+            ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype, scale,
+            lr (after the scale).
         """
         self._settle()
         return [
