@@ -20,6 +20,7 @@ from muonkit._diagnostics_spectra import (
 from muonkit._optim_batches import place
 from muonkit._optim_gradients import local_gradient
 from muonkit._optim_layout import is_dtensor, local
+from muonkit.exchange import together
 from muonkit.scale import scale_factor
 from muonkit.views import blocks_of
 
@@ -199,6 +200,7 @@ class Sampler:
         domain = self._optimizer._layouts.domain
         if domain is None:
             return [(global_rank(), mine)]
+        together(domain, "a Monitor's sample")
         everyone: list[Any] = [None] * domain.size
         torch.distributed.all_gather_object(everyone, mine, group=domain.control)
         ranks = torch.distributed.get_process_group_ranks(domain.group)

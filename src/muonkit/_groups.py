@@ -34,6 +34,7 @@ __all__ = [
     "flops_of",
     "momentum_dtype",
     "parameter_names",
+    "products_of",
     "refuse_unknown",
     "separate_lr",
     "state_shapes",
@@ -350,6 +351,15 @@ def flops_of(
     m, n = sorted((rows, cols))
     # The exact factor has no product of ours; an SVD takes about 20 times m^2 n.
     return _choose(group, rows, cols, dtype, device).flops or 20 * m * m * n
+
+
+def products_of(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The products of matrices of this shape in words, every "auto" replaced."""
+    choice = _choose(group, rows, cols, dtype, device)
+    blocks = f" in {choice.blocks} blocks" if choice.blocks > 1 else ""
+    return f"{choice.form} in {str(choice.dtype).removeprefix('torch.')}{blocks}"
 
 
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:

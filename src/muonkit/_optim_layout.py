@@ -36,7 +36,6 @@ __all__ = [
     "listed",
     "local",
     "other_ranks",
-    "ranks_per_node",
 ]
 
 
@@ -229,11 +228,6 @@ def other_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def ranks_per_node() -> int:
-    """As torchrun says; all ranks are on one node where nobody does."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize))
-
-
 def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -> Layout:
     own, full = p.device_mesh, layouts.mesh
     axes = tuple(_axis(name, placement) for placement in p.placements)
@@ -242,7 +236,7 @@ def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -
         return _alone(name, p, axes)
     implied: tuple[int, ...] = ()
     if own != full and not _is_cut_from(own, full):
-        root = own._get_root_mesh()
+        root = root_mesh(own)
         # The others may be on an axis made by flattening this one's among others.
         if _is_cut_from(own, root) and set(_ranks(root)) == set(_ranks(full)):
             full = root
@@ -489,11 +483,31 @@ def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) 
     backend = dist.get_backend(group)
     # gloo moves tensors of other devices for some collectives only.
     device = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else device
-    control = group if backend != "nccl" else _new_group(sorted(ranks), "gloo", timeout_of(group))
+    # A rank that skips a step would meet DDP's or FSDP's own collectives in the group that these
+    # use, and gloo ends a process that receives what it does not expect. Backends that only
+    # pretend have no others to meet.
+    control = group
+    if backend not in _PRETENDING and dist.is_gloo_available():
+        control = _new_group(sorted(ranks), "gloo", timeout_of(group))
     where = torch.device(device)
     if device != "cpu":
         where = torch.device(device, torch.accelerator.current_device_index())
-    return Domain(group, group.rank(), group.size(), where, control)
+    return Domain(group, group.rank(), group.size(), where, control, _ranks_per_node(control))
+
+
+# torch's backends for tests: one process that stands for many, or threads.
+_PRETENDING = ("fake", "threaded")
+
+
+def _ranks_per_node(control: ProcessGroup) -> int:
+    """As torchrun told the first rank; all ranks are on one node where nobody did.
+
+    One rank's answer for all of them: on nodes of unequal size each has its own, and they would
+    plan different steps.
+    """
+    node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)))
+    torch.distributed.broadcast(node, group=control, group_src=0)
+    return int(node)
 
 
 def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None) -> ProcessGroup:

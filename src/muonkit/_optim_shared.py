@@ -8,7 +8,7 @@ import torch
 
 from muonkit._groups import flops_of, momentum_dtype
 from muonkit._optim_batches import Arrived, Living, Source, Standing, Whole, place
-from muonkit._optim_layout import Layout, ranks_per_node
+from muonkit._optim_layout import Layout
 from muonkit.exchange import Pending, move
 from muonkit.placement import Axis, Box, Placement, box_size, replicated, slices
 from muonkit.plan import (
@@ -61,7 +61,7 @@ def state_placement(
 
 
 def repeated_axes(
-    layout: Layout, group: Mapping[str, Any], device: str, flops: int, size: int
+    layout: Layout, group: Mapping[str, Any], domain: Domain, flops: int, size: int
 ) -> tuple[int, ...]:
     """The mesh axes along which a group's matrices are computed again rather than shared out.
 
@@ -78,7 +78,7 @@ def repeated_axes(
     if not axes or choice == "split":
         return implied
     both = tuple(sorted((*axes, *implied)))
-    rates = machine(device, ranks_per_node())
+    rates = machine(domain.device.type, domain.node)
     if choice == "recompute" or cheaper_repeated(rates, layout.stored, axes, flops, size):
         return both
     return implied
@@ -222,9 +222,7 @@ class Share:
             cost[1] += box_size(matrix.box) * self.wire.itemsize
         return [
             tensor._replace(
-                repeat=repeated_axes(
-                    layout, self.group, self.domain.device.type, *costs.get(layout, (0, 0))
-                )
+                repeat=repeated_axes(layout, self.group, self.domain, *costs.get(layout, (0, 0)))
             )
             for tensor, layout in zip(tensors, layouts, strict=True)
         ]

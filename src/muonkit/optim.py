@@ -49,6 +49,7 @@ from muonkit._optim_schedule import (
     gradients,
     options_facts,
     plan_alone,
+    products_fact,
     schedule_key,
 )
 from muonkit._optim_settle import is_settled, known_of, predecessors, trained_of
@@ -95,6 +96,11 @@ _LATER_OPTIONS = {
 
 # Schedules that are kept: one for each set of parameters that had gradients lately.
 _MOST_SCHEDULES = 8
+
+_PRODUCTS = (
+    "ns_dtype='auto' and ns_form='auto' are what is fast on each rank's own hardware: on machines "
+    "that differ say which, as ns_dtype='float32'; nothing was changed"
+)
 
 # Parameters, gradients and states.
 _AdamWEntries: TypeAlias = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
@@ -589,10 +595,12 @@ class Muon(Optimizer):
     def _agree(self, schedule: Schedule, vote: int, scaled: Scaled | None) -> int:
         """The vote of all ranks, which have to be about to do the same."""
         assert self._layouts.domain is not None
-        facts = [*options_facts(self.param_groups), *schedule.facts]
+        facts = [*options_facts(self.param_groups), *schedule.facts.items()]
         if scaled is not None:
             facts.insert(0, (_SCALE, repr(scaled.scale)))
-        return agree(self._layouts.domain, facts, {_SCALE: _SCALES, "": _DISAGREE}, vote)
+        remedies = {products_fact(number): _PRODUCTS for number in range(len(self.param_groups))}
+        remedies |= {_SCALE: _SCALES, "": _DISAGREE}
+        return agree(self._layouts.domain, facts, remedies, vote)
 
     def _schedule(self, present: Present) -> Schedule:
         key = schedule_key(self.param_groups, present)
