@@ -12,7 +12,6 @@ from muonkit._groups import OPTION_KEYS, parameter_names
 from muonkit._optim_layout import cuts_experts_only, is_dtensor, is_whole, local
 from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
-from muonkit.placement import slices
 from muonkit.plan import Plan, StepPlan, Stored, default_cap, make_gather
 
 if TYPE_CHECKING:
@@ -152,11 +151,9 @@ class Schedule:
         for index, (name, p) in enumerate(named):
             layout, grad = layouts.get(p), has.get(index)
             param = Param(index, name, p, p.dtype if grad is None else grad.dtype)
-            is_own = layout is None or _is_own(layout, p, group)
-            # Experts that nobody routed to may be without a gradient on their rank alone.
-            alone = is_own and layout is not None and not layout.stored.copies()
-            alone = alone and group["algorithm"] == "muon"
-            if layout is not None and not (alone and (grad is None or grad.placements is None)):
+            together = layout is not None and not layout.alone
+            is_own = layout is None or layout.alone or _is_own(layout, p, group)
+            if layout is not None and together and not _on_its_own(layout, is_own, group, grad):
                 self.facts.append((name, _fact(p, layout, grad)))
             if is_own:
                 own.append(param)
@@ -195,6 +192,16 @@ def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:
     return not others or group["replicas"] == "recompute"
 
 
+def _on_its_own(
+    layout: Layout, is_own: bool, group: Mapping[str, Any], grad: Gradient | None
+) -> bool:
+    """Whether a rank may be without a gradient that others have: experts that nobody routed to."""
+    copies = [axis for axis in layout.stored.copies() if axis not in layout.implied]
+    cut = any(axis.dim is not None for axis in layout.stored.axes)
+    whole_experts = is_own and cut and not copies and group["algorithm"] == "muon"
+    return whole_experts and (grad is None or grad.placements is None)
+
+
 def _fact(p: Tensor, layout: Layout, grad: Gradient | None) -> str:
     has = "no gradient" if grad is None else f"a gradient in {grad.dtype}"
     if grad is not None and grad.placements is not None:
@@ -221,7 +228,6 @@ class Gather:
             (self.plan.outbound(jobs, me), self.plan.moves(jobs, inward=False))
             for jobs in self.plan.buckets
         ]
-        self._own = [t.stored.box(t.shape, me) for t in tensors]
 
     def tasks(self) -> list[Iterator[None]]:
         """Of a step in which this rank's parts are updated already."""
@@ -238,5 +244,7 @@ class Gather:
         pending.wait()
 
     def _piece(self, matrix: int, box: Any) -> Tensor:
-        tensor = self.plan.matrices[matrix].tensor
-        return local(self.params[tensor])[slices(box, self._own[tensor])]
+        number = self.plan.matrices[matrix].tensor
+        tensor = self.plan.tensors[number]
+        cut = tensor.stored.slices(tensor.shape, self.domain.position, box)
+        return local(self.params[number])[cut]

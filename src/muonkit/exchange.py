@@ -7,6 +7,7 @@ that. `agree` compares the ranks' plans before anything is moved.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
-__all__ = ["Domain", "Pending", "agree", "move", "run_overlapped"]
+__all__ = ["Domain", "Pending", "agree", "announce", "move", "run_overlapped"]
 
 
 class Domain(NamedTuple):
@@ -178,6 +179,12 @@ def agree(
         what, difference = _difference(everyone, ranks)
         raise RuntimeError(f"{difference}; {remedies.get(what, remedies[''])}")
     return int(most)
+
+
+def announce(domain: Domain, error: Exception) -> None:
+    """Tell the ranks that wait in `agree` for this one's step that it was refused here."""
+    with contextlib.suppress(RuntimeError):  # they disagree, of course; ours is the cause
+        agree(domain, [("this step", f"refused: {error}")], {"": "see there"})
 
 
 def _difference(
