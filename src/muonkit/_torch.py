@@ -45,6 +45,8 @@ CONSTANT_MARK = "_dynamo_marked_constant"
 # them, and change nothing else.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 # What FSDP1 calls a parameter that it has made of several.
 FLAT_PARAMETER = "_flat_param"
 
@@ -135,7 +137,13 @@ def whole_tensor(tensor: Any) -> Tensor:
     torch 2.9's `full_tensor` puts rows in the wrong places where a dim that two mesh axes cut does
     not divide by both (10 rows over 2 x 2 ranks); 2.11's does not.
     """
-    if not any(hasattr(placement, "split_factor") for placement in tensor.placements):
+    cuts: dict[int, int] = {}  # of each dim, over all mesh axes
+    for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        if not placement.is_replicate():
+            cuts[placement.dim] = cuts.get(placement.dim, 1) * ranks
+    strided = any(hasattr(placement, "split_factor") for placement in tensor.placements)
+    uneven = any(tensor.shape[dim] % parts for dim, parts in cuts.items())
+    if not (strided and uneven and _VERSION < (2, 11)):
         return tensor.full_tensor()  # type: ignore[no-any-return]
     size, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
     own = local_tensor(tensor).detach()
