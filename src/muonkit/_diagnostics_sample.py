@@ -90,15 +90,18 @@ class Sampler:
         self._optimizer, self._kinds = optimizer, kinds
         disable: Any = torch.compiler.disable
         self.call: Callable[..., Any] = disable(lambda step, closure: step(closure))
-        self._names = _Names(optimizer)
+        self._names: _Names | None = None
         self._measured: list[tuple[list[Key], str, Tensor]] = []
         self._batch: tuple[list[list[Source]], dict[str, Any], list[Tensor]] | None = None
         self._rates: dict[int, tuple[float, float]] = {}  # lr and decay of every group
-        self._weights: dict[tuple[int, int], Tensor] = {}
+        # By the parameter, which stays itself where groups change; it is kept, as is its id.
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
 
     # --- Muon's matrices ------------------------------------------------------------------------
 
     def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+        if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
+            self._names = _Names(self._optimizer)
         sources = [list(some) for some in batch.sources()]
         momenta = [torch.stack(living.momenta) for living in batch.living]
         self._measure("momentum", sources, batch.gathered(momenta).wait())
@@ -141,6 +144,8 @@ class Sampler:
         self, sources: list[list[Source]], stacks: Sequence[Tensor]
     ) -> Iterator[tuple[list[Key], Tensor]]:
         """Matrices of one shape, without padding, and which they are."""
+        names = self._names
+        assert names is not None
         for some, stack in zip(sources, stacks, strict=True):
             start = 0
             while start < len(some):
@@ -148,7 +153,7 @@ class Sampler:
                 stop = start
                 while stop < len(some) and some[stop][2:] == (rows, cols):
                     stop += 1
-                keys = [self._names.key(source) for source in some[start:stop]]
+                keys = [names.key(source) for source in some[start:stop]]
                 yield keys, place(stack[start:stop], rows, cols)
                 start = stop
 
@@ -156,9 +161,9 @@ class Sampler:
 
     def begin(self) -> None:
         """Before the step: what the decay of AdamW's parameters will act on."""
-        for key, p, _ in self._adamw():
+        for _, p, _ in self._adamw():
             mine = self._optimizer._layouts.part(p, local(p))
-            self._weights[key] = _square(mine)
+            self._weights[id(p)] = p, _square(mine)
 
     def end(self) -> None:
         """After the step: the rest of them."""
@@ -173,7 +178,7 @@ class Sampler:
             tensors = grad, first, update, layouts.part(p, local(p))
             squares = [_square(t) for t in tensors[:3]]
             broken = [(~t.isfinite()).sum() for t in tensors]
-            weight = self._weights.get(key, squares[0].new_tensor(math.nan))
+            _, weight = self._weights.get(id(p), (p, squares[0].new_tensor(math.nan)))
             numbers = torch.stack([t.to(weight) for t in (*squares, weight, *broken)])
             self._measured.append(([Key(*key, 0)], "adamw", numbers[None] / self._copies(p)))
 

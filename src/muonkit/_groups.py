@@ -223,8 +223,13 @@ def adopt_momentum(groups: list[dict[str, Any]]) -> None:
     AdamW's that is beta1, as these schedulers have it for torch's AdamW.
     """
     for group in groups:
-        if group["algorithm"] == "adamw" and {"momentum", "betas"} <= group.keys():
-            group["betas"] = (group.pop("momentum"), *group["betas"][1:])
+        betas = group.get("betas")
+        if (
+            group["algorithm"] == "adamw"
+            and "momentum" in group
+            and isinstance(betas, tuple | list)
+        ):
+            group["betas"] = (group.pop("momentum"), *betas[1:])
 
 
 def refuse_unknown(options: dict[str, Any]) -> None:

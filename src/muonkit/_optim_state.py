@@ -10,6 +10,7 @@ from torch import Tensor
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
 from muonkit._optim_layout import is_a_part, is_dtensor, local
 from muonkit._optim_shared import state_placement
+from muonkit._torch import whole_tensor
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def ensure_state(
         elif have.dtype != dtype or have.device != device:
             state[key] = have.to(device, dtype)
     if adamw or VARIANTS[group["variant"]].state != "none":
-        count = state.get(STEP, 0.0)
+        count: Any = state.get(STEP)
+        count = 0.0 if count is None else count
         kept = isinstance(count, Tensor) and not count.is_meta
         if not kept or count.device != device or count.dtype != torch.float32:
             count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
@@ -149,7 +151,7 @@ def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tenso
         local(like).copy_(local(tensor))
         return like
     if is_dtensor(tensor):
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        tensor = whole_tensor(tensor)
     if not is_dtensor(like):
         return tensor
     # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.

@@ -35,6 +35,7 @@ __all__ = [
     "root_mesh",
     "strided_shard",
     "timeout_of",
+    "whole_tensor",
 ]
 
 # What `torch.compiler.assume_constant_result` writes on a function (see `muonkit._compile`).
@@ -43,6 +44,8 @@ CONSTANT_MARK = "_dynamo_marked_constant"
 # torch.compile's, FSDP1's and activation checkpointing's wrappers put these into every name below
 # them, and change nothing else.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 # What FSDP1 calls a parameter that it has made of several.
 FLAT_PARAMETER = "_flat_param"
@@ -126,6 +129,31 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
         ask = functools.partial(vars(device_mesh)["_mesh_resources"].get_root_mesh, mesh)
     root: DeviceMesh = ask()
     return root
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """All of a DTensor, on every rank of its mesh: all of them call this.
+
+    torch 2.9's `full_tensor` puts rows in the wrong places where a dim that two mesh axes cut does
+    not divide by both (10 rows over 2 x 2 ranks); 2.11's does not.
+    """
+    cuts: dict[int, int] = {}  # of each dim, over all mesh axes
+    for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        if not placement.is_replicate():
+            cuts[placement.dim] = cuts.get(placement.dim, 1) * ranks
+    strided = any(hasattr(placement, "split_factor") for placement in tensor.placements)
+    uneven = any(tensor.shape[dim] % parts for dim, parts in cuts.items())
+    if not (strided and uneven and _VERSION < (2, 11)):
+        return tensor.full_tensor()  # type: ignore[no-any-return]
+    size, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
+    own = local_tensor(tensor).detach()
+    found = own.new_zeros(tensor.shape)
+    found[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))] = own
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            # Each entry is on one rank of the axis, and zero on its others.
+            torch.distributed.all_reduce(found, group=tensor.device_mesh.get_group(axis))
+    return found
 
 
 def timeout_of(group: ProcessGroup) -> Any:

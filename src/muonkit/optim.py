@@ -346,7 +346,8 @@ class Muon(Optimizer):
             self.__dict__["_step_together"] = disable(self._step_together)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._options = Options()
-        frozen = {p: self.state[q] for p, q in before.items() if q in self.state}
+        held = {p for group in self.param_groups for p in group["params"]}
+        frozen = {p: self.state[before[p]] for p in held if before.get(p) in self.state}
         others = {key: self.state[key] for key in self.state if not isinstance(key, Tensor)}
         self.state = defaultdict(dict, {**others, **frozen, **carried})
         self._make_state(trained)
@@ -361,6 +362,7 @@ class Muon(Optimizer):
                 ensure_state(self.state[p], p, group, self._layouts)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         if self._layouts.domain is not None:
             raise TypeError(
                 "an optimizer whose parameters several ranks share cannot be pickled or copied: "
@@ -465,7 +467,8 @@ class Muon(Optimizer):
         if self._whole is not None:
             self._whole = None
         if closure is not None:
-            with torch.enable_grad():
+            enable_grad: Any = torch.enable_grad  # untyped in torch 2.9
+            with enable_grad():
                 loss = closure()
         try:
             alone = self._layouts.domain is None
@@ -585,6 +588,7 @@ class Muon(Optimizer):
             RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
         """
         self._settle()
+        refuse_sparse(with_gradients(self.param_groups))
         params = [p for group in self.param_groups for p in group["params"]]
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 

@@ -115,7 +115,8 @@ def _is_transformed(G: Tensor) -> bool:
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products are in the dtype that was asked for, also where autocast would lower it."""
     kind = device.type
-    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(kind):
+    amp: Any = torch.amp  # untyped in torch 2.9
+    if torch.compiler.is_compiling() or not amp.is_autocast_available(kind):
         return contextlib.nullcontext()
     if not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
