@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed_measures as measures
 import distributed_zoo as zoo
 from distributed_helpers import Cases, Ranks, run
-from muonkit import Muon, MuonW, RoutingError, _orthogonalize_dtype, route
+from muonkit import Muon, MuonW, RoutingError, _optim_layout, _orthogonalize_dtype, route
 from muonkit.plan import MACHINES
 
 CASES = Cases()
@@ -188,12 +188,29 @@ def goes_on_after_ranks_disagreed() -> None:
 def plans_by_one_ranks_word_for_the_size_of_nodes() -> None:
     """Nodes of unequal size: by rank 0's it is cheaper to compute again, by the others' to send."""
     size = [2, 4, 4, 4][dist.get_rank()]
+    _optim_layout._nodes.clear()  # other cases have asked
     rates = mock.patch.dict(MACHINES, {"cpu": (1e9, 1.0, 0.1)})
     with rates, mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(size)}):
         model, optimizer = measures.make("hsdp")
         measures.train(model, optimizer, last=1)
     repeats = {tensor.repeat for plan in optimizer.plan().plans for tensor in plan.tensors}
     assert (0,) in repeats
+    _optim_layout._nodes.clear()
+
+
+@CASES.on(2)
+def tells_that_one_rank_alone_unfroze_a_layer() -> None:
+    """What it settles anew alone may wait for nobody."""
+    model = zoo.Zoo()
+    model.blocks[0].up.weight.requires_grad_(False)
+    optimizer = Muon(zoo.param_groups(model), process_group=dist.group.WORLD, **measures.OPTIONS)
+    zoo.set_gradients(model, 0, skip=("blocks.0.up.weight",))
+    optimizer.step()
+    if dist.get_rank() == 1:
+        model.blocks[0].up.weight.requires_grad_(True)
+        model.blocks[0].up.weight.grad = torch.ones_like(model.blocks[0].up.weight)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.up\.weight: .*a gradient in .* on rank 1"):
+        optimizer.step()
 
 
 @CASES.on(2)

@@ -30,8 +30,8 @@ class Domain(NamedTuple):
         position: this rank's.
         size: how many there are.
         device: where the buffers are: the group's backend decides.
-        control: a group of the same ranks that moves CPU tensors, for `agree`. Nothing else is sent
-            over it: a rank that does not come meets no other collective there.
+        control: a group of the same ranks that moves CPU tensors, for `agree`, and for what follows
+            one: a rank that does not come meets no other collective there.
         node: ranks in a node, the same number on all of them.
     """
 
