@@ -6,8 +6,10 @@ import copy
 import functools
 import os
 import pickle
+import re
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed_measures as measures
 import distributed_zoo as zoo
 from distributed_helpers import Cases, Ranks, run
-from muonkit import Muon, MuonW
+from muonkit import Muon, MuonW, RoutingError, _optim_layout, _orthogonalize_dtype, route
 from muonkit.plan import MACHINES
 
 CASES = Cases()
@@ -185,12 +188,29 @@ def goes_on_after_ranks_disagreed() -> None:
 def plans_by_one_ranks_word_for_the_size_of_nodes() -> None:
     """Nodes of unequal size: by rank 0's it is cheaper to compute again, by the others' to send."""
     size = [2, 4, 4, 4][dist.get_rank()]
+    _optim_layout._nodes.clear()  # other cases have asked
     rates = mock.patch.dict(MACHINES, {"cpu": (1e9, 1.0, 0.1)})
     with rates, mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(size)}):
         model, optimizer = measures.make("hsdp")
         measures.train(model, optimizer, last=1)
     repeats = {tensor.repeat for plan in optimizer.plan().plans for tensor in plan.tensors}
     assert (0,) in repeats
+    _optim_layout._nodes.clear()
+
+
+@CASES.on(2)
+def tells_that_one_rank_alone_unfroze_a_layer() -> None:
+    """What it settles anew alone may wait for nobody."""
+    model = zoo.Zoo()
+    model.blocks[0].up.weight.requires_grad_(False)
+    optimizer = Muon(zoo.param_groups(model), process_group=dist.group.WORLD, **measures.OPTIONS)
+    zoo.set_gradients(model, 0, skip=("blocks.0.up.weight",))
+    optimizer.step()
+    if dist.get_rank() == 1:
+        model.blocks[0].up.weight.requires_grad_(True)
+        model.blocks[0].up.weight.grad = torch.ones_like(model.blocks[0].up.weight)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.up\.weight: .*a gradient in .* on rank 1"):
+        optimizer.step()
 
 
 @CASES.on(2)
@@ -201,6 +221,25 @@ def tells_a_rank_that_clips_alone() -> None:
     with pytest.raises(RuntimeError, match="this call: clip_grad_norm_ on rank 0, but this call: "):
         call()
     optimizer.step()
+
+
+@CASES.on(2)
+def tells_that_auto_is_another_dtype_elsewhere() -> None:
+    """Rank 1 stands for a node whose CPUs multiply bfloat16 fastest, and rank 0 for one of AVX2."""
+    have = {"amx_bf16": bool(dist.get_rank()), "avx512_bf16": False, "arm_bf16": False}
+    try:
+        with mock.patch.object(_orthogonalize_dtype, "cpu_capabilities", return_value=have):
+            _orthogonalize_dtype.fastest_dtype.cache_clear()
+            p = _parameter(4, 6)
+            optimizer = Muon([p], process_group=dist.group.WORLD)
+            with pytest.raises(RuntimeError) as error:
+                optimizer.step()
+    finally:
+        _orthogonalize_dtype.fastest_dtype.cache_clear()
+    assert torch.equal(p, torch.ones(4, 6))
+    text = str(error.value)
+    assert re.search(r"group 0's products: \w+ in float32 on rank 0, but .* in bfloat16 on", text)
+    assert "ns_dtype='float32'" in text
 
 
 def _group(*rank_sets: list[int]) -> dist.ProcessGroup:
@@ -248,6 +287,41 @@ def refuses_a_process_group_that_is_no_axis() -> None:
     for zero in (0, 1):
         with pytest.raises(ValueError, match=r"process_group \(ranks .*\) is no axis"):
             Muon([_sharded(both["tp"], Shard(0), 4, 6)], process_group=crosswise, zero=zero)
+
+
+@CASES.on(2, original=[False, True])
+def refuses_flat_shards_of_fsdp1(original: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        sharded = FullyShardedDataParallel(
+            model, use_orig_params=original, device_id=torch.device("cpu")
+        )
+    remedy = r"shard with fully_shard \(FSDP2\)"
+    with pytest.raises(RoutingError, match=rf"FSDP1 .* flat shards\. .*{remedy}"):
+        MuonW(sharded, lr=0.1)
+    # By hand, under its names too.
+    with pytest.raises(ValueError, match=remedy):
+        Muon(list(sharded.parameters()))
+    with pytest.raises(ValueError, match=remedy):
+        Muon([{"params": list(sharded.parameters()), "view": "flatten"}])
+
+
+@CASES.on(2)
+def takes_fsdp1_without_shards() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded = FullyShardedDataParallel(
+            model,
+            use_orig_params=True,
+            sharding_strategy=ShardingStrategy.NO_SHARD,
+            device_id=torch.device("cpu"),
+        )
+    optimizer = MuonW(sharded, lr=0.1)
+    sharded(torch.ones(2, 6) + dist.get_rank()).sum().backward()
+    optimizer.step()
+    assert [r.view for r in route(sharded)].count("matrix") == 2
 
 
 @CASES.on(2)

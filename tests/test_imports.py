@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("routing", "plan", "exchange", "variants", "orthogonalize", "adamw"),
     ("views", "placement", "coefficients", "forms", "symmetric", "scale"),
     ("kernels", "scratch", "_compile", "_text"),
-    ("_torch",),
+    ("_torch", "_shards"),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(LAYERS) for room in rooms}
 

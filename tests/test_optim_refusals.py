@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from muonkit import Muon, MuonW
+from muonkit import Muon, MuonW, RoutingError
 from optim_helpers import mlp, parameter, set_gradients
 
 # --- what is refused ---------------------------------------------------------------------------
@@ -113,3 +115,47 @@ def test_a_group_broken_later_is_refused_before_anything_is_written() -> None:
     assert torch.equal(params[0], before)
     with pytest.raises(TypeError, match="a view is a string, got list"):
         Muon([{"params": params, "view": ["matrix"]}])
+
+
+# --- flat shards ----------------------------------------------------------------------------------
+
+WHOLE = r"shard with fully_shard \(FSDP2\), or take DDP and share the state out with zero=1"
+
+
+def of_zero_3(shape: tuple[int, ...]) -> nn.Parameter:
+    """A stand-in with the attributes that DeepSpeed documents: between two passes a parameter is
+    empty, and says what it was.
+    """
+    p: Any = nn.Parameter(torch.empty(0))
+    p.ds_id, p.ds_shape, p.ds_status = 0, torch.Size(shape), "NOT_AVAILABLE"
+    return p  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_parameters_of_deepspeeds_zero_3_are_refused(algorithm: str) -> None:
+    group = {"params": [("w", of_zero_3((8, 6)))], "algorithm": algorithm}
+    with pytest.raises(ValueError, match=rf"w .* parameter \(8, 6\) that DeepSpeed.*{WHOLE}"):
+        Muon([group], adamw_lr=0.1)
+
+
+def test_models_of_deepspeeds_zero_3_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        layer.weight = of_zero_3((4, 4))
+    with pytest.raises(RoutingError, match=rf"0\.weight .* DeepSpeed's ZeRO-3 has sh.*{WHOLE}"):
+        MuonW(model, lr=0.1)
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_vector_in_place_of_a_groups_parameters_is_refused(algorithm: str, count: int) -> None:
+    """As DeepSpeed's ZeRO-1 and ZeRO-2 leave the groups of an optimizer that they are given."""
+    params = [nn.Parameter(torch.ones(4, 6)) for _ in range(count)]
+    named = [(f"w{i}", p) for i, p in enumerate(params)]
+    optimizer = Muon([{"params": named, "algorithm": algorithm}], adamw_lr=0.1)
+    flat = nn.Parameter(torch.ones(12 * count))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=rf"one vector of .* ZeRO-1 and ZeRO-2 .*{WHOLE}"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones_like(flat))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from muonkit._optim_batches import planned
+from muonkit._shards import WHOLE, flat_shard
 from muonkit.orthogonalize import NS_DTYPES, choose
 from muonkit.scale import scale_factor
 from muonkit.variants import check_variant
@@ -387,10 +388,14 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             f"Muon does not support sparse parameters: {name} has layout {p.layout}; "
             "make it dense, or train it with torch.optim.SparseAdam"
         )
+    flat = flat_shard(p)
+    # What AdamW does to a vector of parameters it does to each; ZeRO-3's hold nothing yet.
+    if flat is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
+        raise ValueError(f"{name} of shape {shape} is {flat}. {WHOLE}")
     if group["algorithm"] == "muon":
         if p.ndim != 2 and group["view"] == "matrix":
             hint = (
-                "train it with AdamW"
+                f"train it with AdamW, unless it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}"
                 if p.ndim < 2
                 else "give its group a view: 'flatten' (convolution), 'experts' (E x m x n)"
             )
@@ -401,7 +406,8 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
         try:
             blocks_of(group["view"], shape)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
+            raise ValueError(f"{name}: {error}{hint}") from None
 
 
 def beta2_of(group: Mapping[str, Any]) -> float:

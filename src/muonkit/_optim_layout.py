@@ -499,15 +499,21 @@ def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) 
 _PRETENDING = ("fake", "threaded")
 
 
+_nodes: dict[ProcessGroup, int] = {}
+
+
 def _ranks_per_node(control: ProcessGroup) -> int:
     """As torchrun told the first rank; all ranks are on one node where nobody did.
 
     One rank's answer for all of them: on nodes of unequal size each has its own, and they would
-    plan different steps.
+    plan different steps. It is asked for once: what one rank alone settles anew (a layer that it
+    unfroze) is for `agree` to tell.
     """
-    node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)))
-    torch.distributed.broadcast(node, group=control, group_src=0)
-    return int(node)
+    if control not in _nodes:
+        node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)))
+        torch.distributed.broadcast(node, group=control, group_src=0)
+        _nodes[control] = int(node)
+    return _nodes[control]
 
 
 def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None) -> ProcessGroup:

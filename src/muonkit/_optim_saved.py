@@ -322,7 +322,8 @@ def whole_state(
     if not 0 <= to < size:
         raise ValueError(f"consolidate_state_dict(to={to}): there are ranks 0 to {size - 1}")
     if domain is not None:
-        agree(domain, [("the rank with the whole state", str(to)), *_facts(groups, state)], _OTHERS)
+        facts = [("the rank with the whole state", str(to)), *_facts(groups, state)]
+        agree(domain, facts, _OTHERS, call="consolidate_state_dict")
     if not any(is_dtensor(value) for entry in state.values() for value in entry.values()):
         return None
     whole: dict[Any, dict[str, Any]] = {}

@@ -172,9 +172,10 @@ class Schedule:
             self.shares[-1] += [Share(layouts, group, params, loads) for params in shared]
         exchanged = [share.plan for shares in self.shares for share in shares]
         for number, shares in enumerate(self.shares):
-            again = {tensor.repeat for share in shares for tensor in share.plan.tensors}
-            if again - {()}:
-                self.facts[f"group {number}'s replicas"] = f"again along {sorted(again)}"
+            if shares:
+                again = {tensor.repeat for share in shares for tensor in share.plan.tensors} - {()}
+                along = f"computed again along mesh axes {sorted(again)}" if again else "shared out"
+                self.facts[f"group {number}'s replicas as chosen"] = along
         exchanged += [gather.plan for gather in self.gathers]
         self.plan = StepPlan(len(loads), (*plans, *exchanged))
         self.facts["the plan"] = StepPlan(len(loads), tuple(exchanged)).fingerprint()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from muonkit._groups import parameter_names
+from muonkit._shards import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -100,9 +101,11 @@ def predecessors(
         reset: parameters that begin anew.
 
     Raises:
-        ValueError: a parameter, or the one in its place, has another shape than its state; or
-            parameters are new, others are gone, and nothing says which stands for which.
+        ValueError: a parameter, or the one in its place, has another shape than its state; a vector
+            stands for all of a group's parameters; or parameters are new, others are gone, and
+            nothing says which stands for which.
     """
+    _refuse_flat(groups, known)
     begun = set(reset)
     shapes = {p: s for k in known for p, s in zip(k.params, k.shapes, strict=True)}
     names = {p: n for k in known for p, n in zip(k.params, k.names, strict=True)}
@@ -137,6 +140,22 @@ def predecessors(
                 f"changed. {_REMEDY}"
             )
     return {p: old for p, old in before.items() if p not in begun}
+
+
+def _refuse_flat(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) -> None:
+    """Refuse what DeepSpeed's ZeRO-1 and -2 put in place of a group's parameters: this rank's part
+    of a vector of them all.
+    """
+    for group, before in zip(groups, known, strict=False):
+        params = group["params"]
+        if len(params) != 1 or params[0].ndim != 1 or any(params[0] is p for p in before.params):
+            continue
+        if len(before.params) != 1 or before.shapes[0] != params[0].shape:
+            raise ValueError(
+                f"a group holds one vector of {params[0].numel()} elements in place of the "
+                f"{len(before.params)} parameters that it had: a flat part of them, as DeepSpeed's "
+                f"ZeRO-1 and ZeRO-2 make it, which has no matrices; nothing was changed. {WHOLE}"
+            )
 
 
 def _by_position(

@@ -30,8 +30,8 @@ class Domain(NamedTuple):
         position: this rank's.
         size: how many there are.
         device: where the buffers are: the group's backend decides.
-        control: a group of the same ranks that moves CPU tensors, for `agree`. Nothing else is sent
-            over it: a rank that does not come meets no other collective there.
+        control: a group of the same ranks that moves CPU tensors, for `agree`, and for what follows
+            one: a rank that does not come meets no other collective there.
         node: ranks in a node, the same number on all of them.
     """
 
@@ -159,8 +159,8 @@ def agree(
     """Compare what every rank has; one small collective, two where they differ.
 
     Args:
-        facts: (what it is, its value); no two are of the same name. In order of what causes what:
-            the first that differs is told.
+        facts: (what it is, its value), in order of what causes what: the first that differs is
+            told.
         remedies: the end of the error, by what differs; "" for all that is not there.
         vote: any non-negative number of the rank's own.
         call: what this rank was called for: ranks that are in different ones are told so.
@@ -171,7 +171,7 @@ def agree(
     Raises:
         RuntimeError: on every rank, naming the first fact that differs, and who has what.
     """
-    facts = [(_CALL, call), *facts]
+    facts = _named_apart([(_CALL, call), *facts])
     remedies = {_CALL: _CALLS, **remedies}
     digest = hashlib.sha256(repr(facts).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
@@ -201,8 +201,8 @@ def announce(domain: Domain, error: Exception) -> None:
 _STEP = "this step"
 _CALL = "this call"
 _CALLS = (
-    "all ranks take the same steps, clip before the same ones, and have a Monitor or none; nothing "
-    "was changed"
+    "all ranks take the same steps, clip and consolidate between the same ones, and have a Monitor "
+    "or none; nothing was changed"
 )
 
 
@@ -213,6 +213,16 @@ def together(domain: Domain, call: str) -> None:
         RuntimeError: on every rank, some are in another.
     """
     agree(domain, [], {"": ""}, call=call)
+
+
+def _named_apart(facts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The second fact of a name is called so, as of the same parameter's name in another group."""
+    seen: dict[str, int] = {}
+    apart = []
+    for name, value in facts:
+        seen[name] = seen.get(name, 0) + 1
+        apart.append((name if seen[name] == 1 else f"{name} ({seen[name]})", value))
+    return apart
 
 
 def _difference(

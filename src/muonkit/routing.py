@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from muonkit._routing_judge import Undecided, Verdict, is_vector, judge
 from muonkit._routing_survey import Site, Survey, survey, unwrap
+from muonkit._shards import WHOLE, flat_model
 from muonkit.scale import SCALES, scale_factor
 from muonkit.views import View
 
@@ -304,6 +305,8 @@ def route(
         raise TypeError(f"route() takes an nn.Module, got {type(model).__name__}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; one of {', '.join(map(repr, SCALES))}")
+    if flat := flat_model(model):
+        raise RoutingError(f"{type(model).__name__}: {flat}. {WHOLE}")
     facts = survey(unwrap(model))
     if not facts.params:
         raise RoutingError(f"{type(model).__name__} has no parameters: nothing to optimize")
