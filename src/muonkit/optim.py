@@ -7,7 +7,8 @@ only, so schedulers, `add_param_group` and `state_dict` reach all of them.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,19 @@ from muonkit._groups import (
     MOMENTUM,
     STEP,
     VARIANCE,
+    adopt_momentum,
     complete_group,
     describe_group,
     drop_foreign_keys,
-    merge_saved,
     refuse_unknown,
     separate_lr,
+    unused_name,
     validate_defaults,
     validate_group,
 )
 from muonkit._optim_batches import Entry, make
+from muonkit._optim_checks import Options, check_gradients, check_parts
+from muonkit._optim_dtypes import look_at_others, post
 from muonkit._optim_gradients import (
     Verdict,
     clip_gradients_,
@@ -39,23 +43,26 @@ from muonkit._optim_gradients import (
     with_gradients,
 )
 from muonkit._optim_layout import Layouts, local
+from muonkit._optim_saved import merge_saved, whole_state
 from muonkit._optim_schedule import (
     Schedule,
     gradients,
     options_facts,
     plan_alone,
+    products_fact,
     schedule_key,
 )
-from muonkit._optim_state import adopt_state, ensure_state
+from muonkit._optim_settle import is_settled, known_of, predecessors, trained_of
+from muonkit._optim_state import adopt_state, carried_state, ensure_state
 from muonkit._optim_step import muon_step
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
-from muonkit.exchange import agree, run_overlapped
+from muonkit.exchange import agree, announce, run_overlapped
 from muonkit.routing import Routes, Rule, route
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -89,6 +96,14 @@ _LATER_OPTIONS = {
 
 # Schedules that are kept: one for each set of parameters that had gradients lately.
 _MOST_SCHEDULES = 8
+
+_PRODUCTS = (
+    "ns_dtype='auto' and ns_form='auto' are what is fast on each rank's own hardware: on machines "
+    "that differ say which, as ns_dtype='float32'; nothing was changed"
+)
+
+# Parameters, gradients and states.
+_AdamWEntries: TypeAlias = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
 
 _DISAGREE = (
     "all ranks have to build the same model and optimizer, and every parameter has to have a "
@@ -133,8 +148,9 @@ class Muon(Optimizer):
         adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.forms`).
-        ns_dtype: dtype of the matrix products: "auto" (what the hardware multiplies natively),
-            "float32", "bfloat16", "float16" or "float64". `describe()` tells what auto chose.
+        ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
+            hardware multiplies fastest, see `muonkit.orthogonalize`), "float32", "bfloat16",
+            "float16" or "float64". `describe()` tells what auto chose, and why.
         momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
@@ -185,6 +201,8 @@ class Muon(Optimizer):
     """
 
     _observer: Observer | None = None  # a Monitor's, in the steps that it samples
+    # Since `consolidate_state_dict`, on the rank that has it: the whole state, until it changes.
+    _whole: dict[Any, dict[str, Any]] | None = None
 
     def __init__(
         self,
@@ -246,10 +264,12 @@ class Muon(Optimizer):
         layouts = Layouts(process_group, zero)
         super().__init__(params, defaults)
         separate_lr(self.param_groups)
-        self._settle(layouts)
+        self._settle_all(layouts, {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys. Nothing is added when it raises."""
+        if "_layouts" in self.__dict__:
+            self._settle()
         named = "param_names" in self.param_groups[0] if self.param_groups else None
         group = complete_group(param_group, self.defaults, named)
         super().add_param_group(group)
@@ -257,14 +277,66 @@ class Muon(Optimizer):
         drop_foreign_keys(added)
         validate_group(added)
         separate_lr([added], self.param_groups)
+        added["name"] = unused_name(added, self.param_groups)
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
-            self._layouts.add([added])
+            self._layouts.add(trained_of([added]))
             self._make_state([added])
         self.param_groups.append(added)
+        self._known = known_of(self.param_groups)
 
-    def _settle(self, layouts: Layouts) -> None:
-        """Find out where the parameters lie, and make their state: on all ranks, at once."""
-        layouts.add(self.param_groups)
+    def reset_state(self, params: Iterable[Tensor] | None = None) -> None:
+        """Begin the state of some parameters anew, with zeros in the shape that they have now: for
+        those that were resized, or re-initialised, after the optimizer was made.
+
+        Where ranks share parameters, all of them call it together.
+
+        Args:
+            params: of this optimizer; None is all of them.
+
+        Raises:
+            ValueError: one of them is none of this optimizer's, or has a shape that its view does
+                not fit; nothing is changed.
+        """
+        own = [p for group in self.param_groups for p in group["params"]]
+        chosen = own if params is None else list(params)
+        for p in chosen:
+            if all(p is not q for q in own):
+                raise ValueError(
+                    f"reset_state got a tensor {tuple(p.shape)} that no param group holds; it "
+                    "takes parameters of this optimizer"
+                )
+        self._settle(chosen)
+
+    def _settle(self, reset: Sequence[Tensor] = ()) -> None:
+        """Layouts and state are those of what the groups hold now, whoever put it there.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: it cannot be mapped to what was there before, or is
+                not what the constructor takes; nothing is changed.
+        """
+        adopt_momentum(self.param_groups)
+        if not reset and is_settled(self.param_groups, self._known):
+            return
+        before = predecessors(self.param_groups, self._known, reset)
+        for group in self.param_groups:
+            validate_group(group)
+        self._settle_all(self._layouts.anew(), before)
+
+    @torch.no_grad()
+    def _settle_all(self, layouts: Layouts, before: Mapping[Tensor, Tensor]) -> None:
+        """Find out where the parameters lie, and make their state: on all ranks, at once.
+
+        Args:
+            before: for each parameter that goes on with a state, whose that was.
+        """
+        trained = trained_of(self.param_groups)
+        layouts.add(trained)
+        carried = {
+            p: carried_state(self.state[before[p]], p, group, layouts)
+            for group in trained
+            for p in group["params"]
+            if before.get(p) in self.state
+        }
         self._layouts = layouts
         # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
         self._step_supports_amp_scaling = layouts.domain is not None
@@ -273,16 +345,24 @@ class Muon(Optimizer):
             disable: Any = torch.compiler.disable
             self.__dict__["_step_together"] = disable(self._step_together)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
-        self._make_state(self.param_groups)
+        self._options = Options()
+        held = {p for group in self.param_groups for p in group["params"]}
+        frozen = {p: self.state[before[p]] for p in held if before.get(p) in self.state}
+        others = {key: self.state[key] for key in self.state if not isinstance(key, Tensor)}
+        self.state = defaultdict(dict, {**others, **frozen, **carried})
+        self._make_state(trained)
+        self._known, self._whole = known_of(self.param_groups), None
+        if layouts.domain is None:
+            self._told = post(self)
 
     @torch.no_grad()
     def _make_state(self, groups: Sequence[dict[str, Any]]) -> None:
-        for group in groups:
+        for group in trained_of(groups):
             for p in group["params"]:
-                if p.requires_grad:  # a frozen one's is made when it has a gradient
-                    ensure_state(self.state[p], p, group, self._layouts)
+                ensure_state(self.state[p], p, group, self._layouts)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         if self._layouts.domain is not None:
             raise TypeError(
                 "an optimizer whose parameters several ranks share cannot be pickled or copied: "
@@ -297,25 +377,71 @@ class Muon(Optimizer):
                 for key, value in _LATER_OPTIONS.items():
                     group.setdefault(key, value)
         if "_layouts" not in self.__dict__:  # load_state_dict of torch comes here too
-            self._settle(Layouts())
+            self._settle_all(Layouts(), {p: p for p in self.state})
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's: the state of each parameter by its number, and the groups.
+
+        Where the state is sharded (zero=1, FSDP2) each rank's has its own part, as DTensors, which
+        no other rank can load: see `consolidate_state_dict`, or save with
+        torch.distributed.checkpoint.
+
+        Raises:
+            ValueError: the groups hold parameters that cannot be mapped to what they held before.
+        """
+        self._settle()
+        if self._whole is None:
+            return super().state_dict()
+        parts, self.state = self.state, defaultdict(dict, self._whole)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = parts
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Make the whole state known to one rank, as `torch.distributed.optim`'s
+        ZeroRedundancyOptimizer does: all ranks call this together.
+
+        Until the next step (or load) `state_dict` of that rank has every tensor whole, as a plain
+        tensor on the CPU, and can be loaded on any number of ranks and in any layout. That of the
+        other ranks has their own parts, as ever. Nothing is to be done, nor is it, where every rank
+        has everything. Other ranks hold one whole tensor at a time.
+
+        Args:
+            to: the rank, counted in the ranks that share this optimizer's parameters.
+
+        Raises:
+            ValueError: there is no such rank.
+            RuntimeError: on every rank, if they differ in `to` or in what they keep.
+        """
+        self._settle()
+        self._whole = whole_state(self.param_groups, self.state, self._layouts, to)
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, of `torch.optim.Muon` or of one with the same keys.
 
-        Hyperparameters that it lacks keep their value here; view and algorithm are always kept.
+        Hyperparameters that it lacks keep their value here. Names and structure (algorithm, view)
+        are always the model's own: where both sides have the parameters' names, the state goes by
+        name, in whatever order it was saved; else by position.
         For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
 
         Raises:
-            ValueError: other groups, other algorithms or other shapes than here, or options that
-                the constructor refuses; nothing is loaded.
+            ValueError: other groups, names, algorithms or shapes than here, options that the
+                constructor refuses, a parameter without state or with a part of it, or state that
+                lies on several ranks and is not this rank's part; nothing is loaded.
         """
-        merged = merge_saved(self.param_groups, state_dict)
+        self._settle()
+        merged = merge_saved(self.param_groups, state_dict, self.state)
+        self._whole = None
         super().load_state_dict(merged)
         for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 before = merged["state"].get(key)
                 if before:
                     adopt_state(self.state[p], before, p, group, self._layouts)
+        self._make_state(self.param_groups)  # of what has none, and counts of another dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -327,7 +453,9 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; or, on every rank and before anything is sent, ranks
                 that disagree: in hyperparameters, shapes, or which parameters have a gradient. Or a
-                rank ended while others waited for it.
+                rank ended while others waited for it. Or `ns_dtype="auto"` is another dtype on
+                another rank; where ranks exchange nothing (plain DDP) each looks for that at its
+                first step, in the store at which they met.
             FloatingPointError: see `nonfinite`.
         """
         if self._observer is not None:
@@ -336,11 +464,14 @@ class Muon(Optimizer):
 
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
+        if self._whole is not None:
+            self._whole = None
         if closure is not None:
-            with torch.enable_grad():
+            enable_grad: Any = torch.enable_grad  # untyped in torch 2.9
+            with enable_grad():
                 loss = closure()
-        alone = self._layouts.domain is None
         try:
+            alone = self._layouts.domain is None
             taken = self._step_alone() if alone else self._step_together()
         except Exception:
             forget_scaler(self)
@@ -349,10 +480,27 @@ class Muon(Optimizer):
             self.skipped_steps += 1
         return loss
 
+    def _work(self) -> Work:
+        """What has a gradient, once everything that can be refused was looked at."""
+        try:
+            self._settle()
+            work = with_gradients(self.param_groups)
+            refuse_sparse(work)
+            if not torch.compiler.is_compiling():  # a graph is made for options as they are
+                self._options.check(self.param_groups)
+            check_gradients(self.param_groups, self.state)
+        except Exception as error:
+            if self._layouts.domain is not None:
+                announce(self._layouts.domain, error)
+            raise
+        return work
+
     def _step_alone(self) -> bool:
         """Whether the step took place: of parameters that no other rank shares."""
-        work = with_gradients(self.param_groups)
-        refuse_sparse(work)
+        work = self._work()
+        if self._layouts.domain is not None:  # sharded since the last step
+            return self._step_together()
+        look_at_others(self._told)
         warn_if_idle(work)
         verdict = judge(work)
         if not verdict.may_step(verdict.vote):
@@ -363,7 +511,10 @@ class Muon(Optimizer):
             for group, params in work
             if group["algorithm"] == "muon"
         ]
-        self._adamw_(work)
+        adamw = self._adamw(work)
+        self._count_(work)
+        for group, entries in adamw:
+            adamw_step_(*entries, group)
         for group, batches in planned:
             for batch in batches:
                 for _ in muon_step(batch, group, self._observer):
@@ -372,18 +523,22 @@ class Muon(Optimizer):
 
     def _step_together(self) -> bool:
         """The same with other ranks: what they share is exchanged."""
+        work = self._work()
+        if self._layouts.domain is None:  # no longer sharded
+            return self._step_alone()
         schedule = self._schedule(gradients(self.param_groups))
-        work = with_gradients(self.param_groups)
         scaled = scaled_by(self)
         verdict = judge(work) if scaled is None else Verdict(int(scaled.overflow), [])
         vote = self._agree(schedule, verdict.vote, scaled)
-        refuse_sparse(work)
         if not verdict.may_step(vote):
             return False
+        own, shared = self._batches(work, schedule)
+        adamw = self._adamw(work)
         if scaled is not None:
             scaled.unscale_(work)
-        own, shared = self._batches(work, schedule)
-        self._adamw_(work)
+        self._count_(work)
+        for group, entries in adamw:
+            adamw_step_(*entries, group)
         tasks = [muon_step(batch, group, self._observer) for group, batch in shared]
         tasks += [task for gather in schedule.gathers for task in gather.tasks()]
         run_overlapped(tasks, depth=3)
@@ -392,10 +547,19 @@ class Muon(Optimizer):
                 pass
         return True
 
-    def _adamw_(self, work: Work) -> None:
+    def _adamw(self, work: Work) -> list[tuple[dict[str, Any], _AdamWEntries]]:
+        """(group, what `adamw_step_` takes) of AdamW's groups."""
+        return [
+            (group, self._adamw_entries(params, group))
+            for group, params in work
+            if params and group["algorithm"] == "adamw"
+        ]
+
+    def _count_(self, work: Work) -> None:
+        """Count the step of the variants that keep state; AdamW's are counted by torch."""
         for group, params in work:
-            if params and group["algorithm"] == "adamw":
-                adamw_step_(*self._adamw_entries(params, group), group)
+            if params and group["algorithm"] == "muon" and VARIANTS[group["variant"]].beta2:
+                torch._foreach_add_([self.state[p][STEP] for p in params], 1)
 
     def plan(self) -> StepPlan:
         """Which rank computes what, and sends how much to whom, in a step in which every parameter
@@ -406,6 +570,7 @@ class Muon(Optimizer):
             `messages(rank)` what one rank sends to each other. Ranks are counted in their process
             group; there is one where none share this optimizer's parameters.
         """
+        self._settle()
         present = gradients(self.param_groups, all_of_them=True)
         if self._layouts.domain is None:
             return plan_alone(self._layouts, self.param_groups, present)
@@ -422,16 +587,20 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
         """
+        self._settle()
+        refuse_sparse(with_gradients(self.param_groups))
         params = [p for group in self.param_groups for p in group["params"]]
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 
     def _agree(self, schedule: Schedule, vote: int, scaled: Scaled | None) -> int:
         """The vote of all ranks, which have to be about to do the same."""
         assert self._layouts.domain is not None
-        facts = [*options_facts(self.param_groups), *schedule.facts]
+        facts = [*options_facts(self.param_groups), *schedule.facts.items()]
         if scaled is not None:
             facts.insert(0, (_SCALE, repr(scaled.scale)))
-        return agree(self._layouts.domain, facts, {_SCALE: _SCALES, "": _DISAGREE}, vote)
+        remedies = {products_fact(number): _PRODUCTS for number in range(len(self.param_groups))}
+        remedies |= {_SCALE: _SCALES, "": _DISAGREE}
+        return agree(self._layouts.domain, facts, remedies, vote)
 
     def _schedule(self, present: Present) -> Schedule:
         key = schedule_key(self.param_groups, present)
@@ -466,22 +635,25 @@ class Muon(Optimizer):
         ensure_state(state, p, group, self._layouts)
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
+        check_parts(grad, {"momentum": momentum})
         copies = () if layout is None else layout.stored.copies()
         if VARIANTS[group["variant"]].state == "none":
             return Entry(local(p), grad, momentum, copies=copies)
-        state[STEP].add_(1)
         return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
-    def _adamw_entries(
-        self, params: Sequence[Tensor], group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]:
+    def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
         """Of AdamW's parameters what this rank's state is for: parameters, gradients, state."""
-        grads, states = [], []
+        own, grads, states = [], [], []
         for p in params:
             ensure_state(self.state[p], p, group, self._layouts)
-            grads.append(self._layouts.part(p, local_gradient(p)))
-            states.append({key: local(value) for key, value in self.state[p].items()})
-        return [self._layouts.part(p, local(p)) for p in params], grads, states
+            mine, grad = self._layouts.part(p, local(p)), self._layouts.part(p, local_gradient(p))
+            state = {key: local(value) for key, value in self.state[p].items()}
+            moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+            check_parts(mine, {"gradient": grad, **moments})
+            own.append(mine)
+            grads.append(grad)
+            states.append(state)
+        return own, grads, states
 
     def describe(self) -> list[dict[str, Any]]:
         """What each kind of matrix gets, with every "auto" replaced by what it chose.
@@ -491,8 +663,10 @@ class Muon(Optimizer):
             their number; for Muon view, matrices, rows, cols, computed_as (the shape that small
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.forms`), blocks (of rows
             of a symmetric product), gflop (of the products for one matrix), ns_dtype,
-            momentum_dtype, scale, lr (after the scale).
+            ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype, scale,
+            lr (after the scale).
         """
+        self._settle()
         return [
             row for n, group in enumerate(self.param_groups) for row in describe_group(n, group)
         ]
@@ -589,6 +763,23 @@ class MuonW(Muon):
             adamw_wd=adamw_wd,
             **options,
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which has to say its algorithm; see `Muon`. Nothing is added when it raises.
+
+        A module is added as MuonW would route it by:
+
+            for group in muonkit.route(module).param_groups():
+                optimizer.add_param_group(group)
+        """
+        if isinstance(param_group, dict) and not {"algorithm", "use_muon"} & param_group.keys():
+            raise ValueError(
+                "the param group does not say which algorithm trains it, and MuonW routes modules, "
+                "not parameters: add a module with 'for group in "
+                "muonkit.route(module).param_groups(): optimizer.add_param_group(group)', or say "
+                "'algorithm': 'muon' or 'adamw' in the group"
+            )
+        super().add_param_group(param_group)
 
 
 def _routes(

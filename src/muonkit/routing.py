@@ -8,6 +8,7 @@ a `Rule` settles such a case, and overrides any other.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import re
@@ -59,6 +60,8 @@ class Route:
         reason: why, in a few words.
         options: further hyperparameters for its param group, from a `Rule`.
         param: the parameter itself.
+        unfrozen: of a frozen parameter what it gets once its requires_grad is True again; None
+            where that cannot be decided, or could not be trained.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Route:
     reason: str
     options: Mapping[str, object] = field(hash=False)
     param: nn.Parameter = field(repr=False, compare=False)
+    unfrozen: Route | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -225,11 +229,12 @@ class Routes(Sequence[Route]):
         "view" (muon only), "decay" (False stands for weight_decay 0), **options}.
 
         Parameters that agree in all but themselves share a group; groups come in the order of
-        their first parameter. Frozen parameters are left out.
+        their first parameter. A frozen parameter is in the group that trains it once it is
+        unfrozen: an optimizer leaves it alone until then.
         """
         groups: list[dict[str, Any]] = []
-        for r in self:
-            if r.algorithm == "frozen":
+        for r in (each.unfrozen if each.algorithm == "frozen" else each for each in self):
+            if r is None:
                 continue
             key: dict[str, Any] = {"algorithm": r.algorithm, "decay": r.decay, **r.options}
             if r.view is not None:
@@ -350,24 +355,44 @@ def _choose_rules(facts: Survey, rules: Sequence[Rule]) -> dict[int, Rule]:
 
 
 def _route_one(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: bool) -> Route:
+    if not facts.params[key].requires_grad:
+        return _frozen(facts, key, rule, scale, decay_1d)
+    return _trained(facts, key, rule, scale, decay_1d)
+
+
+def _frozen(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: bool) -> Route:
+    param, sites = facts.params[key], facts.sites[key]
+    unfrozen = None
+    if param.is_floating_point() and param.dtype.itemsize >= 2:  # others are quantized
+        with contextlib.suppress(RoutingError):
+            unfrozen = _trained(facts, key, rule, scale, decay_1d)
+    lazy = isinstance(param, nn.parameter.UninitializedParameter)
+    return Route(
+        name=sites[0].name,
+        aliases=tuple(site.name for site in sites[1:]),
+        shape=() if lazy else tuple(param.shape),
+        algorithm="frozen",
+        view=None,
+        decay=False,
+        scale=None,
+        reason="frozen (requires_grad=False)",
+        options={},
+        param=param,
+        unfrozen=unfrozen,
+    )
+
+
+def _trained(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: bool) -> Route:
     param, sites = facts.params[key], facts.sites[key]
     options = dict(rule.options) if rule else {}
-    algorithm: Algorithm
-    if not param.requires_grad:
-        verdict, algorithm = (
-            Verdict("frozen", None, False, "frozen (requires_grad=False)"),
-            "frozen",
+    verdict = _verdict(facts, key, rule)
+    algorithm: Algorithm = "muon" if verdict.algorithm == "muon" else "adamw"
+    foreign = sorted(options.keys() - _HYPERPARAMETERS[algorithm])
+    if foreign:
+        raise RoutingError(
+            f"{rule} gives {foreign} to {sites[0].name}, which {algorithm} trains and has "
+            f"{', '.join(sorted(_HYPERPARAMETERS[algorithm]))}; make the rule match less"
         )
-        options = {}
-    else:
-        verdict = _verdict(facts, key, rule)
-        algorithm = "muon" if verdict.algorithm == "muon" else "adamw"
-        foreign = sorted(options.keys() - _HYPERPARAMETERS[algorithm])
-        if foreign:
-            raise RoutingError(
-                f"{rule} gives {foreign} to {sites[0].name}, which {algorithm} trains and has "
-                f"{', '.join(sorted(_HYPERPARAMETERS[algorithm]))}; make the rule match less"
-            )
     lazy = isinstance(param, nn.parameter.UninitializedParameter)
     return Route(
         name=sites[0].name,

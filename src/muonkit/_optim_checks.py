@@ -1,0 +1,160 @@
+"""What a step refuses, before anything is written: options that were edited since, and tensors that
+do not fit each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from muonkit._groups import (
+    MOMENTUM,
+    OPTION_KEYS,
+    STEP,
+    parameter_names,
+    state_shapes,
+    validate_group,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+__all__ = ["Options", "check_gradients", "check_parts"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Options:
+    """The options of every group as they were last seen to make sense."""
+
+    def __init__(self) -> None:
+        self._seen: list[dict[str, Any]] = []
+
+    def check(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Look at the groups whose options have changed; a tensor counts as the object it is.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as the constructor.
+        """
+        now = [{key: group[key] for key in OPTION_KEYS if key in group} for group in groups]
+        for number, (group, options) in enumerate(zip(groups, now, strict=True)):
+            before = self._seen[number] if number < len(self._seen) else None
+            if before is None or not _same(before, options):
+                try:
+                    validate_group({**group, **_unread(options)})
+                except (ValueError, TypeError, RuntimeError) as error:
+                    told = f"{group.get('name', f'group {number}')}: {error}; nothing was changed"
+                    raise type(error)(told) from error
+        self._seen = now
+
+
+def _unread(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A number in place of every tensor that is not on the CPU: to read it would wait for all that
+    is queued on its device.
+    """
+    return {
+        key: 0.0
+        for key, value in options.items()
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu"
+    }
+
+
+def _same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if before.keys() != now.keys():
+        return False
+    for key, value in now.items():
+        have = before[key]
+        if have is not value and (
+            isinstance(value, torch.Tensor) or type(have) is not type(value) or have != value
+        ):
+            return False
+    return True
+
+
+def check_gradients(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
+) -> None:
+    """Compare every gradient and every tensor of the state with its parameter.
+
+    Raises:
+        ValueError: other shapes or devices, or a dtype that is not trained.
+    """
+    for group in groups:
+        for index, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            if not (
+                grad.shape == p.shape
+                and grad.device == p.device
+                and grad.dtype in _DTYPES
+                and p.dtype in _DTYPES
+                and _fits(state.get(p, {}), p, group)
+            ):
+                _refuse(parameter_names(group)[index], p, group, state)
+
+
+def _fits(state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether what there is of the state has its shape; what is missing is made."""
+    if group["algorithm"] == "muon" and group["variant"] == "plain":
+        return MOMENTUM not in state or _shape(state[MOMENTUM]) == p.shape
+    for key, shape in state_shapes(p, group).items():
+        if key in state and _shape(state[key]) != shape:
+            return False
+    count = state.get(STEP)
+    return count.numel() == 1 if isinstance(count, torch.Tensor) else _is_number(count)
+
+
+def _is_number(count: Any) -> bool:
+    return count is None or isinstance(count, int | float)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return value.shape if isinstance(value, torch.Tensor) else None
+
+
+def _refuse(
+    name: str, p: Tensor, group: Mapping[str, Any], state: Mapping[Any, Mapping[str, Any]]
+) -> None:
+    grad = p.grad
+    assert grad is not None
+    for what, tensor in ((name, p), (f"the gradient of {name}", grad)):
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{what} is {tensor.dtype}: only floating-point parameters of at least 16 bits are "
+                "trained; set its grad to None, or take it out of its group; nothing was changed"
+            )
+    if grad.shape != p.shape or grad.device != p.device:
+        raise ValueError(
+            f"{name} is {tuple(p.shape)} on {p.device}, its gradient {tuple(grad.shape)} on "
+            f"{grad.device}: the parameter was changed after its backward pass; set its grad to "
+            "None and take the backward pass again; nothing was changed"
+        )
+    for key, shape in {**state_shapes(p, group), STEP: ()}.items():
+        if key in state[p] and (have := _shape(state[p][key])) != shape:
+            got = f"one of {tuple(have)}" if have is not None else f"{state[p][key]!r:.40}"
+            raise ValueError(
+                f"{name} {tuple(p.shape)} wants a {key} of shape {shape}, its state has {got}: "
+                "optimizer.reset_state([parameter]) begins it anew; nothing was changed"
+            )
+
+
+def check_parts(part: Tensor, others: Mapping[str, Tensor]) -> None:
+    """Compare what this rank has of one parameter, just before kernels walk it.
+
+    Args:
+        part: of the parameter, or of its gradient.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    for what, tensor in others.items():
+        if tensor.shape != part.shape:
+            raise ValueError(
+                f"this rank has {tuple(part.shape)} of a parameter, and {tuple(tensor.shape)} of "
+                f"its {what}: they do not lie alike. Load the state with load_state_dict, or begin "
+                "it anew with optimizer.reset_state([parameter]); nothing was changed"
+            )
