@@ -89,23 +89,24 @@ def check_gradients(
             grad = p.grad
             if grad is None:
                 continue
+            shape = p.shape
             if not (
-                grad.shape == p.shape
+                grad.shape == shape
                 and grad.device == p.device
                 and grad.dtype in _DTYPES
                 and p.dtype in _DTYPES
                 and (anywhere or not p.is_inference())
-                and _fits(state.get(p, {}), p, group)
+                and _fits(state.get(p, {}), p, shape, group)
             ):
                 _refuse(parameter_names(group)[index], p, group, state)
 
 
-def _fits(state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any]) -> bool:
+def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any]) -> bool:
     """Whether what there is of the state has its shape; what is missing is made."""
     if group["algorithm"] == "muon" and group["variant"] == "plain":
-        return MOMENTUM not in state or _shape(state[MOMENTUM]) == p.shape
-    for key, shape in state_shapes(p, group).items():
-        if key in state and _shape(state[key]) != shape:
+        return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
+    for key, wanted in state_shapes(p, group).items():
+        if key in state and _shape(state[key]) != wanted:
             return False
     count = state.get(STEP)
     return count.numel() == 1 if isinstance(count, torch.Tensor) else _is_number(count)
