@@ -425,7 +425,8 @@ def test_without_a_gradient_there_is_no_record() -> None:
         optimizer.step()
         assert [r["name"] for r in monitor.latest["matrices"]] == ["p"]
         p.grad = None
-        optimizer.step()
+        with pytest.warns(UserWarning, match="nothing is trained"):
+            optimizer.step()
     assert monitor.latest["matrices"] == monitor.latest["groups"] == []
 
 
@@ -1019,8 +1020,8 @@ def test_a_sample_speaks_of_what_is_in_the_groups_now(change: str, tmp_path: Pat
     first = optimizer.param_groups[0]
 
     def replace(group: dict[str, Any], at: int, new: nn.Parameter) -> None:
-        optimizer.state.pop(group["params"][at])
         group["params"][at] = new
+        optimizer.reset_state([new])
 
     def step(seed: int) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]

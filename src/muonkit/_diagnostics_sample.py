@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from muonkit._diagnostics_spectra import (
-    norms,
-    orthogonality_error,
-    spectra,
-    wide,
-)
+from muonkit._diagnostics_spectra import measurable, norms, orthogonality_error, spectra
 from muonkit._optim_batches import place
 from muonkit._optim_gradients import local_gradient
 from muonkit._optim_layout import is_dtensor, local
@@ -218,7 +213,7 @@ def global_rank() -> int:
 
 
 def _square(t: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(t, dtype=wide(t.device))
+    norm: Tensor = torch.linalg.vector_norm(measurable(t), dtype=torch.float64)
     return norm.square()
 
 

@@ -1,4 +1,4 @@
-"""Norms and singular values of stacks of matrices, in float64 where the device has it.
+"""Norms and singular values of stacks of matrices, in float64 (on the CPU, if the device has none).
 
 For a matrix A of m x n with m <= n, singular values σ_1 <= ... <= σ_m and p_i = σ_i / Σσ:
 
@@ -11,8 +11,8 @@ For a matrix A of m x n with m <= n, singular values σ_1 <= ... <= σ_m and p_i
 - orthogonality error: ||AA^T - I||_F / √m = √(mean of (σ_i^2 - 1)^2), of the short side.
 
 The σ are the square roots of the eigenvalues of AA^T. In float64 those below 1e-8 of the largest
-are rounding, which is less than float32 entries themselves leave of them; in float32 (mps) it is
-those below 3e-4.
+are rounding, which is less than float32 entries themselves leave of them. Apple's GPUs (mps) have
+neither float64 nor eigenvalues: their matrices are measured on the CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEVELS", "SPECTRUM", "norms", "orthogonality_error", "spectra", "wide"]
+__all__ = ["LEVELS", "SPECTRUM", "measurable", "norms", "orthogonality_error", "spectra"]
 
 # Quantiles of the singular values: the smallest, every sixteenth of them, the largest.
 LEVELS = 17
@@ -39,9 +39,13 @@ SPECTRUM = ("min", "max", "entropy", "stable_rank", "effective_rank")
 CHUNK_BYTES = 2**26
 
 
-def wide(device: torch.device) -> torch.dtype:
-    """The widest dtype of the device."""
-    return torch.float32 if device.type == "mps" else torch.float64
+# Device types without float64, so without what is measured in it.
+WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def measurable(A: Tensor) -> Tensor:
+    """The tensor where it can be measured: itself, or its copy on the CPU."""
+    return A.cpu() if A.device.type in WITHOUT_FLOAT64 else A
 
 
 def norms(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +73,7 @@ def orthogonality_error(A: Tensor) -> Tensor:
     """Of a stack `(N, m, n)`: `(N,)`, NaN where a matrix is not finite."""
     errors = []
     for chunk in _chunks(A):
-        X = chunk.to(wide(chunk.device))
-        gram = _gram(X)
+        gram = _gram(chunk.double())
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
         error = torch.linalg.vector_norm(gram, dim=(-2, -1)) / gram.shape[-1] ** 0.5
         errors.append(error.masked_fill(~error.isfinite(), math.nan))
@@ -99,7 +102,8 @@ def _spectra(A: Tensor) -> Tensor:
 
 def _quantiles(sigma: Tensor) -> Tensor:
     """`(N, m)`, ascending -> `(N, LEVELS)`."""
-    places = torch.linspace(0, sigma.shape[-1] - 1, LEVELS, dtype=sigma.dtype)
+    # On the CPU whatever the default device is: indices are needed as they are computed there.
+    places = torch.linspace(0, sigma.shape[-1] - 1, LEVELS, dtype=sigma.dtype, device="cpu")
     low = places.floor().long().clamp_max(sigma.shape[-1] - 1)
     high = places.ceil().long().clamp_max(sigma.shape[-1] - 1)
     weight = (places - low).to(sigma.device)
@@ -110,7 +114,7 @@ def _scaled(A: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
     """Every matrix over its largest magnitude, which squares would overflow on, and that; zeros
     where it is broken.
     """
-    X = A.to(wide(A.device)).masked_fill(broken[:, None, None], 0.0)
+    X = A.double().masked_fill(broken[:, None, None], 0.0)
     largest = X.abs().amax((-2, -1))
     return X / torch.where(largest > 0, largest, 1.0)[:, None, None], largest
 
@@ -123,4 +127,4 @@ def _gram(X: Tensor) -> Tensor:
 def _chunks(A: Tensor) -> Iterator[Tensor]:
     """Parts of a stack, each no larger than CHUNK_BYTES unless it is one matrix."""
     size = max(1, CHUNK_BYTES // max(1, A.shape[-2] * A.shape[-1] * 8))
-    return iter(torch.split(A, size))
+    return (measurable(part) for part in torch.split(A, size))

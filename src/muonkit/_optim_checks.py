@@ -81,7 +81,9 @@ def check_gradients(
 
     Raises:
         ValueError: other shapes or devices, or a dtype that is not trained.
+        RuntimeError: a parameter that was made under `torch.inference_mode()`, outside of it.
     """
+    anywhere = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     for group in groups:
         for index, p in enumerate(group["params"]):
             grad = p.grad
@@ -93,6 +95,7 @@ def check_gradients(
                 and grad.device == p.device
                 and grad.dtype in _DTYPES
                 and p.dtype in _DTYPES
+                and (anywhere or not p.is_inference())
                 and _fits(state.get(p, {}), p, shape, group)
             ):
                 _refuse(parameter_names(group)[index], p, group, state)
@@ -128,6 +131,12 @@ def _refuse(
                 f"{what} is {tensor.dtype}: only floating-point parameters of at least 16 bits are "
                 "trained; set its grad to None, or take it out of its group; nothing was changed"
             )
+    if p.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} {tuple(p.shape)} was made under torch.inference_mode(), outside of which it "
+            "cannot be written to: make the model outside, or step under it too; nothing was "
+            "changed"
+        )
     if grad.shape != p.shape or grad.device != p.device:
         raise ValueError(
             f"{name} is {tuple(p.shape)} on {p.device}, its gradient {tuple(grad.shape)} on "

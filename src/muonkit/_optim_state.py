@@ -57,21 +57,35 @@ def ensure_state(
     No copies where all is in place.
     """
     adamw = group["algorithm"] == "adamw"
-    device = p.device
+    device, was_meta = p.device, False
     for key, dtype in _dtypes(p, group):
         have = state.get(key)
         if have is None or (have.is_meta and not p.is_meta):
+            was_meta = was_meta or have is not None
             state[key] = _zeros(_kept(key, dtype, p, group, layouts), p, layouts, preserve=adamw)
-        elif have.dtype != dtype or have.device != device:
-            state[key] = have.to(device, dtype)
+        elif have.dtype != dtype or have.device != device or _is_frozen(have):
+            state[key] = have.to(device, dtype, copy=True)
     if adamw or VARIANTS[group["variant"]].state != "none":
         count: Any = state.get(STEP)
-        count = 0.0 if count is None else count
+        count = 0.0 if count is None or was_meta else count
+        if adamw and p.is_meta:  # torch's AdamW reads its count in Python, as it does its own
+            device = torch.device("cpu")
         kept = isinstance(count, Tensor) and not count.is_meta
         if not kept or count.device != device or count.dtype != torch.float32:
             count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
             # A checkpoint may be of an optimizer that counts its steps in a number or in int64.
             state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=device)
+        elif _is_frozen(count):
+            state[STEP] = count.clone()
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Whether it was made under `torch.inference_mode()`, and this is outside of it: then it may
+    not be written to. Inside of a graph there is no such state: the step before made it anew.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def carried_state(
@@ -87,6 +101,7 @@ def carried_state(
             continue
         if have.is_meta and not p.is_meta:
             del state[key]
+            state.pop(STEP, None)  # which counted a dry run
             continue
         kept = _kept(key, dtype, p, group, layouts)
         if is_dtensor(have) or kept.lives is not None:

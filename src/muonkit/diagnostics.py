@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from contextlib import suppress
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -186,6 +187,9 @@ class Monitor:
         self._listen(None)  # the last step may have raised
         if self.step == 1 or self.step % self.every == 0:
             _refuse_meta(self._optimizer)
+            # What is refused is so in the step itself, which tells the other ranks.
+            with suppress(Exception):
+                self._optimizer._settle()  # of what was replaced since the last step
             sampler = Sampler(self._optimizer, self._spectra)
             self._skipped = self._optimizer.skipped_steps
             with torch.no_grad():

@@ -175,7 +175,7 @@ def agree(
     remedies = {_CALL: _CALLS, **remedies}
     digest = hashlib.sha256(repr(facts).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
-    answer = torch.tensor([number, -number, vote])
+    answer = torch.tensor([number, -number, vote], device="cpu")
     try:
         torch.distributed.all_reduce(
             answer, op=torch.distributed.ReduceOp.MAX, group=domain.control

@@ -54,7 +54,7 @@ def scratch(
         buffer = _kept.buffers.get(name)
         with torch.inference_mode(False):  # an inference tensor could not be written to outside
             if buffer is None or buffer.numel() < nbytes:
-                buffer = _kept.buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
+                buffer = _kept.buffers[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
                 _kept.views.clear()  # some are of the buffer that was
             elif len(_kept.views) >= _REMEMBERED:
                 _kept.views.clear()

@@ -6,6 +6,7 @@ vision and in black and white. Grey is where there is no figure.
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeVar
@@ -17,6 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
+from muonkit._text import shortened
 from muonkit.lab.recording import FIGURES, Recording
 from muonkit.lab.recording import Figure as Quantity
 from muonkit.lab.store import Record
@@ -31,10 +33,27 @@ _NAMED = 100
 _SHOWN, _CURVES = 6, 40
 
 
+#: What is drawn at most, and at least of what is not 0: beyond it axes overflow.
+_LARGEST, _SMALLEST = 1e100, 1e-100
+
+
 def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # A name may have letters that the font lacks: they are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        FigureCanvasAgg(figure).print_png(image)  # type: ignore[no-untyped-call]
     return image.getvalue()
+
+
+def _literal(text: str) -> str:
+    """A text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")
+
+
+def _within(value: float) -> float:
+    """The value as it is drawn; NaN stays."""
+    return value if value == 0 else max(min(value, _LARGEST), _SMALLEST)
 
 
 def _norm(values: Sequence[float], is_log: bool) -> Normalize:
@@ -57,7 +76,7 @@ def _edges(steps: Sequence[int]) -> list[float]:
 
 
 def _heat_map(axes: Axes, recording: Recording, quantity: Quantity) -> None:
-    values = recording.values(quantity)
+    values = [[_within(value) for value in row] for row in recording.values(quantity)]
     norm = _norm([value for row in values for value in row], quantity.is_log)
     rows = [place - 0.5 for place in range(len(values) + 1)]
     axes.set_facecolor("0.85")
@@ -86,12 +105,12 @@ def heat_maps(recording: Recording, title: str) -> bytes:
     count = len(recording.matrices)
     height = 2.4 + _ROW * min(max(count, 8), _NAMED)
     figure = Figure(figsize=(5.0 * len(FIGURES), height), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_literal(shortened(title, 80)))
     panels = figure.subplots(1, len(FIGURES), sharey=True, squeeze=False)[0]
     for axes, quantity in zip(panels, FIGURES.values(), strict=True):
         _heat_map(axes, recording, quantity)
     named = range(0, count, math.ceil(count / _NAMED))
-    labels = [recording.label(recording.matrices[place]) for place in named]
+    labels = [_literal(recording.label(recording.matrices[place])) for place in named]
     panels[0].set_yticks(list(named), labels, fontsize=8)
     return _png(figure)
 
@@ -118,7 +137,7 @@ def _curves(
             continue
         scale = values[-1] if kind == "momentum" else 1.0
         shares = [i / max(1, len(values) - 1) for i in range(len(values))]
-        shown = [value / scale if value and scale else math.nan for value in values]
+        shown = [_within(value / scale) if value and scale else math.nan for value in values]
         axes.plot(shares, shown, color=colormaps["viridis"](norm(step)), linewidth=1.2)
     if not axes.lines:
         axes.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axes.transAxes)
@@ -131,7 +150,7 @@ def spectra(recording: Recording, title: str) -> bytes:
     steps = recording.steps
     norm = Normalize(steps[0], max(steps[-1], steps[0] + 1))
     figure = Figure(figsize=(10.0, 1.6 + 1.9 * len(keys)), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_literal(shortened(title, 80)))
     panels = figure.subplots(len(keys), 2, sharex=True, squeeze=False)
     for key, (before, after) in zip(keys, panels, strict=True):
         records = recording.records(key)
@@ -143,7 +162,9 @@ def spectra(recording: Recording, title: str) -> bytes:
         after.set_ylabel("σ")
         after.axhline(1.0, color="0.3", linewidth=0.8, linestyle="--")
         after.set_ylim(bottom=0.0)
-        before.set_title(f"{recording.label(key)}: momentum", fontsize="medium", loc="left")
+        before.set_title(
+            f"{_literal(recording.label(key))}: momentum", fontsize="medium", loc="left"
+        )
         after.set_title("update, orthogonalized", fontsize="medium", loc="left")
     for axes in panels[-1]:
         axes.set_xlabel("share of the singular values, smallest to largest")

@@ -4,15 +4,18 @@ Every error of the user's is one line on standard error with its remedy, and exi
 a failure while running, 130 is Ctrl-C. ``--debug`` shows the traceback.
 """
 
+import io
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import muonkit
+from muonkit._text import shown
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.tasks import TASKS, Budget
@@ -400,6 +403,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with _any_stream():
+        return _main(words)
+
+
+def _main(words: list[str]) -> int:
     try:
         command = typer.main.get_command(app)
         status = command.main(args=words or ["--help"], prog_name="muonkit", standalone_mode=False)
@@ -411,8 +419,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         text, status = _line(error)
-        print(text, file=sys.stderr)
+        print(shown(text), file=sys.stderr)
         return status
+
+
+@contextmanager
+def _any_stream() -> Iterator[None]:
+    """Print to streams that lack a letter, as those of LANG=C, its escape instead of an error:
+    what was computed, and the exit status, must not be lost for it.
+    """
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        lossy = getattr(stream, "errors", None) in ("strict", "surrogateescape")
+        if lossy and isinstance(stream, io.TextIOWrapper):
+            changed.append((stream, stream.errors))
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            stream.reconfigure(errors=errors)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,45 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from muonkit._text import shortened, shown
 from muonkit.lab.errors import LabError
 from muonkit.lab.recording import FIGURES, Recording, read, remarks
 from muonkit.lab.store import write_atomically
 from muonkit.lab.train import RECORDING
+
+#: For streams that have not the letter, as those of LANG=C or of Windows' code pages.
+_SPELLED = {
+    "—": "-",
+    "−": "-",
+    "‖": "||",
+    "…": "...",
+    "η": "eta ",
+    "σ": "sigma",
+    "ᵀ": "^T",
+    "√": "sqrt ",
+}
+
+
+def fitting(text: object, encoding: str) -> Text:
+    """What prints as one line of the stream's letters; never markup."""
+    line = shown(text)
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        line = "".join(_SPELLED.get(c, c) if _lacks(encoding, c) else c for c in line)
+        line = line.encode(encoding, "backslashreplace").decode(encoding)
+    return Text(line)
+
+
+def _lacks(encoding: str, letter: str) -> bool:
+    return letter.encode(encoding, "ignore") == b""
 
 
 def _extremes(recording: Recording) -> Iterator[list[str]]:
@@ -20,7 +48,7 @@ def _extremes(recording: Recording) -> Iterator[list[str]]:
     for figure in FIGURES.values():
         last = [row[-1] for row in recording.values(figure)]
         there = {
-            recording.label(key): value
+            key: value
             for key, value in zip(recording.matrices, last, strict=True)
             if math.isfinite(value)
         }
@@ -31,9 +59,9 @@ def _extremes(recording: Recording) -> Iterator[list[str]]:
         middle = statistics.median(there.values())
         yield [
             figure.label,
-            f"{there[low]:.3g}  {low}",
+            f"{there[low]:.3g}  {recording.label(low)}",
             f"{middle:.3g}",
-            f"{there[high]:.3g}  {high}",
+            f"{there[high]:.3g}  {recording.label(high)}",
         ]
 
 
@@ -41,25 +69,42 @@ def show(console: Console, recording: Recording) -> None:
     """Print what the last sample says, in two short tables."""
     steps, last = recording.steps, recording.samples[-1]
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    groups = Table(title=f"{len(steps)} samples, {span}; of the last one, by group")
-    for heading in ("algorithm", "members", "lr", "update / weight", "decay's share", "not finite"):
-        groups.add_column(heading, justify="left" if heading == "algorithm" else "right")
-    for group in last["groups"]:
-        groups.add_row(
-            str(group["algorithm"]),
+    groups = [
+        [
+            shortened(group["algorithm"], 40),
             str(group["members"]),
             *(_text(group[name]) for name in ("lr", "update_to_weight", "decay_share")),
-            str(sum(group["nonfinite"].values())),
-        )
-    console.print(groups)
-    matrices = Table(title=f"{len(recording.matrices)} matrices, step {steps[-1]}")
-    for heading in ("figure", "lowest", "median", "highest"):
-        matrices.add_column(heading, justify="right" if heading == "median" else "left")
-    for row in _extremes(recording):
-        matrices.add_row(*map(escape, row))
-    console.print(matrices)
+            str(group["nonfinite"]),
+        ]
+        for group in last.groups
+    ]
+    headings = ("algorithm", "members", "lr", "update / weight", "decay's share", "not finite")
+    title = f"{len(steps)} samples, {span}; of the last one, by group"
+    _table(console, title, headings, groups, right=headings[1:])
+    title = f"{len(recording.matrices)} matrices, step {steps[-1]}"
+    columns = ("figure", "lowest", "median", "highest")
+    _table(console, title, columns, _extremes(recording), right=("median",))
     for line in remarks(recording):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(console, line)
+
+
+def _table(
+    console: Console,
+    title: str,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Sequence[str],
+) -> None:
+    table = Table(title=fitting(title, console.encoding))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left")
+    for row in rows:
+        table.add_row(*(fitting(cell, console.encoding) for cell in row))
+    console.print(table)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(fitting(line, console.encoding), highlight=False, soft_wrap=True)
 
 
 def _text(value: float | None) -> str:
@@ -78,14 +123,20 @@ def draw(recording: Recording, title: str) -> dict[str, bytes]:
 
 
 def write(run: Path, out: Path | None, pattern: str, console: Console) -> None:
-    """Draw the recording of ``run`` beside it, or in ``out``, and print the tables."""
+    """Draw the recording of ``run`` beside it, or in ``out``, then print the tables."""
     recording = read(run, pattern)
     folder = out or recording.path.parent
     if not folder.is_dir():
         raise LabError(f"--out {folder} is no folder: make it first")
-    show(console, recording)
     of_run = recording.path.name == RECORDING
     title = recording.path.resolve().parent.name if of_run else recording.path.stem
-    for name, image in draw(recording, title).items():
+    # First the pictures: whatever happens to what is printed, they are there.
+    images = draw(recording, title)
+    for name, image in images.items():
         write_atomically(folder / name, image)
-        console.print(f"wrote {folder / name}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        show(console, recording)
+        for name in images:
+            _say(console, f"wrote {folder / name}")
+    except SystemExit:  # rich's, where nobody reads the pipe any more: what was to do is done
+        pass

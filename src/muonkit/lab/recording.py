@@ -1,24 +1,28 @@
 """What ``muonkit.Monitor`` recorded, read from its JSON lines.
 
 A recording that is still being written, or that a kill cut short, is read up to its last whole
-line.
+line. It may come from anywhere: every line is checked for what is read of it, and the first wrong
+one is an error of one line that says where it is and what was expected.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from muonkit.diagnostics import FORMAT
+from muonkit._text import shortened
+from muonkit.lab import _recording_lines as lines
 from muonkit.lab.errors import LabError
 from muonkit.lab.store import Record
 from muonkit.lab.train import RECORDING
 
 Key = tuple[str, int]
+
+#: Characters of a name that pictures and tables show.
+_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -53,46 +57,56 @@ FIGURES: dict[str, Figure] = {
 }
 
 
+class Sample(NamedTuple):
+    """What is read of a sample: its step, its groups' records, and those of its matrices."""
+
+    step: int
+    groups: list[Record]
+    matrices: dict[Key, Record]
+
+
 @dataclass(frozen=True)
 class Recording:
     """The samples of one run.
 
     Attributes:
         path: the file.
-        header: the last one in it.
+        every: steps from sample to sample, as the last header has it.
         matrices: the keys (name, index) of all matrices, in the order of the model's names.
         of: how many matrices the parameter of each is.
         samples: by step, ascending; of two of one step the later; without skipped steps.
         skipped: how many steps the optimizer left out among the sampled ones.
         is_cut: whether the last line was not written to its end.
+        is_full: whether it ends because the file had reached the monitor's ``max_bytes``.
     """
 
     path: Path
-    header: Record
+    every: int
     matrices: tuple[Key, ...]
     of: dict[Key, int]
-    samples: tuple[Record, ...]
+    samples: tuple[Sample, ...]
     skipped: int
     is_cut: bool
+    is_full: bool
 
     @property
     def steps(self) -> list[int]:
-        return [sample["step"] for sample in self.samples]
+        return [sample.step for sample in self.samples]
 
     def label(self, key: Key) -> str:
-        """``blocks.0.qkv [1/3]``: ``.weight`` says nothing, since every matrix is one."""
+        """``blocks.0.qkv [1/3]``: ``.weight`` says nothing, since every matrix is one.
+
+        What does not print is escaped, and the middle of a long name left out.
+        """
         name, index = key
         short = name.removesuffix(".weight")
         short = name if short.isdecimal() else short  # of a Sequential: "1" alone names nothing
+        short = shortened(short, _NAME)
         return f"{short} [{index + 1}/{self.of[key]}]" if self.of[key] > 1 else short
 
     def records(self, key: Key) -> list[Record | None]:
         """The matrix's record in every sample; None where it had no gradient."""
-        found = []
-        for sample in self.samples:
-            of_key = (m for m in sample["matrices"] if (m["name"], m["index"]) == key)
-            found.append(next(of_key, None))
-        return found
+        return [sample.matrices.get(key) for sample in self.samples]
 
     def values(self, figure: Figure) -> list[list[float]]:
         """(matrices, samples): the figure, NaN where there is none."""
@@ -133,101 +147,60 @@ def find(run: Path) -> Path:
         )
     if not run.exists():
         raise LabError(f"there is no {run}: name a .jsonl of muonkit.Monitor, or a run's folder")
+    if not run.is_file():  # a pipe would be waited for
+        raise LabError(f"{run} is neither file nor folder: name a .jsonl of muonkit.Monitor")
     return run
-
-
-def _lines(path: Path) -> tuple[list[Record], bool]:
-    """The records of a file, and whether its last line was cut short."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise LabError(
-            f"cannot read {path} ({error.strerror}): check the name and rights"
-        ) from error
-    records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            # Only the last line can be one that was being written.
-            if number == len(lines) and not line.endswith(b"\n"):
-                return records, True
-            raise LabError(
-                f"{path}, line {number}, is no JSON object: this is no recording of "
-                "muonkit.Monitor, or it is damaged; delete the line, or name another file"
-            ) from error
-        records.append(record)
-    return records, False
 
 
 def _natural(key: Key) -> tuple[Any, ...]:
     """Sorts ``blocks.10`` behind ``blocks.2``."""
-    parts = re.split(r"(\d+)", key[0])
-    return (*[(int(p), "") if p.isdecimal() else (-1, p) for p in parts], (key[1], ""))
+    parts = re.split("([0-9]+)", key[0])
+    # By the number's length first: int() refuses thousands of digits.
+    numbers = ((len(part.lstrip("0")), part.lstrip("0")) for part in parts[1::2])
+    return (*zip(parts[::2], [*numbers, (0, "")], strict=True), key[1])
 
 
 def read(run: Path, pattern: str = "*") -> Recording:
     """The recording in ``run``, of the matrices whose names match ``pattern``.
+
+    The file is read once, line by line; of a sample what pictures and tables show is kept.
 
     Args:
         run: a .jsonl file, or the folder of a run that has ``monitor.jsonl``.
         pattern: of parameters' names, as a shell's: ``*`` and ``?``.
 
     Raises:
-        LabError: there is none, it is of another format, has no samples or no such matrix.
+        LabError: there is none, it is of another format or damaged, has no samples or no such
+            matrix.
     """
     path = find(run)
-    records, is_cut = _lines(path)
-    headers = [record for record in records if record.get("kind") == "header"]
-    if not records or records[0].get("kind") != "header":
-        begun = "its header was not written to its end" if is_cut else "it begins with no header"
-        raise LabError(f"{path} is no recording of muonkit.Monitor: {begun}; name another file")
-    for header in headers:
-        if header.get("format") != FORMAT:
-            raise LabError(
-                f"{path} is of format {header.get('format')}, written by muonkit "
-                f"{header.get('muonkit')}; this one reads format {FORMAT}: draw it with that "
-                "version, or record anew"
-            )
-    try:
-        recording = _recording(path, records, headers, is_cut)
-        if not recording.samples:
-            every = recording.header["every"]
-            raise LabError(
-                f"{path} has no samples that could be drawn ({recording.skipped} skipped steps): "
-                f"one is taken at step 1 and at every multiple of {every}; train further"
-            )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    content = lines.Content()
+    for line in lines.records(path):
+        content.add(line)
+    of = content.of
+    drawn = {step: sample for step, sample in content.samples.items() if sample is not None}
+    skipped = len(content.samples) - len(drawn)
+    if not drawn:
         raise LabError(
-            f"{path} is damaged: a record lacks or has a wrong {error}; record anew"
-        ) from error
-    chosen = tuple(key for key in recording.matrices if fnmatchcase(key[0], pattern))
-    if not chosen:
-        names = ", ".join(dict.fromkeys(key[0] for key in recording.matrices[:3]))
-        raise LabError(f"no matrix of {path} matches {pattern!r}: it has {names}, ...")
-    return Recording(**{**vars(recording), "matrices": chosen})
-
-
-def _recording(
-    path: Path, records: Sequence[Record], headers: Sequence[Record], is_cut: bool
-) -> Recording:
-    of = {(m["name"], m["index"]): m["of"] for header in headers for m in header["matrices"]}
-    samples = {record["step"]: record for record in records if record.get("kind") == "sample"}
-    drawn = {step: sample for step, sample in samples.items() if not sample["skipped"]}
-    for sample in drawn.values():
-        for matrix in sample["matrices"]:
-            of.setdefault((matrix["name"], matrix["index"]), matrix["index"] + 1)
-    return Recording(
+            f"{path} has no samples that could be drawn ({skipped} skipped steps): "
+            f"one is taken at step 1 and at every multiple of {content.every}; train further"
+        )
+    matrices = tuple(sorted(of, key=_natural))
+    recording = Recording(
         path=path,
-        header=headers[-1],
-        matrices=tuple(sorted(of, key=_natural)),
+        every=content.every,
+        matrices=matrices,
         of=of,
-        samples=tuple(drawn[step] for step in sorted(drawn)),
-        skipped=len(samples) - len(drawn),
-        is_cut=is_cut,
+        samples=tuple(Sample(step, *drawn[step]) for step in sorted(drawn)),
+        skipped=skipped,
+        is_cut=content.is_cut,
+        is_full=content.is_full,
     )
+    chosen = tuple(key for key in matrices if fnmatchcase(key[0], pattern))
+    if not chosen:
+        names = ", ".join(dict.fromkeys(shortened(key[0], _NAME) for key in matrices[:3]))
+        raise LabError(f"no matrix of {path} matches {pattern!r}: it has {names}, ...")
+    return replace(recording, matrices=chosen)
 
 
 def remarks(recording: Recording) -> list[str]:
@@ -237,6 +210,11 @@ def remarks(recording: Recording) -> list[str]:
         said.append(
             f"{recording.path}: the last line was not written to its end (the run goes on, or was "
             "killed); what is before it is drawn"
+        )
+    if recording.is_full:
+        said.append(
+            f"{recording.path}: it ended at step {recording.steps[-1]}, since the file had reached "
+            "the monitor's max_bytes"
         )
     if recording.skipped:
         said.append(f"{recording.skipped} sampled steps were skipped by the optimizer: not drawn")
