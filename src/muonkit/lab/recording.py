@@ -15,6 +15,8 @@ from typing import Any
 
 from muonkit.diagnostics import FORMAT
 from muonkit.lab.errors import LabError
+from muonkit.lab.files import check_folder
+from muonkit.lab.saved import check_recording
 from muonkit.lab.store import Record
 from muonkit.lab.train import RECORDING
 
@@ -120,6 +122,9 @@ def find(run: Path) -> Path:
         if (run / RECORDING).is_file():
             return run / RECORDING
         inside = sorted(run.glob(f"runs/*/{RECORDING}"))
+        for path in inside:  # pictures are written beside it
+            check_folder(path.parents[1])
+            check_folder(path.parent)
         if len(inside) == 1:
             return inside[0]
         if inside:
@@ -179,6 +184,7 @@ def read(run: Path, pattern: str = "*") -> Recording:
         LabError: there is none, it is of another format, has no samples or no such matrix.
     """
     path = find(run)
+    check_recording(path)
     records, is_cut = _lines(path)
     headers = [record for record in records if record.get("kind") == "header"]
     if not records or records[0].get("kind") != "header":
