@@ -6,6 +6,7 @@ A global batch is cut over the data-parallel ranks, so the losses are those of o
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -214,19 +215,30 @@ class Checkpoints:
 
     Every rank writes its part of a checkpoint into ``step-NNNNNN.part``; when all have, rank 0
     renames it. Before a checkpoint is deleted, it loses its name too.
+
+    Beside the parts lie their SHA-256 (``sha256sum -c SHA256SUMS``), since loading checks none: a
+    checkpoint in which a bit is another one is refused.
     """
 
     KEEP = 2
+    SUMS = "SHA256SUMS"
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path, self.rank = path, rank
 
     def latest(self) -> Path | None:
         """The last whole checkpoint: rank 0 looks, so that all ranks take the same."""
-        found = [self._whole()[-1:] if self.rank == 0 else []]
+        whole = self._whole() if self.rank == 0 else []
+        found: Path | None = self._from_first(whole[-1] if whole else None)
+        return found
+
+    @staticmethod
+    def _from_first(value: Any) -> Any:
+        """What rank 0 has, on every rank."""
+        found = [value]
         if dist.is_initialized():
             dist.broadcast_object_list(found, src=0)
-        return found[0][0] if found[0] else None
+        return found[0]
 
     def save(self, progress: Progress) -> None:
         name = f"step-{progress.step:06}"
@@ -237,6 +249,7 @@ class Checkpoints:
         # Returns on rank 0 when every rank has written its part to the disk.
         dcp.save(progress.state_dict(), checkpoint_id=part, no_dist=not dist.is_initialized())
         if self.rank == 0:
+            (part / self.SUMS).write_text(self._sums(part))
             part.replace(self.path / name)
             for old in self._whole()[: -self.KEEP]:
                 self._delete(old.replace(old.with_suffix(".part")))
@@ -244,12 +257,35 @@ class Checkpoints:
         if dist.is_initialized():
             dist.barrier()
 
-    @staticmethod
-    def load(progress: Progress, folder: Path) -> None:
-        """Into tensors as they lie now: under whatever layout and number of ranks."""
+    def load(self, progress: Progress, folder: Path) -> None:
+        """Into tensors as they lie now: under whatever layout and number of ranks.
+
+        Raises:
+            SystemExit: on every rank, where a file is not the one that was saved.
+        """
+        if damage := self._from_first(self._damage(folder) if self.rank == 0 else None):
+            raise SystemExit(f"{damage}: delete {folder}, to go on from the one before it")
         state = progress.state_dict()
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         progress.load_state_dict(state)
+
+    def _sums(self, folder: Path) -> str:
+        lines = []
+        for path in sorted(p for p in folder.iterdir() if p.name != self.SUMS):
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+        return "".join(lines)
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with the files of a checkpoint; None if they are those that were saved."""
+        sums = folder / self.SUMS
+        if not sums.exists():
+            return f"{sums} is missing"
+        kept, found = (
+            text.splitlines() for text in (sums.read_text("utf-8", "replace"), self._sums(folder))
+        )
+        wrong = sorted({line.partition("  ")[2] for line in {*kept} ^ {*found}})
+        return f"{folder} is damaged ({', '.join(wrong)})" if wrong else None
 
     def _whole(self) -> list[Path]:
         return sorted(p for p in self.path.glob("step-*") if re.fullmatch(r"step-\d+", p.name))

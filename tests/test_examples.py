@@ -138,6 +138,21 @@ def test_checkpoints_of_another_run_are_not_written_over(tmp_path: Path) -> None
         printed("train_ddp", "--checkpoint", str(tmp_path))
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    save = ("--checkpoint", str(tmp_path), "--save-every", "2")
+    printed("train_ddp", *save)
+    last = tmp_path / "step-000004"
+    parts = sorted(last.iterdir())
+    assert len(parts) == 3  # what is where, one rank's part, and the sums
+    for part in parts:
+        sound = part.read_bytes()
+        part.write_bytes(sound[:40] + bytes([sound[40] ^ 1]) + sound[41:])
+        with pytest.raises(SystemExit, match=f"{last} is damaged .*: delete {last}, to go on"):
+            printed("train_ddp", *save, "--resume", "--steps", "6")
+        part.write_bytes(sound)
+    assert losses(printed("train_ddp", *save, "--resume", "--steps", "5")).keys() == {5}
+
+
 def test_a_killed_rank_ends_all_and_the_resumed_run_is_equal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

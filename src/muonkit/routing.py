@@ -21,6 +21,7 @@ import torch.nn as nn
 from muonkit._routing_judge import Undecided, Verdict, is_vector, judge
 from muonkit._routing_survey import Site, Survey, survey, unwrap
 from muonkit._shards import WHOLE, flat_model
+from muonkit._text import shown
 from muonkit.scale import SCALES, scale_factor
 from muonkit.views import View
 
@@ -186,7 +187,7 @@ class Routes(Sequence[Route]):
 
     def __str__(self) -> str:
         """The table, one parameter a line, and the counts as its last line."""
-        rows = [_COLUMNS, *(_cells(route) for route in self)]
+        rows = [_COLUMNS, *(tuple(map(shown, _cells(route))) for route in self)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))

@@ -4,11 +4,10 @@ Every error of the user's is one line on standard error with its remedy, and exi
 a failure while running, 130 is Ctrl-C. ``--debug`` shows the traceback.
 """
 
-import io
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ import muonkit
 from muonkit._text import shown
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import OPTIMIZERS
+from muonkit.lab.output import Console, any_stream, say
 from muonkit.lab.tasks import TASKS, Budget
 
 app = typer.Typer(
@@ -64,6 +64,10 @@ SPEC is one of
   package.module:factory   a model, or something that makes one when called without arguments
   gpt2, llama, bert, ...   a model type of transformers (built without memory or network)
   PATH, OWNER/NAME         a config.json or its folder; a model on the Hugging Face hub
+
+package.module:factory imports that module and calls the factory: it runs their code. The other
+kinds run no code but transformers': what a folder or the hub has beside its config.json is neither
+run nor loaded.
 
 \b
 Examples:
@@ -270,7 +274,7 @@ def route_command(
         routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn)
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error
-    typer.echo(routes.to_json() if as_json else str(routes))
+    say(routes.to_json() if as_json else str(routes))
 
 
 @app.command("plan", help=_PLAN_HELP)
@@ -315,8 +319,6 @@ def plan_command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    from rich.console import Console
-
     from muonkit.lab.plan import assumptions, forecast, show, write
 
     assume = assumptions(
@@ -333,9 +335,9 @@ def plan_command(
     )
     found = forecast(model, mesh, layout, assume)
     console = Console()
+    write(found, plot, json_file)
     # A table that is cut off tells nothing: a pipe, or a narrow terminal, gets it whole.
     show(Console(width=max(console.width, 118)), found)
-    write(found, plot, json_file)
 
 
 @app.command("monitor", help=_MONITOR_HELP)
@@ -349,8 +351,6 @@ def monitor_command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    from rich.console import Console
-
     from muonkit.lab.monitor import write
 
     console = Console()
@@ -359,7 +359,7 @@ def monitor_command(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"muonkit {muonkit.__version__}")
+        say(f"muonkit {muonkit.__version__}")
         raise typer.Exit
 
 
@@ -403,11 +403,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with _any_stream():
-        return _main(words)
+    try:
+        with any_stream():
+            return _run(words)
+    except OSError as error:  # what was printed could not be written
+        return _failed(error, words)
 
 
-def _main(words: list[str]) -> int:
+def _run(words: list[str]) -> int:
     try:
         command = typer.main.get_command(app)
         status = command.main(args=words or ["--help"], prog_name="muonkit", standalone_mode=False)
@@ -416,29 +419,17 @@ def _main(words: list[str]) -> int:
         # Typer turns a KeyboardInterrupt into this status without a word.
         raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:
+        return _failed(error, words)
+
+
+def _failed(error: BaseException, words: list[str]) -> int:
+    """Say it in one line, if anybody can read it; the exit status."""
+    text, status = _line(error)
+    with suppress(OSError):
         if "--debug" in words:
-            traceback.print_exc()
-        text, status = _line(error)
+            traceback.print_exception(error)
         print(shown(text), file=sys.stderr)
-        return status
-
-
-@contextmanager
-def _any_stream() -> Iterator[None]:
-    """Print to streams that lack a letter, as those of LANG=C, its escape instead of an error:
-    what was computed, and the exit status, must not be lost for it.
-    """
-    changed = []
-    for stream in (sys.stdout, sys.stderr):
-        lossy = getattr(stream, "errors", None) in ("strict", "surrogateescape")
-        if lossy and isinstance(stream, io.TextIOWrapper):
-            changed.append((stream, stream.errors))
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        for stream, errors in changed:
-            stream.reconfigure(errors=errors)
+    return status
 
 
 if __name__ == "__main__":

@@ -10,15 +10,16 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from rich.console import Console
+from rich import console as rich_console
 
 import muonkit
-from muonkit._text import shortened
+from muonkit._text import shortened, shown
 from muonkit.lab import report
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.files import is_there
 from muonkit.lab.jobs import Workers
 from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome, rows
 from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read_result
@@ -333,8 +334,8 @@ def compare(
     out: Path | None = None,
     *,
     checkpoint_seconds: float = 15.0,
-    progress: Console | None = None,
-    output: Console | None = None,
+    progress: rich_console.Console | None = None,
+    output: rich_console.Console | None = None,
 ) -> Path:
     """Run ``asked`` (what is missing of it) in ``out``, print the table, write the report.
 
@@ -379,10 +380,10 @@ def compare(
         with session.working():
             runs = session.all_runs()
             material = _material(session, runs)
-        path = report.write(folder.path, material)
+        path = report.write(folder.path, material, lines.say)
     report.show(output, asked.task, rows(material.outcomes), report.notes(asked.config()))
     if not session.trained:
-        said = f"{folder.path} was finished already: nothing was trained"
+        said = f"{shown(folder.path)} was finished already: nothing was trained"
         output.print(said, soft_wrap=True, markup=False)
-    output.print(f"report: {path}", soft_wrap=True, highlight=False, markup=False)
+    output.print(f"report: {shown(path)}", soft_wrap=True, highlight=False, markup=False)
     return path

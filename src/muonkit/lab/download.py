@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pooch  # type: ignore[import-untyped]
 import requests
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from muonkit.lab.errors import DataError
+from muonkit.lab.output import Console
 
 #: Seconds without a byte after which a mirror is given up.
 TIMEOUT = 30.0

@@ -247,6 +247,7 @@ def show(console: Console, found: Forecast) -> None:
         f"Muon's; {found.ranks:,} ranks, mesh {found.mesh}\nlayout {found.layout}: "
         f"{LAYOUTS[found.layout].summary}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     shown = Table(title="One optimizer step, per rank: largest (mean)")
@@ -256,7 +257,7 @@ def show(console: Console, found: Forecast) -> None:
     for heading, cells in _rows(found.schemes, assume):
         shown.add_row(heading, *cells, end_section=heading in _LAST)
     console.print(shown)
-    console.print(_notes(found), highlight=False, soft_wrap=True)
+    console.print(_notes(found), highlight=False, markup=False, soft_wrap=True)
 
 
 #: Rows that end a section of the table.

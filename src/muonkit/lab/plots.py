@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from muonkit._text import shown
 from muonkit.lab.errors import unknown
 from muonkit.lab.results import Outcome
 from muonkit.lab.store import Record
@@ -26,6 +27,11 @@ _STYLES = (
 )
 _HATCHES = ("", "//", "..", "xx")
 _SIZE, _DPI = (8.0, 4.8), 130
+
+
+def plain(text: str) -> str:
+    """``text`` as matplotlib shows it letter by letter: dollars would begin mathematics."""
+    return shown(text).replace("$", r"\$")
 
 
 def _smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -77,7 +83,7 @@ def loss_plot(
             marker=marker,
             markersize=4,
             linewidth=1.8,
-            label=name if is_first else None,
+            label=plain(name) if is_first else None,
         )
     limits = _limits(outcomes, records)
     if limits and limits[1] / max(limits[0], 1e-9) > 4:
@@ -90,7 +96,7 @@ def loss_plot(
         axes.set_ylim(limits[0] / 1.15, limits[1] * 1.15)
     axes.set_xlabel("step" if against == "step" else "seconds of training")
     axes.set_ylabel("cross-entropy, nats")
-    axes.set_title(title)
+    axes.set_title(plain(title))
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="validation (bold), training (thin, smoothed)")
     image = io.BytesIO()
@@ -148,7 +154,7 @@ def bars_plot(
     forms = canvas.get_supported_filetypes()
     if form not in forms:
         raise unknown("kind of picture", form, forms)
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     places = list(reversed(range(len(names))))
     for axes, (unit, parts) in zip(
         figure.subplots(1, len(panels), sharey=True), panels, strict=True
@@ -171,7 +177,7 @@ def bars_plot(
                 fontsize="small",
             )
         axes.set_xlim(0, 1.15 * max(*start, 1e-12))
-        axes.set_yticks(places, names)
+        axes.set_yticks(places, list(map(plain, names)))
         axes.set_xlabel(f"{unit}, largest rank")
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)

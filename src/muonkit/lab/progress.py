@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from muonkit._text import shown
+
 
 class Reporter(Protocol):
     """Told of everything that happens; nothing it does changes a result."""
@@ -74,7 +76,7 @@ class Lines:
         self.say(f"{self._title}: {note}")
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(shown(line), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bars(Lines):
@@ -83,12 +85,12 @@ class Bars(Lines):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[losses]}", markup=False),
             console=console,
         )
         self._all = self._progress.add_task("all runs", total=0, losses="")

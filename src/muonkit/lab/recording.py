@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from muonkit._text import shortened
 from muonkit.lab import _recording_lines as lines
 from muonkit.lab.errors import LabError
+from muonkit.lab.files import check_folder
+from muonkit.lab.saved import check_recording
 from muonkit.lab.store import Record
 from muonkit.lab.train import RECORDING
 
@@ -134,6 +136,9 @@ def find(run: Path) -> Path:
         if (run / RECORDING).is_file():
             return run / RECORDING
         inside = sorted(run.glob(f"runs/*/{RECORDING}"))
+        for path in inside:  # pictures are written beside it
+            check_folder(path.parents[1])
+            check_folder(path.parent)
         if len(inside) == 1:
             return inside[0]
         if inside:
@@ -174,6 +179,7 @@ def read(run: Path, pattern: str = "*") -> Recording:
             matrix.
     """
     path = find(run)
+    check_recording(path)
     content = lines.Content()
     for line in lines.records(path):
         content.add(line)

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import groupby
@@ -18,8 +18,10 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import muonkit
+from muonkit._text import shown
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.results import NOTES, Outcome, Row, rows, table
@@ -91,14 +93,15 @@ def notes(config: Record) -> str:
 def show(console: Console, task: str, lines: Sequence[Row], note: str = NOTES) -> None:
     """Print the table of results: a column per optimizer, so that it fits 80 characters."""
     headings, cells = table(lines)
-    shown = Table(title=f"muonkit compare {task}")
-    shown.add_column(headings[0], no_wrap=True)
+    # Of `Text`, since plain strings in a table are markup.
+    filled = Table(title=Text(f"muonkit compare {shown(task)}"))
+    filled.add_column(Text(headings[0]), no_wrap=True)
     for row in cells:
-        shown.add_column(row[0], justify="right", no_wrap=True)
+        filled.add_column(Text(shown(row[0])), justify="right", no_wrap=True)
     for i, heading in enumerate(headings[1:], start=1):
-        shown.add_row(heading, *(row[i] for row in cells))
-    console.print(shown)
-    console.print(note, highlight=False)
+        filled.add_row(Text(heading), *(Text(shown(row[i])) for row in cells))
+    console.print(filled)
+    console.print(note, highlight=False, markup=False)
 
 
 def _decay(result: Result) -> float:
@@ -150,8 +153,12 @@ def _inline(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def _drawn(folder: Path, title: str, path: Path) -> dict[str, Any]:
-    """A run's recording: its pictures, written beside the report's too, or why there are none."""
+def _drawn(
+    folder: Path, title: str, path: Path, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """A run's recording: its pictures, written beside the report's too, or why there are none,
+    which is also said.
+    """
     from muonkit.lab.monitor import draw
     from muonkit.lab.recording import read, remarks
 
@@ -159,6 +166,7 @@ def _drawn(folder: Path, title: str, path: Path) -> dict[str, Any]:
         recording = read(path)
         images = draw(recording, title)
     except LabError as error:  # a run that is well is not to be lost for its recording
+        say(f"the recording of {title} is left out: {error}")
         return {"title": title, "remarks": [str(error)], "images": []}
     name = path.parent.name
     for file, image in images.items():
@@ -170,8 +178,11 @@ def _drawn(folder: Path, title: str, path: Path) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, material: Material) -> Path:
-    """Write the PNGs, ``summary.json`` and ``report.html`` to ``folder``; the report's path."""
+def write(folder: Path, material: Material, say: Callable[[str], None] = print) -> Path:
+    """Write the PNGs, ``summary.json`` and ``report.html`` to ``folder``; the report's path.
+
+    What is left out of the report is told to ``say``.
+    """
     # Here, because it brings matplotlib, which takes a second that no error should wait for.
     from muonkit.lab.plots import loss_plot
 
@@ -197,7 +208,9 @@ def write(folder: Path, material: Material) -> Path:
         headings=headings,
         cells=cells,
         images=images,
-        recordings=[_drawn(folder, title, path) for title, path in material.recordings.items()],
+        recordings=[
+            _drawn(folder, title, path, say) for title, path in material.recordings.items()
+        ],
         sweep=_sweep_table(material) if is_swept else [],
         is_decay_swept=is_decay_swept,
         sweep_seeds=_sweep_seeds(material),
@@ -207,7 +220,8 @@ def write(folder: Path, material: Material) -> Path:
         routing=material.routing,
     )
     report = folder / "report.html"
-    write_atomically(report, page.encode())
+    # Lone surrogates are what Python makes of bytes in a command line that are no UTF-8.
+    write_atomically(report, page.encode("utf-8", "backslashreplace"))
     # Last: a folder with a summary counts as finished.
     summary = {
         "rows": [asdict(row) for row in lines],

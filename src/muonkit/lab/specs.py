@@ -1,13 +1,16 @@
 """A model from a few words: ``module:factory``, or what Hugging Face calls an architecture.
 
-No weights are read and none are allocated for Hugging Face models: they are built on the meta
-device, where the largest costs as little as the smallest.
+``module:factory`` is imported and called: it runs the user's own code. A Hugging Face name runs
+transformers' code only: what a folder or a repository has beside its configuration, be it code,
+kernels or pickled weights, is neither run nor read. No weights are allocated either: models are
+built on the meta device, where the largest costs as little as the smallest.
 """
 
 import importlib
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ import torch
 from torch import nn
 
 from muonkit.lab.errors import LabError
+
+#: More than any config.json has, in bytes.
+_MOST = 1 << 24
 
 
 def load_model(spec: str) -> nn.Module:
@@ -89,19 +95,31 @@ def _config(transformers: Any, spec: str) -> Any:
         return transformers.AutoConfig.for_model(spec)
     if Path(spec).exists():
         try:
-            return transformers.AutoConfig.from_pretrained(spec)
+            _check_file(Path(spec))
+            return transformers.AutoConfig.from_pretrained(spec, trust_remote_code=False)
         except Exception as error:
             raise LabError(
                 f"{spec} is no Hugging Face configuration ({_one_line(error)}): name a "
-                "config.json with a model_type, or its folder"
+                "config.json with a model_type that transformers has, or its folder; a model whose "
+                "code lies beside it is not built, since that would run it: use module:factory"
             ) from error
     try:
-        return transformers.AutoConfig.from_pretrained(spec, local_files_only=not _online(spec))
+        return transformers.AutoConfig.from_pretrained(
+            spec, local_files_only=not _online(spec), trust_remote_code=False
+        )
     except Exception as error:
         raise LabError(
             f"{spec!r} is no model type, no file, and could not be had from the Hugging Face hub: "
             "use module:factory, a type such as gpt2, llama or bert, or a config.json"
         ) from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a pipe, which would be waited for, and what is too large for a configuration."""
+    path = path / "config.json" if path.is_dir() else path
+    size = path.stat().st_size
+    if not path.is_file() or size > _MOST:
+        raise ValueError(f"{path} is no plain file of at most {_MOST:,} bytes, it has {size:,}")
 
 
 def _online(name: str) -> bool:
@@ -118,10 +136,22 @@ def _online(name: str) -> bool:
     return True
 
 
+def _without_kernels(config: Any) -> Any:
+    """``config`` as a model is built from it without code of the hub: a configuration can name a
+    repository of attention kernels, which transformers would fetch and import.
+    """
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if hasattr(config, name):
+            setattr(config, name, "eager")
+    return config
+
+
 def _model_class(transformers: Any, config: Any) -> Any:
     for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        # The name is the file's: of all that transformers has, models only.
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     auto = transformers.models.auto.modeling_auto
     for mapping, made_by in (
         (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
@@ -148,10 +178,11 @@ def _from_transformers(spec: str) -> nn.Module:
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = _config(transformers, spec)
-        made_by = _model_class(transformers, config)
-        build = getattr(made_by, "from_config", None) or made_by
+        config = _without_kernels(_config(transformers, spec))
         try:
+            made_by = _model_class(transformers, config)
+            from_config = getattr(made_by, "from_config", None)  # of the Auto classes
+            build = partial(from_config, trust_remote_code=False) if from_config else made_by
             with torch.device("meta"):
                 model = build(config)
         except Exception as error:

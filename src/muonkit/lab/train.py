@@ -206,9 +206,12 @@ class Trainer:
         files.make_folder(folder)
         self.identity = setting.identity(run)
         self.records: list[Record] = []
+        # All that is to be gone on with is read before anything is written: the first damage that
+        # is found leaves every file as it was.
         content, known = self._resume()
+        recorded = read_recording(folder, known) if self._is_watched else b""
         self.file = MeasurementFile(folder / MEASUREMENTS, content)
-        self.monitor = self._watch(known)
+        self.monitor = self._watch(recorded)
 
     # --- going on ---
 
@@ -235,13 +238,17 @@ class Trainer:
         self.step, self.seconds, self.records = saved.step, saved.seconds, saved.records
         return saved.content, saved.recording
 
-    def _watch(self, known: Record | None) -> muonkit.Monitor | None:
+    @property
+    def _is_watched(self) -> bool:
+        return self.setting.monitor is not None and isinstance(self.optimizer, muonkit.Muon)
+
+    def _watch(self, recorded: bytes) -> muonkit.Monitor | None:
         """The monitor of muonkit's own optimizers, if asked for; its file as long as it was."""
         if self.setting.monitor is None or not isinstance(self.optimizer, muonkit.Muon):
             return None
         path = self.folder / RECORDING
         # Anew, whatever stood there: the monitor itself follows links.
-        files.begin(path, read_recording(self.folder, known)).close()
+        files.begin(path, recorded).close()
         return muonkit.Monitor(self.optimizer, self.setting.monitor, path, start=self.step)
 
     def save(self) -> None:
