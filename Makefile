@@ -15,11 +15,11 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint types unit format demo docs tutorial lock clean
+.PHONY: help setup test test-oldest lint types unit format demo docs tutorial lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: $(STAMP) ## set up .venv: the locked packages and this checkout, editable
 
@@ -56,6 +56,28 @@ types: $(STAMP) ## mypy --strict on the package
 unit: $(STAMP) ## pytest, warnings as errors
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
+# The oldest torch that pyproject.toml declares, by the newest of its bug fixes; gigabytes, so not
+# part of `make test`. numpy below 2.4: the interpreters of older Tritons fail with later ones.
+OLDEST := .venv-oldest
+OLDEST_TORCH = torch==$(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\]$$/\1/p' pyproject.toml).*
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,coefficients forms golden imports kernels monitor \
+	muonw mup optim optim_citizenship optim_refusals orthogonalize placement plan plan_exchange routing \
+	routing_layouts routing_rules step_cost symmetric torch_names torch_parity variants views)) \
+	$(wildcard tests/test_distributed_*.py)
+
+$(OLDEST)/.up-to-date: pyproject.toml
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check '$(OLDEST_TORCH)' 'numpy<2.4' \
+		hatchling editables hypothesis mypy pytest pytest-timeout pytest-xdist
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-oldest: $(OLDEST)/.up-to-date ## core and distributed tests and types, on the oldest torch that is declared
+	$(OLDEST)/bin/python -c 'import torch; print("torch", torch.__version__)'
+	$(OLDEST)/bin/mypy --cache-dir .mypy_cache/oldest --ignore-missing-imports --exclude '/lab/|_cli' src
+	$(OLDEST)/bin/pytest -n $(JOBS) --dist worksteal $(OLDEST_TESTS)
+
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -89,5 +111,5 @@ lock: ## renew requirements-dev.lock from pyproject.toml
 	rm -rf $(VENV)-lock
 
 clean: ## remove .venv, caches and builds (not runs/)
-	rm -rf $(VENV) $(VENV)-lock build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 # Before torch is imported: OpenMP and MKL read these once. Two pytest workers with two threads each
 # on two cores spend their time waiting for one another.
@@ -12,6 +14,15 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+if "MUONKIT_TEST_CPU" in os.environ:  # see the file that is imported, here and in all children
+    _startup = str(Path(__file__).parent / "startup")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [_startup, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    sys.path.insert(0, _startup)
+    sys.modules.pop("sitecustomize", None)  # the system's own, which has run
+    import sitecustomize  # noqa: F401
 
 import torch
 from hypothesis import settings

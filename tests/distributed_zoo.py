@@ -161,12 +161,13 @@ def cut(
     A dim is cut by one mesh axis after the other as `torch.chunk` cuts (ranks beyond the chunks
     have nothing), from left to right, except that `_StridedShard(split_factor=s)` is cut after the
     axes to its right have cut the same dim s-fold: FSDP2 shards what TP left. That is its meaning,
-    written here apart from torch's arithmetic on strides.
+    written here apart from torch's arithmetic on strides. Where no other axis cuts the dim, it is a
+    packed one: s tensors one after the other, of each of which every rank has its part.
     """
     order: list[int] = []
     for axis in reversed(range(len(placements))):
         placement = placements[axis]
-        if isinstance(placement, _StridedShard):
+        if isinstance(placement, _StridedShard) and _shares_its_dim(axis, placements):
             factor, after = 1, 0
             while factor < placement.split_factor:
                 right = order[after]
@@ -175,16 +176,27 @@ def cut(
                 after += 1
             assert factor == placement.split_factor
             order.insert(after, axis)
-        elif placement.is_shard():
+        elif placement.is_shard() or isinstance(placement, _StridedShard):
             order.insert(0, axis)
         else:
             assert placement.is_replicate(), placement
     for axis in order:
         dim = placements[axis].dim
+        if isinstance(placements[axis], _StridedShard) and not _shares_its_dim(axis, placements):
+            packed = full.chunk(placements[axis].split_factor, dim)
+            full = torch.cat(
+                [t.chunk(mesh_shape[axis], dim)[coordinate[axis]] for t in packed], dim
+            )
+            continue
         chunks = full.chunk(mesh_shape[axis], dim)
         mine = coordinate[axis]
         full = chunks[mine] if mine < len(chunks) else full.narrow(dim, full.shape[dim], 0)
     return full
+
+
+def _shares_its_dim(axis: int, placements: tuple[Placement, ...]) -> bool:
+    dims = [getattr(placement, "dim", None) for placement in placements]
+    return dims.count(dims[axis]) > 1
 
 
 def set_gradients(model: nn.Module, step: int, skip: tuple[str, ...] = ()) -> None:
@@ -358,6 +370,32 @@ def _tp_any_dim(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
+def _packed(name: str, p: nn.Parameter) -> list[Placement]:
+    """As transformers shards fused projections: every rank has its rows of q, of k and of v. Of a
+    matrix that is one it has several parts then, as of what AdamW trains.
+    """
+    if name.endswith("qkv.weight"):
+        return [_StridedShard(0, split_factor=3)]
+    if name.endswith("experts.gate_up"):
+        return [_StridedShard(1, split_factor=2)]
+    if name.endswith("experts.down"):
+        return [_StridedShard(2, split_factor=2)]
+    if name.endswith(("proj.weight", "embed.weight")):
+        return [_StridedShard(p.ndim - 1, split_factor=3)]
+    return _any_dim(name, p)
+
+
+def _tp_packed(model: nn.Module) -> dict[str, Any]:
+    distribute(model, mesh((dist.get_world_size(),), ("tp",)), _packed)
+    return {}
+
+
+def _dp_tp_packed_zero1(model: nn.Module) -> dict[str, Any]:
+    both = mesh((dist.get_world_size() // 2, 2), ("dp", "tp"))
+    distribute(model, both["tp"], _packed)
+    return {"process_group": both["dp"].get_group(), "zero": 1}
+
+
 def tensor_parallel(model: nn.Module, on: DeviceMesh) -> None:
     """`parallelize_module` such that the model computes the same function."""
     for block in model.blocks:
@@ -423,6 +461,36 @@ def _ep_fsdp2_of_experts(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
+@functools.cache
+def _flat(on: DeviceMesh) -> DeviceMesh:
+    return on._flatten("all")
+
+
+def _ep_submesh(model: nn.Module) -> dict[str, Any]:
+    """Experts on the axis ep of a mesh, the rest on all of its ranks as one axis."""
+    both = mesh((dist.get_world_size() // 2, 2), ("dp", "ep"))
+    distribute(model, both["ep"], _stacked)
+    stacked = {p for p in model.parameters() if p.ndim == 3}
+    fsdp(model, _flat(both), ignored_params=stacked)
+    return {}
+
+
+@functools.cache
+def _pair() -> DeviceMesh:
+    """Two ranks, on a mesh that was cut from no other."""
+    first = dist.get_rank() // 2 * 2
+    group = dist.new_group([first, first + 1], use_local_synchronization=True)
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def ep_apart(model: nn.Module) -> dict[str, Any]:
+    """Experts on a mesh of their own, of which the others' knows nothing."""
+    distribute(model, _pair(), _stacked)
+    stacked = {p for p in model.parameters() if p.ndim == 3}
+    fsdp(model, mesh((dist.get_world_size(),), ("dp",)), ignored_params=stacked)
+    return {}
+
+
 LAYOUTS: dict[str, Layout] = {
     "single": Layout(_single),
     "ddp": Layout(_ddp),
@@ -431,11 +499,14 @@ LAYOUTS: dict[str, Layout] = {
     "hsdp": Layout(_hsdp),
     "tp": Layout(_tp, trains=False),
     "tp_any_dim": Layout(_tp_any_dim, trains=False),
+    "tp_packed": Layout(_tp_packed, trains=False),
     "fsdp2_tp": Layout(_fsdp2_tp),
     "hsdp_tp": Layout(_hsdp_tp),
     "dp_tp_zero1": Layout(_dp_tp_zero1, trains=False),
+    "dp_tp_packed_zero1": Layout(_dp_tp_packed_zero1, trains=False),
     "dp_tp_zero1_one_mesh": Layout(_dp_tp_zero1_one_mesh, trains=False),
     "ep_ddp": Layout(_ep_ddp, trains=False),
     "ep_fsdp2": Layout(_ep_fsdp2, trains=False),
     "ep_fsdp2_of_experts": Layout(_ep_fsdp2_of_experts, trains=False),
+    "ep_submesh": Layout(_ep_submesh, trains=False),
 }

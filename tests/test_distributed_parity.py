@@ -46,6 +46,38 @@ def equals_one_process_with_adamuon() -> measures.Parity:
     return measures.parity("fsdp2_tp", "adamuon")
 
 
+@CASES.on(4, variant=["plain", "normuon", "adamuon"])
+def equals_one_process_with_experts_apart(variant: str) -> None:
+    """No plan has these experts: each rank knows of its own mesh's alone."""
+    model = zoo.Zoo()
+    zoo.ep_apart(model)
+    optimizer = Muon(zoo.param_groups(model), variant=variant, **measures.OPTIONS)
+    measures.check_state(model, optimizer)
+    norms = []
+    for step in range(measures.STEPS):
+        zoo.set_gradients(model, step)
+        norms.append(float(optimizer.clip_grad_norm_(1e9)))
+        optimizer.step()
+    for far, who in measures.deviations(model, optimizer, measures.alone(variant)).values():
+        assert far <= EXACT, who
+    alone, its_optimizer = measures.make("single")
+    for step, norm in enumerate(norms):
+        zoo.set_gradients(alone, step)
+        assert norm == pytest.approx(float(its_optimizer.clip_grad_norm_(1e9)), rel=EXACT)
+    for far, who in measures.deviations(
+        *_loaded(model, optimizer, variant), measures.alone(variant)
+    ).values():
+        assert far <= EXACT, who
+
+
+def _loaded(model: nn.Module, optimizer: Muon, variant: str) -> tuple[nn.Module, Muon]:
+    """Another optimizer of the same layout, which the state dict was loaded into."""
+    other = Muon(zoo.param_groups(model), variant=variant, **measures.OPTIONS)
+    other.load_state_dict(optimizer.state_dict())
+    measures.check_state(model, other)
+    return model, other
+
+
 @CASES.on(4)
 def equals_one_process_in_many_buckets() -> measures.Parity:
     """Several exchanges are under way at once; a cap below one matrix makes a bucket of each."""
@@ -139,7 +171,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_a_layout_equals_one_process(world_size: int, case: str, ranks: Ranks) -> None:
     values = ranks.outcome(world_size, case).check()
-    if case.startswith("there_and_back"):
+    if case.startswith("there_and_back") or "apart" in case:
         return
     if case.startswith("sends"):
         layout = case.split("-")[1]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 import distributed_measures as measures
 import distributed_zoo as zoo
 from distributed_helpers import Cases, Ranks, run
 from muonkit import Muon, MuonW
+from muonkit.plan import MACHINES
 
 CASES = Cases()
 
@@ -117,6 +120,15 @@ def _with_a_placement() -> Muon:
     return Muon([("cut", _sharded(mesh, Shard(dist.get_rank()), 4, 6))])
 
 
+def _with_zero() -> Muon:
+    return Muon([_parameter(4, 6)], process_group=dist.group.WORLD, zero=dist.get_rank())
+
+
+def _with_an_algorithm() -> Muon:
+    group = {"params": [_parameter(4, 6)], "algorithm": ["muon", "adamw"][dist.get_rank()]}
+    return Muon([group], adamw_lr=0.1, process_group=dist.group.WORLD)
+
+
 DIFFERENT: dict[str, tuple[Callable[[], Muon], str]] = {
     "lr": (_with_lr, "group 0's lr: 0.1 on rank 0, but group 0's lr: 0.2 on rank 1"),
     "tensor lr": (_with_a_tensor_as_lr, "group 0's lr: "),
@@ -126,10 +138,12 @@ DIFFERENT: dict[str, tuple[Callable[[], Muon], str]] = {
     "shape": (_with_a_shape, "wide: (4, 6) in torch.float32"),
     "dtype": (_with_a_dtype, "half: (4, 6) in torch.bfloat16"),
     "dtype of gradients": (_with_a_gradients_dtype, "a gradient in torch.bfloat16"),
-    "order": (_with_an_order, "first: (4, 6) in torch.float32"),
+    "order": (_with_an_order, "the order of parameters: first on rank 0, but the order of"),
     "a parameter more": (_with_a_parameter_more, "p1: (4, 6)"),
     "a group more": (_with_a_group_more, "group 1's"),
     "placement": (_with_a_placement, "cut: (4, 6)"),
+    "zero": (_with_zero, "zero: 0 on rank 0, but zero: 1 on rank 1"),
+    "algorithm": (_with_an_algorithm, "group 0's algorithm: 'muon' on rank 0"),
 }
 
 
@@ -165,6 +179,28 @@ def goes_on_after_ranks_disagreed() -> None:
     measures.train(model, optimizer, 2)
     for far, name in measures.deviations(model, optimizer, measures.alone("plain")).values():
         assert far <= 1e-6, name
+
+
+@CASES.on(4)
+def plans_by_one_ranks_word_for_the_size_of_nodes() -> None:
+    """Nodes of unequal size: by rank 0's it is cheaper to compute again, by the others' to send."""
+    size = [2, 4, 4, 4][dist.get_rank()]
+    rates = mock.patch.dict(MACHINES, {"cpu": (1e9, 1.0, 0.1)})
+    with rates, mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(size)}):
+        model, optimizer = measures.make("hsdp")
+        measures.train(model, optimizer, last=1)
+    repeats = {tensor.repeat for plan in optimizer.plan().plans for tensor in plan.tensors}
+    assert (0,) in repeats
+
+
+@CASES.on(2)
+def tells_a_rank_that_clips_alone() -> None:
+    model, optimizer = measures.make("zero1")
+    zoo.set_gradients(model, 0)
+    call = optimizer.step if dist.get_rank() else functools.partial(optimizer.clip_grad_norm_, 1.0)
+    with pytest.raises(RuntimeError, match="this call: clip_grad_norm_ on rank 0, but this call: "):
+        call()
+    optimizer.step()
 
 
 def _group(*rank_sets: list[int]) -> dist.ProcessGroup:
@@ -291,6 +327,42 @@ def hangs_before_a_step() -> str:
     return str(error.value)
 
 
+def skips_a_step(kind: str) -> str:
+    """Rank 1 leaves one step out, and meets the other's in its next forward or backward pass."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model = zoo.Zoo()
+    if kind == "fsdp2":
+        zoo.fsdp(model, DeviceMesh.from_group(group, "cpu"))
+        optimizer = Muon(zoo.param_groups(model), **measures.OPTIONS)
+        trained: nn.Module = model
+    else:
+        told = {"process_group": group, "zero": int(kind == "zero1"), **measures.OPTIONS}
+        optimizer = Muon(zoo.param_groups(model), **told)
+        trained = DistributedDataParallel(model, process_group=group)
+    with pytest.raises(RuntimeError) as error:
+        _train_but_one(model, trained, optimizer, clip=kind == "clipped")
+    return str(error.value)
+
+
+def _train_but_one(model: nn.Module, trained: nn.Module, optimizer: Muon, clip: bool) -> None:
+    for step in range(4):
+        model.zero_grad()
+        trained(zoo.tokens()).backward()
+        if dist.get_rank() == 1 and step == 1:
+            continue
+        if clip:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp2", "clipped"])
+def test_a_rank_that_skips_a_step_ends_all_with_an_error(kind: str) -> None:
+    case = functools.partial(skips_a_step, kind)
+    outcome = run(2, {"skips": case}, timeout=60, grace=30)["skips"]
+    assert outcome.errors == (None, None), outcome.report()
+    assert "skipped this step" in outcome.values[0]
+
+
 @pytest.mark.parametrize("layout", ["zero1", "fsdp2_tp"])
 def test_the_others_end_when_a_rank_dies_in_an_exchange(layout: str) -> None:
     case = functools.partial(dies_in_an_exchange, layout)
@@ -318,7 +390,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_ranks_are_told(world_size: int, case: str, ranks: Ranks) -> None:
     values = ranks.outcome(world_size, case).check()
-    if not case.startswith("tells"):
+    if not case.startswith("tells_what"):
         assert values == (None,) * world_size
         return
     said = DIFFERENT[case.split("-", 1)[1]][1]

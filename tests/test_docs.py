@@ -79,7 +79,8 @@ def moonlights_step(
         if i < hidden:
             total = kept.setdefault("momentum_buffer", torch.zeros_like(p))
             total.mul_(0.95).add_(g)
-            p.add_(orthogonalize(g + 0.95 * total), alpha=-1e-3 * 0.2 * max(p.shape) ** 0.5)
+            O = orthogonalize(g + 0.95 * total, ns_dtype="float32")
+            p.add_(O, alpha=-1e-3 * 0.2 * max(p.shape) ** 0.5)
             continue
         t = kept["step"] = kept.get("step", 0) + 1
         mean = kept.setdefault("moment1", torch.zeros_like(p)).lerp_(g, 0.1)
@@ -100,7 +101,8 @@ def test_a_state_of_moonlight_goes_on_as_it_would_have() -> None:
     for given in grads[:4]:
         moonlights_step(theirs, state, given, hidden=2)
     ours = [nn.Parameter(p.clone()) for p in theirs]
-    optimizer = MuonW(ours[:2], 1e-3, 0.1, adjust_lr_fn="match_rms_adamw", adamw_params=ours[2:])
+    options = {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32"}
+    optimizer = MuonW(ours[:2], 1e-3, 0.1, adamw_params=ours[2:], **options)
     optimizer.load_state_dict(names["from_moonlight"](copy.deepcopy({"state": state}), optimizer))
     for given in grads[4:]:
         moonlights_step(theirs, state, given, hidden=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -214,3 +215,20 @@ def test_every_example_of_the_help_texts_parses() -> None:
             name, *words = shlex.split(example)
             with commands[name].make_context(name, [*words]) as context:
                 assert context.params["task" if name == "compare" else "spec"] == words[0]
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["monitor", "absent"], 2)])
+def test_the_package_is_the_command(
+    words: list[str],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`python -m muonkit` prints what `muonkit` prints, and has its exit status."""
+    assert main(words) == status
+    expected = capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["muonkit", *words])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("muonkit", run_name="__main__")
+    assert left.value.code == status
+    assert capsys.readouterr() == expected

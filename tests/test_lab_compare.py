@@ -26,7 +26,15 @@ from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.progress import Lines
 from muonkit.lab.results import Curve, figure, rows, table
-from muonkit.lab.store import Folder, MeasurementFile, read_records
+from muonkit.lab.store import (
+    Folder,
+    MeasurementFile,
+    Record,
+    parse_lines,
+    read_summed,
+    sum_of_file,
+    write_sealed,
+)
 from muonkit.lab.sweep import Search, best_rate
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Result, Run, Setting, StopRequest, Trainer, lr_factor, train
@@ -42,6 +50,10 @@ class Silent(Lines):
 
     def say(self, line: str) -> None:
         self.said.append(line)
+
+
+def read_records(path: Path) -> list[Record]:
+    return parse_lines(path.read_bytes())
 
 
 def losses(folder: Path) -> list[tuple[Any, ...]]:
@@ -216,15 +228,17 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "measurements.jsonl"
     file = MeasurementFile(path)
     file.append({"step": 1})
-    length = file.sync()
+    known = file.sync()
     file.append({"step": 2})
     file.close()
     with path.open("ab") as torn:
         torn.write(b'{"step": 3')
-    file = MeasurementFile(path, length)
+    file = MeasurementFile(path, read_summed(path, known, 1000))
     file.append({"step": 2, "again": True})
+    whole = file.sync()
     file.close()
     assert read_records(path) == [{"step": 1}, {"step": 2, "again": True}]
+    assert whole == sum_of_file(path, 1000)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -521,8 +535,8 @@ def test_other_data_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = tmp_path / "out"
     command = ["compare", "digits", "--steps", "3", "--optimizers", "adamw", "--out", str(out)]
     assert main(command) == 0
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "data": "0123"}))
+    config = Folder(out).config()
+    write_sealed(out / "config.json", {**config, "data": "0123"})
     capsys.readouterr()
     assert main(command) == 2
     assert "was begun on other data" in capsys.readouterr().err

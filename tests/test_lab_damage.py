@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,10 @@ from muonkit.lab.cli import main
 from muonkit.lab.data import digits
 from muonkit.lab.errors import DataError, Interrupted, LabError
 from muonkit.lab.results import Curve
-from muonkit.lab.store import read_records
+from muonkit.lab.store import read_sealed, write_sealed
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Run, Setting, StopRequest, Trainer, train
-from test_lab_compare import Silent, losses
+from test_lab_compare import Silent, losses, read_records
 from test_lab_data import _cifar
 
 
@@ -36,10 +36,11 @@ def interrupted(folder: Path) -> Run:
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "other", "no lines", "torn line"])
-def test_a_damaged_checkpoint_is_said_and_the_run_starts_over(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_with_the_remedy(damage: str, tmp_path: Path) -> None:
     run = interrupted(tmp_path / "run")
     train(run, setting(), tmp_path / "whole", StopRequest(), Silent())
     checkpoint, lines = tmp_path / "run/checkpoint.pt", tmp_path / "run/measurements.jsonl"
+    named = checkpoint
     if damage == "empty":
         checkpoint.write_bytes(b"")
     elif damage == "truncated":
@@ -47,11 +48,15 @@ def test_a_damaged_checkpoint_is_said_and_the_run_starts_over(damage: str, tmp_p
     elif damage == "other":
         checkpoint.write_bytes(b"not a checkpoint")
     else:
-        content = lines.read_bytes()
+        content, named = lines.read_bytes(), lines
         lines.write_bytes(b"" if damage == "no lines" else content[:-40])
-    told = Silent()
-    train(run, setting(), tmp_path / "run", StopRequest(), told)
-    assert any("is damaged" in line and "starts over" in line for line in told.said)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(LabError, match=f"{named}.*delete the folder.*trains that run anew"):
+        train(run, setting(), tmp_path / "run", StopRequest(), Silent())
+    after = {path: path.read_bytes() for path in before}
+    assert after == before, "what is damaged may be of use yet"
+    shutil.rmtree(tmp_path / "run")  # the remedy
+    train(run, setting(), tmp_path / "run", StopRequest(), Silent())
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -62,15 +67,18 @@ def test_a_damaged_result_is_an_error_with_the_remedy(damage: str, tmp_path: Pat
     run = Run("adamw", 0.004, 0)
     train(run, setting(), tmp_path, StopRequest(), Silent())
     result, lines = tmp_path / "result.json", tmp_path / "measurements.jsonl"
+    named = result
     if damage == "no lines":
         lines.unlink()
+        named = lines
     elif damage == "fewer lines":
         lines.write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[:-3]))
+        named = lines
     elif damage == "extra":
-        result.write_text(json.dumps({**json.loads(result.read_text()), "version": 9}))
+        write_sealed(result, {**read_sealed(result), "version": 9})
     else:
         result.write_text(damage)
-    with pytest.raises(LabError, match=r"damaged or of another version.*delete it"):
+    with pytest.raises(LabError, match=f"{named}.*delete the folder"):
         train(run, setting(), tmp_path, StopRequest(), Silent())
 
 

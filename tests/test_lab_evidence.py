@@ -25,10 +25,9 @@ from muonkit.lab.cli import main
 from muonkit.lab.errors import RunError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.results import Curve, rows, table, welch
-from muonkit.lab.store import read_records
 from muonkit.lab.sweep import best_decay, best_rate
 from muonkit.lab.train import Result, Run
-from test_lab_compare import losses, searched
+from test_lab_compare import losses, read_records, searched
 
 # --- optimizers ---
 

@@ -189,7 +189,10 @@ def real_traffic(
         groups.append({"params": members, **kind})
     kind = LAYOUTS[name]
     group = whole["dp"].get_group() if kind.given else None
-    optimizer = Muon(groups, variant=variant, process_group=group, zero=int(kind.zero))
+    # The simulation's CPU multiplies in float32.
+    optimizer = Muon(
+        groups, variant=variant, process_group=group, zero=int(kind.zero), ns_dtype="float32"
+    )
     return optimizer.plan().traffic()._asdict()
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from muonkit import Monitor, Muon, MuonW, orthogonalize
 from muonkit._diagnostics_sample import KINDS
-from muonkit._diagnostics_sinks import _OPEN, JsonLines
+from muonkit._diagnostics_sinks import JsonLines
 from muonkit._diagnostics_spectra import LEVELS, orthogonality_error, spectra
 from optim_helpers import VIEWED, mlp, momentum_of, parameter, set_gradients, train
 from readme_blocks import ROOT, python_sections, read_blocks
@@ -555,7 +555,7 @@ def test_the_pages_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def run(path: Path, steps: int, **options: Any) -> None:
     p = parameter(4, 3)
     optimizer = Muon([("w", p)])
-    with Monitor(optimizer, every=2, to=path, **options):
+    with Monitor(optimizer, **{"every": 2, "to": path, **options}):
         for t in range(steps):
             set_gradients([p], t)
             optimizer.step()
@@ -684,6 +684,10 @@ def test_a_monitor_that_nobody_has_any_more_lets_its_file_go(tmp_path: Path) -> 
         ({"start": -1}, ValueError, "at least 0, got -1"),
         ({"spectra": ["sigma"]}, ValueError, "'gradient', 'momentum', 'update', 'weight'"),
         ({"spectra": "weight"}, ValueError, "is a list of"),
+        ({"fields": "lr"}, ValueError, "'spectra.stable_rank', "),
+        ({"fields": ["lr", "norm"]}, ValueError, "or None for all, got ['lr', 'norm']"),
+        ({"max_bytes": 0}, ValueError, "a whole number of bytes, or None, at least 1, got 0"),
+        ({"max_bytes": 1e6}, ValueError, "got 1000000.0"),
         ({"to": "run.csv"}, ValueError, "ends in .jsonl"),
         ({"to": "no/such/folder/run.jsonl"}, FileNotFoundError, "os.makedirs('no/such/folder')"),
         ({"to": 3}, TypeError, "a callable that takes the sample"),
@@ -737,14 +741,12 @@ def test_monitors_of_two_processes_do_not_meet_and_a_forked_child_holds_nothing(
         theirs.recv()  # as a worker of a DataLoader, which outlives the monitor
 
     sink = JsonLines(path)
-    sink._file.write(b"begun")
-    sink._file.flush()
-    _OPEN.clear()  # the child is to know of no monitor but by the file
+    sink._file.write(HEADER[:-9])
     child = context.Process(target=open_too)
     child.start()
     assert ours.poll(60)
     assert "a monitor of another process writes to" in ours.recv()
-    assert path.read_bytes() == b"begun"  # not cut off as a line without an end
+    assert path.read_bytes() == HEADER[:-9]  # not cut off as a line without an end
     sink.close()
     JsonLines(path).close()
     ours.send("end")
@@ -753,14 +755,342 @@ def test_monitors_of_two_processes_do_not_meet_and_a_forked_child_holds_nothing(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
-def test_a_line_takes_back_the_lock_that_a_reader_lost(tmp_path: Path) -> None:
+def test_a_reader_in_the_same_process_does_not_cost_the_lock(tmp_path: Path) -> None:
+    """Not for a moment, and before any line is written."""
     sink = JsonLines(tmp_path / "run.jsonl")
-    sink.path.read_bytes()  # closing any handle of the file drops the process's lock
-    sink({"kind": "sample"})
+    sink.path.read_bytes()  # closing any handle of the file drops a lock of the process
     code = f"from muonkit._diagnostics_sinks import JsonLines; JsonLines({str(sink.path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "a monitor of another process writes to" in done.stderr
     sink.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked there")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_writes_nothing_to_its_parents_file(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "run.jsonl")
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+
+    def write_too() -> None:
+        try:
+            sink({"kind": "sample", "step": 1})
+        except ValueError as error:
+            theirs.send(str(error))
+        sink.close()
+
+    child = multiprocessing.get_context("fork").Process(target=write_too)
+    child.start()
+    assert ours.poll(60)
+    assert "belongs to the process that this one was forked from" in ours.recv()
+    child.join(60)
+    sink({"kind": "sample", "step": 2})
+    sink.close()
+    assert [record["step"] for record in lines(sink.path)] == [2]
+
+
+# --- files of others ----------------------------------------------------------------------------
+
+HEADER = b'{"kind": "header", "format": 1, "every": 2, "matrices": []}\n'
+SAMPLE = b'{"kind": "sample", "step": 1, "skipped": true}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"begun", "line 1 begins with b'begun', expected the header of a recording"),
+        (b"{", "line 1 begins with b'{'"),
+        (b'{"name": "notes"}\n{"name', "line 1 begins with"),
+        (b'{"kind": "sample", "step": 1}\n', "expected the header of a recording"),
+        (b"\n", "line 1 begins with"),
+        (b"\xef\xbb\xbf" + HEADER, "line 1 begins with"),
+        (HEADER.decode().encode("utf-16"), "line 1 begins with"),
+        (bytes(40), "line 1 begins with"),
+        (b'{"kind": "header", "format": 2}\n', "is of format 2, expected format 1"),
+        (b'{"kind": "header", "format": oops}\n', "line 1 is damaged"),
+        (b'{"kind": "header", "format": ' + b"[" * 10**5 + b"\n", "line 1 is damaged"),
+        (HEADER + b"my own notes", "line 2 begins with b'my own notes', expected a record"),
+        (HEADER + SAMPLE + bytes(20), "line 3 begins with"),
+        (HEADER + b'{"mine": 1}', "line 2 begins with"),
+    ],
+)
+def test_a_file_that_is_no_recording_is_refused_and_left_as_it_is(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(content)
+    optimizer = Muon([parameter(4, 3)])
+    with pytest.raises(ValueError, match=r"nothing was changed\. Give another name") as caught:
+        Monitor(optimizer, to=path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+    path.write_bytes(b"")
+    Monitor(optimizer, to=path).close()  # nothing is held, and an empty file is as good as none
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        (HEADER + SAMPLE, HEADER + SAMPLE),
+        (HEADER + SAMPLE + SAMPLE[:-1], HEADER + SAMPLE + SAMPLE),  # whole but for the line's end
+        (HEADER + SAMPLE + SAMPLE[:20], HEADER + SAMPLE),
+        (HEADER + SAMPLE + b"{", HEADER + SAMPLE),
+        (HEADER[:-9], b""),
+        (HEADER[:-1], HEADER),
+        (HEADER.replace(b"\n", b"\r\n"), HEADER.replace(b"\n", b"\r\n")),
+    ],
+)
+def test_what_is_there_of_a_recording_stays_but_a_torn_line(
+    left: bytes, kept: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(left)
+    sink = JsonLines(path)
+    assert path.read_bytes() == kept
+    assert sink._size == len(kept)
+    sink(json.loads(HEADER))
+    sink.close()
+    assert path.read_bytes() == (kept or HEADER)  # the same header is not written again
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    """A pipe would hold the training up until somebody reads it."""
+    (tmp_path / "folder.jsonl").mkdir()
+    places = {"is a folder": tmp_path / "folder.jsonl"}
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.jsonl")
+        (tmp_path / "link.jsonl").symlink_to(tmp_path / "pipe.jsonl")
+        places |= {"is a pipe": tmp_path / "link.jsonl", "is a device": Path(os.devnull)}
+    for message, place in places.items():
+        with pytest.raises(ValueError, match=f"{message}, expected a file: name a .jsonl"):
+            Monitor(Muon([parameter(4, 3)]), to=place)
+
+
+# --- how large a recording grows ----------------------------------------------------------------
+
+# Bytes of a matrix and sample at most, as docs/monitor.md says: without spectra, and for each of
+# them; with a name of up to 40 characters.
+BASE_BYTES, SPECTRUM_BYTES = 550, 400
+
+
+def growth(tmp_path: Path, **options: Any) -> float:
+    """Bytes of a line for each matrix more in it."""
+    sizes = []
+    for count in (3, 13):
+        named = [(f"{'x' * 37}.{i:02}", parameter(9, 7, seed=i)) for i in range(count)]
+        optimizer = Muon(named, lr=1.23456789e-5)
+        path = tmp_path / f"{count}-{len(options.get('spectra', 'abc'))}.jsonl"
+        with Monitor(optimizer, every=1, to=path, **options):
+            set_gradients([p for _, p in named])
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad.mul_(1.23456789e-12)
+            optimizer.step()
+        sizes.append(len(path.read_bytes().splitlines()[-1]))
+    return (sizes[1] - sizes[0]) / 10
+
+
+@pytest.mark.parametrize("kinds", [(), ("weight",), ("momentum", "update", "weight"), KINDS])
+def test_a_recording_grows_by_what_the_page_says(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    grown = growth(tmp_path, spectra=kinds)
+    limit = BASE_BYTES + SPECTRUM_BYTES * len(kinds)
+    assert 0.75 * limit < grown <= limit  # the figure is no empty promise either
+    page = (ROOT / "docs" / "monitor.md").read_text(encoding="utf-8")
+    assert f"{BASE_BYTES} bytes and {SPECTRUM_BYTES} for each spectrum" in page
+
+
+def test_fields_are_all_that_is_kept(tmp_path: Path) -> None:
+    fields = ("update_to_weight", "spectra.stable_rank")
+    p, gain = parameter(4, 3), parameter(4)
+    optimizer = Muon([{"params": [p]}, {"params": [gain], "algorithm": "adamw", "lr": 0.1}])
+    whole, given = [], []
+    for to, options in ((whole, {}), (given, {"fields": fields})):
+        with Monitor(optimizer, to=to.append, **options) as monitor:
+            set_gradients([p, gain])
+            optimizer.step()
+        assert monitor.latest == to[0]
+    for part in ("groups", "matrices", "parameters"):
+        for record, full in zip(given[0][part], whole[0][part], strict=True):
+            kept = set(full) - {"name", "index", "group", "algorithm", "members", "weight_decay"}
+            assert kept - set(record) == kept - {"update_to_weight", "spectra"}
+    (matrix,) = given[0]["matrices"]
+    assert set(matrix) == {"name", "index", "group", "update_to_weight", "spectra"}
+    assert set(matrix["spectra"]) == {"momentum", "update", "weight"}
+    assert all(set(spectrum) == {"stable_rank"} for spectrum in matrix["spectra"].values())
+    assert given[0]["ranks"] == []
+    drawn = ("update_to_weight", "orthogonality_error", "spectra.stable_rank")
+    assert growth(tmp_path, fields=drawn) <= 330  # as docs/monitor.md says
+
+
+def test_without_a_spectrum_among_the_fields_none_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("muonkit._diagnostics_sample.spectra", refuse)
+    p = parameter(4, 3)
+    optimizer = Muon([p])
+    set_gradients([p])
+    with Monitor(optimizer, fields=("update_rms", "ranks")) as monitor:
+        optimizer.step()
+    assert set(monitor.latest["matrices"][0]) == {"name", "index", "group", "update_rms"}
+    assert len(monitor.latest["ranks"]) == 1
+
+
+def test_a_file_ends_where_max_bytes_says_and_the_training_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    run(path, 1)
+    header, sample = path.read_bytes().splitlines(keepends=True)
+    most = len(header) + 2 * len(sample) + 150
+    path.unlink()
+    p = parameter(4, 3)
+    optimizer = Muon([("w", p)])
+    seen: list[int] = []
+    with Monitor(optimizer, 1, [path, lambda s: seen.append(s["step"])], max_bytes=most):
+        for t in range(4):
+            set_gradients([p], t)
+            if t == 2:
+                with pytest.warns(UserWarning, match="leaves no room for the sample of step 3"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert seen == [1, 2, 3, 4]
+    assert path.stat().st_size <= most
+    ended = path.read_bytes()
+    assert lines(path)[-1] == {"kind": "end", "step": 3, "max_bytes": most}
+    # Going on under the same cap says it again, and writes nothing; under a larger one it goes on.
+    with pytest.warns(UserWarning, match="nothing more is recorded there, the training goes on"):
+        run(path, 1, start=4, every=1, max_bytes=most)
+    assert path.read_bytes() == ended
+    run(path, 1, start=4, every=1, max_bytes=None)
+    assert [r.get("step") for r in lines(path)][-2:] == [3, 5]
+
+
+def test_a_file_without_room_for_its_header_stays_empty(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="leaves no room for the header"):
+        Monitor(Muon([parameter(4, 3)]), to=tmp_path / "run.jsonl", max_bytes=100).close()
+    assert (tmp_path / "run.jsonl").read_bytes() == b""
+
+
+# --- what sinks do ------------------------------------------------------------------------------
+
+
+def test_a_sink_that_changes_its_dict_harms_nobody(tmp_path: Path) -> None:
+    def spoil(value: Any) -> None:
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+        for part in parts:
+            if isinstance(part, dict | list):
+                spoil(part)
+        value.clear()
+
+    found = {}
+    for sinks in ((), (spoil,)):
+        p, gain = parameter(4, 3), parameter(4)
+        optimizer = Muon([{"params": [p]}, {"params": [gain], "algorithm": "adamw", "lr": 0.1}])
+        path, seen = tmp_path / f"{len(sinks)}.jsonl", []
+        with Monitor(optimizer, 1, [*sinks, path, seen.append, *sinks]) as monitor:
+            for t in range(3):
+                set_gradients([p, gain], t)
+                optimizer.step()
+                if sinks:
+                    spoil(monitor.latest)
+        found[len(sinks)] = seen, path.read_bytes()
+    assert found[0] == found[1]
+    assert [sample["step"] for sample in found[1][0]] == [1, 2, 3]
+
+
+# --- groups that change -------------------------------------------------------------------------
+
+
+def named_now(optimizer: Muon) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (name, tuple(p.shape))
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("change", ["shape", "name", "swap", "remove", "regroup", "view", "add"])
+def test_a_sample_speaks_of_what_is_in_the_groups_now(change: str, tmp_path: Path) -> None:
+    """Whatever is replaced between two samples, header and records are the new parameters'."""
+    params = [("a", parameter(6, 3)), ("b", parameter(4, 6, seed=1))]
+    optimizer = Muon([{"params": params}, {"params": [("c", parameter(6, 5, seed=2))]}])
+    first = optimizer.param_groups[0]
+
+    def replace(group: dict[str, Any], at: int, new: nn.Parameter) -> None:
+        optimizer.state.pop(group["params"][at])
+        group["params"][at] = new
+
+    def step(seed: int) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        set_gradients(params, seed)
+        optimizer.step()
+
+    path = tmp_path / "run.jsonl"
+    with Monitor(optimizer, 1, path) as monitor:
+        step(0)
+        if change == "shape":
+            replace(first, 0, parameter(8, 3, seed=3))
+        elif change == "name":
+            first["param_names"][1] = "renamed"
+        elif change == "swap":
+            first["params"].reverse()
+            first["param_names"].reverse()
+        elif change == "remove":
+            del first["params"][0], first["param_names"][0]
+        elif change == "regroup":
+            del optimizer.param_groups[0]
+        elif change == "view":
+            first["view"] = "split(rows=2)"
+        else:
+            optimizer.add_param_group({"params": [("d", parameter(3, 9, seed=4))]})
+        step(1)
+    expected = named_now(optimizer)
+    if change == "view":
+        first_two = [("a", (3, 3)), ("a", (3, 3)), ("b", (2, 6)), ("b", (2, 6))]
+        expected = [*first_two, *expected[2:]]
+    assert [(m["name"], tuple(m["shape"])) for m in monitor.header["matrices"]] == expected
+    assert [m["name"] for m in monitor.latest["matrices"]] == [name for name, _ in expected]
+    kinds = [(record["kind"], record.get("step")) for record in lines(path)]
+    assert kinds == [("header", None), ("sample", 1), ("header", None), ("sample", 2)]
+    norms = {
+        name: p.grad.norm().item()
+        for group in optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
+    for name, norm in norms.items():
+        parts = [m["gradient_norm"] for m in monitor.latest["matrices"] if m["name"] == name]
+        assert math.hypot(*parts) == pytest.approx(norm, rel=TOLERANCE)
+    assert sum(record["matrices"] for record in monitor.latest["ranks"]) == len(expected)
+
+
+def test_a_sample_costs_no_more_for_a_matrix_where_there_are_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By count: a parameter's places are looked up as often for 4 experts as for 64."""
+    from muonkit import _diagnostics_records as records
+
+    counts = []
+    real = records.matrices_of
+    for experts in (4, 64):
+        calls = 0
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*arguments)
+
+        p = parameter(experts, 4, 3)
+        optimizer = Muon([{"params": [p], "view": "experts"}])
+        with Monitor(optimizer, spectra=()) as monitor:
+            monkeypatch.setattr(records, "matrices_of", counted)
+            set_gradients([p])
+            optimizer.step()
+            monkeypatch.setattr(records, "matrices_of", real)
+        assert len(monitor.latest["matrices"]) == experts
+        counts.append(calls)
+    assert counts[0] == counts[1]
 
 
 def test_a_parameter_taken_out_without_its_name_is_named() -> None:

@@ -1,5 +1,5 @@
-"""What may happen to an optimizer's parameters and options after it was made: each ends in the exact
-step or in an error before anything is written.
+"""What may happen to an optimizer's parameters and options after it was made: each ends in the
+exact step, or in an error before anything is written.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def replaced(model: nn.Module) -> dict[Tensor, Tensor]:
     return new
 
 
-# --- replaced parameters ---------------------------------------------------------------------------
+# --- replaced parameters --------------------------------------------------------------------------
 
 
 def swap(optimizer: Muon, new: dict[Tensor, Tensor]) -> None:
@@ -148,7 +148,7 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         optimizer.state_dict()
 
 
-# --- resized parameters ----------------------------------------------------------------------------
+# --- resized parameters ---------------------------------------------------------------------------
 
 
 def embedding_model() -> nn.Sequential:
@@ -222,7 +222,7 @@ def test_a_state_of_another_shape_is_refused(key: str) -> None:
     assert_equal(everything(optimizer), before)
 
 
-# --- one step or none ------------------------------------------------------------------------------
+# --- one step or none -----------------------------------------------------------------------------
 
 EDITS: list[tuple[str, dict[str, Any], str]] = [
     ("muon", {"adjust_lr_fn": "typo"}, "adjust_lr_fn"),
@@ -298,7 +298,7 @@ def test_sparse_gradients_and_foreign_dtypes_are_refused_before_the_first_write(
     assert_equal(everything(optimizer), before)
 
 
-# --- frozen and unfrozen ---------------------------------------------------------------------------
+# --- frozen and unfrozen --------------------------------------------------------------------------
 
 
 def test_pitfall_43_a_layer_that_is_unfrozen_later_is_trained() -> None:
@@ -358,7 +358,7 @@ def test_a_group_without_an_algorithm_is_answered_with_the_line_to_write() -> No
     assert all(p in optimizer.state for p in module.parameters())
 
 
-# --- names and schedulers --------------------------------------------------------------------------
+# --- names and schedulers -------------------------------------------------------------------------
 
 
 def test_every_group_has_a_name_of_its_own() -> None:

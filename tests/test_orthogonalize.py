@@ -7,6 +7,8 @@ decomposition and the polynomials evaluated in float64.
 from __future__ import annotations
 
 import itertools
+import platform
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -14,10 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muonkit import orthogonalize
+from muonkit import _orthogonalize_dtype, orthogonalize
+from muonkit._orthogonalize_dtype import fastest_dtype
+from muonkit._torch import cpu_capabilities
 from muonkit.coefficients import SCHEDULES, resolve
 from muonkit.forms import FORMS
-from muonkit.orthogonalize import NS_DTYPES, _multiplies_bf16, resolve_dtype
+from muonkit.orthogonalize import NS_DTYPES, choose, resolve_dtype
 
 NAMES = [*SCHEDULES, "svd"]
 # Relative error (Frobenius) of one orthogonalization against float64 on well-conditioned input.
@@ -276,7 +280,7 @@ def test_pitfall_8_svd_is_svd_for_every_shape() -> None:
 
 @pytest.mark.usefixtures("_fresh_hardware_answers")
 def test_pitfall_8_svd_is_exact_on_bf16_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    _pretend(monkeypatch, "amx_bf16")
     G = with_spectrum(1 / torch.arange(1, 33) ** 2, 64)
     for dtype in ("auto", "bfloat16"):
         O = orthogonalize(G.float(), ns_coefficients="svd", ns_dtype=dtype)
@@ -294,33 +298,95 @@ def test_a_strict_schedule_keeps_clear_of_its_edge() -> None:
 
 @pytest.fixture
 def _fresh_hardware_answers() -> Iterator[None]:
-    _multiplies_bf16.cache_clear()
+    fastest_dtype.cache_clear()
     yield
-    _multiplies_bf16.cache_clear()
+    fastest_dtype.cache_clear()
+
+
+CPUS = {
+    "AVX2": ({}, "float32", "no units for bfloat16"),
+    "AVX-512": ({"avx512_bf16"}, "float32", "avx512_bf16 but no AMX"),
+    "AMX": ({"amx_bf16", "avx512_bf16"}, "bfloat16", "AMX"),
+    "Arm": ({"onednn_acl"}, "float32", "no units for bfloat16"),
+    "Arm, BFMMLA": ({"arm_bf16", "onednn_acl"}, "bfloat16", "BFMMLA"),
+    "Arm, BFMMLA, macOS": ({"arm_bf16"}, "float32", "no Arm Compute Library"),
+}
+
+
+@pytest.mark.usefixtures("_fresh_hardware_answers")
+@pytest.mark.parametrize("cpu", CPUS)
+def test_auto_is_what_a_cpu_multiplies_fastest(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, name, reason = CPUS[cpu]
+    _pretend(monkeypatch, *features)
+    _holds(torch.device("cpu"), getattr(torch, name))
+    told = choose("keller", 5, "auto", "auto", torch.float32, torch.device("cpu"), 8, 8)
+    assert (told.dtype, reason in told.dtype_reason) == (getattr(torch, name), True), told
 
 
 @pytest.mark.usefixtures("_fresh_hardware_answers")
 @pytest.mark.parametrize(
-    ("device", "hardware", "expected"),
-    [
-        ("cpu", {"avx2": True, "avx512_bf16": False}, torch.float32),
-        ("cpu", {"avx2": True, "avx512_bf16": True}, torch.bfloat16),
-        ("cpu", {"amx_bf16": True}, torch.bfloat16),
-        ("cuda", (9, 0), torch.bfloat16),
-        ("cuda", (8, 0), torch.bfloat16),
-        ("cuda", (7, 5), torch.float32),
-    ],
+    ("capability", "expected"),
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float32)],
 )
-def test_auto_is_what_the_hardware_multiplies(
-    device: str, hardware: object, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_auto_is_what_a_gpu_multiplies_fastest(
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: hardware)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: hardware)
-    where = torch.device(device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _holds(torch.device("cuda"), expected)
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
+    """That this CPU has these, and no others of those that matter."""
+    found = {name: name in features for name in cpu_capabilities()}
+    monkeypatch.setattr(_orthogonalize_dtype, "cpu_capabilities", lambda: found)
+
+
+def _holds(where: torch.device, expected: torch.dtype) -> None:
     assert resolve_dtype("auto", torch.float32, where) == expected
     assert resolve_dtype("auto", torch.bfloat16, where) == expected
     assert resolve_dtype("auto", torch.float64, where) == torch.float64
     assert resolve_dtype("auto", torch.float32, where, strict=True) == torch.float32
+
+
+def test_the_reason_for_a_dtype_is_told() -> None:
+    cpu = torch.device("cpu")
+
+    def told(
+        ns_dtype: str, schedule: str = "keller", dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.dtype, str]:
+        choice = choose(schedule, 5, "auto", ns_dtype, dtype, cpu, 8, 8)
+        return choice.dtype, choice.dtype_reason
+
+    assert told("float16") == (torch.float16, "given")
+    assert told("auto", dtype=torch.float64) == (torch.float64, "auto: the input's")
+    assert told("auto", "polar_express")[1].startswith("auto: the schedule has no safety factor")
+    assert told("bfloat16", "svd")[1].startswith("svd:")
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("young", [True, False])
+def test_every_torch_is_asked_for_the_same(
+    machine: str, young: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cpu.get_capabilities came with 2.11; before, other functions tell what is needed."""
+    arm = machine == "aarch64"
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    have = {"bf16": True} if arm else {"amx_bf16": True, "avx512_bf16": True}
+    if young:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)
+    else:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: not arm)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not arm)
+        packet = types.SimpleNamespace(
+            _is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_acl_supported=lambda: False
+        )
+        monkeypatch.setattr(torch.ops, "mkldnn", packet, raising=False)
+    found = cpu_capabilities()
+    assert found["onednn_acl"] is False  # of this build
+    assert found["amx_bf16"] is not arm
+    assert found["avx512_bf16"] is not arm
+    assert found["arm_bf16"] is arm
 
 
 def test_misuse_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Placements: the rectangles are DTensor's, and pieces cover every box exactly once."""
+"""Placements: what ranks store is DTensor's, and pieces cover every box exactly once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from muonkit.placement import (
     Placement,
     box_size,
     cells,
-    intersection,
-    nested,
     pieces,
     replicated,
     shared_out,
@@ -92,13 +90,43 @@ def test_boxes_are_dtensors(
         assert placement.position(at) == position
 
 
-def test_a_rank_with_two_separate_parts_is_refused() -> None:
+def test_two_separate_parts_by_two_axes_are_refused() -> None:
     """50,257 rows over TP, then FSDP2: the last part of the first half is in the second half."""
+    uneven = placed((8, 2), [(0, 2), (0, 1)])
     with pytest.raises(ValueError, match=r"2 separate parts .*: every rank has to store one"):
-        placed((8, 2), [(0, 2), (0, 1)]).box((50257, 4), 0)
+        uneven.check_order((50257, 4))
+    uneven.check_order((50256, 4))
+    # Rows packed for TP, then FSDP2 on the same dim: torch's placements do not say who has what.
+    with pytest.raises(ValueError, match=r"2 separate parts .* in which order the axes cut"):
+        placed((2, 2), [(0, 2), (0, 2)]).check_order((16, 4))
+    # By one axis they are what the placement says.
+    packed = placed((2, 2), [(1, 1), (0, 2)])
+    packed.check_order((16, 4))
+    with pytest.raises(ValueError, match=r"2 separate parts .* expected one rectangle"):
+        packed.box((16, 4), 0)
 
 
-axes_of = st.tuples(st.sampled_from([None, 0, 1]), st.just(1))
+@pytest.mark.parametrize("length", [16, 12, 7, 1])
+@pytest.mark.parametrize(("ranks", "split"), [(2, 2), (4, 2), (2, 3), (3, 4)])
+def test_strides_are_dtensors(length: int, ranks: int, split: int) -> None:
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    full = torch.arange(3 * length).view(3, length)
+    shards, _ = _StridedShard(1, split_factor=split)._split_tensor(full, ranks, with_padding=False)
+    placement = placed((ranks,), [(1, split)])
+    for position, shard in enumerate(shards):
+        assert torch.equal(stored(placement, full, position), shard)
+
+
+axes_of = st.tuples(st.sampled_from([None, 0, 1]), st.sampled_from([1, 1, 2, 3]))
+
+
+def stored(placement: Placement, full: torch.Tensor, position: int) -> torch.Tensor:
+    """What a rank stores: the runs of every dim one after the other."""
+    for dim, runs in enumerate(placement.runs(tuple(full.shape), position)):
+        some = [full.narrow(dim, a, b - a) for a, b in runs]
+        full = torch.cat(some, dim) if some else full.narrow(dim, 0, 0)
+    return full
 
 
 @st.composite
@@ -131,9 +159,25 @@ def test_pieces_cover_a_box_once_and_are_who_stores_them(
     expected[slices(box, whole(shape))] = 1
     assert torch.equal(count, expected)
     for position in placement.positions:
-        mine = [piece.box for piece in found if position in piece.positions]
-        part = intersection(placement.box(shape, position), box)
-        assert mine == ([] if part is None else [part])
+        mine = tuple(piece.box for piece in found if position in piece.positions)
+        assert mine == placement.parts(shape, position, box)
+
+
+@given(placements(), shapes, st.data())
+def test_parts_lie_where_they_are_cut_from(
+    placement: Placement, shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    box = data.draw(boxes(shape))
+    full = torch.arange(math.prod(shape)).view(shape)
+    for position in placement.positions:
+        mine = stored(placement, full, position)
+        assert tuple(mine.shape) == placement.local_shape(shape, position)
+        # A box of one run is one part; of several, each is found where the rank has it.
+        for part in placement.parts(shape, position, box):
+            cut = placement.slices(shape, position, part)
+            assert torch.equal(mine[cut], full[slices(part, whole(shape))])
+            there = tuple((some.start, some.stop) for some in cut)
+            assert placement.origin(shape, position, there) == part
 
 
 @given(placements(), shapes, st.data())
@@ -172,19 +216,17 @@ def test_twins_differ_along_the_given_axes_only(placement: Placement, data: st.D
 def test_a_shared_out_state_nests_and_covers_what_was_copied_once(
     placement: Placement, shape: tuple[int, ...]
 ) -> None:
-    try:
-        boxes_before = [placement.box(shape, at) for at in placement.positions]
-    except ValueError:
-        assume(False)
     axes = placement.copies()
     shared = shared_out(placement, shape, axes)
-    for at, before in zip(placement.positions, boxes_before, strict=True):
-        assert nested(shared.box(shape, at), before)
+    full = torch.arange(math.prod(shape)).view(shape)
+    for at in placement.positions:
+        before = stored(placement, full, at)
+        cut = shared.slices_within(placement, shape, at)
+        assert torch.equal(before[cut], stored(shared, full, at))
         if shared != placement:
-            parts = [shared.box(shape, twin) for twin in placement.twins(at, axes)]
-            assert sum(map(box_size, parts)) == box_size(before)
-            for one, other in itertools.combinations(parts, 2):
-                assert intersection(one, other) is None
+            parts = [stored(shared, full, twin) for twin in placement.twins(at, axes)]
+            together = torch.cat([part.flatten() for part in parts])
+            assert torch.equal(together.sort().values, before.flatten().sort().values)
     assert shared.copies() == (() if shared != placement else axes)
 
 
@@ -209,8 +251,8 @@ def test_cells_are_the_boxes_edges(placement: Placement, length: int) -> None:
     found = [interval for interval, _ in cells(placement, length, 0)]
     assert found == sorted(found)
     assert sum(stop - start for start, stop in found) == length
-    edges = {placement.box((length, 1), at)[0] for at in placement.positions}
-    assert set(found) == {(a, b) for a, b in edges if a < b}
+    runs = [placement.runs((length, 1), at)[0] for at in placement.positions]
+    assert set(found) == {run for some in runs for run in some}
 
 
 def test_positions_need_not_be_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -348,8 +349,10 @@ def test_transforms_of_torch_func(shape: tuple[int, int]) -> None:
         tangent = torch.autograd.forward_ad.unpack_dual(orthogonalize(dual)).tangent
     torch.testing.assert_close(tangent, slope, rtol=1e-4, atol=1e-6)
     batch = torch.randn(4, *shape)
-    each = torch.stack([orthogonalize(M) for M in batch])
-    torch.testing.assert_close(torch.func.vmap(orthogonalize)(batch), each)
+    # Products in bfloat16 round apart where they are taken in another order.
+    exactly = functools.partial(orthogonalize, ns_dtype="float32")
+    each = torch.stack([exactly(M) for M in batch])
+    torch.testing.assert_close(torch.func.vmap(exactly)(batch), each)
     forward, reverse = torch.func.jacfwd(orthogonalize)(G), torch.func.jacrev(orthogonalize)(G)
     torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-8)
 
@@ -376,9 +379,12 @@ def test_a_wider_momentum_does_not_widen_the_products() -> None:
     wide, plain = Muon([p], momentum_dtype="float64"), Muon([q])
     for optimizer in (wide, plain):
         optimizer.step()
-    assert {row["ns_dtype"] for row in wide.describe()} == {"torch.float32"}
-    # The updates, of 1e-3, differ by the rounding of the momentum: the parameters by their own.
-    torch.testing.assert_close(p, q, rtol=2**-23, atol=1e-7)
+    dtypes = [row["ns_dtype"] for optimizer in (wide, plain) for row in optimizer.describe()]
+    assert dtypes in (["torch.float32"] * 2, ["torch.bfloat16"] * 2)
+    # The updates, of 1e-3, differ by the rounding of the momentum: the parameters by their own. In
+    # bfloat16 that may turn the rounding of an entry, by 2^-8, and five iterations amplify it.
+    atol = 1e-7 if dtypes[0] == "torch.float32" else 1e-3 * 2**-4
+    torch.testing.assert_close(p, q, rtol=2**-23, atol=atol)
 
 
 def test_hooks_on_loading_have_the_last_word() -> None:

@@ -43,3 +43,8 @@ def __getattr__(name: str) -> Any:
 
         return Monitor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All public names, those too that are imported when they are asked for."""
+    return sorted({*globals(), *__all__})

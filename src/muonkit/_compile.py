@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from muonkit._torch import CONSTANT_MARK
+
 __all__ = ["constant_result"]
 
 P = ParamSpec("P")
@@ -18,5 +20,5 @@ def constant_result(function: Callable[P, R]) -> Callable[P, R]:
     imports all of torch._dynamo for it: two seconds on `import muonkit`. A test holds that the mark
     still works (one graph, no break).
     """
-    function.__dict__["_dynamo_marked_constant"] = True
+    function.__dict__[CONSTANT_MARK] = True
     return function

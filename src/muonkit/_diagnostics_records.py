@@ -14,14 +14,74 @@ from muonkit._optim_schedule import gradients, plan_alone, schedule_key
 from muonkit.scale import scale_factor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from muonkit.optim import Muon
 
-__all__ = ["Traffic", "groups_of", "header_of", "matrices_records", "parameters_records"]
+__all__ = [
+    "FIELDS",
+    "Traffic",
+    "chosen",
+    "groups_of",
+    "header_of",
+    "matrices_records",
+    "parameters_records",
+    "structure",
+]
 
 Measured: TypeAlias = "Sequence[tuple[int, Sequence[tuple[Key, str, list[float]]]]]"
 Record: TypeAlias = dict[str, Any]
+
+# What of a record a monitor may be asked to keep.
+_SPECTRA = tuple(f"spectra.{measure}" for measure in (*SPECTRUM, "quantiles"))
+FIELDS = (
+    "lr",
+    *(f"{kind}_norm" for kind in KINDS),
+    "update_rms",
+    "update_to_weight",
+    "decay_norm",
+    "decay_share",
+    "orthogonality_error",
+    "nonfinite",
+    "owners",
+    "spectra",
+    *_SPECTRA,
+    "ranks",
+)
+
+
+def chosen(sample: Record, fields: Container[str]) -> Record:
+    """The sample with those of its `FIELDS` alone; names, groups and counts of members stay."""
+    kept = {
+        part: [_chosen(record, fields) for record in sample[part]]
+        for part in ("groups", "matrices", "parameters")
+    }
+    return {**sample, **kept, "ranks": sample["ranks"] if "ranks" in fields else []}
+
+
+def _chosen(record: Record, fields: Container[str]) -> Record:
+    kept = {key: value for key, value in record.items() if key not in FIELDS or key in fields}
+    if "spectra" in record and "spectra" not in fields:
+        measures = [field.partition(".")[2] for field in _SPECTRA if field in fields]
+        if measures:
+            kept["spectra"] = {
+                kind: spectrum and {measure: spectrum[measure] for measure in measures}
+                for kind, spectrum in record["spectra"].items()
+            }
+    return kept
+
+
+def structure(optimizer: Muon) -> list[Any]:
+    """What a header tells of the optimizer, in a form that is compared cheaply."""
+    keys = ("algorithm", "view", "variant", "adjust_lr_fn")
+    return [
+        (
+            *(group.get(key) for key in keys),
+            tuple(group.get("param_names") or ()),
+            [tuple(p.shape) for p in group["params"]],
+        )
+        for group in optimizer.param_groups
+    ]
 
 
 def header_of(optimizer: Muon) -> Record:
@@ -70,9 +130,13 @@ def matrices_records(optimizer: Muon, measured: Measured) -> list[Record]:
                     owners.setdefault(key, []).append(rank)
     names = [_names(g, group) for g, group in enumerate(optimizer.param_groups)]
     records = []
+    at: tuple[int, int] | None = None
+    places: Sequence[tuple[Any, int, int]] = ()
     for key in sorted(found):
-        p = optimizer.param_groups[key.group]["params"][key.param]
-        _, rows, cols = matrices_of(optimizer.param_groups[key.group], p)[key.number]
+        if at != key[:2]:  # once for each parameter: experts have many
+            group = optimizer.param_groups[key.group]
+            at, places = key[:2], matrices_of(group, group["params"][key.param])
+        _, rows, cols = places[key.number]
         record = {"name": names[key.group][key.param], "index": key.number, "group": key.group}
         records.append({**record, **_matrix(found[key], rows * cols), "owners": owners[key]})
     return records
@@ -148,8 +212,11 @@ def groups_of(
 ) -> list[Record]:
     """One for each group with records: all its matrices, or parameters, as one vector."""
     groups = []
+    members: dict[int, list[Record]] = {}
+    for record in (*matrices, *parameters):
+        members.setdefault(record["group"], []).append(record)
     for g, group in enumerate(optimizer.param_groups):
-        mine = [record for record in (*matrices, *parameters) if record["group"] == g]
+        mine = members.get(g)
         if not mine:
             continue
         squares = {kind: sum(_square(r[f"{kind}_norm"]) for r in mine) for kind in KINDS}
@@ -203,7 +270,8 @@ class Traffic:
         """
         optimizer = self._optimizer
         present = gradients(optimizer.param_groups)
-        key = schedule_key(optimizer.param_groups, present)
+        # With the shapes: a parameter that was replaced may have the memory, and the id, of the old
+        key = schedule_key(optimizer.param_groups, present), structure(optimizer)
         if self._known[0] != key:
             self._known = key, self._count(rank, present)
         return self._known[1]

@@ -20,6 +20,7 @@ from muonkit._diagnostics_spectra import (
 from muonkit._optim_batches import place
 from muonkit._optim_gradients import local_gradient
 from muonkit._optim_layout import is_dtensor, local
+from muonkit.exchange import together
 from muonkit.scale import scale_factor
 from muonkit.views import blocks_of
 
@@ -60,35 +61,22 @@ class _Names:
 
     def __init__(self, optimizer: Muon) -> None:
         self._known: dict[int, tuple[int, int, dict[Box, int]]] = {}
-        self._parts: dict[int, Tensor] = {}  # of DTensors, by this rank's own tensor
+        self._parts: dict[int, Tensor] = {}  # DTensors, by this rank's own tensor
+        self._layouts = optimizer._layouts
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"] if group["algorithm"] == "muon" else ()):
                 index = {box: k for k, (box, _, _) in enumerate(matrices_of(group, p))}
                 self._known[id(p)] = self._known[id(local(p))] = g, i, index
                 if is_dtensor(p):
                     self._parts[id(local(p))] = p
-        self._corners: dict[int, tuple[int, ...]] = {}
 
     def key(self, source: Source) -> Key:
         g, i, index = self._known[id(source.param)]
-        corner = self._corner(id(source.param), len(source.box))
-        return Key(
-            g, i, index[tuple((a + n, b + n) for (a, b), n in zip(source.box, corner, strict=True))]
-        )
-
-    def _corner(self, part: int, ndim: int) -> tuple[int, ...]:
-        """Where in the parameter a rank's part of it begins."""
-        if part not in self._corners:
-            p = self._parts.get(part)
-            self._corners[part] = (0,) * ndim if p is None else _offset(p)
-        return self._corners[part]
-
-
-def _offset(p: Any) -> tuple[int, ...]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, at = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return tuple(at)
+        p, box = self._parts.get(id(source.param)), source.box
+        if p is not None:
+            layout = self._layouts[p]
+            box = layout.stored.origin(tuple(p.shape), layout.at, box)
+        return Key(g, i, index[box])
 
 
 class Sampler:
@@ -102,15 +90,18 @@ class Sampler:
         self._optimizer, self._kinds = optimizer, kinds
         disable: Any = torch.compiler.disable
         self.call: Callable[..., Any] = disable(lambda step, closure: step(closure))
-        self._names = _Names(optimizer)
+        self._names: _Names | None = None
         self._measured: list[tuple[list[Key], str, Tensor]] = []
         self._batch: tuple[list[list[Source]], dict[str, Any], list[Tensor]] | None = None
         self._rates: dict[int, tuple[float, float]] = {}  # lr and decay of every group
-        self._weights: dict[tuple[int, int], Tensor] = {}
+        # By the parameter, which stays itself where groups change; it is kept, as is its id.
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
 
     # --- Muon's matrices ------------------------------------------------------------------------
 
     def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+        if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
+            self._names = _Names(self._optimizer)
         sources = [list(some) for some in batch.sources()]
         momenta = [torch.stack(living.momenta) for living in batch.living]
         self._measure("momentum", sources, batch.gathered(momenta).wait())
@@ -153,6 +144,8 @@ class Sampler:
         self, sources: list[list[Source]], stacks: Sequence[Tensor]
     ) -> Iterator[tuple[list[Key], Tensor]]:
         """Matrices of one shape, without padding, and which they are."""
+        names = self._names
+        assert names is not None
         for some, stack in zip(sources, stacks, strict=True):
             start = 0
             while start < len(some):
@@ -160,7 +153,7 @@ class Sampler:
                 stop = start
                 while stop < len(some) and some[stop][2:] == (rows, cols):
                     stop += 1
-                keys = [self._names.key(source) for source in some[start:stop]]
+                keys = [names.key(source) for source in some[start:stop]]
                 yield keys, place(stack[start:stop], rows, cols)
                 start = stop
 
@@ -168,9 +161,9 @@ class Sampler:
 
     def begin(self) -> None:
         """Before the step: what the decay of AdamW's parameters will act on."""
-        for key, p, _ in self._adamw():
+        for _, p, _ in self._adamw():
             mine = self._optimizer._layouts.part(p, local(p))
-            self._weights[key] = _square(mine)
+            self._weights[id(p)] = p, _square(mine)
 
     def end(self) -> None:
         """After the step: the rest of them."""
@@ -185,7 +178,7 @@ class Sampler:
             tensors = grad, first, update, layouts.part(p, local(p))
             squares = [_square(t) for t in tensors[:3]]
             broken = [(~t.isfinite()).sum() for t in tensors]
-            weight = self._weights.get(key, squares[0].new_tensor(math.nan))
+            _, weight = self._weights.get(id(p), (p, squares[0].new_tensor(math.nan)))
             numbers = torch.stack([t.to(weight) for t in (*squares, weight, *broken)])
             self._measured.append(([Key(*key, 0)], "adamw", numbers[None] / self._copies(p)))
 
@@ -198,12 +191,7 @@ class Sampler:
     def _copies(self, p: Any) -> int:
         """How many ranks have each entry of what the state is for."""
         layouts = self._optimizer._layouts
-        if layouts.domain is None:
-            return 1
-        layout = layouts.get(p)
-        if layout is None:
-            return layouts.copies(p)
-        return math.prod(layout.lives.mesh[axis] for axis in layout.lives.copies())
+        return 1 if layouts.domain is None else layouts.copies(p, of_state=True)
 
     # --- together -------------------------------------------------------------------------------
 
@@ -217,6 +205,7 @@ class Sampler:
         domain = self._optimizer._layouts.domain
         if domain is None:
             return [(global_rank(), mine)]
+        together(domain, "a Monitor's sample")
         everyone: list[Any] = [None] * domain.size
         torch.distributed.all_gather_object(everyone, mine, group=domain.control)
         ranks = torch.distributed.get_process_group_ranks(domain.group)

@@ -7,10 +7,13 @@ import gc
 import json
 import math
 import os
+import stat
 import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from muonkit._text import shortened, shown
 
 try:
     import fcntl
@@ -19,40 +22,44 @@ except ImportError:  # Windows: two processes that write to one file are not not
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import BinaryIO
+    from io import FileIO
 
-__all__ = ["JsonLines", "Sink", "deliver", "shut", "sinks_of"]
+__all__ = ["FORMAT", "JsonLines", "Sink", "copied", "deliver", "is_torn", "shut", "sinks_of"]
 
 Sink: TypeAlias = "str | os.PathLike[str] | Callable[[dict[str, Any]], Any]"
 
+# Of the records; a reader refuses another one.
+FORMAT = 1
+
+# How every line of ours begins, and the first line of a file.
+_RECORD, _HEADER = b'{"kind": "', b'{"kind": "header", "format": '
+
 # Significant digits in a file: what float32 has.
 _DIGITS = 7
+
+# The file ends with a line that says so; a sample leaves room for it.
+_END_BYTES = 80
 
 
 class JsonLines:
     """One JSON object a line; not finite is null. What is in the file stays.
 
     A run that goes on appends, and writes its header only where it differs from the last one
-    there. A last line that was not written to its end is cut off.
+    there. A last line of ours that was not written to its end is cut off.
+
+    Args:
+        max_bytes: what the file may grow to. The sample that does not fit any more is not written;
+            in its place is ``{"kind": "end", "step": its step, "max_bytes": max_bytes}``.
 
     Raises:
-        ValueError: another name than *.jsonl, or a file that another monitor has open, of this
-            process or another.
+        ValueError: another name than *.jsonl; no regular file; one that is no recording (nothing
+            of it was changed); one that another monitor has open, of this process or another.
         FileNotFoundError: no such folder.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if self.path.suffix != ".jsonl":
-            raise ValueError(
-                f"to={str(path)!r} is no sink: a path ends in .jsonl; for another format pass a "
-                "callable, as those of muonkit.integrations"
-            )
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(
-                f"to={str(path)!r} is in a folder that is not there: make it first, "
-                f"os.makedirs({str(self.path.parent)!r})"
-            )
+    def __init__(self, path: str | os.PathLike[str], max_bytes: int | None = None) -> None:
+        self.path, self._most = Path(path), max_bytes
+        _check_place(self.path)
         self._key = self.path.resolve()
         if self._key in _OPEN:
             gc.collect()  # it may be of a monitor that nobody has: a cycle with its optimizer
@@ -60,49 +67,116 @@ class JsonLines:
             raise ValueError(
                 f"another monitor writes to {str(path)!r}: close it, or give each its own file"
             )
-        self._file = self.path.open("a+b")
+        # Unbuffered: a child that is forked closes its copy, and has nothing to write twice.
+        self._file: FileIO = self.path.open("a+b", buffering=0)
         try:
             _lock(self._file, path)
-            self._header = _mend(self._file)
+            self._header, self._size, self._ended = _take_up(self._file, path)
         except Exception:
             self._file.close()
             raise
+        self._pid = os.getpid()
         self._close = weakref.finalize(self, self._file.close)  # also where nobody calls `close`
         _OPEN[self._key] = self
 
+    def __repr__(self) -> str:
+        return f"JsonLines({str(self.path)!r})"
+
     def __call__(self, record: dict[str, Any]) -> None:
-        _lock(self._file, self.path)  # again: this process may have read the file meanwhile
-        line = json.dumps(_plain(record), allow_nan=False)
+        if os.getpid() != self._pid:
+            raise ValueError(
+                "its file belongs to the process that this one was forked from: make a monitor "
+                "here, with a file of its own"
+            )
+        line = _line(record)
+        if record["kind"] == "header" and line == self._header:
+            return
+        if self._most is not None and self._size + len(line) + _END_BYTES > self._most:
+            self._end(record)
+        self._write(line)
+        self._ended = False
         if record["kind"] == "header":
-            if line == self._header:
-                return
             self._header = line
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()
+
+    def _end(self, record: dict[str, Any]) -> None:
+        """Close the recording with a line that says so, once, and raise `_FullError`."""
+        step = record.get("step")
+        line = _line({"kind": "end", "step": step, "max_bytes": self._most})
+        if self._size and not self._ended and self._size + len(line) <= (self._most or 0):
+            self._write(line)
+            self._ended = True
+        what = f"the {record['kind']}{'' if step is None else f' of step {step}'}"
+        raise _FullError(
+            f"{str(self.path)!r} has {self._size} bytes, and max_bytes={self._most} leaves no room "
+            f"for {what}: nothing more is recorded there, the training goes on. Choose fewer "
+            "fields= or a larger every, or a larger max_bytes"
+        )
+
+    def _write(self, line: bytes) -> None:
+        rest = memoryview(line)
+        while rest:  # a disk that fills up may take a part
+            rest = rest[self._file.write(rest) :]
+        self._size += len(line)
 
     def close(self) -> None:
         try:
-            self._close()  # writes what is left, for which there may be no room
+            self._close()
         finally:
             if _OPEN.get(self._key) is self:
                 del _OPEN[self._key]
+
+
+class _FullError(Exception):
+    """A file has what it may have."""
 
 
 # The files that monitors of this process write to.
 _OPEN: weakref.WeakValueDictionary[Path, JsonLines] = weakref.WeakValueDictionary()
 
 
-def _lock(file: BinaryIO, path: str | os.PathLike[str]) -> None:
-    """Hold the file for this process; the system lets go even if it is killed.
+def _line(record: dict[str, Any]) -> bytes:
+    return f"{json.dumps(_plain(record), allow_nan=False)}\n".encode()
 
-    A lock of the process, not of the open file: a child that is forked, as a DataLoader's, does not
-    keep it. But the process loses it where it closes any other handle of the file, a reader's too,
-    so it is taken again before each line.
+
+def _check_place(path: Path) -> None:
+    """Refuse what no recording can be written to, before it is opened: a pipe would wait there.
+
+    Raises:
+        ValueError, FileNotFoundError: as `JsonLines`.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # nothing is there yet, or opening it will say why
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise ValueError(
+            f"to={str(path)!r} is {kinds.get(stat.S_IFMT(mode), 'a device')}, expected a file: "
+            "name a .jsonl file, pass a callable, or to=None to write nothing"
+        )
+    if path.suffix != ".jsonl":
+        raise ValueError(
+            f"to={str(path)!r} is no sink: a path ends in .jsonl; for another format pass a "
+            "callable, as those of muonkit.integrations"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"to={str(path)!r} is in a folder that is not there: make it first, "
+            f"os.makedirs({str(path.parent)!r})"
+        )
+
+
+def _lock(file: FileIO, path: str | os.PathLike[str]) -> None:
+    """Hold the open file; the system lets go when it is closed, also by a kill.
+
+    A lock of the open file, not of the process: that one is lost where the process closes any other
+    handle of the file, a reader's too. A child that is forked, as a DataLoader's, would keep this
+    one: so it closes its copy (`_let_go`).
     """
     if fcntl is None:
         return
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
             raise ValueError(
@@ -111,18 +185,85 @@ def _lock(file: BinaryIO, path: str | os.PathLike[str]) -> None:
             ) from error
 
 
-def _mend(file: BinaryIO) -> str | None:
-    """Cut off a line without an end; returns the last header that is there."""
-    header, end = None, 0
-    file.seek(0)
-    for line in file:
-        if not line.endswith(b"\n"):
-            break
-        end += len(line)
-        if line.startswith(b'{"kind": "header"'):
-            header = line.decode().rstrip("\n")
-    file.truncate(end)
-    return header
+def _let_go() -> None:
+    """In a child that was just forked: the files are its parent's."""
+    for sink in list(_OPEN.values()):
+        sink._file.close()
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+class _There(NamedTuple):
+    """What a file has: its last header, its size, and whether it was ended by `max_bytes`."""
+
+    header: bytes | None
+    size: int
+    ended: bool
+
+
+def _take_up(file: FileIO, path: str | os.PathLike[str]) -> _There:
+    """Read what is there, and mend its end: a line of ours that was not finished is cut off.
+
+    Raises:
+        ValueError: it is no recording, or of another format; nothing was changed.
+    """
+    header, line, number, end = None, b"", 0, 0
+    is_cut = ended = False
+    with open(os.dup(file.fileno()), "rb") as reader:
+        reader.seek(0)
+        begun = reader.read(len(_HEADER))
+        if begun and (len(begun) < len(_RECORD) or not is_torn(begun, _HEADER)):
+            raise _foreign(path, 1, f"begins with {begun!r}", "the header of a recording")
+        reader.seek(0)
+        for line in reader:
+            number += 1
+            is_cut = not line.endswith(b"\n") and not _is_whole(line)
+            if is_cut:
+                break
+            if line.startswith(_HEADER):
+                header = _checked(path, number, line)
+            ended = line.startswith(b'{"kind": "end"')
+            end += len(line)
+    if not line.endswith(b"\n") and not is_torn(line):
+        raise _foreign(path, number, f"begins with {line[:16]!r}", "a record")
+    if is_cut:
+        file.truncate(end)
+    elif line and not line.endswith(b"\n"):  # an editor took the line's end away
+        end += file.write(b"\n")
+    return _There(header, end, ended)
+
+
+def is_torn(line: bytes, begin: bytes = _RECORD) -> bool:
+    """Whether this may be a record of ours, or the beginning of one."""
+    return line.startswith(begin) or begin.startswith(line)
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _checked(path: str | os.PathLike[str], number: int, line: bytes) -> bytes:
+    """The header's line, if a run of this version may go on with it."""
+    try:
+        form = json.loads(line)["format"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise _foreign(path, number, "is damaged", "the header of a recording") from None
+    if form != FORMAT:
+        raise _foreign(path, number, f"is of format {form!r:.20}", f"format {FORMAT}")
+    return line.rstrip(b"\r\n") + b"\n"
+
+
+def _foreign(path: str | os.PathLike[str], number: int, got: str, expected: str) -> ValueError:
+    return ValueError(
+        f"to={str(path)!r} cannot be gone on with: line {number} {got}, expected {expected}; "
+        "nothing was changed. Give another name, or move that file away"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -135,7 +276,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def sinks_of(to: Sink | Sequence[Sink] | None, writes: bool) -> list[Callable[..., Any]]:
+def copied(value: Any) -> Any:
+    """The same dicts and lists anew: who gets them may change them."""
+    if isinstance(value, dict):
+        return {key: copied(part) for key, part in value.items()}
+    return [copied(part) for part in value] if isinstance(value, list) else value
+
+
+def sinks_of(
+    to: Sink | Sequence[Sink] | None, writes: bool, max_bytes: int | None = None
+) -> list[Callable[..., Any]]:
     """The callables that `to` means; files are opened by the rank that writes only.
 
     Raises:
@@ -152,7 +302,7 @@ def sinks_of(to: Sink | Sequence[Sink] | None, writes: bool) -> list[Callable[..
                     f"list of these, got {sink!r:.80}"
                 )
             if writes:
-                sinks.append(sink if callable(sink) else JsonLines(sink))
+                sinks.append(sink if callable(sink) else JsonLines(sink, max_bytes))
     except Exception:
         for sink in sinks:
             if isinstance(sink, JsonLines):
@@ -162,20 +312,28 @@ def sinks_of(to: Sink | Sequence[Sink] | None, writes: bool) -> list[Callable[..
 
 
 def deliver(sinks: list[Callable[..., Any]], record: dict[str, Any]) -> None:
-    """Give every sink the record. One that raises gets no more: a full disk is no reason to end a
-    training.
+    """Give every sink the record, callables one of their own, which they may change.
+
+    One that raises gets no more: a full disk is no reason to end a training.
     """
     for sink in list(sinks):
         try:
-            sink(record)
+            sink(record if isinstance(sink, JsonLines) else copied(record))
+        except _FullError as full:
+            sinks.remove(sink)
+            warnings.warn(str(full), UserWarning, stacklevel=2)
         except Exception as error:
             sinks.remove(sink)
             warnings.warn(
-                f"the monitor's sink {sink!r:.80} raised {type(error).__name__}: {error}; it gets "
-                "no more samples, the training goes on",
+                f"the monitor's sink {_named(sink)} raised {type(error).__name__}: {shown(error)}; "
+                "it gets no more samples, the training goes on",
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _named(sink: Any) -> str:
+    return shortened(repr(sink), 80)
 
 
 def shut(sinks: Sequence[Any]) -> None:
@@ -187,8 +345,8 @@ def shut(sinks: Sequence[Any]) -> None:
                 close()
         except Exception as error:
             warnings.warn(
-                f"the monitor's sink {sink!r:.80} could not be closed, {type(error).__name__}: "
-                f"{error}; its last samples may be missing",
+                f"the monitor's sink {_named(sink)} could not be closed, {type(error).__name__}: "
+                f"{shown(error)}; its last samples may be missing",
                 UserWarning,
                 stacklevel=3,
             )

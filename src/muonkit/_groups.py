@@ -34,6 +34,7 @@ __all__ = [
     "flops_of",
     "momentum_dtype",
     "parameter_names",
+    "products_of",
     "refuse_unknown",
     "separate_lr",
     "state_shapes",
@@ -221,8 +222,13 @@ def adopt_momentum(groups: list[dict[str, Any]]) -> None:
     AdamW's that is beta1, as these schedulers have it for torch's AdamW.
     """
     for group in groups:
-        if group["algorithm"] == "adamw" and {"momentum", "betas"} <= group.keys():
-            group["betas"] = (group.pop("momentum"), *group["betas"][1:])
+        betas = group.get("betas")
+        if (
+            group["algorithm"] == "adamw"
+            and "momentum" in group
+            and isinstance(betas, tuple | list)
+        ):
+            group["betas"] = (group.pop("momentum"), *betas[1:])
 
 
 def refuse_unknown(options: dict[str, Any]) -> None:
@@ -347,6 +353,15 @@ def flops_of(
     return _choose(group, rows, cols, dtype, device).flops or 20 * m * m * n
 
 
+def products_of(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The products of matrices of this shape in words, every "auto" replaced."""
+    choice = _choose(group, rows, cols, dtype, device)
+    blocks = f" in {choice.blocks} blocks" if choice.blocks > 1 else ""
+    return f"{choice.form} in {str(choice.dtype).removeprefix('torch.')}{blocks}"
+
+
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(f"{what} should be a number but is: {value!r}")
@@ -460,6 +475,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "blocks": choice.blocks,
                     "gflop": choice.flops / 1e9,
                     "ns_dtype": str(choice.dtype),
+                    "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,

@@ -11,6 +11,7 @@ import torch
 from muonkit._groups import (
     MOMENTUM,
     OPTION_KEYS,
+    STEP,
     parameter_names,
     state_shapes,
     validate_group,
@@ -86,25 +87,34 @@ def check_gradients(
             grad = p.grad
             if grad is None:
                 continue
+            shape = p.shape
             if not (
-                grad.shape == p.shape
+                grad.shape == shape
                 and grad.device == p.device
                 and grad.dtype in _DTYPES
                 and p.dtype in _DTYPES
-                and _fits(state[p] if p in state else {}, p, group)
+                and _fits(state.get(p, {}), p, shape, group)
             ):
                 _refuse(parameter_names(group)[index], p, group, state)
 
 
-def _fits(state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any]) -> bool:
-    keys = ("exp_avg", "exp_avg_sq") if group["algorithm"] == "adamw" else (MOMENTUM,)
-    for key in keys:
-        if key in state and state[key].shape != p.shape:
+def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any]) -> bool:
+    """Whether what there is of the state has its shape; what is missing is made."""
+    if group["algorithm"] == "muon" and group["variant"] == "plain":
+        return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
+    for key, wanted in state_shapes(p, group).items():
+        if key in state and _shape(state[key]) != wanted:
             return False
-    if group["algorithm"] == "muon" and group["variant"] != "plain":
-        shapes = state_shapes(p, group)
-        return all(state[key].shape == shape for key, shape in shapes.items() if key in state)
-    return True
+    count = state.get(STEP)
+    return count.numel() == 1 if isinstance(count, torch.Tensor) else _is_number(count)
+
+
+def _is_number(count: Any) -> bool:
+    return count is None or isinstance(count, int | float)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return value.shape if isinstance(value, torch.Tensor) else None
 
 
 def _refuse(
@@ -124,13 +134,12 @@ def _refuse(
             f"{grad.device}: the parameter was changed after its backward pass; set its grad to "
             "None and take the backward pass again; nothing was changed"
         )
-    for key, shape in state_shapes(p, group).items():
-        have = state[p].get(key)
-        if have is not None and tuple(have.shape) != shape:
+    for key, shape in {**state_shapes(p, group), STEP: ()}.items():
+        if key in state[p] and (have := _shape(state[p][key])) != shape:
+            got = f"one of {tuple(have)}" if have is not None else f"{state[p][key]!r:.40}"
             raise ValueError(
-                f"{name} {tuple(p.shape)} wants a {key} of shape {shape}, its state has "
-                f"{tuple(have.shape)}: optimizer.reset_state([parameter]) begins it anew; nothing "
-                "was changed"
+                f"{name} {tuple(p.shape)} wants a {key} of shape {shape}, its state has {got}: "
+                "optimizer.reset_state([parameter]) begins it anew; nothing was changed"
             )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from muonkit._groups import parameter_names
 from muonkit._optim_layout import is_dtensor, local
+from muonkit.exchange import together
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -185,6 +186,8 @@ def clip_gradients_(
     Every entry counts once, however many ranks have it.
     """
     domain = layouts.domain
+    if domain is not None:
+        together(domain, "clip_grad_norm_")
     params = [p for p in params if p.grad is not None]
     by_copies: dict[int, list[Tensor]] = {}
     for p in params:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from muonkit._torch import reduce_scatter
 from muonkit.placement import Box, slices, whole
 
 if TYPE_CHECKING:
@@ -72,12 +73,9 @@ def ddp_reduce_scatter_hook(
     for row, some in zip(packed, parts, strict=True):
         _copy(row, some, into=False)
     own = buffer.new_empty(most)
-    dist: Any = torch.distributed
-    # Renamed in torch 2.13.
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    scattered = scatter(own, packed.view(-1), group=domain.group, async_op=True)
+    scattered = reduce_scatter(own, packed.view(-1), domain.group)
     together = torch.cat([grad.reshape(-1) for grad in rest]) if rest else buffer.new_empty(0)
-    reduced = dist.all_reduce(together, group=domain.group, async_op=True)
+    reduced: Any = torch.distributed.all_reduce(together, group=domain.group, async_op=True)
 
     def put_back(_: Any) -> Tensor:
         buffer.zero_()

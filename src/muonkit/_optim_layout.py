@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from muonkit._groups import parameter_names
+from muonkit._torch import local_tensor, root_mesh, strided_shard, timeout_of
 from muonkit.exchange import Domain
-from muonkit.placement import Axis, Placement, box_size, replicated, shared_out, slices, whole
+from muonkit.placement import Axis, Placement, replicated, shared_out
 from muonkit.views import View
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ __all__ = [
     "is_a_part",
     "is_dtensor",
     "is_whole",
+    "listed",
     "local",
     "other_ranks",
-    "ranks_per_node",
 ]
 
 
@@ -48,6 +49,9 @@ class Layout(NamedTuple):
             beside others on the whole one (what a tensor parallel plan leaves out). Each place
             along them trains its own copy, as it would without the others.
         mesh: of `lives`; None where the state is a plain tensor.
+        at: this rank's position among those of `stored`.
+        alone: whether these are positions of the parameter's own mesh: its matrices are whole where
+            they are, so it may lie on other ranks than the optimizer's other parameters.
     """
 
     stored: Placement
@@ -55,6 +59,8 @@ class Layout(NamedTuple):
     given: tuple[int, ...]
     implied: tuple[int, ...]
     mesh: DeviceMesh | None
+    at: int
+    alone: bool = False
 
 
 class Layouts:
@@ -98,11 +104,14 @@ class Layouts:
         return self._layouts[p]
 
     def get(self, p: Tensor) -> Layout | None:
-        """The parameter's layout, or None where it is whole on this rank alone."""
+        """The parameter's layout; None for a plain tensor that no process group repeats.
+
+        A DTensor has one, whatever its mesh.
+        """
         return self._layouts.get(p)
 
     def add(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Find the parameters' layouts; those that are whole on this rank alone have none.
+        """Find the parameters' layouts.
 
         Raises:
             ValueError: an unsupported placement, or another set of ranks than the others'.
@@ -141,8 +150,8 @@ class Layouts:
             self._ranks = sorted(ranks)
         elif sorted(ranks) != self._ranks:
             raise ValueError(
-                f"{name} lies on ranks {_listed(sorted(ranks))}, others of this optimizer on "
-                f"{_listed(self._ranks)}: all parameters of one optimizer share one set of ranks; "
+                f"{name} lies on ranks {listed(sorted(ranks))}, others of this optimizer on "
+                f"{listed(self._ranks)}: all parameters of one optimizer share one set of ranks; "
                 "distribute them over meshes of the same ranks, or make an optimizer for each set"
             )
 
@@ -157,28 +166,24 @@ class Layouts:
         self, p: Tensor, dtype: torch.dtype, shape: tuple[int, ...], lives: Placement
     ) -> Tensor:
         """Zeros of a logical shape on the parameter's ranks, lying as `lives` says."""
-        assert self.domain is not None
         layout = self._layouts[p]
         if lives == layout.stored and is_dtensor(p) and shape == tuple(p.shape):
             return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-        box = lives.box(shape, self.domain.position)
-        own = torch.zeros([b - a for a, b in box], dtype=dtype, device=local(p).device)
+        own = torch.zeros(lives.local_shape(shape, layout.at), dtype=dtype, device=local(p).device)
         if layout.mesh is None:
             return own
         return _as_dtensor(own, layout.mesh, lives, shape)
 
-    def copies(self, p: Tensor) -> int:
-        """How many of the ranks have each entry of the parameter's gradient."""
+    def copies(self, p: Tensor, of_state: bool = False) -> int:
+        """How many of the ranks have each entry of the parameter's gradient, or of its state."""
         assert self.domain is not None
         layout = self._layouts.get(p)
-        if layout is not None:
-            placement = layout.lives if self.scattered else layout.stored
-            return math.prod(placement.mesh[axis] for axis in placement.copies())
-        if not is_dtensor(p):
+        if layout is None:
             return self.domain.size
-        pairs = zip(p.device_mesh.shape, p.placements, strict=True)  # type: ignore[attr-defined]
-        parts: int = math.prod(n for n, axis in pairs if axis.is_shard())
-        return self.domain.size // parts
+        placement = layout.lives if self.scattered or of_state else layout.stored
+        copies = math.prod(placement.mesh[axis] for axis in placement.copies())
+        # Each of as many meshes as its own as there is room for has all of it.
+        return copies * (self.domain.size // len(placement.positions))
 
     def part(self, p: Tensor, tensor: Tensor) -> Tensor:
         """What this rank's state is for, of the parameter or its gradient; a view of its memory."""
@@ -187,10 +192,7 @@ class Layouts:
         if layout is None or layout.lives == layout.stored:
             return mine
         if p not in self._parts:
-            assert self.domain is not None
-            shape = tuple(p.shape)
-            inside = layout.stored.box(shape, self.domain.position)
-            self._parts[p] = slices(layout.lives.box(shape, self.domain.position), inside)
+            self._parts[p] = layout.lives.slices_within(layout.stored, tuple(p.shape), layout.at)
         return mine[self._parts[p]]
 
 
@@ -217,8 +219,7 @@ def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank has, sharing its memory; any other tensor itself."""
     if not is_dtensor(tensor):
         return tensor
-    own: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
-    return own
+    return local_tensor(tensor)
 
 
 def other_ranks() -> bool:
@@ -227,25 +228,25 @@ def other_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def ranks_per_node() -> int:
-    """As torchrun says; all ranks are on one node where nobody does."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize))
-
-
-def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -> Layout | None:
+def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -> Layout:
     own, full = p.device_mesh, layouts.mesh
     axes = tuple(_axis(name, placement) for placement in p.placements)
     assert full is not None
     if full.size() == 1:
-        return None
+        return _alone(name, p, axes)
     implied: tuple[int, ...] = ()
+    if own != full and not _is_cut_from(own, full):
+        root = root_mesh(own)
+        # The others may be on an axis made by flattening this one's among others.
+        if _is_cut_from(own, root) and set(_ranks(root)) == set(_ranks(full)):
+            full = root
     if own != full and _is_cut_from(own, full):
         named = dict(zip(own.mesh_dim_names, axes, strict=True))
         axes = tuple(named.get(axis, Axis(None)) for axis in full.mesh_dim_names or ())
         implied = tuple(i for i, axis in enumerate(full.mesh_dim_names or ()) if axis not in named)
     elif own != full:
         if set(_ranks(own)) != set(_ranks(full)) and _needs_nobody(axes, p, group, layouts.zero):
-            return None
+            return _alone(name, p, axes)
         full = own
     layouts.enter(
         name, full.get_group() if full.ndim == 1 else None, _ranks(full), full.device_type
@@ -253,15 +254,32 @@ def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -
     axis = _axis_of_group(full, layouts.group)
     given = () if axis is None or axes[axis].dim is not None else (axis,)
     implied = tuple(i for i in implied if i not in given)
-    # Cut along an axis of one rank is not cut.
-    axes = tuple(Axis(None) if n == 1 else axis for n, axis in zip(full.shape, axes, strict=True))
-    stored = Placement(tuple(full.shape), axes, layouts.positions(full))
-    _check_box(layouts, name, p, stored)
+    assert layouts.domain is not None
+    stored, at = _placed(full, axes, layouts.positions(full)), layouts.domain.position
+    _check_parts(name, p, stored, at)
     lives = stored
     if layouts.zero:
         shared = tuple(i for i in stored.copies() if i not in implied)
         lives = shared_out(stored, tuple(p.shape), shared)
-    return Layout(stored, lives, given, implied, full)
+    return Layout(stored, lives, given, implied, full, at)
+
+
+def _placed(
+    mesh: DeviceMesh, axes: Sequence[Axis], positions: range | tuple[int, ...]
+) -> Placement:
+    sizes = tuple(mesh.shape)
+    # Cut along an axis of one rank is not cut.
+    cut = tuple(Axis(None) if n == 1 else axis for n, axis in zip(sizes, axes, strict=True))
+    return Placement(sizes, cut, positions)
+
+
+def _alone(name: str, p: Any, axes: Sequence[Axis]) -> Layout:
+    """On the ranks of the parameter's own mesh, counted in its order."""
+    mesh = p.device_mesh
+    stored = _placed(mesh, axes, range(mesh.size()))
+    at = _ranks(mesh).index(torch.distributed.get_rank())
+    _check_parts(name, p, stored, at)
+    return Layout(stored, stored, (), (), mesh, at, alone=True)
 
 
 def _needs_nobody(axes: tuple[Axis, ...], p: Tensor, group: Mapping[str, Any], zero: int) -> bool:
@@ -291,11 +309,13 @@ def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
     else:
         layouts.enter("a plain tensor", group, ranks, p.device.type)
         stored, axis, mesh = replicated(len(ranks)), 0, None
+    assert layouts.domain is not None
+    at = layouts.domain.position
     if layouts.zero:
         lives = shared_out(stored, tuple(p.shape), (axis,))
         mesh = mesh or _mesh_of_group(group, p.device.type)
-        return Layout(stored, lives, (axis,), implied, mesh)
-    return Layout(stored, stored, (axis,), implied, None)
+        return Layout(stored, lives, (axis,), implied, mesh, at)
+    return Layout(stored, stored, (axis,), implied, None, at)
 
 
 def _axis(name: str, placement: Any) -> Axis:
@@ -309,35 +329,32 @@ def _axis(name: str, placement: Any) -> Axis:
     return Axis(placement.dim, getattr(placement, "split_factor", 1))
 
 
-def _check_box(layouts: Layouts, name: str, p: Any, stored: Placement) -> None:
+def _check_parts(name: str, p: Any, stored: Placement, at: int) -> None:
     """Refuse what our arithmetic does not describe, before anything is planned on it."""
-    assert layouts.domain is not None
     shape = tuple(p.shape)
     try:
-        boxes = [stored.box(shape, position) for position in stored.positions]
+        stored.check_order(shape)
     except ValueError as error:
         raise ValueError(f"{name} {shape} with placements {p.placements}: {error}") from None
-    box = boxes[stored.positions.index(layouts.domain.position)]
-    expected, got = [b - a for a, b in box], list(local(p).shape)
-    if expected != got and (box_size(box) or local(p).numel()):
+    expected, got = stored.local_shape(shape, at), tuple(local(p).shape)
+    if expected != got and (0 not in expected or local(p).numel()):
         raise ValueError(
             f"{name} {shape} with placements {p.placements} should have a local shape of "
-            f"{expected} on this rank, but has {got}; distribute it with distribute_tensor or "
-            "fully_shard"
+            f"{list(expected)} on this rank, but has {list(got)}; distribute it with "
+            "distribute_tensor or fully_shard"
         )
 
 
 def dtensor_placements(axes: Sequence[Axis]) -> list[Any]:
     """The same in DTensor's words: the inverse of reading them."""
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
 
     return [
         Replicate()
         if axis.dim is None
         else Shard(axis.dim)
         if axis.split == 1
-        else _StridedShard(axis.dim, split_factor=axis.split)
+        else strided_shard(axis.dim, axis.split)
         for axis in axes
     ]
 
@@ -380,13 +397,13 @@ def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> Dev
         ValueError: the process group is no axis of it.
     """
     full = max(meshes, key=lambda mesh: mesh.size())
-    root = full._get_root_mesh()
+    root = root_mesh(full)
     if group is not None and _axis_of_group(full, group) is None:
         axis = _axis_of_group(root, group)
         if axis is None or not root.mesh_dim_names:
             ranks = torch.distributed.get_process_group_ranks(group)
             raise ValueError(
-                f"parameters are on {full}, of which process_group (ranks {_listed(ranks)}) is no "
+                f"parameters are on {full}, of which process_group (ranks {listed(ranks)}) is no "
                 "axis, nor of the mesh that it was cut from: make one mesh with named axes, "
                 'init_device_mesh(..., mesh_dim_names=("dp", "tp")), shard over mesh["tp"], and '
                 'pass process_group=mesh["dp"]; or leave process_group out if the placements say '
@@ -402,7 +419,7 @@ def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> Dev
             )
         full = whole
     outside = [m for m in meshes if m != full and not _is_cut_from(m, full)]
-    same_root = [m for m in outside if m._get_root_mesh() == root and m.mesh_dim_names]
+    same_root = [m for m in outside if root_mesh(m) == root and m.mesh_dim_names]
     if same_root and len(same_root) == len(outside):
         return _union(root, [full, *outside], set())
     return full
@@ -424,7 +441,7 @@ def _is_cut_from(mesh: DeviceMesh, full: DeviceMesh) -> bool:
         names is not None
         and others is not None
         and set(names) <= set(others)
-        and mesh._get_root_mesh() == full._get_root_mesh()
+        and root_mesh(mesh) == root_mesh(full)
     )
 
 
@@ -466,16 +483,31 @@ def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) 
     backend = dist.get_backend(group)
     # gloo moves tensors of other devices for some collectives only.
     device = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else device
-    control = group if backend != "nccl" else _new_group(sorted(ranks), "gloo", _timeout(group))
+    # A rank that skips a step would meet DDP's or FSDP's own collectives in the group that these
+    # use, and gloo ends a process that receives what it does not expect. Backends that only
+    # pretend have no others to meet.
+    control = group
+    if backend not in _PRETENDING and dist.is_gloo_available():
+        control = _new_group(sorted(ranks), "gloo", timeout_of(group))
     where = torch.device(device)
     if device != "cpu":
         where = torch.device(device, torch.accelerator.current_device_index())
-    return Domain(group, group.rank(), group.size(), where, control)
+    return Domain(group, group.rank(), group.size(), where, control, _ranks_per_node(control))
 
 
-def _timeout(group: ProcessGroup) -> Any:
-    """How long a group waits for its ranks."""
-    return group._get_backend(group._device_types[0]).options._timeout
+# torch's backends for tests: one process that stands for many, or threads.
+_PRETENDING = ("fake", "threaded")
+
+
+def _ranks_per_node(control: ProcessGroup) -> int:
+    """As torchrun told the first rank; all ranks are on one node where nobody did.
+
+    One rank's answer for all of them: on nodes of unequal size each has its own, and they would
+    plan different steps.
+    """
+    node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)))
+    torch.distributed.broadcast(node, group=control, group_src=0)
+    return int(node)
 
 
 def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None) -> ProcessGroup:
@@ -485,7 +517,7 @@ def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None
     assert world is not None
     if backend is None and dist.get_process_group_ranks(world) == ranks:
         return world
-    timeout = timeout or _timeout(world)
+    timeout = timeout or timeout_of(world)
     key = (world, *ranks, backend, timeout)
     if key not in _groups:
         _groups[key] = dist.new_group(
@@ -494,15 +526,14 @@ def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None
     return _groups[key]
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
     return f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
 
 
 def is_whole(layout: Layout, shape: Sequence[int]) -> bool:
     """Whether every rank stores all of a tensor of this shape, and its state."""
-    box = whole(shape)
     return all(
-        placement.box(tuple(shape), position) == box
+        placement.local_shape(tuple(shape), position) == tuple(shape)
         for placement in (layout.stored, layout.lives)
         for position in placement.positions
     )

@@ -21,6 +21,7 @@ from muonkit._groups import (
     validate_options,
 )
 from muonkit._optim_layout import is_a_part, is_dtensor, local
+from muonkit._torch import whole_tensor
 from muonkit.exchange import agree
 
 if TYPE_CHECKING:
@@ -350,5 +351,5 @@ def _whole(value: Any, wanted: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     if is_a_part(value):
-        value = value.full_tensor()  # type: ignore[attr-defined]
+        value = whole_tensor(value)
     return local(value).detach().to("cpu", copy=True) if wanted else None

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from muonkit._groups import OPTION_KEYS, parameter_names
+from muonkit._groups import OPTION_KEYS, parameter_names, products_of
 from muonkit._optim_layout import cuts_experts_only, is_dtensor, is_whole, local
 from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
-from muonkit.placement import slices
 from muonkit.plan import Plan, StepPlan, Stored, default_cap, make_gather
+from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from muonkit._optim_layout import Layout, Layouts
     from muonkit.plan import Errand
 
-__all__ = ["Gather", "Present", "Schedule", "gradients", "options_facts", "schedule_key"]
+__all__ = [
+    "Gather",
+    "Present",
+    "Schedule",
+    "gradients",
+    "options_facts",
+    "plan_alone",
+    "products_fact",
+    "schedule_key",
+]
 
 # What of a group a plan depends on.
 _PLANNING = (
@@ -95,6 +104,30 @@ def options_facts(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
+def resolved_facts(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What this rank makes of options that leave a choice, or that no group has."""
+    assert layouts.domain is not None
+    device = layouts.domain.device
+    facts = {"zero": str(layouts.zero), "the exchange's device": device.type}
+    for number, group in enumerate(groups):
+        if group["algorithm"] == "adamw":
+            continue
+        kinds = {
+            (block.rows, block.cols, p.dtype)
+            for p in group["params"]
+            for block in blocks_of(group["view"], p.shape)
+            if block.rows * block.cols
+        }
+        products = {products_of(group, rows, cols, dtype, device) for rows, cols, dtype in kinds}
+        facts[products_fact(number)] = ", ".join(sorted(products))
+    return facts
+
+
+def products_fact(number: int) -> str:
+    """The name of the fact of a group's products."""
+    return f"group {number}'s products"
+
+
 def _shown(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(value)
@@ -110,7 +143,7 @@ class Schedule:
         shares: for each group, those of Muon's others.
         gathers: AdamW's, where the state is shared out.
         plan: all of them, and what every rank computes of its own.
-        facts: what has to be equal on all ranks.
+        facts: what has to be equal on all ranks, by name.
     """
 
     def __init__(
@@ -120,13 +153,13 @@ class Schedule:
         self.own: list[list[int]] = []
         self.shares: list[list[Share]] = []
         self.gathers: list[Gather] = []
-        self.facts: list[tuple[str, str]] = []
+        self.facts: dict[str, str] = resolved_facts(layouts, groups)
         loads = [0] * layouts.domain.size
         plans: list[Plan] = []
         caps = [group["bytes_in_flight"] for group in groups if group["algorithm"] == "muon"]
         cap = caps[0] if caps else None
-        for group, has in zip(groups, present, strict=True):
-            own, shared = self._sort(layouts, group, has)
+        for number, (group, has) in enumerate(zip(groups, present, strict=True)):
+            own, shared = self._sort(layouts, number, group, has)
             self.own.append([param.number for param in own if param.number in has])
             self.shares.append([])
             if group["algorithm"] == "adamw":
@@ -138,12 +171,16 @@ class Schedule:
             plans.append(own_plan(layouts, group, trained, loads))
             self.shares[-1] += [Share(layouts, group, params, loads) for params in shared]
         exchanged = [share.plan for shares in self.shares for share in shares]
+        for number, shares in enumerate(self.shares):
+            again = {tensor.repeat for share in shares for tensor in share.plan.tensors}
+            if again - {()}:
+                self.facts[f"group {number}'s replicas"] = f"again along {sorted(again)}"
         exchanged += [gather.plan for gather in self.gathers]
         self.plan = StepPlan(len(loads), (*plans, *exchanged))
-        self.facts += [("the plan", plan.fingerprint()) for plan in exchanged]
+        self.facts["the plan"] = StepPlan(len(loads), tuple(exchanged)).fingerprint()
 
     def _sort(
-        self, layouts: Layouts, group: dict[str, Any], has: Mapping[int, Gradient]
+        self, layouts: Layouts, number: int, group: dict[str, Any], has: Mapping[int, Gradient]
     ) -> tuple[list[Param], list[list[Param]]]:
         """The group's parameters that are this rank's own, and the others by dtype."""
         own: list[Param] = []
@@ -152,12 +189,12 @@ class Schedule:
         for index, (name, p) in enumerate(named):
             layout, grad = layouts.get(p), has.get(index)
             param = Param(index, name, p, p.dtype if grad is None else grad.dtype)
-            is_own = layout is None or _is_own(layout, p, group)
-            # Experts that nobody routed to may be without a gradient on their rank alone.
-            alone = is_own and layout is not None and not layout.stored.copies()
-            alone = alone and group["algorithm"] == "muon"
-            if layout is not None and not (alone and (grad is None or grad.placements is None)):
-                self.facts.append((name, _fact(p, layout, grad)))
+            together = layout is not None and not layout.alone
+            is_own = layout is None or layout.alone or _is_own(layout, p, group)
+            if layout is not None and together and not _on_its_own(layout, is_own, group, grad):
+                known = name in self.facts or not group.get("param_names")
+                what = f"group {number}'s {name}" if known else name
+                self.facts[what] = _fact(p, layout, grad)
             if is_own:
                 own.append(param)
             elif grad is not None:
@@ -195,6 +232,16 @@ def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:
     return not others or group["replicas"] == "recompute"
 
 
+def _on_its_own(
+    layout: Layout, is_own: bool, group: Mapping[str, Any], grad: Gradient | None
+) -> bool:
+    """Whether a rank may be without a gradient that others have: experts that nobody routed to."""
+    copies = [axis for axis in layout.stored.copies() if axis not in layout.implied]
+    cut = any(axis.dim is not None for axis in layout.stored.axes)
+    whole_experts = is_own and cut and not copies and group["algorithm"] == "muon"
+    return whole_experts and (grad is None or grad.placements is None)
+
+
 def _fact(p: Tensor, layout: Layout, grad: Gradient | None) -> str:
     has = "no gradient" if grad is None else f"a gradient in {grad.dtype}"
     if grad is not None and grad.placements is not None:
@@ -221,7 +268,6 @@ class Gather:
             (self.plan.outbound(jobs, me), self.plan.moves(jobs, inward=False))
             for jobs in self.plan.buckets
         ]
-        self._own = [t.stored.box(t.shape, me) for t in tensors]
 
     def tasks(self) -> list[Iterator[None]]:
         """Of a step in which this rank's parts are updated already."""
@@ -238,5 +284,7 @@ class Gather:
         pending.wait()
 
     def _piece(self, matrix: int, box: Any) -> Tensor:
-        tensor = self.plan.matrices[matrix].tensor
-        return local(self.params[tensor])[slices(box, self._own[tensor])]
+        number = self.plan.matrices[matrix].tensor
+        tensor = self.plan.tensors[number]
+        cut = tensor.stored.slices(tensor.shape, self.domain.position, box)
+        return local(self.params[number])[cut]

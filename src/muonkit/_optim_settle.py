@@ -133,8 +133,8 @@ def predecessors(
         if p not in begun and p.shape != shapes[old]:
             raise ValueError(
                 f"{now[p]} has the shape {tuple(p.shape)}, its state was made for "
-                f"{tuple(shapes[old])}: it was resized after the optimizer was made; nothing was changed. "
-                f"{_REMEDY}"
+                f"{tuple(shapes[old])}: it was resized after the optimizer was made; nothing was "
+                f"changed. {_REMEDY}"
             )
     return {p: old for p, old in before.items() if p not in begun}
 

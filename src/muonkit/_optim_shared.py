@@ -8,9 +8,9 @@ import torch
 
 from muonkit._groups import flops_of, momentum_dtype
 from muonkit._optim_batches import Arrived, Living, Source, Standing, Whole, place
-from muonkit._optim_layout import Layout, ranks_per_node
+from muonkit._optim_layout import Layout
 from muonkit.exchange import Pending, move
-from muonkit.placement import Axis, Box, Placement, box_size, intersection, replicated, slices
+from muonkit.placement import Axis, Box, Placement, box_size, replicated, slices
 from muonkit.plan import (
     Errand,
     Item,
@@ -61,7 +61,7 @@ def state_placement(
 
 
 def repeated_axes(
-    layout: Layout, group: Mapping[str, Any], device: str, flops: int, size: int
+    layout: Layout, group: Mapping[str, Any], domain: Domain, flops: int, size: int
 ) -> tuple[int, ...]:
     """The mesh axes along which a group's matrices are computed again rather than shared out.
 
@@ -78,7 +78,7 @@ def repeated_axes(
     if not axes or choice == "split":
         return implied
     both = tuple(sorted((*axes, *implied)))
-    rates = machine(device, ranks_per_node())
+    rates = machine(domain.device.type, domain.node)
     if choice == "recompute" or cheaper_repeated(rates, layout.stored, axes, flops, size):
         return both
     return implied
@@ -93,7 +93,7 @@ class Param(NamedTuple):
     grad_dtype: torch.dtype
 
 
-_ALONE = Layout(replicated(1), replicated(1), (), (), None)
+_ALONE = Layout(replicated(1), replicated(1), (), (), None, 0, alone=True)
 
 
 class _Source(NamedTuple):
@@ -102,6 +102,18 @@ class _Source(NamedTuple):
     param: int
     block: Block
     state_block: Block
+
+
+class _Part(NamedTuple):
+    """A box of a matrix that this rank has, and where it lies in the rank's own tensor."""
+
+    matrix: int
+    box: Box
+    cut: tuple[slice, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of a tensor; a view of its memory."""
+        return tensor[self.cut]
 
 
 class _Bucket:
@@ -123,20 +135,21 @@ class _Bucket:
             state: plan.turns(jobs, share.cap, state)
             for state in ((False, True) if plan.has_state else (False,))
         }
-        self.living: dict[tuple[Any, ...], list[int]] = {}  # the matrices of each stack
-        self.standing: dict[tuple[int, int], list[int]] = {}
+        self.living: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
+        self.standing: dict[tuple[int, int], list[_Part]] = {}
         for job in jobs:
-            shape = [b - a for a, b in share.own_box(job.matrix, "lives") or ()]
-            if shape:
-                grad = share.grad_dtypes[share.sources[job.matrix].param]
-                self.living.setdefault((*shape, grad), []).append(job.matrix)
-            if share.own_box(job.matrix, "stored"):
-                block = share.sources[job.matrix].block
-                self.standing.setdefault((block.rows, block.cols), []).append(job.matrix)
+            source = share.sources[job.matrix]
+            for part in share.parts(job.matrix, "lives"):
+                shape = [b - a for a, b in part.box]
+                key = (*shape, share.grad_dtypes[source.param])
+                self.living.setdefault(key, []).append(part)
+            for part in share.parts(job.matrix, "stored"):
+                shape_of = source.block.rows, source.block.cols
+                self.standing.setdefault(shape_of, []).append(part)
         self.stacked = {
-            matrix: (stack, k)
+            (part.matrix, part.box): (stack, k)
             for stack, members in enumerate(self.living.values())
-            for k, matrix in enumerate(members)
+            for k, part in enumerate(members)
         }
         self.batches = self._batches(share, [job.matrix for job in jobs if me in job.owners])
 
@@ -195,7 +208,7 @@ class Share:
         self.plan: Plan = make_plan(
             size, tensors, matrices, self.wire.itemsize, self.cap, loads, self.state_dtype.itemsize
         )
-        self._cuts: dict[tuple[int, str], tuple[slice, ...]] = {}
+        self._state_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
         self.buckets = [_Bucket(self, jobs) for jobs in self.plan.buckets]
 
     def _repeat(
@@ -209,9 +222,7 @@ class Share:
             cost[1] += box_size(matrix.box) * self.wire.itemsize
         return [
             tensor._replace(
-                repeat=repeated_axes(
-                    layout, self.group, self.domain.device.type, *costs.get(layout, (0, 0))
-                )
+                repeat=repeated_axes(layout, self.group, self.domain, *costs.get(layout, (0, 0)))
             )
             for tensor, layout in zip(tensors, layouts, strict=True)
         ]
@@ -220,42 +231,29 @@ class Share:
         """The parameter that a matrix is of."""
         return self.plan.tensors[self.plan.matrices[matrix].tensor]
 
-    def own_box(self, matrix: int, where: str) -> Box | None:
-        """What this rank has of a matrix, in the parameter's coordinates."""
-        tensor = self.tensor(matrix)
+    def parts(self, matrix: int, where: str) -> list[_Part]:
+        """What this rank has of a matrix, in what it has of the parameter ("stored"), or of the
+        momentum ("lives").
+        """
+        tensor, me = self.tensor(matrix), self.domain.position
         placement: Placement = getattr(tensor, where)
-        own = placement.box(tensor.shape, self.domain.position)
-        return intersection(own, self.plan.matrices[matrix].box)
+        boxes = placement.parts(tensor.shape, me, self.plan.matrices[matrix].box)
+        return [_Part(matrix, box, placement.slices(tensor.shape, me, box)) for box in boxes]
 
-    def piece(self, matrix: int, where: str, tensor: Tensor) -> Tensor:
-        """What a rank's part of a parameter ("stored"), or of its state ("lives"), has of it."""
-        if (matrix, where) not in self._cuts:
-            planned = self.tensor(matrix)
-            placement: Placement = getattr(planned, where)
-            own = placement.box(planned.shape, self.domain.position)
-            box = self.own_box(matrix, where)
-            assert box is not None
-            self._cuts[matrix, where] = slices(box, own)
-        return tensor[self._cuts[matrix, where]]
-
-    def living_piece(self, matrix: int, stored: Tensor) -> Tensor:
+    def living_piece(self, part: _Part, stored: Tensor) -> Tensor:
         """Of a rank's part of a parameter what lies where its momentum lives."""
-        planned = self.tensor(matrix)
-        box = self.own_box(matrix, "lives")
-        assert box is not None
-        return stored[slices(box, planned.stored.box(planned.shape, self.domain.position))]
+        planned = self.tensor(part.matrix)
+        return stored[planned.stored.slices(planned.shape, self.domain.position, part.box)]
 
-    def state_piece(self, matrix: int, tensor: Tensor) -> Tensor:
-        """The same of the variant's state."""
-        if (matrix, "state") not in self._cuts:
-            planned, of_matrix = self.tensor(matrix), self.plan.matrices[matrix].state_box
+    def state_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
+        """A box of the variant's state, of this rank's own tensor of it."""
+        if (matrix, box) not in self._state_cuts:
+            planned = self.tensor(matrix)
             assert planned.state_lives is not None
-            assert of_matrix is not None
-            own = planned.state_lives.box(planned.state_shape, self.domain.position)
-            box = intersection(own, of_matrix)
-            assert box is not None
-            self._cuts[matrix, "state"] = slices(box, own)
-        return tensor[self._cuts[matrix, "state"]]
+            self._state_cuts[matrix, box] = planned.state_lives.slices(
+                planned.state_shape, self.domain.position, box
+            )
+        return tensor[self._state_cuts[matrix, box]]
 
     def batches(self, entries: Mapping[int, Entry]) -> list[SharedBatch]:
         """Those of a step; entries by index in the group."""
@@ -265,8 +263,15 @@ class Share:
 def own_plan(
     layouts: Layouts, group: dict[str, Any], params: Sequence[Param], loads: list[int]
 ) -> Plan:
-    """What every rank computes of its own, among the ranks that share others."""
-    spread = [param for param in params if layouts.get(param.p) or layouts.domain is None]
+    """What every rank computes of its own, among the ranks that share others.
+
+    Without what lies on other ranks than these: of that only some of them know.
+    """
+    spread = [
+        param
+        for param in params
+        if layouts.domain is None or not (layouts.get(param.p) or _ALONE).alone
+    ]
     tensors, matrices, _ = _describe(layouts, group, spread)
     return make_own(len(loads), tensors, matrices, loads)
 
@@ -310,14 +315,14 @@ class SharedBatch:
         self.share, self.bucket, self.entries = share, bucket, entries
         self.living = [
             Living(
-                [share.piece(m, "lives", self._entry(m).grad) for m in members],
-                [share.piece(m, "lives", self._entry(m).momentum) for m in members],
-                share.params[share.sources[members[0]].param].dtype,
+                [part.of(self._entry(part.matrix).grad) for part in members],
+                [part.of(self._entry(part.matrix).momentum) for part in members],
+                share.params[share.sources[members[0].matrix].param].dtype,
             )
             for members in bucket.living.values()
         ]
         self.standing = [
-            Standing([share.piece(m, "stored", self._entry(m).param) for m in members], *shape)
+            Standing([part.of(self._entry(part.matrix).param) for part in members], *shape)
             for shape, members in bucket.standing.items()
         ]
         self._variances: dict[int, Tensor] = {}  # of the matrices that this rank owns
@@ -339,7 +344,7 @@ class SharedBatch:
 
     def weights(self) -> list[list[Tensor]]:
         return [
-            [self.share.living_piece(m, self._entry(m).param) for m in members]
+            [self.share.living_piece(part, self._entry(part.matrix).param) for part in members]
             for members in self.bucket.living.values()
         ]
 
@@ -357,8 +362,8 @@ class SharedBatch:
         errand = self.bucket.inbound
         pieces = [stack.unbind() for stack in u]
         outgoing = []
-        for position, matrix, _ in errand.sends:
-            stack, k = self.bucket.stacked[matrix]
+        for position, matrix, box in errand.sends:
+            stack, k = self.bucket.stacked[matrix, box]
             outgoing.append((position, pieces[stack][k]))
         incoming = [
             (position, parts[matrix][self._inside(matrix, box)])
@@ -414,10 +419,10 @@ class SharedBatch:
             (errand.receives, errand.sends) if back else (errand.sends, errand.receives)
         )
         home = []
-        for position, matrix, _ in at_home:
+        for position, matrix, box in at_home:
             variance = self._entry(matrix).variance
             assert variance is not None
-            home.append((position, self.share.state_piece(matrix, variance)))
+            home.append((position, self.share.state_piece(matrix, box, variance)))
         owner = []
         for position, matrix, box in at_owner:
             state = self.share.plan.matrices[matrix].state_box
@@ -470,17 +475,20 @@ class SharedBatch:
             (position, parts[matrix][self._inside(matrix, box)])
             for position, matrix, box in errand.sends
         ]
-        pieces: dict[int, Tensor] = {
-            matrix: torch.empty(
+        pieces: dict[tuple[int, Box], Tensor] = {
+            (matrix, box): torch.empty(
                 [b - a for a, b in box],
                 dtype=self.share.dtype,
                 device=self._entry(matrix).param.device,
             )
             for _, matrix, box in errand.receives
         }
-        incoming = [(position, pieces[matrix]) for position, matrix, _ in errand.receives]
+        incoming = [(position, pieces[matrix, box]) for position, matrix, box in errand.receives]
         pending = self._move_out(outgoing, incoming, self.share.wire, state=False)
-        updates = [[pieces[m] for m in members] for members in self.bucket.standing.values()]
+        updates = [
+            [pieces[part.matrix, part.box] for part in members]
+            for members in self.bucket.standing.values()
+        ]
         return _Arriving([pending], updates)
 
     def _move_out(

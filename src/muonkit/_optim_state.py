@@ -10,7 +10,7 @@ from torch import Tensor
 from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
 from muonkit._optim_layout import is_a_part, is_dtensor, local
 from muonkit._optim_shared import state_placement
-from muonkit.placement import slices
+from muonkit._torch import whole_tensor
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def ensure_state(
         elif have.dtype != dtype or have.device != device:
             state[key] = have.to(device, dtype)
     if adamw or VARIANTS[group["variant"]].state != "none":
-        count = state.get(STEP, 0.0)
+        count: Any = state.get(STEP)
+        count = 0.0 if count is None else count
         kept = isinstance(count, Tensor) and not count.is_meta
         if not kept or count.device != device or count.dtype != torch.float32:
             count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
@@ -89,7 +90,9 @@ def carried_state(
             continue
         kept = _kept(key, dtype, p, group, layouts)
         if is_dtensor(have) or kept.lives is not None:
-            state[key] = _moved(have.to(p.device, dtype), _zeros(kept, p, layouts))
+            state[key] = _moved(
+                have.to(p.device, dtype), _zeros(kept, p, layouts), kept, layouts, p
+            )
     return state
 
 
@@ -117,7 +120,7 @@ def adopt_state(
         if kept.dtype != loaded.dtype and (sharded or _same(exact.to(loaded), loaded)):
             loaded = exact.to(p.device, kept.dtype, copy=True)
         if is_dtensor(loaded) or kept.lives is not None:
-            loaded = _moved(loaded, _zeros(kept, p, layouts))
+            loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)
         state[kept.key] = loaded
 
 
@@ -137,7 +140,7 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
     return layouts.new_state(p, kept.dtype, kept.shape, kept.lives)
 
 
-def _moved(tensor: Tensor, like: Tensor) -> Tensor:
+def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
     """The same values, laid out as `like`."""
     if is_dtensor(tensor) and not is_a_part(tensor):
         tensor = local(tensor)
@@ -148,16 +151,15 @@ def _moved(tensor: Tensor, like: Tensor) -> Tensor:
         local(like).copy_(local(tensor))
         return like
     if is_dtensor(tensor):
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        tensor = whole_tensor(tensor)
     if not is_dtensor(like):
         return tensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    size, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
-    box = tuple((a, a + n) for a, n in zip(offset, size, strict=True))
-    whole = tuple((0, n) for n in tensor.shape)
-    local(like).copy_(tensor[slices(box, whole)])
+    # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.
+    assert kept.lives is not None
+    at, whole = layouts[p].at, tuple(tensor.shape)
+    for box in kept.lives.parts(whole, at, tuple((0, n) for n in whole)):
+        inside = kept.lives.slices(whole, at, box)
+        local(like)[inside].copy_(tensor[tuple(slice(a, b) for a, b in box)])
     return like
 
 

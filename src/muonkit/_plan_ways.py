@@ -13,7 +13,6 @@ from muonkit.placement import (
     Where,
     box_size,
     cells,
-    intersection,
     pieces,
 )
 
@@ -78,14 +77,14 @@ class Way(NamedTuple):
     box: Box
     axes: tuple[int, ...]
 
-    def others(self, owner: int) -> dict[int, Box]:
+    def others(self, owner: int) -> list[tuple[int, Box]]:
         """Who exchanges which part of the box with this owner."""
         parts = pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
-        return {position: piece.box for piece in parts for position in piece.positions}
+        return [(position, piece.box) for piece in parts for position in piece.positions]
 
-    def part(self, position: int) -> Box | None:
+    def parts(self, position: int) -> tuple[Box, ...]:
         """What the rank at this position has of the box."""
-        return intersection(_own_box(self.place, self.shape, position), self.box)
+        return self.place.parts(self.shape, position, self.box)
 
     def counts(self, position: int, owner: int) -> bool:
         """Whether this owner deals with the rank at this position, if that has a part."""
@@ -102,13 +101,9 @@ class Way(NamedTuple):
 def _sizes(place: Placement, shape: tuple[int, ...], box: Box, where: Where) -> dict[int, int]:
     sizes: dict[int, int] = {}
     for part, positions in pieces(place, shape, box, where):
-        sizes.update(dict.fromkeys(positions, box_size(part)))
+        for position in positions:
+            sizes[position] = sizes.get(position, 0) + box_size(part)
     return sizes
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _own_box(place: Placement, shape: tuple[int, ...], position: int) -> Box:
-    return place.box(shape, position)
 
 
 def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix], inward: bool = True) -> list[int]:

@@ -19,6 +19,7 @@ from muonkit._routing_layout import (
     fused_layout,
 )
 from muonkit._routing_survey import LORA, is_conv, is_depthwise, name_set
+from muonkit._torch import FLAT_PARAMETER
 
 if TYPE_CHECKING:
     from muonkit._routing_survey import Site, Survey
@@ -107,7 +108,7 @@ def _muon(view: str, reason: str) -> Verdict:
 def _refuse_shards(site: Site, param: nn.Parameter) -> None:
     """A matrix seen as a 1-D shard would go to AdamW unnoticed (docs/pitfalls.md, 18)."""
     matrix_layer = isinstance(site.owner, (nn.Linear, *_EMBEDDINGS)) or is_conv(site.owner)
-    if "_flat_param" in site.label or (matrix_layer and site.label == "weight" and param.ndim < 2):
+    if FLAT_PARAMETER in site.label or (matrix_layer and site.label == "weight" and param.ndim < 2):
         raise Undecided(
             f"is a {param.ndim}-D piece of a matrix (FSDP1 or ZeRO-3 shards): route before "
             "sharding, or shard with fully_shard, whose parameters keep their shape"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch.nn as nn
 
 from muonkit._routing_survey import name_set
+from muonkit._torch import own_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -287,7 +288,9 @@ def _is_transposed(site: Site, shape: Sequence[int]) -> tuple[bool | None, str]:
 def _partners(site: Site) -> tuple[Sequence[int] | None, Sequence[int] | None]:
     """The expert shapes of the owner's up (or gate-and-up) and down stacks, as stored."""
     shapes = {
-        k: p.shape[1:] for k, p in site.owner._parameters.items() if p is not None and _is_stack(p)
+        k: p.shape[1:]
+        for k, p in own_parameters(site.owner).items()
+        if p is not None and _is_stack(p)
     }
     up = _one(shape for key, shape in shapes.items() if _UP.search(key))
     down = _one(shape for key, shape in shapes.items() if _DOWN.search(key))
@@ -304,7 +307,7 @@ def _fuses_gate_and_up(site: Site, shape: Sequence[int], transposed: bool | None
     _, down = _partners(site)
     partner = getattr(site.parent, _TAKES_OUTPUT.get(site.owner_name, ""), None)
     if site.label == "weight" and isinstance(partner, nn.Module):
-        weight = partner._parameters.get("weight")
+        weight = own_parameters(partner).get("weight")
         down = weight.shape[1:] if weight is not None and weight.ndim == 3 else None
     if down is None or _UP.search(site.key) is None or transposed is None:
         return False

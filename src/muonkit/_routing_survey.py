@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
+from muonkit._torch import WRAPPERS, own_modules, own_parameters
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,8 +39,6 @@ def name_set(text: str) -> frozenset[str]:
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-# Wrappers that put one component into every name below them and change nothing else.
-_WRAPPER_COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # PEFT keeps the module it adapts under these.
 _ADAPTED_COMPONENTS = ("base_layer", "original_module")
 
@@ -135,8 +135,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, DistributedDataParallel, DataParallel, AveragedModel."""
     while True:
         children = dict(model.named_children())
-        inner = next((children[c] for c in _WRAPPER_COMPONENTS if c in children), None)
-        if inner is None and list(children) == ["module"] and not model._parameters:
+        inner = next((children[c] for c in WRAPPERS if c in children), None)
+        if inner is None and list(children) == ["module"] and not own_parameters(model):
             # A user's own single-child model is told apart by its name in the children alone;
             # taking it off changes nothing but the prefix "module.".
             inner = children["module"]
@@ -150,7 +150,7 @@ def survey(model: nn.Module) -> Survey:
     places = list(_walk(model))
     found = Survey()
     for place in places:
-        for label, param in place.module._parameters.items():
+        for label, param in own_parameters(place.module).items():
             if param is not None:
                 found.params.setdefault(id(param), param)
                 found.sites.setdefault(id(param), []).append(_site(place, label))
@@ -165,10 +165,10 @@ def _walk(root: nn.Module) -> Iterator[_Place]:
     def visit(name: str, chain: tuple[nn.Module, ...], parts: tuple[str, ...]) -> Iterator[_Place]:
         module = chain[-1]
         yield _Place(name, module, *_effective(chain, parts))
-        for child_name, child in module._modules.items():
+        for child_name, child in own_modules(module).items():
             if child is None or any(child is above for above in chain):
                 continue
-            clean = child_name not in _WRAPPER_COMPONENTS
+            clean = child_name not in WRAPPERS
             child_path = f"{name}.{child_name}".lstrip(".") if clean else name
             yield from visit(child_path, (*chain, child), (*parts, child_name))
 
@@ -186,7 +186,7 @@ def _effective(
     names: list[str] = []
     skip_key = False
     for part, module in zip(parts, chain[1:], strict=True):
-        if skip_key or part in _WRAPPER_COMPONENTS or part in _ADAPTED_COMPONENTS:
+        if skip_key or part in WRAPPERS or part in _ADAPTED_COMPONENTS:
             modules[-1] = module
             skip_key = False
         elif part == "modules_to_save":
@@ -227,10 +227,10 @@ def is_depthwise(module: nn.Module) -> bool:
 def _weight(place: _Place) -> nn.Parameter | None:
     """The parameter that holds a module's weight: of a weight norm's two, the direction."""
     module = place.module
-    found = [module._parameters.get(k) for k in ("weight", "weight_v", "weight_orig")]
-    lists = module._modules.get("parametrizations")
+    found = [own_parameters(module).get(k) for k in ("weight", "weight_v", "weight_orig")]
+    lists = own_modules(module).get("parametrizations")
     if isinstance(lists, nn.ModuleDict) and "weight" in lists:
-        found += lists["weight"]._parameters.values()
+        found += own_parameters(lists["weight"]).values()
     return max((p for p in found if p is not None), key=_size, default=None)
 
 
@@ -261,7 +261,7 @@ def _heads(places: list[_Place]) -> dict[int, str]:
     heads: dict[int, str] = {}
     for place in places:
         for module in _output_embeddings(place.module):
-            for param in module._parameters.values():
+            for param in own_parameters(module).values():
                 if param is not None and param.ndim == 2:
                     heads.setdefault(id(param), "output head (get_output_embeddings)")
     for place in places:
@@ -365,7 +365,7 @@ def _repeated_modules(places: list[_Place]) -> set[int]:
         if id(place.module) in seen:
             continue
         seen.add(id(place.module))
-        children = [c for c in place.module._modules.values() if c is not None]
+        children = [c for c in own_modules(place.module).values() if c is not None]
         kinds = Counter(_kind(child) for child in children)
         in_list = isinstance(place.module, nn.ModuleList)
         repeated |= {id(child) for child in children if in_list or kinds[_kind(child)] > 1}

@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from muonkit._diagnostics_records import (
+    FIELDS,
     Traffic,
+    chosen,
     groups_of,
     header_of,
     matrices_records,
     parameters_records,
+    structure,
 )
 from muonkit._diagnostics_sample import KINDS, Sampler, global_rank, matrices_of
-from muonkit._diagnostics_sinks import JsonLines, deliver, shut, sinks_of
+from muonkit._diagnostics_sinks import FORMAT, JsonLines, copied, deliver, shut, sinks_of
 from muonkit._diagnostics_spectra import LEVELS
+from muonkit._groups import parameter_names
+from muonkit._text import shown
 from muonkit.optim import Muon
 
 if TYPE_CHECKING:
@@ -29,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "Monitor"]
 
-# Of the records; a reader refuses another one.
-FORMAT = 1
+# What a recording may grow to unless the caller says otherwise: an instrument fills no disk.
+MOST_BYTES = 2**30
 
 
 class Monitor:
@@ -77,17 +82,25 @@ class Monitor:
     rounding of the dtype. Whole matrices are measured by the ranks that compute them: a sampled
     step has three more exchanges to the owners, and one of the results.
 
+    Matrices and parameters are those in the optimizer's groups at each sample, whatever was added,
+    taken out or replaced since the last one; a file then gets a new header.
+
     Args:
         optimizer: a `Muon` or `MuonW` with at least one matrix.
         every: steps from sample to sample.
-        to: where samples go: a path that ends in .jsonl, a callable that takes the sample (a dict),
-            or a list of these. Files are appended to. One that raises is warned of and gets no
-            more.
+        to: where samples go: a path that ends in .jsonl, a callable that takes the sample (a dict
+            of its own, which it may change), or a list of these. A recording that is there is
+            appended to, another file refused. One that raises is warned of and gets no more.
         spectra: the tensors whose singular values are taken, of "gradient", "momentum", "update"
             and "weight"; () for none, which makes a sample several times cheaper.
         start: steps that were taken before, in a run that goes on.
         writes: whether this process gives samples to `to`; None: the first of the ranks that share
             parameters does, and rank 0 where none are shared.
+        fields: what of each record is kept, of the names above, `"spectra.stable_rank"` and its
+            like for one measure of all spectra (`"spectra"`: all measures), and "ranks"; None:
+            everything, in a file up to 550 bytes a matrix and 400 for each of its spectra.
+        max_bytes: what a file may grow to (1 GiB); a last line says that it ended there, and a
+            warning. None: whatever there is room for.
 
     Attributes:
         step: how many steps were taken.
@@ -99,9 +112,11 @@ class Monitor:
 
     Raises:
         TypeError: the optimizer is none of muonkit's; a sink that is neither path nor callable.
-        ValueError: no matrix, every below 1, an optimizer that has a monitor, unknown spectra, a
-            path that is not *.jsonl or that another monitor writes to, in this process or another.
+        ValueError: no matrix, every below 1, an optimizer that has a monitor, unknown spectra or
+            fields, a path that is not *.jsonl, that is no recording but has something in it, or
+            that another monitor writes to, in this process or another.
         FileNotFoundError: the path's folder is missing.
+        RuntimeError: in a step to be sampled, before it: a parameter on the meta device.
     """
 
     def __init__(
@@ -113,15 +128,19 @@ class Monitor:
         spectra: Sequence[str] = ("momentum", "update", "weight"),
         start: int = 0,
         writes: bool | None = None,
+        fields: Sequence[str] | None = None,
+        max_bytes: int | None = MOST_BYTES,
     ) -> None:
-        _check(optimizer, every, spectra, start)
+        _check(optimizer, every, spectra, start, fields, max_bytes)
         self.every, self.step = int(every), int(start)
         self.latest: dict[str, Any] | None = None
-        self._optimizer, self._spectra = optimizer, tuple(spectra)
+        self._fields = None if fields is None else frozenset(fields)
+        drawn = fields is None or any(field.startswith("spectra") for field in fields)
+        self._optimizer, self._spectra = optimizer, tuple(spectra) if drawn else ()
         self._rank = global_rank()
         domain = optimizer._layouts.domain
         first = self._rank == 0 if domain is None else domain.position == 0
-        self._sinks = sinks_of(to, first if writes is None else writes)
+        self._sinks = sinks_of(to, first if writes is None else writes, max_bytes)
         self._owned = list(self._sinks)
         self._sampler: Sampler | None = None
         self._skipped = 0
@@ -166,6 +185,7 @@ class Monitor:
         self.step += 1
         self._listen(None)  # the last step may have raised
         if self.step == 1 or self.step % self.every == 0:
+            _refuse_meta(self._optimizer)
             sampler = Sampler(self._optimizer, self._spectra)
             self._skipped = self._optimizer.skipped_steps
             with torch.no_grad():
@@ -179,10 +199,11 @@ class Monitor:
             return
         skipped = self._optimizer.skipped_steps != self._skipped
         with torch.no_grad():
-            self.latest = self._sample(sampler, skipped)
-        if self._groups_known != _size(self._optimizer):
+            sample = self._sample(sampler, skipped)
+        if self._known != structure(self._optimizer):
             self._know()
-        deliver(self._sinks, self.latest)
+        self.latest = copied(sample)
+        deliver(self._sinks, sample)
 
     def _listen(self, sampler: Sampler | None) -> None:
         """Take the optimizer's observer slot, or leave it."""
@@ -196,7 +217,7 @@ class Monitor:
             matrices = matrices_records(self._optimizer, measured)
             parameters = parameters_records(self._optimizer, measured)
             ranks = self._traffic.records(self._rank)
-        return {
+        sample = {
             "kind": "sample",
             "step": self.step,
             "skipped": skipped,
@@ -205,10 +226,11 @@ class Monitor:
             "parameters": parameters,
             "ranks": ranks,
         }
+        return sample if self._fields is None else chosen(sample, self._fields)
 
     def _know(self) -> None:
-        """Read what the optimizer has, again after `add_param_group`, and write the header."""
-        self._groups_known = _size(self._optimizer)
+        """Read what the optimizer has, again where that is something else, and write the header."""
+        self._known = structure(self._optimizer)
         self.header = {
             "kind": "header",
             "format": FORMAT,
@@ -221,7 +243,9 @@ class Monitor:
         deliver([sink for sink in self._sinks if isinstance(sink, JsonLines)], self.header)
 
 
-def _check(optimizer: Any, every: Any, spectra: Any, start: Any) -> None:
+def _check(
+    optimizer: Any, every: Any, spectra: Any, start: Any, fields: Any, max_bytes: Any
+) -> None:
     if not isinstance(optimizer, Muon):
         raise TypeError(
             f"Monitor reads muonkit's Muon and MuonW, got {type(optimizer).__name__}; of a wrapper "
@@ -240,19 +264,33 @@ def _check(optimizer: Any, every: Any, spectra: Any, start: Any) -> None:
             "the optimizer has a monitor already: close() it, or give that one several sinks, "
             "to=[...]"
         )
-    for name, value, least in (("every", every, 1), ("start", start, 0)):
+    numbers = [("every", every, 1, "steps"), ("start", start, 0, "steps")]
+    if max_bytes is not None:
+        numbers.append(("max_bytes", max_bytes, 1, "bytes, or None"))
+    for name, value, least, unit in numbers:
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} is a whole number of steps, at least {least}, got {value!r}")
-    unknown = [kind for kind in spectra if kind not in KINDS]
-    if unknown or isinstance(spectra, str):
-        raise ValueError(
-            f"spectra is a list of {', '.join(map(repr, KINDS))}, or () for none, got {spectra!r}"
-        )
+            raise ValueError(f"{name} is a whole number of {unit}, at least {least}, got {value!r}")
+    _check_names("spectra", spectra, KINDS, "() for none")
+    if fields is not None:
+        _check_names("fields", fields, FIELDS, "None for all")
+
+
+def _check_names(what: str, given: Any, known: Sequence[str], otherwise: str) -> None:
+    if isinstance(given, str) or any(name not in known for name in given):
+        listed = ", ".join(map(repr, known))
+        raise ValueError(f"{what} is a list of {listed}, or {otherwise}, got {given!r}")
+
+
+def _refuse_meta(optimizer: Muon) -> None:
+    for group in optimizer.param_groups:
+        for name, p in zip(parameter_names(group), group["params"], strict=True):
+            if p.is_meta and p.grad is not None:
+                raise RuntimeError(
+                    f"the monitor was to measure this step, but {shown(name)} is on the meta "
+                    "device, where there are no numbers: close() the monitor for a dry run, or "
+                    "give the model memory first, model.to_empty(device=...)"
+                )
 
 
 # Optimizers that have a monitor.
 _MONITORED: weakref.WeakSet[Muon] = weakref.WeakSet()
-
-
-def _size(optimizer: Muon) -> list[int]:
-    return [len(group["params"]) for group in optimizer.param_groups]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
-__all__ = ["Domain", "Pending", "agree", "announce", "move", "run_overlapped"]
+__all__ = ["Domain", "Pending", "agree", "announce", "move", "run_overlapped", "together"]
 
 
 class Domain(NamedTuple):
@@ -30,7 +30,9 @@ class Domain(NamedTuple):
         position: this rank's.
         size: how many there are.
         device: where the buffers are: the group's backend decides.
-        control: a group of the same ranks that moves CPU tensors, for `agree`.
+        control: a group of the same ranks that moves CPU tensors, for `agree`. Nothing else is sent
+            over it: a rank that does not come meets no other collective there.
+        node: ranks in a node, the same number on all of them.
     """
 
     group: ProcessGroup
@@ -38,6 +40,7 @@ class Domain(NamedTuple):
     size: int
     device: torch.device
     control: ProcessGroup
+    node: int
 
 
 class Pending:
@@ -147,14 +150,20 @@ def _sizes(domain: Domain, tensors: Sequence[tuple[int, Tensor]]) -> list[int]:
 
 
 def agree(
-    domain: Domain, facts: Sequence[tuple[str, str]], remedies: Mapping[str, str], vote: int = 0
+    domain: Domain,
+    facts: Sequence[tuple[str, str]],
+    remedies: Mapping[str, str],
+    vote: int = 0,
+    call: str = "step",
 ) -> int:
     """Compare what every rank has; one small collective, two where they differ.
 
     Args:
-        facts: (what it is, its value), in the same order on every rank.
+        facts: (what it is, its value); no two are of the same name. In order of what causes what:
+            the first that differs is told.
         remedies: the end of the error, by what differs; "" for all that is not there.
         vote: any non-negative number of the rank's own.
+        call: what this rank was called for: ranks that are in different ones are told so.
 
     Returns:
         The largest vote.
@@ -162,6 +171,8 @@ def agree(
     Raises:
         RuntimeError: on every rank, naming the first fact that differs, and who has what.
     """
+    facts = [(_CALL, call), *facts]
+    remedies = {_CALL: _CALLS, **remedies}
     digest = hashlib.sha256(repr(facts).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
     answer = torch.tensor([number, -number, vote])
@@ -174,7 +185,7 @@ def agree(
     highest, lowest, most = answer.tolist()
     if highest != -lowest:
         everyone: list[Any] = [None] * domain.size
-        torch.distributed.all_gather_object(everyone, list(facts), group=domain.control)
+        torch.distributed.all_gather_object(everyone, facts, group=domain.control)
         ranks = torch.distributed.get_process_group_ranks(domain.group)
         what, difference = _difference(everyone, ranks)
         raise RuntimeError(f"{difference}; {remedies.get(what, remedies[''])}")
@@ -184,26 +195,59 @@ def agree(
 def announce(domain: Domain, error: Exception) -> None:
     """Tell the ranks that wait in `agree` for this one's step that it was refused here."""
     with contextlib.suppress(RuntimeError):  # they disagree, of course; ours is the cause
-        agree(domain, [("this step", f"refused: {error}")], {"": "see there"})
+        agree(domain, [(_STEP, f"refused: {error}")], {"": "see there"})
+
+
+_STEP = "this step"
+_CALL = "this call"
+_CALLS = (
+    "all ranks take the same steps, clip before the same ones, and have a Monitor or none; nothing "
+    "was changed"
+)
+
+
+def together(domain: Domain, call: str) -> None:
+    """See that all ranks are in this call: before a collective that has no comparison of its own.
+
+    Raises:
+        RuntimeError: on every rank, some are in another.
+    """
+    agree(domain, [], {"": ""}, call=call)
 
 
 def _difference(
     everyone: Sequence[Sequence[tuple[str, str]]], ranks: Sequence[int]
 ) -> tuple[str, str]:
-    """The first fact in which the ranks differ, and who has what."""
-    for number in range(max(map(len, everyone))):
-        said: dict[str, list[int]] = {}
-        for rank, facts in zip(ranks, everyone, strict=True):
-            fact = ": ".join(facts[number]) if number < len(facts) else "nothing more"
-            said.setdefault(fact, []).append(rank)
-        if len(said) > 1:
-            what = next(facts[number][0] for facts in everyone if number < len(facts))
-            return what, "the ranks disagree: " + ", but ".join(
-                f"{fact} on {'rank' if len(at) == 1 else 'ranks'} {', '.join(map(str, at[:8]))}"
-                f"{', ...' if len(at) > 8 else ''}"
-                for fact, at in said.items()
-            )
+    """The first fact in which the ranks differ, and who has what: facts are compared by name."""
+    tables = [dict(facts) for facts in everyone]
+    orders = [list(table) for table in tables]
+    calls = [table[_CALL] for table in tables]
+    if len(set(calls)) > 1:
+        return _CALL, _told(_CALL, calls, ranks)
+    if all(set(order) == set(orders[0]) for order in orders):
+        for names in zip(*orders, strict=True):
+            if len(set(names)) > 1:
+                return "the order", _told("the order of parameters", names, ranks)
+    for number in range(max(map(len, orders))):
+        here = {order[number] for order in orders if number < len(order)}
+        # What some ranks have not goes first, for it moves what comes after it; a refusal is why.
+        for name in sorted(here, key=lambda n: (n != _STEP, all(n in t for t in tables), n)):
+            said = [table.get(name, "nothing") for table in tables]
+            if len(set(said)) > 1:
+                return name, _told(name, said, ranks)
     return "", "the ranks disagree"
+
+
+def _told(what: str, said: Sequence[str], ranks: Sequence[int]) -> str:
+    """Who says what of it."""
+    at: dict[str, list[int]] = {}
+    for rank, value in zip(ranks, said, strict=True):
+        at.setdefault(value, []).append(rank)
+    return "the ranks disagree: " + ", but ".join(
+        f"{what}: {value} on {'rank' if len(who) == 1 else 'ranks'} "
+        f"{', '.join(map(str, who[:8]))}{', ...' if len(who) > 8 else ''}"
+        for value, who in at.items()
+    )
 
 
 def run_overlapped(tasks: Sequence[Iterator[None]], depth: int) -> None:

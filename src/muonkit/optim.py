@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from muonkit._groups import (
 )
 from muonkit._optim_batches import Entry, make
 from muonkit._optim_checks import Options, check_gradients, check_parts
+from muonkit._optim_dtypes import look_at_others, post
 from muonkit._optim_gradients import (
     Verdict,
     clip_gradients_,
@@ -48,6 +49,7 @@ from muonkit._optim_schedule import (
     gradients,
     options_facts,
     plan_alone,
+    products_fact,
     schedule_key,
 )
 from muonkit._optim_settle import is_settled, known_of, predecessors, trained_of
@@ -95,6 +97,14 @@ _LATER_OPTIONS = {
 # Schedules that are kept: one for each set of parameters that had gradients lately.
 _MOST_SCHEDULES = 8
 
+_PRODUCTS = (
+    "ns_dtype='auto' and ns_form='auto' are what is fast on each rank's own hardware: on machines "
+    "that differ say which, as ns_dtype='float32'; nothing was changed"
+)
+
+# Parameters, gradients and states.
+_AdamWEntries: TypeAlias = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
+
 _DISAGREE = (
     "all ranks have to build the same model and optimizer, and every parameter has to have a "
     "gradient of one dtype on all of them or on none (where some ranks did not use a layer: add "
@@ -138,8 +148,9 @@ class Muon(Optimizer):
         adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.forms`).
-        ns_dtype: dtype of the matrix products: "auto" (what the hardware multiplies natively),
-            "float32", "bfloat16", "float16" or "float64". `describe()` tells what auto chose.
+        ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
+            hardware multiplies fastest, see `muonkit.orthogonalize`), "float32", "bfloat16",
+            "float16" or "float64". `describe()` tells what auto chose, and why.
         momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
@@ -291,8 +302,8 @@ class Muon(Optimizer):
         for p in chosen:
             if all(p is not q for q in own):
                 raise ValueError(
-                    f"reset_state got a tensor {tuple(p.shape)} that no param group holds; it takes "
-                    "parameters of this optimizer"
+                    f"reset_state got a tensor {tuple(p.shape)} that no param group holds; it "
+                    "takes parameters of this optimizer"
                 )
         self._settle(chosen)
 
@@ -335,11 +346,14 @@ class Muon(Optimizer):
             self.__dict__["_step_together"] = disable(self._step_together)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._options = Options()
-        frozen = {p: self.state[q] for p, q in before.items() if q in self.state}
+        held = {p for group in self.param_groups for p in group["params"]}
+        frozen = {p: self.state[before[p]] for p in held if before.get(p) in self.state}
         others = {key: self.state[key] for key in self.state if not isinstance(key, Tensor)}
         self.state = defaultdict(dict, {**others, **frozen, **carried})
         self._make_state(trained)
         self._known, self._whole = known_of(self.param_groups), None
+        if layouts.domain is None:
+            self._told = post(self)
 
     @torch.no_grad()
     def _make_state(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -348,6 +362,7 @@ class Muon(Optimizer):
                 ensure_state(self.state[p], p, group, self._layouts)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         if self._layouts.domain is not None:
             raise TypeError(
                 "an optimizer whose parameters several ranks share cannot be pickled or copied: "
@@ -438,7 +453,9 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; or, on every rank and before anything is sent, ranks
                 that disagree: in hyperparameters, shapes, or which parameters have a gradient. Or a
-                rank ended while others waited for it.
+                rank ended while others waited for it. Or `ns_dtype="auto"` is another dtype on
+                another rank; where ranks exchange nothing (plain DDP) each looks for that at its
+                first step, in the store at which they met.
             FloatingPointError: see `nonfinite`.
         """
         if self._observer is not None:
@@ -450,7 +467,8 @@ class Muon(Optimizer):
         if self._whole is not None:
             self._whole = None
         if closure is not None:
-            with torch.enable_grad():
+            enable_grad: Any = torch.enable_grad  # untyped in torch 2.9
+            with enable_grad():
                 loss = closure()
         try:
             alone = self._layouts.domain is None
@@ -482,6 +500,7 @@ class Muon(Optimizer):
         work = self._work()
         if self._layouts.domain is not None:  # sharded since the last step
             return self._step_together()
+        look_at_others(self._told)
         warn_if_idle(work)
         verdict = judge(work)
         if not verdict.may_step(verdict.vote):
@@ -528,7 +547,7 @@ class Muon(Optimizer):
                 pass
         return True
 
-    def _adamw(self, work: Work) -> list[tuple[dict[str, Any], Any]]:
+    def _adamw(self, work: Work) -> list[tuple[dict[str, Any], _AdamWEntries]]:
         """(group, what `adamw_step_` takes) of AdamW's groups."""
         return [
             (group, self._adamw_entries(params, group))
@@ -569,16 +588,19 @@ class Muon(Optimizer):
             RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
         """
         self._settle()
+        refuse_sparse(with_gradients(self.param_groups))
         params = [p for group in self.param_groups for p in group["params"]]
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 
     def _agree(self, schedule: Schedule, vote: int, scaled: Scaled | None) -> int:
         """The vote of all ranks, which have to be about to do the same."""
         assert self._layouts.domain is not None
-        facts = [*options_facts(self.param_groups), *schedule.facts]
+        facts = [*options_facts(self.param_groups), *schedule.facts.items()]
         if scaled is not None:
             facts.insert(0, (_SCALE, repr(scaled.scale)))
-        return agree(self._layouts.domain, facts, {_SCALE: _SCALES, "": _DISAGREE}, vote)
+        remedies = {products_fact(number): _PRODUCTS for number in range(len(self.param_groups))}
+        remedies |= {_SCALE: _SCALES, "": _DISAGREE}
+        return agree(self._layouts.domain, facts, remedies, vote)
 
     def _schedule(self, present: Present) -> Schedule:
         key = schedule_key(self.param_groups, present)
@@ -619,9 +641,7 @@ class Muon(Optimizer):
             return Entry(local(p), grad, momentum, copies=copies)
         return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
-    def _adamw_entries(
-        self, params: Sequence[Tensor], group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]:
+    def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
         """Of AdamW's parameters what this rank's state is for: parameters, gradients, state."""
         own, grads, states = [], [], []
         for p in params:
@@ -643,7 +663,8 @@ class Muon(Optimizer):
             their number; for Muon view, matrices, rows, cols, computed_as (the shape that small
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.forms`), blocks (of rows
             of a symmetric product), gflop (of the products for one matrix), ns_dtype,
-            momentum_dtype, scale, lr (after the scale).
+            ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype, scale,
+            lr (after the scale).
         """
         self._settle()
         return [

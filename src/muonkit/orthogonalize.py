@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from muonkit._compile import constant_result
-from muonkit.coefficients import DEFAULT_STEPS, KELLER, Iterations, Triple, resolve
+from muonkit._orthogonalize_dtype import NS_DTYPES, dtype_reason, products_dtype, resolve_dtype
+from muonkit._torch import is_watched_by_func
+from muonkit.coefficients import DEFAULT_STEPS, KELLER, Triple, resolve
 from muonkit.forms import check_form, choose_form, product_flops, segments
 from muonkit.scratch import is_kept, scratch
 from muonkit.symmetric import block_count, general_product, method, symmetric_product
@@ -35,13 +37,6 @@ __all__ = [
     "products_dtype",
     "resolve_dtype",
 ]
-
-NS_DTYPES: dict[str, torch.dtype] = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def orthogonalize(
@@ -64,9 +59,12 @@ def orthogonalize(
             triple per step.
         ns_steps: number of iterations (see `muonkit.coefficients.resolve`).
         ns_form: how the polynomial is evaluated; "auto" chooses.
-        ns_dtype: the dtype of the matrix products; "auto" is what the hardware multiplies natively:
-            bfloat16 on GPUs and CPUs with bf16 units, else float32. float64 input stays float64,
-            and the schedules without a safety factor, which diverge in 16 bits, get float32.
+        ns_dtype: the dtype of the matrix products; "auto" is the one that the hardware multiplies
+            fastest, of bfloat16 and float32: bfloat16 on GPUs (of NVIDIA's from Ampere on), on
+            CPUs with AMX, and on Arm CPUs with BFMMLA where torch has the Arm Compute Library;
+            float32 elsewhere (on CPUs with AVX-512's bf16 instructions alone too, where bfloat16
+            products take 1.8 times as long). float64 input stays float64, and the schedules without
+            a safety factor, which diverge in 16 bits, get float32.
 
     Returns:
         A tensor of G's shape and dtype.
@@ -110,15 +108,15 @@ def _is_transformed(G: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(G)
     dual = torch.autograd.forward_ad.unpack_dual(G)  # type: ignore[no-untyped-call]
-    return wrapped or dual.tangent is not None
+    return is_watched_by_func(G) or dual.tangent is not None
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products are in the dtype that was asked for, also where autocast would lower it."""
     kind = device.type
-    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(kind):
+    amp: Any = torch.amp  # untyped in torch 2.9
+    if torch.compiler.is_compiling() or not amp.is_autocast_available(kind):
         return contextlib.nullcontext()
     if not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
@@ -161,6 +159,7 @@ class Choice(NamedTuple):
         restarts: see `muonkit.forms.Evaluation`.
         margin: the input is divided by margin times its norm.
         dtype: of the matrix products.
+        dtype_reason: why it is this one, in a few words.
         form: a key of `muonkit.forms.FORMS`, or "svd".
         blocks: in how many blocks of rows a symmetric product is computed.
         flops: of the matrix products for one matrix.
@@ -171,6 +170,7 @@ class Choice(NamedTuple):
     restarts: tuple[int, ...]
     margin: float
     dtype: torch.dtype
+    dtype_reason: str
     form: str
     blocks: int
     flops: int
@@ -194,13 +194,14 @@ def choose(
     exact, triples, margin, dtype = _constants(
         ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device
     )
+    reason = dtype_reason(ns_dtype, input_dtype, device, resolve(ns_coefficients, ns_steps))
     if exact:
-        return Choice(True, (), (), 1.0, dtype, "svd", 1, 0)
+        return Choice(True, (), (), 1.0, dtype, reason, "svd", 1, 0)
     m, n = sorted((rows, cols))
     blocks = block_count(m, dtype, device)
     form, restarts = choose_form(ns_form, m, n, triples, dtype.itemsize, blocks)
     flops = product_flops(m, n, triples, restarts, blocks)
-    return Choice(False, triples, restarts, margin, dtype, form, blocks, flops)
+    return Choice(False, triples, restarts, margin, dtype, reason, form, blocks, flops)
 
 
 @constant_result
@@ -223,72 +224,6 @@ def _constants(
         # Rounding can push the largest singular value above 1.
         margin *= 1 + 4 * torch.finfo(dtype).eps
     return iterations.exact, iterations.triples, margin, dtype
-
-
-def products_dtype(
-    ns_dtype: str | torch.dtype,
-    input_dtype: torch.dtype,
-    device: torch.device,
-    iterations: Iterations,
-) -> torch.dtype:
-    """The dtype that these iterations are computed in.
-
-    The exact factor has no products to choose a dtype for: it is decomposed in at least float32.
-
-    Raises:
-        ValueError: as `resolve_dtype`.
-    """
-    dtype = resolve_dtype(ns_dtype, input_dtype, device, iterations.strict)
-    if iterations.exact:
-        return torch.promote_types(torch.promote_types(input_dtype, torch.float32), dtype)
-    return dtype
-
-
-def resolve_dtype(
-    ns_dtype: str | torch.dtype,
-    input_dtype: torch.dtype,
-    device: torch.device,
-    strict: bool = False,
-) -> torch.dtype:
-    """The dtype of the matrix products that `ns_dtype` stands for on this device.
-
-    Args:
-        strict: the schedule diverges in 16 bits (`Schedule.strict`).
-
-    Raises:
-        ValueError: not a dtype of `NS_DTYPES` nor "auto", or one too coarse for the schedule.
-    """
-    name = str(ns_dtype).removeprefix("torch.")
-    if name in NS_DTYPES:
-        dtype = NS_DTYPES[name]
-        if strict and dtype.itemsize == 2:
-            # Measured: singular values of 1,000 and more from a random matrix in bf16.
-            raise ValueError(
-                f"this schedule has no safety factor and diverges in {name}: use "
-                "'polar_express_1.01', 'polar_express_1.02' or 'polar_express_1.05', "
-                "or ns_dtype='float32'"
-            )
-        return dtype
-    if name != "auto":
-        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
-        raise ValueError(f"unknown ns_dtype {ns_dtype!r}; it is one of {options}")
-    if input_dtype == torch.float64:
-        return torch.float64  # whoever keeps float64 weights asked for its precision
-    if strict:
-        return torch.float32
-    return torch.bfloat16 if _multiplies_bf16(device.type, device.index) else torch.float32
-
-
-@functools.lru_cache(maxsize=64)
-def _multiplies_bf16(device_type: str, index: int | None) -> bool:
-    """Whether this device multiplies bf16 matrices natively, not by emulation."""
-    if device_type == "cuda":
-        # Before Ampere bf16 products are emulated. Also true of every ROCm GPU with bf16 MFMA.
-        return torch.cuda.get_device_capability(index)[0] >= 8
-    if device_type == "cpu":
-        features = torch.cpu.get_capabilities()
-        return any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
-    return device_type == "xpu"
 
 
 def _normalize(

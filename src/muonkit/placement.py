@@ -1,8 +1,10 @@
-"""Placements: for every rank, the rectangle of a tensor that it stores. Pure Python, no tensors.
+"""Placements: for every rank, what it stores of a tensor. Pure Python, no tensors.
 
 The ranks that an optimizer's parameters are spread over are counted 0, 1, ... and called
 *positions*. They form meshes; along each mesh axis a tensor is cut on one of its dims, or repeated.
-A rectangle is a `Box`: one half-open interval for every dim of the tensor in its logical shape.
+A rectangle is a `Box`: one half-open interval for every dim of the tensor in its logical shape. A
+rank stores one box, or several where a dim is cut in strides (packed projections): its tensor has
+the *runs* of every dim one after the other.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ __all__ = [
     "Interval",
     "Piece",
     "Placement",
+    "Runs",
     "Where",
     "box_size",
     "cells",
@@ -36,6 +39,7 @@ __all__ = [
 
 Interval = tuple[int, int]
 Box = tuple[Interval, ...]
+Runs = tuple[Interval, ...]  # of one dim: ascending, and apart
 Where = tuple[tuple[int, int], ...]  # (mesh axis, coordinate): the ranks that have these
 
 
@@ -87,12 +91,73 @@ class Placement(NamedTuple):
         Raises:
             ValueError: it is more than one rectangle.
         """
-        at = self.coordinates(position)
         box = []
-        for dim, length in enumerate(shape):
-            where = tuple(at[axis] for axis, _, _ in _cuts(self, dim))
-            box.append(_along(self, length, dim)[where])
+        for length, runs in zip(shape, self.runs(shape, position), strict=True):
+            if len(runs) > 1:
+                raise ValueError(
+                    f"a dim of {length} is cut so that one rank stores {_parts(runs)}, expected "
+                    "one rectangle"
+                )
+            box.append(runs[0] if runs else (length, length))
         return tuple(box)
+
+    def runs(self, shape: tuple[int, ...], position: int) -> tuple[Runs, ...]:
+        """For each dim, the intervals of it that the rank at this position stores."""
+        return _runs(self, shape, position)
+
+    def local_shape(self, shape: tuple[int, ...], position: int) -> tuple[int, ...]:
+        """The shape of what the rank at this position stores."""
+        return tuple(map(_total, self.runs(shape, position)))
+
+    def parts(self, shape: tuple[int, ...], position: int, box: Box) -> tuple[Box, ...]:
+        """What the rank at this position stores of a box, in ascending order."""
+        found = []
+        for (start, stop), runs in zip(box, self.runs(shape, position), strict=True):
+            clipped = [(max(a, start), min(b, stop)) for a, b in runs]
+            found.append([(a, b) for a, b in clipped if a < b])
+        return tuple(itertools.product(*found))
+
+    def slices(self, shape: tuple[int, ...], position: int, box: Box) -> tuple[slice, ...]:
+        """What cuts a box, one of its `parts`, out of the tensor that this rank stores."""
+        runs = self.runs(shape, position)
+        return tuple(_slice((interval,), some) for interval, some in zip(box, runs, strict=True))
+
+    def origin(self, shape: tuple[int, ...], position: int, box: Box) -> Box:
+        """The inverse of `slices`: where a box of the tensor that this rank stores is from."""
+        found = []
+        for (start, stop), runs in zip(box, self.runs(shape, position), strict=True):
+            before = 0
+            for a, b in runs:
+                if start < before + b - a:
+                    break
+                before += b - a
+            found.append((start - before + a, stop - before + a))
+        return tuple(found)
+
+    def slices_within(
+        self, outer: Placement, shape: tuple[int, ...], position: int
+    ) -> tuple[slice, ...]:
+        """What cuts all that this rank stores here out of what it stores there, `outer`."""
+        runs = zip(self.runs(shape, position), outer.runs(shape, position), strict=True)
+        return tuple(_slice(inner, some) for inner, some in runs)
+
+    def check_order(self, shape: tuple[int, ...]) -> None:
+        """Refuse strides that two axes make in one dim: FSDP2 shards what an axis to its right has
+        cut, and where that does not come out even, placements do not say who has what.
+
+        Raises:
+            ValueError: a dim that several axes cut, of which a rank stores several parts.
+        """
+        for dim, length in enumerate(shape):
+            cuts = [cut for cut in _cuts(self, dim) if cut[1] > 1]
+            for runs in _along(self, length, dim).values() if len(cuts) > 1 else ():
+                if len(runs) > 1:
+                    raise ValueError(
+                        f"a dim of {length} is cut by {len(cuts)} mesh axes so that one rank "
+                        f"stores {_parts(runs)}: every rank has to store one, for nothing says in "
+                        "which order the axes cut; redistribute the parameter, or cut it along "
+                        "another dim"
+                    )
 
     def described(self) -> str:
         """In DTensor's words."""
@@ -161,25 +226,23 @@ def shared_out(placement: Placement, shape: tuple[int, ...], axes: tuple[int, ..
                 Axis(dim, after[i]) if i in axes else axis for i, axis in enumerate(placement.axes)
             )
         )
-        try:
-            if not math.prod(shape) or _finer(shared, placement, length, dim):
-                return shared
-        except ValueError:
-            continue
+        if not math.prod(shape) or _finer(shared, placement, length, dim):
+            return shared
     return placement
 
 
 def _finer(inner: Placement, outer: Placement, length: int, dim: int) -> bool:
-    """Whether every rank's interval of a dim is, in one placement, inside its own in another, which
-    has some of its cuts.
+    """Whether every rank has one interval of a dim at most, which is, in one placement, inside its
+    own in another, which has some of its cuts.
     """
     cuts = [axis for axis, _, _ in _cuts(inner, dim)]
     kept = [cuts.index(axis) for axis, _, _ in _cuts(outer, dim)]
     wide = _along(outer, length, dim)
-    return all(
-        nested((interval,), (wide[tuple(where[i] for i in kept)],))
-        for where, interval in _along(inner, length, dim).items()
-    )
+    for where, runs in _along(inner, length, dim).items():
+        around = wide[tuple(where[i] for i in kept)]
+        if max(len(runs), len(around)) > 1 or (runs and not nested(runs, around)):
+            return False
+    return True
 
 
 def intersection(one: Box, other: Box) -> Box | None:
@@ -198,6 +261,35 @@ def box_size(box: Box) -> int:
     return math.prod(stop - start for start, stop in box)
 
 
+def _slice(inner: Runs, outer: Runs) -> slice:
+    """Where a dim has these runs, if it has the outer ones one after the other.
+
+    Raises:
+        ValueError: they do not follow one another there.
+    """
+    if not inner:
+        return slice(0, 0)
+    starts = []
+    before = 0
+    for a, b in outer:
+        starts += [before + start - a for start, stop in inner if a <= start and stop <= b]
+        before += b - a
+    lengths = [stop - start for start, stop in inner]
+    expected = list(itertools.accumulate(lengths[:-1], initial=starts[0] if starts else 0))
+    if starts != expected:
+        raise ValueError(f"the intervals {inner} are not one part of {outer}")
+    return slice(starts[0], starts[0] + sum(lengths))
+
+
+def _total(runs: Runs) -> int:
+    return sum(stop - start for start, stop in runs)
+
+
+def _parts(runs: Runs) -> str:
+    some = ", ".join(f"[{a}:{b}]" for a, b in runs[:4])
+    return f"{len(runs)} separate parts of it ({some})"
+
+
 def slices(box: Box, inside: Box) -> tuple[slice, ...]:
     """What cuts `box` out of a tensor that holds the box `inside`."""
     return tuple(
@@ -212,12 +304,11 @@ def pieces(
 ) -> tuple[Piece, ...]:
     """The parts of a box by who stores them; together they cover it exactly once.
 
+    A rank's own are in the order of `Placement.parts`.
+
     Args:
         shape: of the whole tensor, whose coordinates the box is in.
         where: which ranks count, by coordinates along axes that cut nothing; all of them.
-
-    Raises:
-        ValueError: a rank stores more than one rectangle.
     """
     found: list[list[tuple[Interval, dict[int, int]]]] = []
     for dim, (start, stop) in enumerate(box):
@@ -254,14 +345,24 @@ def _indices(positions: range | tuple[int, ...]) -> dict[int, int]:
     return {position: index for index, position in enumerate(positions)}
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _runs(placement: Placement, shape: tuple[int, ...], position: int) -> tuple[Runs, ...]:
+    at = placement.coordinates(position)
+    found = []
+    for dim, length in enumerate(shape):
+        where = tuple(at[axis] for axis, _, _ in _cuts(placement, dim))
+        found.append(_along(placement, length, dim)[where])
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=4096)
 def cells(placement: Placement, length: int, dim: int) -> list[tuple[Interval, dict[int, int]]]:
     """The non-empty intervals that a dim is cut in, ascending, with the coordinates of each."""
     cuts = _cuts(placement, dim)
     found = [
         (interval, dict(zip((axis for axis, _, _ in cuts), where, strict=True)))
-        for where, interval in _along(placement, length, dim).items()
-        if interval[0] < interval[1]
+        for where, runs in _along(placement, length, dim).items()
+        for interval in runs
     ]
     return sorted(found, key=lambda cell: cell[0])
 
@@ -275,13 +376,13 @@ def _cuts(placement: Placement, dim: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def _along(placement: Placement, length: int, dim: int) -> dict[tuple[int, ...], Interval]:
-    """The interval of each combination of coordinates along the mesh axes that cut this dim."""
+def _along(placement: Placement, length: int, dim: int) -> dict[tuple[int, ...], Runs]:
+    """The runs of each combination of coordinates along the mesh axes that cut this dim."""
     return _intervals(length, tuple(cut[1:] for cut in _cuts(placement, dim)))
 
 
 @functools.lru_cache(maxsize=4096)
-def _intervals(length: int, cuts: tuple[tuple[int, int], ...]) -> dict[tuple[int, ...], Interval]:
+def _intervals(length: int, cuts: tuple[tuple[int, int], ...]) -> dict[tuple[int, ...], Runs]:
     """What each combination of coordinates along the cutting axes stores of `range(length)`."""
     runs: dict[tuple[int, ...], list[Interval]] = {(): [(0, length)] if length else []}
     for size, split in cuts:
@@ -290,16 +391,7 @@ def _intervals(length: int, cuts: tuple[tuple[int, int], ...]) -> dict[tuple[int
             for where, before in runs.items()
             for i, part in enumerate(_cut(before, size, split))
         }
-    found = {}
-    for where, parts in runs.items():
-        if len(parts) > 1:
-            raise ValueError(
-                f"a dim of {length} is cut so that one rank stores {len(parts)} separate parts of "
-                f"it ({', '.join(f'[{a}:{b}]' for a, b in parts[:4])}): every rank has to store "
-                "one rectangle; redistribute the parameter, or cut it along another dim"
-            )
-        found[where] = parts[0] if parts else (length, length)
-    return found
+    return {where: tuple(parts) for where, parts in runs.items()}
 
 
 def _cut(runs: list[Interval], size: int, split: int) -> list[list[Interval]]:

@@ -152,13 +152,13 @@ class Plan(NamedTuple):
         mine, theirs = (sends, receives) if inward else (receives, sends)
         for job in bucket:
             way = self._way(job.matrix, inward, state)
-            part = way.part(me)
+            parts = way.parts(me)
             for owner in job.owners:
-                if part and way.counts(me, owner):
-                    mine.append(Parcel(owner, job.matrix, part))
+                if way.counts(me, owner):
+                    mine += [Parcel(owner, job.matrix, part) for part in parts]
                 if me == owner:
-                    theirs += [Parcel(p, job.matrix, box) for p, box in way.others(owner).items()]
-        # Stable: for each position in order of jobs.
+                    theirs += [Parcel(p, job.matrix, box) for p, box in way.others(owner)]
+        # Stable: for each position in order of jobs, and of a matrix's parts.
         return Errand(
             tuple(sorted(sends, key=lambda parcel: parcel.position)),
             tuple(sorted(receives, key=lambda parcel: parcel.position)),
@@ -178,7 +178,7 @@ class Plan(NamedTuple):
     def moves(self, bucket: Sequence[Job], inward: bool, state: bool = False) -> bool:
         """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
         return any(
-            set(self._way(job.matrix, inward, state).others(owner)) != {owner}
+            {at for at, _ in self._way(job.matrix, inward, state).others(owner)} != {owner}
             for job in bucket
             for owner in job.owners
         )
@@ -428,7 +428,7 @@ def _able(tensor: Stored, box: Box) -> tuple[int, ...]:
     """Who may own a matrix: whoever has a part of it, in the first repetition."""
     first = tensor.lives.where(tensor.lives.positions[0], tensor.repeat)
     parts = pieces(tensor.lives, tensor.shape, box, first)
-    return tuple(sorted(position for piece in parts for position in piece.positions))
+    return tuple(sorted({position for piece in parts for position in piece.positions}))
 
 
 def _lightest(heap: list[tuple[int, int]], loads: list[int]) -> int:

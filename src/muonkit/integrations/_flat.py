@@ -54,7 +54,7 @@ def histograms(sample: dict[str, Any]) -> dict[str, list[float]]:
         f"{place}/{kind}": spectrum["quantiles"]
         for place, record in _placed(sample)
         for kind, spectrum in record.get("spectra", {}).items()
-        if spectrum is not None
+        if spectrum and "quantiles" in spectrum
     }
 
 

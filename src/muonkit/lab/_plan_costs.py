@@ -165,7 +165,7 @@ def elements(placement: Placement, shape: tuple[int, ...]) -> Vector:
         axes = [i for i, axis in enumerate(placement.axes) if axis.dim == dim]
         lengths = np.zeros([placement.mesh[i] for i in axes])
         for (start, stop), at in cells(placement, length, dim):
-            lengths[tuple(at[i] for i in axes)] = stop - start
+            lengths[tuple(at[i] for i in axes)] += stop - start
         have = have * np.expand_dims(lengths, [i for i in range(have.ndim) if i not in axes])
     by_position = np.zeros(have.size)
     by_position[list(placement.positions)] = have.ravel()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from muonkit.lab.errors import LabError, unknown
 from muonkit.lab.shapes import ModelShape, ParameterShape
-from muonkit.placement import Axis, Placement, cells, shared_out
+from muonkit.placement import Axis, Placement, shared_out
 
 __all__ = ["LAYOUTS", "Lay", "Mesh", "choose_layout", "parse_mesh", "place", "replicating"]
 
@@ -215,7 +215,7 @@ def place(p: ParameterShape, layout: str, mesh: Mesh) -> Lay:
     ranks than experts, as torchtitan does, else on dim 0, as FSDP2 does everything.
 
     Raises:
-        LabError: a rank would store more than one rectangle.
+        LabError: a rank would store several parts of what two axes cut.
     """
     try:
         return _place(p.shape, p.tp_dim, p.ep_dim is not None, layout, mesh)
@@ -247,8 +247,7 @@ def _place(shape: tuple[int, ...], tp: int | None, experts: bool, layout: str, m
     given = (mesh.names.index("dp"),) if kind.given else ()
     implied = tuple(i for i, cut in enumerate(cuts) if cut.axis == "tp" and tp is None)
     shared = tuple(i for i in stored.copies() if i not in implied)
-    for dim, length in enumerate(shape):
-        cells(stored, length, dim)  # raises where a rank would have several parts
+    stored.check_order(shape)
     lives = shared_out(stored, shape, shared) if kind.zero else stored
     return Lay(stored, lives, given, implied)
 

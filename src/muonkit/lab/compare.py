@@ -13,16 +13,19 @@ import torch
 from rich.console import Console
 
 import muonkit
+from muonkit._text import shortened
 from muonkit.lab import report
 from muonkit.lab.errors import Interrupted, LabError
+from muonkit.lab.files import is_there
 from muonkit.lab.jobs import Workers
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome, rows
-from muonkit.lab.store import DATA, Folder, Record, read_json, read_records, write_atomically
+from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read_result
+from muonkit.lab.store import DATA, Folder, Record, write_atomically
 from muonkit.lab.sweep import POINTS, Search, best_decay, best_rate
 from muonkit.lab.tasks import Budget, get_task
-from muonkit.lab.train import RECORDING, Result, Run, Setting, StopRequest, train
+from muonkit.lab.train import Run, Setting, StopRequest, train
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Comparison:
     monitor: int | None = None
 
     def config(self) -> Record:
-        """What is asked for; what is not asked for is left out, so that older folders go on."""
+        """What is asked for, and the model that the task has by now."""
         further = {
             "sweep_decay": self.sweep_decay,
             "sweep_points": self.points if self.points != POINTS else None,
@@ -76,6 +79,7 @@ class Comparison:
         }
         return {
             "task": self.task,
+            "model": get_task(self.task).model,
             "optimizers": list(self.optimizers),
             "lr": dict(self.lr),
             "sweep": self.sweep,
@@ -216,7 +220,7 @@ class Session:
         return [self.results[run] for run in runs]
 
     def _is_new(self, run: Run) -> bool:
-        return not (self.folder.run(run.key) / "result.json").exists()
+        return not is_finished(self.folder.run(run.key))
 
     def _one_by_one(self, runs: Sequence[Run]) -> Iterator[Result]:
         for run in runs:
@@ -283,17 +287,17 @@ class Session:
         self.run(runs)
         return sorted(runs, key=lambda run: (self.asked.optimizers.index(run.optimizer), run.seed))
 
-    def outcome(self, run: Run) -> tuple[Outcome, list[Record]]:
-        records = read_records(self.folder.run(run.key) / "measurements.jsonl")
-        return (self.results[run], Curve.of(records)), records
+    def outcome(self, run: Run) -> tuple[Outcome, list[Record], bytes]:
+        """A finished run's figures and curve, and its measurements, read and as they are."""
+        folder = self.folder.run(run.key)
+        result, records, content = read_result(folder, self.setting.identity(run), run.fields())
+        return (result, Curve.of(records)), records, content
 
 
 def _material(session: Session, runs: Sequence[Run]) -> report.Material:
     measured = {run: session.outcome(run) for run in session.results}
-    text = b"".join(
-        (session.folder.run(run.key) / "measurements.jsonl").read_bytes() for run in measured
-    )
-    write_atomically(session.folder.path / "measurements.jsonl", text)
+    text = b"".join(content for _, _, content in measured.values())
+    write_atomically(session.folder.path / MEASUREMENTS, text)
     task = session.setting.task
     recorded = [(run, session.folder.run(run.key) / RECORDING) for run in runs if run.seed == 0]
     return report.Material(
@@ -302,19 +306,19 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         data=session.setting.data.description,
         routing=str(muonkit.route(task.build())),
         outcomes=[measured[run][0] for run in runs],
-        attempts=[outcome for outcome, _ in measured.values()],
+        attempts=[outcome for outcome, _, _ in measured.values()],
         records={f"{run.optimizer}/{run.seed}": measured[run][1] for run in runs},
-        recordings={run.title: path for run, path in recorded if path.exists()},
+        recordings={run.title: path for run, path in recorded if is_there(path)},
     )
 
 
 def _check_data(folder: Folder, fingerprint: str) -> None:
     """The data of a resumed comparison must be those it began with."""
-    begun = read_json(folder.path / "config.json").get(DATA)
+    begun = folder.config().get(DATA)
     if begun != fingerprint:
         raise LabError(
-            f"{folder.path} was begun on other data (fingerprint {begun}, now {fingerprint}): "
-            "choose another folder with --out, or delete it"
+            f"{folder.path} was begun on other data (fingerprint {shortened(begun, 40)}, now "
+            f"{fingerprint}): choose another folder with --out, or delete it"
         )
 
 

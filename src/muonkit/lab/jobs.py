@@ -23,9 +23,10 @@ from rich.console import Console
 
 from muonkit.lab.errors import Interrupted, LabError, RunError
 from muonkit.lab.progress import Lines, Reporter
+from muonkit.lab.saved import Result
 from muonkit.lab.store import Folder
 from muonkit.lab.tasks import get_task
-from muonkit.lab.train import Result, Run, Setting, StopRequest, train
+from muonkit.lab.train import Run, Setting, StopRequest, train
 
 #: How often a worker looks whether it should stop, and its parent whether it was told to.
 _SECONDS = 0.1

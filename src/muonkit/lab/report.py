@@ -23,8 +23,8 @@ import muonkit
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.results import NOTES, Outcome, Row, rows, table
+from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
-from muonkit.lab.train import Result
 
 
 def environment() -> dict[str, str]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.saved import Result
 from muonkit.lab.store import Record
-from muonkit.lab.train import Result
 
 REFERENCE = "adamw"
 

@@ -4,10 +4,13 @@ A new task is one record in ``TASKS``: where its data come from, which model, ho
 learning rates it starts from.
 """
 
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from muonkit.lab import data, models
@@ -53,6 +56,25 @@ class Task:
     lr: Mapping[str, float]
     evaluations: int
     accuracy: bool
+
+    @property
+    def model(self) -> str:
+        """The model with all its options, and a digest of its tensors' names and shapes: what a
+        folder of an older model differs in.
+        """
+        with torch.device("meta"):  # no memory, no random numbers
+            tensors = self.build().state_dict()
+        listed = "".join(f"{name} {tuple(t.shape)} {t.dtype}\n" for name, t in tensors.items())
+        return f"{_call(self.build)}, {hashlib.sha256(listed.encode()).hexdigest()[:8]}"
+
+
+def _call(build: Callable[[], nn.Module]) -> str:
+    """``ConvNet(classes=10, width=16)``: defaults that nobody gave are options too."""
+    given = build if isinstance(build, partial) else partial(build)
+    bound = inspect.signature(given.func).bind(*given.args, **given.keywords)
+    bound.apply_defaults()
+    options = ", ".join(f"{name}={value!r}" for name, value in bound.arguments.items())
+    return f"{getattr(given.func, '__name__', 'model')}({options})"
 
 
 _CONTEXT = 128

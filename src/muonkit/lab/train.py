@@ -1,9 +1,6 @@
 """One run: one optimizer, one learning rate, one seed; durable, and bit for bit resumable."""
 
-import copy
-import io
 import math
-import os
 import signal
 import statistics
 import threading
@@ -12,31 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import muonkit
+from muonkit._text import shortened
+from muonkit.lab import files
 from muonkit.lab.data import Data, generator
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import Optimizer, get_optimizer
 from muonkit.lab.progress import Reporter
-from muonkit.lab.store import (
-    Folder,
-    MeasurementFile,
-    Record,
-    read_json,
-    read_records,
-    write_atomically,
-    write_json,
+from muonkit.lab.saved import (
+    CHECKPOINT,
+    MEASUREMENTS,
+    is_finished,
+    read_checkpoint,
+    read_recording,
+    read_result,
+    write_checkpoint,
+    write_result,
 )
+from muonkit.lab.saved import RECORDING as RECORDING
+from muonkit.lab.saved import Result as Result
+from muonkit.lab.store import Folder, MeasurementFile, Record
 from muonkit.lab.tasks import Task
 
 WARMUP = 0.05
-#: What the monitor writes, beside the measurements.
-RECORDING = "monitor.jsonl"
 #: The share of the steps whose mean training loss is called the final one.
 FINAL_SHARE = 0.05
 
@@ -95,28 +95,26 @@ class Setting:
         count = min(self.evaluations or self.task.evaluations, self.steps)
         return frozenset(round(i * self.steps / count) for i in range(count + 1))
 
-
-@dataclass(frozen=True)
-class Result:
-    """The figures of one finished run. Losses in nats per target.
-
-    ``seconds`` is the time of the training steps (batch, forward, backward, optimizer), without
-    validation and checkpoints. A diverged run has no final figures. A weight decay of None is the
-    optimizer's default.
-    """
-
-    optimizer: str
-    lr: float
-    seed: int
-    diverged: bool
-    steps: int
-    train_loss: float | None
-    val_loss: float | None
-    accuracy: float | None
-    seconds: float
-    step_ms: float
-    optimizer_ms: float
-    weight_decay: float | None = None
+    def identity(self, run: Run) -> Record:
+        """All that a run's numbers depend on, but versions and the machine: nothing else may be
+        gone on with.
+        """
+        decay = run.weight_decay
+        default = get_optimizer(run.optimizer).weight_decay
+        return {
+            "task": self.task.name,
+            "model": self.task.model,
+            "data": self.data.fingerprint,
+            "optimizer": run.optimizer,
+            "lr": run.lr,
+            "weight_decay": default if decay is None else decay,
+            "seed": run.seed,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "evaluations": len(self.evaluation_steps),
+            "monitor": self.monitor,
+            "threads": torch.get_num_threads(),
+        }
 
 
 class StopRequest:
@@ -205,67 +203,63 @@ class Trainer:
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.step = 0
         self.seconds = 0.0
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
+        self.identity = setting.identity(run)
         self.records: list[Record] = []
-        self.watched = 0  # bytes of the recording that the checkpoint knows
-        self.file = MeasurementFile(folder / "measurements.jsonl", self._resume())
-        self.monitor = self._watch()
+        content, known = self._resume()
+        self.file = MeasurementFile(folder / MEASUREMENTS, content)
+        self.monitor = self._watch(known)
 
     # --- going on ---
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+    def _resume(self) -> tuple[bytes, Record | None]:
+        """Take up the checkpoint, if there is one: its measurements, and the recording's sum.
 
-    def _resume(self) -> int:
-        """Take up the checkpoint, if there is a sound one; the length of its measurements."""
-        if not self._checkpoint.exists():
-            return 0
-        # Whatever is wrong with a file shows as any exception at all: the run starts over then.
+        Raises:
+            LabError: it is damaged, or of another run.
+        """
+        tensors = sum(t.nbytes for t in self.model.state_dict().values())
+        saved = read_checkpoint(self.folder, self.identity, self.run.fields(), tensors)
+        if saved is None:
+            return b"", None
         try:
-            saved: dict[str, Any] = torch.load(self._checkpoint, weights_only=True)
-            records = read_records(self.folder / "measurements.jsonl", saved["length"])
-            model, optimizer = copy.deepcopy((self.model, self.optimizer))
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            step, seconds, length = int(saved["step"]), float(saved["seconds"]), saved["length"]
-            torch.set_rng_state(saved["rng"])
-        except Exception as error:
-            self.reporter.say(
-                f"{self._checkpoint} is damaged ({type(error).__name__}): "
-                f"{self.run.title} starts over"
-            )
-            return 0
-        self.model, self.optimizer = model, optimizer
-        self.watched = int(saved.get("watched", 0))
-        self.step, self.seconds, self.records = step, seconds, records
-        return int(length)
+            self.model.load_state_dict(saved.state["model"])
+            self.optimizer.load_state_dict(saved.state["optimizer"])
+            torch.set_rng_state(saved.state["rng"])
+        except Exception as error:  # each of them raises what it likes
+            raise LabError(
+                f"{self.folder / CHECKPOINT} cannot be gone on with ({shortened(error, 80)}), it "
+                f"may be of another muonkit: delete the folder {self.folder} (its steps so far are "
+                "lost), and the same command trains that run anew"
+            ) from error
+        self.step, self.seconds, self.records = saved.step, saved.seconds, saved.records
+        return saved.content, saved.recording
 
-    def _watch(self) -> muonkit.Monitor | None:
+    def _watch(self, known: Record | None) -> muonkit.Monitor | None:
         """The monitor of muonkit's own optimizers, if asked for; its file as long as it was."""
         if self.setting.monitor is None or not isinstance(self.optimizer, muonkit.Muon):
             return None
         path = self.folder / RECORDING
-        if path.exists():
-            # The monitor does not wait for the disk: after a power cut there may be less.
-            os.truncate(path, min(self.watched, path.stat().st_size))
+        # Anew, whatever stood there: the monitor itself follows links.
+        files.begin(path, read_recording(self.folder, known)).close()
         return muonkit.Monitor(self.optimizer, self.setting.monitor, path, start=self.step)
 
     def save(self) -> None:
         """Replace the checkpoint by one of this moment."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
+        write_checkpoint(
+            self.folder,
+            self.identity,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+            },
+            step=self.step,
+            seconds=self.seconds,
             # Before the state: a checkpoint must never speak of lines that are not on disk.
-            "length": self.file.sync(),
-            "watched": (self.folder / RECORDING).stat().st_size if self.monitor else 0,
-        }
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_atomically(self._checkpoint, content.getvalue())
+            measurements=self.file.sync(),
+            is_recorded=self.monitor is not None,
+        )
 
     # --- training ---
 
@@ -345,10 +339,9 @@ class Trainer:
         self.file.append(record)
 
     def _finish(self, diverged: bool) -> Result:
-        self.file.sync()
         result = summarise(self.run, self.records, diverged, self.seconds)
-        write_json(self.folder / "result.json", asdict(result))
-        self._checkpoint.unlink(missing_ok=True)
+        is_recorded, measured = self.monitor is not None, self.file.sync()
+        write_result(self.folder, self.identity, result, measured, is_recorded=is_recorded)
         note = f"diverged at step {self.step}" if diverged else f"val loss {result.val_loss:.4f}"
         self.reporter.end(f"{note} after {self.seconds:.1f} s of training")
         return result
@@ -372,39 +365,21 @@ def summarise(run: Run, records: list[Record], diverged: bool, seconds: float) -
     )
 
 
-def _finished(folder: Path) -> Result:
-    """The result in a run's folder.
-
-    Raises:
-        LabError: it is damaged, or its measurements are, or both are of another version.
-    """
-    try:
-        result = Result(**read_json(folder / "result.json"))
-        records = read_records(folder / "measurements.jsonl")
-        steps = sum(record["kind"] == "train" for record in records)
-        figures = (result.train_loss, result.val_loss)
-        sound = all(isinstance(x, float) or (x is None and result.diverged) for x in figures)
-        if steps != result.steps or not sound:
-            raise ValueError(f"{steps} steps measured of {result.steps}, losses {figures}")
-    except (OSError, ValueError, TypeError, KeyError, LabError) as error:
-        raise LabError(
-            f"{folder} is damaged or of another version ({' '.join(str(error).split()):.120}): "
-            "delete it, and the same command trains that run again"
-        ) from error
-    return result
-
-
 def train(
     run: Run, setting: Setting, folder: Path, stop: StopRequest, reporter: Reporter
 ) -> Result:
-    """The result of ``run``: read from ``folder`` when it is there, else trained (further)."""
-    finished = folder / "result.json"
-    if finished.exists():
-        result = _finished(folder)
+    """The result of ``run``: read from ``folder`` when it is there, else trained (further).
+
+    Raises:
+        LabError: what is in ``folder`` is damaged, or of another run.
+        Interrupted: the user stopped it; the checkpoint is up to date.
+    """
+    files.make_folder(folder)
+    if is_finished(folder):
+        result, _, _ = read_result(folder, setting.identity(run), run.fields())
         reporter.start(run.title, 0, setting.steps)
         reporter.end("finished earlier")
         return result
-    folder.mkdir(parents=True, exist_ok=True)
     # A worker outlives a killed parent by a step or so; meanwhile the run is still its own.
     with Folder(folder).locked():
         return Trainer(run, setting, folder, stop, reporter).train()

@@ -1,0 +1,179 @@
+"""Every private or young name of torch that muonkit uses, with what stands in for it where a torch
+that `pyproject.toml` admits has it not. Nothing else in the package touches such a name: a test
+holds that.
+
+Not here: `torch._foreach_*`, which torch's manual documents and every admitted torch has.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "CONSTANT_MARK",
+    "FLAT_PARAMETER",
+    "WRAPPERS",
+    "cpu_capabilities",
+    "default_store",
+    "is_watched_by_func",
+    "local_box",
+    "local_tensor",
+    "own_modules",
+    "own_parameters",
+    "reduce_scatter",
+    "root_mesh",
+    "strided_shard",
+    "timeout_of",
+    "whole_tensor",
+]
+
+# What `torch.compiler.assume_constant_result` writes on a function (see `muonkit._compile`).
+CONSTANT_MARK = "_dynamo_marked_constant"
+
+# torch.compile's, FSDP1's and activation checkpointing's wrappers put these into every name below
+# them, and change nothing else.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+# What FSDP1 calls a parameter that it has made of several.
+FLAT_PARAMETER = "_flat_param"
+
+
+def cpu_capabilities() -> dict[str, bool]:
+    """What decides in which dtype this CPU multiplies fastest, by torch's names.
+
+    - "amx_bf16", "avx512_bf16": of x86.
+    - "arm_bf16": BFMMLA.
+    - "onednn_acl": this torch has oneDNN with the Arm Compute Library, whose products use BFMMLA
+      (those of a torch without it, on macOS, do not).
+    """
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has it
+    if ask is not None:
+        have = ask()
+        found = {name: bool(have.get(name)) for name in ("amx_bf16", "avx512_bf16")}
+        found["arm_bf16"] = arm and bool(have.get("bf16"))
+    else:
+        cpu = torch.cpu
+        # Every CPU that has AMX tiles has its bf16 products.
+        found = {
+            "amx_bf16": bool(cpu._is_amx_tile_supported()),
+            "avx512_bf16": bool(cpu._is_avx512_bf16_supported()),
+            "arm_bf16": arm and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        }
+    mkldnn: Any = torch.backends.mkldnn
+    acl = getattr(mkldnn, "is_acl_available", lambda: torch.ops.mkldnn._is_mkldnn_acl_supported())
+    found["onednn_acl"] = arm and bool(mkldnn.is_available()) and bool(acl())
+    return found
+
+
+def is_watched_by_func(tensor: Tensor) -> bool:
+    """Whether a transformation of torch.func wraps the tensor."""
+    watched: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return watched
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """The module's own, without its children's; shared ones under each of their names, and None
+    where a name has none.
+    """
+    return module._parameters
+
+
+def own_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """The module's children; shared ones under each of their names, None where a name has none."""
+    return module._modules
+
+
+def local_tensor(tensor: Any) -> Tensor:
+    """The part of a DTensor that this rank has, sharing its memory, unknown to autograd."""
+    own: Tensor = tensor._local_tensor
+    return own
+
+
+def local_box(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Any]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offset of what this rank has of a DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    size, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    return tuple(size), tuple(offset)
+
+
+def strided_shard(dim: int, split_factor: int) -> Any:
+    """The placement of a dim that is cut by another mesh axis after this one."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return _StridedShard(dim, split_factor=split_factor)
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that this one was cut from, or itself."""
+    ask = getattr(mesh, "_get_root_mesh", None)
+    if ask is None:  # torch 2.9
+        from torch.distributed import device_mesh
+
+        ask = functools.partial(vars(device_mesh)["_mesh_resources"].get_root_mesh, mesh)
+    root: DeviceMesh = ask()
+    return root
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """All of a DTensor, on every rank of its mesh: all of them call this.
+
+    torch 2.9's `full_tensor` puts rows in the wrong places where a dim that two mesh axes cut does
+    not divide by both (10 rows over 2 x 2 ranks); 2.11's does not.
+    """
+    cuts: dict[int, int] = {}  # of each dim, over all mesh axes
+    for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        if not placement.is_replicate():
+            cuts[placement.dim] = cuts.get(placement.dim, 1) * ranks
+    strided = any(hasattr(placement, "split_factor") for placement in tensor.placements)
+    uneven = any(tensor.shape[dim] % parts for dim, parts in cuts.items())
+    if not (strided and uneven and _VERSION < (2, 11)):
+        return tensor.full_tensor()  # type: ignore[no-any-return]
+    size, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
+    own = local_tensor(tensor).detach()
+    found = own.new_zeros(tensor.shape)
+    found[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))] = own
+    for axis, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            # Each entry is on one rank of the axis, and zero on its others.
+            torch.distributed.all_reduce(found, group=tensor.device_mesh.get_group(axis))
+    return found
+
+
+def timeout_of(group: ProcessGroup) -> Any:
+    """How long a group waits for its ranks."""
+    return group._get_backend(group._device_types[0]).options._timeout
+
+
+def reduce_scatter(output: Tensor, input: Tensor, group: ProcessGroup) -> Any:
+    """The sum over the ranks, of which each gets its part; started, not waited for."""
+    dist: Any = torch.distributed
+    # Renamed in torch 2.13, which warns of the old name.
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(output, input, group=group, async_op=True)
+
+
+def default_store() -> Any:
+    """The store that the ranks of the default process group met at; None where it has none."""
+    from torch.distributed import distributed_c10d
+
+    try:
+        return distributed_c10d._get_default_store()
+    except (RuntimeError, ValueError, KeyError):
+        return None
