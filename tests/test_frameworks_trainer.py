@@ -144,8 +144,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_through_the_trainer(world_size: int, case: str, ranks: Ranks) -> None:
-    values = ranks.outcome(world_size, case).check()
-    print(case, values)
-    for apart, resumed in filter(None, values):
+    for apart, resumed in filter(None, ranks.outcome(world_size, case).check()):
         assert apart <= frameworks.EXACT
         assert resumed <= frameworks.SAME
