@@ -145,6 +145,26 @@ def test_other_names_are_refused_or_left_out() -> None:
     assert "x.up.weight" in its_optimizer.param_groups[0]["param_names"]
 
 
+def test_a_hook_may_give_them_our_names() -> None:
+    """As torch's manual says for checkpoints of a model whose parameters were called otherwise."""
+    model, optimizer = trained("ab", range(2))
+    other, its_optimizer = trained("ba", range(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group["param_names"] = [f"old.{name}" for name in group["param_names"]]
+
+    def rename(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+        given["param_groups"] = [
+            {**g, "param_names": [n.removeprefix("old.") for n in g["param_names"]]}
+            for g in given["param_groups"]
+        ]
+
+    its_optimizer.register_load_state_dict_pre_hook(rename)
+    for _ in range(2):  # nothing of ours is left behind it
+        its_optimizer.load_state_dict(state)
+        assert_same_state(its_optimizer, other, optimizer, model)
+
+
 def test_without_names_it_goes_by_position_and_gets_none() -> None:
     named, bare = mlp(), mlp()
     one = Muon([{"params": [p for p in named.parameters() if p.ndim == 2]}], lr=0.1)

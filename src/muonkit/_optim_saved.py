@@ -21,7 +21,7 @@ from muonkit._groups import (
     validate_options,
 )
 from muonkit._optim_layout import is_a_part, is_dtensor, local
-from muonkit._torch import whole_tensor
+from muonkit._torch import WRAPPERS, whole_tensor
 from muonkit.exchange import agree
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ __all__ = ["merge_saved", "whole_state"]
 # What a group says of the model, beside its parameters.
 _STRUCTURE = ("algorithm", "view", "name", "param_names")
 
-# What wrappers put into the names of a model's parameters: compiled, checkpointed, FSDP1's, DDP's.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_LEADING = "module."
+_DDP = "module."  # what it puts before every name
 
 _WHOLE = (
     "call optimizer.consolidate_state_dict() on all ranks before rank 0 saves "
@@ -126,9 +124,9 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
 
 def _without_wrappers(names: Iterable[str]) -> list[str]:
     """Names as they are in a model that nobody has wrapped."""
-    plain = [".".join(part for part in n.split(".") if part not in _WRAPPERS) for n in names]
-    while plain and all(name.startswith(_LEADING) for name in plain):
-        plain = [name.removeprefix(_LEADING) for name in plain]
+    plain = [".".join(part for part in n.split(".") if part not in WRAPPERS) for n in names]
+    while plain and all(name.startswith(_DDP) for name in plain):
+        plain = [name.removeprefix(_DDP) for name in plain]
     return plain
 
 

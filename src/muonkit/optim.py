@@ -433,9 +433,19 @@ class Muon(Optimizer):
                 lies on several ranks and is not this rank's part; nothing is loaded.
         """
         self._settle()
-        merged = merge_saved(self.param_groups, state_dict, self.state)
+        merged: dict[str, Any] = {}
+
+        def merge(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            merged.update(merge_saved(self.param_groups, given, self.state))
+            return merged
+
+        # After the user's own hooks: these may give the parameters other names.
+        handle = self.register_load_state_dict_pre_hook(merge)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         self._whole = None
-        super().load_state_dict(merged)
         for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 before = merged["state"].get(key)
