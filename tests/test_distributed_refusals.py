@@ -132,6 +132,9 @@ DIFFERENT: dict[str, tuple[Callable[[], Muon], str]] = {
     "placement": (_with_a_placement, "cut: (4, 6)"),
 }
 
+if not hasattr(Tensor, "grad_dtype"):  # torch 2.9: a gradient has its parameter's dtype
+    del DIFFERENT["dtype of gradients"]
+
 
 @CASES.on(2, what=list(DIFFERENT))
 def tells_what_differs(what: str) -> str:
