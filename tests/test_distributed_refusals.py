@@ -149,6 +149,9 @@ DIFFERENT: dict[str, tuple[Callable[[], Muon], str]] = {
     "algorithm": (_with_an_algorithm, "group 0's algorithm: 'muon' on rank 0"),
 }
 
+if not hasattr(Tensor, "grad_dtype"):  # torch 2.9: a gradient has its parameter's dtype
+    del DIFFERENT["dtype of gradients"]
+
 
 @CASES.on(2, what=list(DIFFERENT))
 def tells_what_differs(what: str) -> str:

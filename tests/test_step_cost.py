@@ -142,12 +142,9 @@ def peak_of(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
     from machine import peak_bytes
 
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with warnings.catch_warnings():
-        # torch 2.11's profiler warns of itself, once.
-        warnings.filterwarnings("ignore", "Warning: Profiler clears events", UserWarning)
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-            step()
-        return peak_bytes(profiler)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        step()
+    return peak_bytes(profiler)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum_dtype": "bfloat16"}, {"nesterov": False}])
