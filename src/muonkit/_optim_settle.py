@@ -90,7 +90,10 @@ def is_settled(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) -> b
 
 
 def predecessors(
-    groups: Sequence[Mapping[str, Any]], known: Sequence[Known], reset: Iterable[Tensor] = ()
+    groups: Sequence[Mapping[str, Any]],
+    known: Sequence[Known],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    reset: Iterable[Tensor] = (),
 ) -> dict[Tensor, Tensor]:
     """For every parameter of the groups that goes on with a state, whose that was.
 
@@ -98,6 +101,8 @@ def predecessors(
     that is gone: of the one at its position in the group, else of the one of its name.
 
     Args:
+        state: of what was there before; what has none (it was frozen, or somebody took it out)
+            may come back in any shape.
         reset: parameters that begin anew.
 
     Raises:
@@ -133,7 +138,7 @@ def predecessors(
             "position, or keep 'param_names' beside them; nothing was changed"
         )
     for p, old in before.items():
-        if p not in begun and p.shape != shapes[old]:
+        if p not in begun and p.shape != shapes[old] and state.get(old):
             raise ValueError(
                 f"{now[p]} has the shape {tuple(p.shape)}, its state was made for "
                 f"{tuple(shapes[old])}: it was resized after the optimizer was made; nothing was "

@@ -317,7 +317,7 @@ class Muon(Optimizer):
         adopt_momentum(self.param_groups)
         if not reset and is_settled(self.param_groups, self._known):
             return
-        before = predecessors(self.param_groups, self._known, reset)
+        before = predecessors(self.param_groups, self._known, self.state, reset)
         for group in self.param_groups:
             validate_group(group)
         self._settle_all(self._layouts.anew(), before)
