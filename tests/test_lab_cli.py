@@ -117,7 +117,7 @@ def test_a_failure_while_running_is_one_line_and_status_1(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "x.pt")
 
-    monkeypatch.setattr("muonkit.lab.train.write_atomically", full)
+    monkeypatch.setattr("muonkit.lab.saved.write_with_sum", full)
     words = ["--steps", "5", "--checkpoint-every", "0", "--optimizers", "adamw"]
     assert main(["compare", "digits", *words]) == 1
     last = capsys.readouterr().err.splitlines()[-1]

@@ -757,7 +757,7 @@ def test_compare_shows_the_pictures_of_seed_0(
     assert main([*command, "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     assert len(re.findall("<img src=.data:image/png;base64,iVBOR", page)) == 2
-    assert "line 1: it is no JSON" in page
+    assert "draw a copy that lies in no run" in page
     assert main([*command[:-2], "--out", str(out)]) == 2
     assert "holds a comparison with monitor = 4, not null" in capsys.readouterr().err
 
