@@ -145,6 +145,13 @@ def test_other_names_are_refused_or_left_out() -> None:
     assert "x.up.weight" in its_optimizer.param_groups[0]["param_names"]
 
 
+def test_a_model_with_more_layers_is_named() -> None:
+    _, optimizer = trained("abc", range(1))
+    _, smaller = trained("ab", range(1))
+    with pytest.raises(ValueError, match=r"it has c\..* has not, and lacks nothing\."):
+        smaller.load_state_dict(optimizer.state_dict())
+
+
 def test_a_hook_may_give_them_our_names() -> None:
     """As torch's manual says for checkpoints of a model whose parameters were called otherwise."""
     model, optimizer = trained("ab", range(2))

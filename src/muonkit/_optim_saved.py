@@ -290,7 +290,8 @@ def _named(mesh: Any, place: Sequence[int] | None) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}" if names else "nothing"
 
 
 # --- saving -----------------------------------------------------------------------------------
