@@ -165,7 +165,10 @@ def add_module(world: World) -> None:
 
 def add_group(world: World) -> None:
     shapes = world.random.choice([[(4, 5)], [(3,)], [(2, 3, 4)], [], [(1, 6), (6, 1)]])
-    group: dict[str, Any] = {"params": [nn.Parameter(torch.randn(s)) for s in shapes]}
+    params: list[Any] = [nn.Parameter(torch.randn(s)) for s in shapes]
+    if world.random.random() < 0.7:
+        params = [(f"added.{i}", p) for i, p in enumerate(params)]
+    group: dict[str, Any] = {"params": params}
     group |= world.random.choice(
         [
             {},

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim", "mup", "_groups", "convert"),
     ("routing", "plan", "exchange", "variants", "orthogonalize", "adamw"),
     ("views", "placement", "coefficients", "forms", "symmetric", "scale"),
-    ("kernels", "scratch", "_compile", "_text"),
+    ("kernels", "scratch", "_compile", "_text", "options"),
     ("_torch", "_shards"),
 )
 HEIGHT = {room: -index for index, rooms in enumerate(LAYERS) for room in rooms}

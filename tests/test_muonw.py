@@ -144,6 +144,8 @@ def test_split_by_hand() -> None:
     assert (adamw["lr"], adamw["weight_decay"]) == (3e-4, 0.0)
     with pytest.raises(ValueError, match="adamw_lr"):
         MuonW(hidden, lr=0.02, adamw_params=rest)
+    with pytest.raises(TypeError, match=r"needs lr: .* Keller Jordan used 0\.02"):
+        MuonW(hidden, adamw_params=rest, adamw_lr=3e-4)
     with pytest.raises(ValueError, match="more than one"):
         MuonW(hidden, lr=0.02, adamw_params=[*rest, hidden[0]], adamw_lr=3e-4)
 

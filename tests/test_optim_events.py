@@ -84,7 +84,7 @@ def test_pitfall_34_replaced_parameters_go_on_with_their_state(variant: str) -> 
         lambda o: o.describe(),
         lambda o: o.clip_grad_norm_(1.0),
         lambda o: o.load_state_dict(o.state_dict()),
-        lambda o: o.add_param_group({"params": [parameter(4, 4)], "algorithm": "muon"}),
+        lambda o: o.add_param_group({"params": [("more", parameter(4, 4))], "algorithm": "muon"}),
     ],
 )
 def test_whatever_is_called_first_settles_and_lets_go_of_what_is_gone(
@@ -367,12 +367,14 @@ def test_every_group_has_a_name_of_its_own() -> None:
     optimizer = MuonW(model)
     names = [group["name"] for group in optimizer.param_groups]
     assert sorted(names) == ["adamw", "adamw no decay", "muon", "muon flatten"]
-    optimizer.add_param_group({"params": [parameter(4, 4)], "algorithm": "muon"})
-    optimizer.add_param_group({"params": [parameter(4)], "algorithm": "adamw", "name": "mine"})
+    optimizer.add_param_group({"params": [("more", parameter(4, 4))], "algorithm": "muon"})
+    bias = [("bias", parameter(4))]
+    optimizer.add_param_group({"params": bias, "algorithm": "adamw", "name": "mine"})
     assert [group["name"] for group in optimizer.param_groups[-2:]] == ["muon 2", "mine"]
     assert [g["name"] for g in Muon([parameter(3, 3)]).param_groups] == ["muon"]
+    more = [("other", parameter(4, 4))]
     with pytest.raises(TypeError, match="name is a string"):
-        optimizer.add_param_group({"params": [parameter(4, 4)], "algorithm": "muon", "name": 3})
+        optimizer.add_param_group({"params": more, "algorithm": "muon", "name": 3})
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["name"] = "theirs"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from muonkit import MuonW
+from muonkit import Muon, MuonW
+from muonkit.options import OF_ALGORITHM
 from muonkit.routing import Route, Routes, RoutingError, Rule, route
 from muonkit.scale import scale_factor
 
@@ -298,3 +299,45 @@ def test_the_scale_in_the_table_is_the_one_that_is_used() -> None:
 def test_decay_1d_leaves_to_rules_what_they_decide() -> None:
     routes = route(Model(), [Rule("fc1.bias", decay=False)], decay_1d=True)
     assert {r.name for r in routes if not r.decay} == {"fc1.bias"}
+
+
+def test_pitfall_41_every_option_of_a_group_may_stand_in_a_rule() -> None:
+    """Whatever a param group has, by the one table: values are those that the groups have anyway."""
+    model = Model()
+    for group in MuonW(model).param_groups:
+        algorithm = group["algorithm"]
+        name = group["param_names"][0]
+        for key in OF_ALGORITHM[algorithm]:
+            if key == "weight_decay" and group["weight_decay"] == 0:
+                continue
+            rule = Rule(name, options={key: group[key]})
+            own = next(
+                g for g in MuonW(model, rules=[rule]).param_groups if name in g["param_names"]
+            )
+            assert own[key] == group[key]
+
+
+def test_pitfall_48_a_rules_decay_is_for_what_decays() -> None:
+    model = Model()
+    rules = [Rule("*", options={"weight_decay": 0.01})]
+    told = {r.name: r.decay for r in route(model, rules)}
+    assert True in told.values()
+    assert False in told.values()
+    for group in MuonW(model, rules=rules).param_groups:
+        for name in group["param_names"]:
+            assert group["weight_decay"] == (0.01 if told[name] else 0.0)
+    forced = MuonW(model, rules=[Rule("*", decay=True, options={"weight_decay": 0.01})])
+    assert {group["weight_decay"] for group in forced.param_groups} == {0.01}
+    with pytest.raises(RoutingError, match="decay=False and weight_decay=0.3"):
+        Rule("*", decay=False, options={"weight_decay": 0.3})
+    with pytest.raises(ValueError, match=r"decay=False and weight_decay=0\.3"):
+        Muon([{"params": [nn.Parameter(torch.zeros(2, 2))], "decay": False, "weight_decay": 0.3}])
+
+
+@pytest.mark.parametrize("where", ["argument", "group"])
+def test_an_eps_without_effect_warns(where: str) -> None:
+    p = nn.Parameter(torch.zeros(2, 2))
+    with pytest.warns(UserWarning, match="eps=1e-06 has no effect on Muon"):
+        Muon([p], eps=1e-6) if where == "argument" else Muon([{"params": [p], "eps": 1e-6}])
+    adamw = Muon([{"params": [p], "algorithm": "adamw", "lr": 0.1, "eps": 1e-6}])
+    assert adamw.param_groups[0]["eps"] == 1e-6

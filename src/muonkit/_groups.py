@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from muonkit._optim_batches import planned
 from muonkit._shards import WHOLE, flat_shard
+from muonkit.options import MUON, OF_ALGORITHM
 from muonkit.orthogonalize import NS_DTYPES, choose
 from muonkit.scale import scale_factor
 from muonkit.variants import check_variant
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "MOMENTUM",
     "NS_OPTIONS",
-    "OPTION_KEYS",
     "STEP",
     "VARIANCE",
     "adopt_momentum",
@@ -43,6 +44,7 @@ __all__ = [
     "validate_defaults",
     "validate_group",
     "validate_options",
+    "warn_of_eps",
 ]
 
 # What `orthogonalize` takes from a group, in its order.
@@ -50,6 +52,9 @@ NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 
 # The keys of the state; AdamW's are torch's.
 MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
+
+# torch.optim.Muon's default, kept for its signature.
+EPS = 1e-7
 
 ALGORITHMS = ("muon", "adamw")
 NONFINITE = ("propagate", "skip", "raise")
@@ -61,37 +66,9 @@ _ADAMW_DEFAULTS = {
     "eps": "adamw_eps",
     "weight_decay": "adamw_wd",
 }
-_MUON_KEYS = (
-    "momentum",
-    "nesterov",
-    "ns_coefficients",
-    "ns_steps",
-    "adjust_lr_fn",
-    "ns_form",
-    "ns_dtype",
-    "momentum_dtype",
-    "bytes_in_flight",
-    "variant",
-    "variant_beta2",
-    "exchange_dtype",
-    "replicas",
-    "cautious",
-)
-# All that a group may say, beside its parameters.
-OPTION_KEYS = (
-    "algorithm",
-    "view",
-    "lr",
-    "weight_decay",
-    "betas",
-    "eps",
-    *_MUON_KEYS,
-    "maximize",
-    "nonfinite",
-)
 _FOREIGN_KEYS = {
     "muon": tuple(_ADAMW_DEFAULTS.values()),
-    "adamw": (*_ADAMW_DEFAULTS.values(), *_MUON_KEYS),
+    "adamw": (*_ADAMW_DEFAULTS.values(), *MUON),
 }
 _DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
 EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
@@ -113,16 +90,10 @@ _MUONW_OPTIONS = (
 )
 
 
-def complete_group(
-    group: dict[str, Any], defaults: dict[str, Any], named: bool | None = None
-) -> dict[str, Any]:
+def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """A copy of the group with its algorithm, view and AdamW's own defaults filled in.
 
     Muon's defaults are left to `Optimizer.add_param_group`.
-
-    Args:
-        named: whether the optimizer's other groups have names, which torch wants to be equal in
-            all; None if there are none yet.
 
     Raises:
         ValueError: unknown or contradictory algorithm; an AdamW group whose lr would be Muon's in
@@ -131,7 +102,7 @@ def complete_group(
     """
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a param group is a dict with 'params', got {group!r:.80}")
-    group = {**group, "params": _named(group["params"], named)}
+    group = {**group, "params": _listed(group["params"])}
     if "use_muon" in group:  # Keller Jordan's spelling
         said = "muon" if group["use_muon"] else "adamw"
         if group.setdefault("algorithm", said) != said:
@@ -140,11 +111,14 @@ def complete_group(
                 "give one of them"
             )
     if not group.pop("decay", True):  # routing's spelling
-        group.setdefault("weight_decay", 0.0)
+        decay = group.setdefault("weight_decay", 0.0)
+        if isinstance(decay, Tensor) or decay != 0:
+            raise ValueError(f"a group says decay=False and weight_decay={decay}; give one of them")
     algorithm = group.setdefault("algorithm", "muon")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
     if algorithm == "muon":
+        warn_of_eps(group)
         group["view"] = str(View.parse(group.get("view", "matrix")))
         for key in _DTYPE_KEYS:
             if key in group:
@@ -162,20 +136,24 @@ def complete_group(
     return group
 
 
-def _named(params: Any, named: bool | None) -> list[Any]:
-    """The parameters with names, without, or as they are (None)."""
+def warn_of_eps(options: dict[str, Any]) -> None:
+    """Warn of an eps for Muon, which has no effect."""
+    eps = options.get("eps", EPS)
+    if isinstance(eps, int | float) and eps >= 0 and eps != EPS:  # others are refused
+        warnings.warn(
+            f"eps={options['eps']} has no effect on Muon, whose update does not depend on the "
+            "gradient's scale; AdamW's is adamw_eps, or eps in its groups",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _listed(params: Any) -> list[Any]:
     if isinstance(params, set):
         raise TypeError(
             "parameters need an order that is the same every time: give a list, not a set"
         )
-    items = [params] if isinstance(params, Tensor) else list(params)
-    if named is None:
-        return items
-    bare = [item[1] if isinstance(item, tuple) else item for item in items]
-    if not named:
-        return bare
-    names = [item[0] if isinstance(item, tuple) else f"added.{i}" for i, item in enumerate(items)]
-    return list(zip(names, bare, strict=True))
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def drop_foreign_keys(group: dict[str, Any]) -> None:
@@ -329,8 +307,7 @@ def _validate_keys(group: dict[str, Any]) -> None:
     """
     if group["algorithm"] not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
-    own = ("betas",) if group["algorithm"] == "adamw" else _MUON_KEYS
-    for key in ("lr", "weight_decay", "eps", "maximize", "nonfinite", *own):
+    for key in OF_ALGORITHM[group["algorithm"]]:
         if key not in group:
             raise ValueError(
                 f"a group of {group['algorithm']} has no {key!r}: put it back; for another "

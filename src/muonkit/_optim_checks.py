@@ -10,12 +10,12 @@ import torch
 
 from muonkit._groups import (
     MOMENTUM,
-    OPTION_KEYS,
     STEP,
     parameter_names,
     state_shapes,
     validate_group,
 )
+from muonkit.options import OPTION_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

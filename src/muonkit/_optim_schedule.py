@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from muonkit._groups import OPTION_KEYS, parameter_names, products_of
+from muonkit._groups import parameter_names, products_of
 from muonkit._optim_layout import cuts_experts_only, is_dtensor, is_whole, local
 from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
+from muonkit.options import OPTION_KEYS
 from muonkit.plan import Plan, StepPlan, Stored, default_cap, make_gather
 from muonkit.views import blocks_of
 

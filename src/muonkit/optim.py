@@ -27,6 +27,7 @@ from muonkit._groups import (
     unused_name,
     validate_defaults,
     validate_group,
+    warn_of_eps,
 )
 from muonkit._optim_batches import Entry, make
 from muonkit._optim_checks import Options, check_gradients, check_parts
@@ -260,6 +261,7 @@ class Muon(Optimizer):
             "adamw_wd": adamw_wd,
         }
         validate_defaults(defaults)
+        warn_of_eps(defaults)
         self.skipped_steps = 0
         layouts = Layouts(process_group, zero)
         super().__init__(params, defaults)
@@ -270,8 +272,7 @@ class Muon(Optimizer):
         """Add a group; see the class for its keys. Nothing is added when it raises."""
         if "_layouts" in self.__dict__:
             self._settle()
-        named = "param_names" in self.param_groups[0] if self.param_groups else None
-        group = complete_group(param_group, self.defaults, named)
+        group = complete_group(param_group, self.defaults)
         super().add_param_group(group)
         added = self.param_groups.pop()
         drop_foreign_keys(added)
@@ -697,7 +698,8 @@ class MuonW(Muon):
     Args:
         model: a module, the `Routes` of one, or the parameters for Muon (then with adamw_params).
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
-            `Muon`. weight_decay None is 0.1 when routed and 0 by hand.
+            `Muon`. lr None is 3e-4 when routed, and refused by hand; weight_decay None is 0.1 when
+            routed and 0 by hand.
         rules: overrides for the routing (see `muonkit.Rule`).
         adamw_params: the parameters for AdamW, when the split is given by hand.
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: AdamW's own hyperparameters; lr and weight decay
@@ -718,7 +720,7 @@ class MuonW(Muon):
     def __init__(
         self,
         model: nn.Module | Routes | ParamsT,
-        lr: float | Tensor = 3e-4,
+        lr: float | Tensor | None = None,
         weight_decay: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -746,6 +748,7 @@ class MuonW(Muon):
             rules = [rules] if isinstance(rules, Rule) else list(rules)
             routes = _routes(model, rules, adjust_lr_fn, decay_1d)
             adjust_lr_fn = routes.scale
+            lr = 3e-4 if lr is None else lr
             weight_decay = 0.1 if weight_decay is None else weight_decay
             groups = routes.param_groups()
         else:
@@ -754,6 +757,11 @@ class MuonW(Muon):
                     f"MuonW got {type(model).__name__}, which cannot be routed: pass the model "
                     "(MuonW(model)), or adamw_params= for what AdamW trains; for hidden matrices "
                     "alone use Muon"
+                )
+            if lr is None:
+                raise TypeError(
+                    "MuonW with adamw_params needs lr: without routes it is the spectral norm of "
+                    "an update, for which Keller Jordan used 0.02; AdamW's rate is adamw_lr"
                 )
             weight_decay = 0.0 if weight_decay is None else weight_decay
             groups = _hand_groups(model, "muon") + _hand_groups(adamw_params, "adamw")

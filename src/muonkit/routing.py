@@ -22,6 +22,7 @@ from muonkit._routing_judge import Undecided, Verdict, is_vector, judge
 from muonkit._routing_survey import Site, Survey, survey, unwrap
 from muonkit._shards import WHOLE, flat_model
 from muonkit._text import shown
+from muonkit.options import OF_ALGORITHM
 from muonkit.scale import SCALES, scale_factor
 from muonkit.views import View
 
@@ -31,13 +32,7 @@ Algorithm = Literal["muon", "adamw", "frozen"]
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 
 _RESERVED = frozenset({"params", "algorithm", "view", "decay"})
-_HYPERPARAMETERS = {
-    "muon": frozenset(
-        {"lr", "weight_decay", "maximize", "nonfinite", "momentum", "nesterov", "ns_coefficients"}
-        | {"ns_steps", "adjust_lr_fn", "ns_form", "ns_dtype", "cautious", "eps"}
-    ),
-    "adamw": frozenset({"lr", "weight_decay", "maximize", "nonfinite", "betas", "eps"}),
-}
+_HYPERPARAMETERS = {algorithm: frozenset(keys) for algorithm, keys in OF_ALGORITHM.items()}
 _OPTIONS = _HYPERPARAMETERS["muon"] | _HYPERPARAMETERS["adamw"]
 _COLUMNS = ("name", "shape", "view", "algorithm", "scale", "decay", "reason")
 
@@ -91,7 +86,9 @@ class Rule:
         algorithm: "muon" or "adamw". To freeze, call `requires_grad_(False)` instead.
         view: a view; implies algorithm="muon".
         decay: whether weight decay applies.
-        options: param group hyperparameters, such as {"lr": 1e-4}.
+        options: param group hyperparameters, such as {"lr": 1e-4}: any option of its algorithm.
+            "weight_decay" is for those of its parameters that decay: gains and biases do not,
+            unless decay=True.
 
     Raises:
         RoutingError: the rule overrides nothing, or contradicts itself.
@@ -136,6 +133,11 @@ class Rule:
         if reserved:
             raise RoutingError(
                 f"{self} has options {reserved}, which routing sets; give them as Rule arguments"
+            )
+        if self.decay is False and "weight_decay" in self.options:
+            raise RoutingError(
+                f"{self} says decay=False and weight_decay={self.options['weight_decay']!r}; give "
+                "one of them"
             )
         if (self.algorithm, self.view, self.decay) == (None, None, None) and not self.options:
             raise RoutingError(f"{self} overrides nothing: give algorithm, view, decay or options")
@@ -397,6 +399,9 @@ def _trained(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: b
             f"{rule} gives {foreign} to {sites[0].name}, which {algorithm} trains and has "
             f"{', '.join(sorted(_HYPERPARAMETERS[algorithm]))}; make the rule match less"
         )
+    decay = verdict.decay or (decay_1d and rule is None and algorithm == "adamw")
+    if not decay:  # how much the others decay
+        options.pop("weight_decay", None)
     lazy = isinstance(param, nn.parameter.UninitializedParameter)
     return Route(
         name=sites[0].name,
@@ -404,7 +409,7 @@ def _trained(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: b
         shape=() if lazy else tuple(param.shape),
         algorithm=algorithm,
         view=verdict.view,
-        decay=verdict.decay or (decay_1d and rule is None and algorithm == "adamw"),
+        decay=decay,
         scale=_scale(verdict, param, options.get("adjust_lr_fn", scale)),
         reason=verdict.reason,
         options=options,
