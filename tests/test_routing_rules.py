@@ -302,7 +302,7 @@ def test_decay_1d_leaves_to_rules_what_they_decide() -> None:
 
 
 def test_pitfall_41_every_option_of_a_group_may_stand_in_a_rule() -> None:
-    """Whatever a param group has, by the one table: values are those that the groups have anyway."""
+    """By the one table of options; the values are those that the groups have anyway."""
     model = Model()
     for group in MuonW(model).param_groups:
         algorithm = group["algorithm"]
@@ -328,7 +328,7 @@ def test_pitfall_48_a_rules_decay_is_for_what_decays() -> None:
             assert group["weight_decay"] == (0.01 if told[name] else 0.0)
     forced = MuonW(model, rules=[Rule("*", decay=True, options={"weight_decay": 0.01})])
     assert {group["weight_decay"] for group in forced.param_groups} == {0.01}
-    with pytest.raises(RoutingError, match="decay=False and weight_decay=0.3"):
+    with pytest.raises(RoutingError, match=r"decay=False and weight_decay=0\.3"):
         Rule("*", decay=False, options={"weight_decay": 0.3})
     with pytest.raises(ValueError, match=r"decay=False and weight_decay=0\.3"):
         Muon([{"params": [nn.Parameter(torch.zeros(2, 2))], "decay": False, "weight_decay": 0.3}])
