@@ -31,6 +31,7 @@ __all__ = [
     "adopt_momentum",
     "beta2_of",
     "complete_group",
+    "computed_dtype",
     "describe_group",
     "drop_foreign_keys",
     "flops_of",
@@ -411,6 +412,12 @@ def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ..
 def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
     """The dtype that the momentum of this parameter is kept in."""
     return NS_DTYPES.get(group["momentum_dtype"], p.dtype)
+
+
+def computed_dtype(grad: torch.dtype, momentum: torch.dtype) -> torch.dtype:
+    """The dtype that the momentum is computed in: float16 has not the range for it."""
+    dtype = torch.promote_types(grad, momentum)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def parameter_names(group: Mapping[str, Any]) -> list[str]:

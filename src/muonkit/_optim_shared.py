@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from muonkit._groups import flops_of, momentum_dtype
+from muonkit._groups import computed_dtype, flops_of, momentum_dtype
 from muonkit._optim_batches import Arrived, Living, Source, Standing, Whole, place
 from muonkit._optim_layout import Layout
 from muonkit.exchange import Pending, move
@@ -43,7 +43,7 @@ __all__ = ["Param", "Share", "own_plan", "state_placement"]
 def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
     """What the update of a parameter is computed in, and travels in unless it is told otherwise."""
     most = torch.promote_types(p.dtype, torch.float32)
-    dtype = torch.promote_types(grad_dtype, momentum_dtype(group, p))
+    dtype = computed_dtype(grad_dtype, momentum_dtype(group, p))
     return most if dtype.itemsize > most.itemsize else dtype
 
 

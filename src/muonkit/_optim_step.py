@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from muonkit._groups import NS_OPTIONS, beta2_of
+from muonkit._groups import NS_OPTIONS, beta2_of, computed_dtype
 from muonkit._optim_batches import Arrived, stacked
 from muonkit.orthogonalize import orthogonalize_
 from muonkit.scale import scale_factor
@@ -74,7 +74,7 @@ def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
     stacks = []
     for grads, momenta, dtype in living:
         U = stacked(grads, alone=len(living) == 1)
-        U = U.to(torch.promote_types(U.dtype, momenta[0].dtype))
+        U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
         if group["maximize"]:
             U.neg_()
         directions = U.unbind()
@@ -87,7 +87,11 @@ def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
         else:
             # The momentum is kept in fewer bits than it is computed in.
             M = torch.stack(momenta).to(U.dtype).lerp_(U, 1 - mu)
-            torch._foreach_copy_(momenta, M.unbind())
+            kept = M
+            if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
+                largest = torch.finfo(torch.float16).max
+                kept = M.clamp(-largest, largest)
+            torch._foreach_copy_(momenta, kept.unbind())
             U = U.lerp_(M, mu) if nesterov else M
         # Nothing is computed in float64 for a momentum or gradient that is kept in it.
         most = torch.promote_types(dtype, torch.float32)

@@ -31,19 +31,37 @@ def adamw_step_(
         states: one dict for each, with step, exp_avg and exp_avg_sq, plain tensors too.
         group: lr, betas, eps, weight_decay, maximize.
     """
-    grads = [grad.to(p.dtype) for p, grad in zip(params, grads, strict=True)]
+    fused: list[Any] = []
+    others: list[Any] = []
+    for p, grad, state in zip(params, grads, states, strict=True):
+        # A gradient that lies otherwise is laid out as the parameter, which is cheaper than to
+        # take the parameter, or its whole group, out of the fused kernel.
+        grad = grad.to(p.dtype)
+        if grad.stride() != p.stride() and not torch.compiler.is_compiling():
+            grad = torch.empty_like(p).copy_(grad)
+        fits = not torch.compiler.is_compiling() and _fits_fused(p, grad, state)
+        (fused if fits else others).append((p, grad, state))
+    _update_(fused, group, fused=True)
+    # In float16 eps is zero, and what has no gradient yet 0/0: the fused kernel computes in
+    # float32, the others do not.
+    _update_([each for each in others if each[0].dtype != torch.float16], group, fused=False)
+    for p, grad, state in others:
+        if p.dtype == torch.float16:
+            _update_in_float32_(p, grad, state, group)
+
+
+def _update_(entries: Sequence[Any], group: dict[str, Any], fused: bool) -> None:
+    if not entries:
+        return
     compiling = torch.compiler.is_compiling()
-    fused = not compiling and all(
-        _fits_fused(p, g, state) for p, g, state in zip(params, grads, states, strict=True)
-    )
     beta1, beta2 = group["betas"]
     adamw(
-        list(params),
-        grads,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [p for p, _, _ in entries],
+        [grad for _, grad, _ in entries],
+        [state["exp_avg"] for _, _, state in entries],
+        [state["exp_avg_sq"] for _, _, state in entries],
         [],
-        [state["step"] for state in states],
+        [state["step"] for _, _, state in entries],
         fused=fused,
         foreach=None if fused else compiling or not isinstance(group["lr"], Tensor),
         # When compiling, the step count is a tensor of the graph like the others.
@@ -56,6 +74,18 @@ def adamw_step_(
         eps=group["eps"],
         maximize=group["maximize"],
     )
+
+
+def _update_in_float32_(
+    p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> None:
+    """One parameter's update, of copies; the results are rounded to its own dtype."""
+    own = {"p": p, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    wide = {key: tensor.float() for key, tensor in own.items()}
+    copies = {**state, "exp_avg": wide["exp_avg"], "exp_avg_sq": wide["exp_avg_sq"]}
+    _update_([(wide["p"], grad.float(), copies)], group, fused=False)
+    for key, tensor in own.items():
+        tensor.copy_(wide[key])
 
 
 def _fits_fused(p: Tensor, grad: Tensor, state: dict[str, Any]) -> bool:
