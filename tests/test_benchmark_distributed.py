@@ -160,7 +160,9 @@ def test_another_amount_than_planned_is_an_error(monkeypatch: pytest.MonkeyPatch
 
     import muonkit
 
-    optimizer = muonkit.Muon([torch.nn.Parameter(torch.ones(2, 2))])
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    optimizer = muonkit.Muon([p])
     runner = distributed.Runner(optimizer, "float32")
     monkeypatch.setattr(distributed.dist, "barrier", lambda: None)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)

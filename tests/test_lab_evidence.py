@@ -229,7 +229,7 @@ def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
     (result, *_) = (tmp_path / "two" / "runs").glob("adamw-*-seed1/result.json")
     result.write_text("{}")
     assert main([*words, "--jobs", "2", "--out", str(tmp_path / "two")]) == 2
-    assert "damaged or of another version" in capsys.readouterr().err.splitlines()[-1]
+    assert "the same command trains that run anew" in capsys.readouterr().err.splitlines()[-1]
 
 
 def _begin(out: Path, **options: Any) -> subprocess.Popen[str]:

@@ -515,6 +515,30 @@ def test_large_finite_gradients_are_finite() -> None:
     optimizer.step()
 
 
+def test_a_large_float64_is_finite_in_float64() -> None:
+    for policy in ("skip", "raise"):
+        params = [parameter(4, 4, dtype=torch.float64), parameter(4, 4)]
+        optimizer = Muon(params, nonfinite=policy)
+        before = [p.detach().clone() for p in params]
+        set_gradients(params)
+        params[0].grad.mul_(1e50)
+        optimizer.step()
+        assert optimizer.skipped_steps == 0
+        assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_nan_in_a_state_does_not_change_its_dtype() -> None:
+    p = parameter(4, 4, dtype=torch.bfloat16)
+    optimizer = Muon([p], momentum_dtype="float32")
+    momentum_of(optimizer, p)[0, 0] = float("nan")
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert momentum_of(optimizer, p).dtype == torch.float32
+    torch.testing.assert_close(
+        momentum_of(optimizer, p), saved["state"][0]["momentum_buffer"], equal_nan=True
+    )
+
+
 # --- several dtypes and devices in one model ----------------------------------------------------
 
 

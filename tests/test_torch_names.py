@@ -18,6 +18,8 @@ HOME = "_torch.py"
 
 # Not torch's: of named tuples, and of os.
 OTHERS = {"_asdict", "_exit", "_fields", "_replace"}
+# transformers', of its configurations.
+OTHERS |= {"_attn_implementation", "_experts_implementation"}
 
 # Public, but not in every torch that pyproject.toml admits (2.9 and later), as documented there.
 YOUNG = {"get_capabilities", "is_acl_available", "reduce_scatter_single", "all_gather_single"}

@@ -1,13 +1,17 @@
-"""What torch.compile has to be told."""
+"""What torch.compile has to be told: what is a constant, and where a graph may break.
+
+torch's own decorators import all of torch._dynamo, two seconds on `import muonkit`; these set the
+marks that they set. Tests hold that the marks still work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from muonkit._torch import CONSTANT_MARK
+from muonkit._torch import CONSTANT_MARK, OUTSIDE_MARKS, never_begin_a_graph
 
-__all__ = ["constant_result"]
+__all__ = ["constant_result", "graph_or_eager", "outside_graphs"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,9 +20,26 @@ R = TypeVar("R")
 def constant_result(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.assume_constant_result`: called while tracing, with constant arguments.
 
-    The compiler guards on the arguments as constants. torch's own decorator does just this, but
-    imports all of torch._dynamo for it: two seconds on `import muonkit`. A test holds that the mark
-    still works (one graph, no break).
+    The compiler guards on the arguments as constants.
     """
     function.__dict__[CONSTANT_MARK] = True
+    return function
+
+
+def graph_or_eager(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that is part of its caller's graph as a whole, or runs as it is with all that it
+    calls: never in parts.
+
+    Where a graph breaks, torch.compile calls the function that it was tracing, and traces that, and
+    what it calls in turn, apart. Of some kinds of code (generators, loops, comprehensions) it then
+    runs a part twice or not at all.
+    """
+    never_begin_a_graph(function)
+    return function
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compiler.disable`: a graph breaks where this is called, and it runs as it is."""
+    function.__dict__.update(OUTSIDE_MARKS)
+    never_begin_a_graph(function)
     return function

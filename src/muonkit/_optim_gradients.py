@@ -127,7 +127,8 @@ def _are_finite(grads: Sequence[Tensor]) -> list[bool]:
             continue
         # The largest magnitude: a 2-norm would overflow on large finite gradients.
         norms = torch._foreach_norm([grads[i] for i in here], float("inf"))
-        finite = torch.stack([norm.float() for norm in norms]).isfinite().tolist()
+        # Each in its own dtype: a float64 narrowed to float32 may be infinite there.
+        finite = torch.stack([norm.isfinite() for norm in norms]).tolist()
         for i, ok in zip(here, finite, strict=True):
             answers[i] = ok
     return answers

@@ -68,6 +68,8 @@ def ddp_reduce_scatter_hook(
         for position in range(domain.size):
             parts[position].append(grad[slices(_box(layout, p, position), whole(p.shape))])
     buffer: Tensor = bucket.buffer()
+    # Before the sum, as DDP does it: of 16-bit gradients the sum may overflow, and the mean not.
+    buffer.div_(domain.size)
     most = max(sum(part.numel() for part in some) for some in parts)
     packed = buffer.new_zeros(domain.size, most)
     for row, some in zip(packed, parts, strict=True):
@@ -79,8 +81,8 @@ def ddp_reduce_scatter_hook(
 
     def put_back(_: Any) -> Tensor:
         buffer.zero_()
-        _copy(own.div_(domain.size), parts[domain.position], into=True)
-        _copy(together.div_(domain.size), rest, into=True)
+        _copy(own, parts[domain.position], into=True)
+        _copy(together, rest, into=True)
         return buffer
 
     arrived = torch.futures.collect_all([_future(scattered), _future(reduced)])

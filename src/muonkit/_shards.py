@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from muonkit._torch import FLAT_MARK
+
 __all__ = ["WHOLE", "flat_model", "flat_shard"]
 
 WHOLE = (
@@ -22,7 +24,7 @@ def flat_shard(p: Any) -> str | None:
     if hasattr(p, "ds_id"):  # and ds_shape, ds_status; its own data is empty between two passes
         shape = tuple(getattr(p, "ds_shape", ()))
         return f"a flat part of a parameter {shape} that DeepSpeed's ZeRO-3 has sharded"
-    if getattr(p, "_is_flat_param", False):
+    if getattr(p, FLAT_MARK, False):
         return "FSDP1's FlatParameter, a vector of several parameters"
     return None
 

@@ -15,20 +15,23 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "CONSTANT_MARK",
+    "FLAT_MARK",
     "FLAT_PARAMETER",
+    "OUTSIDE_MARKS",
     "WRAPPERS",
     "cpu_capabilities",
     "default_store",
     "is_watched_by_func",
     "local_box",
     "local_tensor",
+    "never_begin_a_graph",
     "own_modules",
     "own_parameters",
     "reduce_scatter",
@@ -47,8 +50,33 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
+# What FSDP1 writes on the vector that it has made of several parameters.
+FLAT_MARK = "_is_flat_param"
+
 # What FSDP1 calls a parameter that it has made of several.
 FLAT_PARAMETER = "_flat_param"
+
+
+# What `torch.compiler.disable` writes on a function.
+OUTSIDE_MARKS = {
+    "_torchdynamo_disable": True,
+    "_torchdynamo_disable_msg": None,
+    "_torchdynamo_disable_recursive": True,
+}
+
+
+def never_begin_a_graph(function: Callable[..., object]) -> None:
+    """torch.compile traces this function only as a part of its caller's graph; where it is called
+    outside of one, it and all that it calls run as they are.
+    """
+    try:
+        from torch._C._dynamo import eval_frame
+
+        skip = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(skip, skip)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    except (ImportError, AttributeError):  # a build of torch without torch.compile
+        return
 
 
 def cpu_capabilities() -> dict[str, bool]:

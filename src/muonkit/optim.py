@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from muonkit._compile import graph_or_eager, outside_graphs
 from muonkit._groups import (
     MOMENTUM,
     STEP,
@@ -316,8 +317,11 @@ class Muon(Optimizer):
                 not what the constructor takes; nothing is changed.
         """
         adopt_momentum(self.param_groups)
-        if not reset and is_settled(self.param_groups, self._known):
-            return
+        if reset or not is_settled(self.param_groups, self._known):
+            self._settle_anew(reset)
+
+    @outside_graphs
+    def _settle_anew(self, reset: Sequence[Tensor]) -> None:
         before = predecessors(self.param_groups, self._known, self.state, reset)
         for group in self.param_groups:
             validate_group(group)
@@ -341,16 +345,13 @@ class Muon(Optimizer):
         self._layouts = layouts
         # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
         self._step_supports_amp_scaling = layouts.domain is not None
-        if layouts.domain is not None:
-            # What is planned and exchanged is no part of a graph.
-            disable: Any = torch.compiler.disable
-            self.__dict__["_step_together"] = disable(self._step_together)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._options = Options()
-        held = {p for group in self.param_groups for p in group["params"]}
-        frozen = {p: self.state[before[p]] for p in held if before.get(p) in self.state}
+        # In one order on all ranks: what gathers a state dict goes by it.
+        held = [p for group in self.param_groups for p in group["params"]]
+        kept = {p: self.state[before[p]] for p in held if before.get(p) in self.state}
         others = {key: self.state[key] for key in self.state if not isinstance(key, Tensor)}
-        self.state = defaultdict(dict, {**others, **frozen, **carried})
+        self.state = defaultdict(dict, {**others, **kept, **carried})
         self._make_state(trained)
         self._known, self._whole = known_of(self.param_groups), None
         if layouts.domain is None:
@@ -474,23 +475,18 @@ class Muon(Optimizer):
         return self._take_step(closure)
 
     def _take_step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
         if self._whole is not None:
             self._whole = None
-        if closure is not None:
-            enable_grad: Any = torch.enable_grad  # untyped in torch 2.9
-            with enable_grad():
-                loss = closure()
-        try:
-            alone = self._layouts.domain is None
-            taken = self._step_alone() if alone else self._step_together()
-        except Exception:
-            forget_scaler(self)
-            raise
-        if not taken:
-            self.skipped_steps += 1
+        # Under torch.compile a graph may break here and in `_step_alone`, between two calls, and
+        # nowhere below them.
+        loss = None if closure is None else _loss_of(closure)
+        if self._layouts.domain is None:
+            self._step_alone()
+        else:
+            self._step_together()
         return loss
 
+    @graph_or_eager
     def _work(self) -> Work:
         """What has a gradient, once everything that can be refused was looked at."""
         try:
@@ -506,16 +502,39 @@ class Muon(Optimizer):
             raise
         return work
 
-    def _step_alone(self) -> bool:
-        """Whether the step took place: of parameters that no other rank shares."""
+    def _step_alone(self) -> None:
+        """A step of parameters that no other rank shares."""
         work = self._work()
         if self._layouts.domain is not None:  # sharded since the last step
-            return self._step_together()
+            self._step_together()
+            return
         look_at_others(self._told)
         warn_if_idle(work)
-        verdict = judge(work)
-        if not verdict.may_step(verdict.vote):
-            return False
+        if not any(_is_checked(group) for group in self.param_groups) or self._may_step():
+            self._begin_graph(work)
+
+    @outside_graphs
+    def _may_step(self) -> bool:
+        """Whether this rank's gradients let the step take place; waits for them."""
+        verdict = judge(with_gradients(self.param_groups))
+        return self._takes_place(verdict, verdict.vote)
+
+    def _takes_place(self, verdict: Verdict, vote: int) -> bool:
+        taken = verdict.may_step(vote)
+        if not taken:
+            self.skipped_steps += 1
+        return taken
+
+    def _begin_graph(self, work: Work) -> None:
+        # torch.compile begins a graph only in a function that has tensors in its arguments.
+        self._update()
+
+    @graph_or_eager
+    def _update(self) -> None:
+        """What is written in a step of parameters that no other rank shares."""
+        # Asked for again: a graph takes a gradient that it meets behind a key of the state first,
+        # and not behind the groups, for a constant.
+        work = with_gradients(self.param_groups)
         # Whatever can be refused is, before the first write.
         planned = [
             (group, make([self._entry(p, group) for p in params], group))
@@ -530,19 +549,28 @@ class Muon(Optimizer):
             for batch in batches:
                 for _ in muon_step(batch, group, self._observer):
                     pass
-        return True
 
-    def _step_together(self) -> bool:
-        """The same with other ranks: what they share is exchanged."""
+    # What is planned and exchanged is no part of a graph.
+    @outside_graphs
+    def _step_together(self) -> None:
+        """A step with other ranks: what they share is exchanged."""
+        try:
+            self._exchange()
+        except Exception:
+            forget_scaler(self)
+            raise
+
+    def _exchange(self) -> None:
         work = self._work()
         if self._layouts.domain is None:  # no longer sharded
-            return self._step_alone()
+            self._step_alone()
+            return
         schedule = self._schedule(gradients(self.param_groups))
         scaled = scaled_by(self)
         verdict = judge(work) if scaled is None else Verdict(int(scaled.overflow), [])
         vote = self._agree(schedule, verdict.vote, scaled)
-        if not verdict.may_step(vote):
-            return False
+        if not self._takes_place(verdict, vote):
+            return
         own, shared = self._batches(work, schedule)
         adamw = self._adamw(work)
         if scaled is not None:
@@ -556,7 +584,6 @@ class Muon(Optimizer):
         for group, batch in own:
             for _ in muon_step(batch, group, self._observer):
                 pass
-        return True
 
     def _adamw(self, work: Work) -> list[tuple[dict[str, Any], _AdamWEntries]]:
         """(group, what `adamw_step_` takes) of AdamW's groups."""
@@ -798,6 +825,17 @@ class MuonW(Muon):
                 "'algorithm': 'muon' or 'adamw' in the group"
             )
         super().add_param_group(param_group)
+
+
+@outside_graphs
+def _loss_of(closure: Callable[[], Any]) -> Any:
+    enable_grad: Any = torch.enable_grad  # untyped in torch 2.9
+    with enable_grad():
+        return closure()
+
+
+def _is_checked(group: dict[str, Any]) -> bool:
+    return bool(group["nonfinite"] != "propagate")
 
 
 def _routes(
