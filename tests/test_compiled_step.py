@@ -70,8 +70,8 @@ ADAMW: dict[str, Sequence[Any]] = {
     "maximize": [False, True],
     "nonfinite": NONFINITE,
 }
-# What the constructor has and no group: AdamW's defaults, which groups get, and ranks. Of ranks only
-# these values make a graph; a step over ranks is no part of one (tests of several ranks).
+# What the constructor has and no group: defaults of AdamW's groups, and ranks. Of ranks only these
+# values make a graph; a step over ranks is no part of one (tests of several ranks).
 CONSTRUCTOR: dict[str, Sequence[Any]] = {
     "adamw_lr": [0.02, torch.tensor(0.02)],
     "adamw_betas": [(0.8, 0.9)],

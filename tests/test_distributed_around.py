@@ -551,6 +551,52 @@ def the_hook_sends_what_an_optimal_reduce_scatter_sends() -> None:
     assert sum(sent for _, sent in calls) == 3 * 16 * 16 * 4 * (size - 1) // size
 
 
+def _zero_model(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+ZEROED: dict[str, Callable[[nn.Module, Muon], None] | None] = {
+    "none": lambda model, optimizer: optimizer.zero_grad(),
+    "zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model": lambda model, optimizer: _zero_model(model),
+    "not": None,
+}
+
+
+@CASES.on(2, zeroed=list(ZEROED), steps=[True, False])
+def the_hook_refuses_to_add_to_what_it_has_averaged(zeroed: str, steps: bool) -> None:
+    """Two backward passes without no_sync, with a step between them or without."""
+    model, optimizer, wrapped = _wrapped(1, hook=True)
+    wrapped(_own_tokens(0)).backward()
+    if steps:
+        optimizer.step()
+    zero = ZEROED[zeroed]
+    if zero is None:
+        with pytest.raises(RuntimeError, match=r"has averaged.*no_sync"):
+            wrapped(_own_tokens(1)).backward()
+        return
+    zero(model, optimizer)
+    _accumulate(wrapped, wrapped.no_sync, 1)
+    optimizer.step()
+
+
+@CASES.on(2)
+def the_hook_divides_before_it_sums() -> None:
+    """As DDP does it: the mean of two float16 gradients of 40,000, whose sum is infinite."""
+    model = nn.Linear(8, 8).half()
+    p, b = model.weight, model.bias
+    groups = [{"params": [p]}, {"params": [b], "algorithm": "adamw", "lr": 0.1}]
+    optimizer = Muon(groups, process_group=dist.group.WORLD, zero=1)
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(optimizer, ddp_reduce_scatter_hook)
+    wrapped(torch.full((1, 8), 40000.0, dtype=torch.float16)).backward(
+        torch.full((1, 8), 1.0, dtype=torch.float16)
+    )
+    assert set(b.grad.unique().tolist()) <= {0.0, 1.0}
+    assert set(p.grad.unique().tolist()) == {0.0, 40000.0}
+
+
 @CASES.on(2)
 def the_hook_refuses_an_optimizer_that_needs_whole_gradients() -> str:
     _, _, wrapped = _wrapped(0, hook=True)

@@ -3,6 +3,7 @@
 (Annotations are evaluated here: DDP compares those of a hook with its own types.)
 """
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,9 @@ def ddp_reduce_scatter_hook(
 
     What a rank does not need of `p.grad` is zero after the backward pass. So
 
-    - several backward passes before a step belong under `model.no_sync()`, all but the last;
+    - several backward passes before a step belong under `model.no_sync()`, all but the last; a
+      backward pass onto gradients that were averaged already raises (to see that, gradients that
+      were set to zero rather than to None are looked at, which waits for the device);
     - `torch.nn.utils.clip_grad_norm_` would see this rank's part only: use
       `optimizer.clip_grad_norm_`.
 
@@ -49,6 +52,7 @@ def ddp_reduce_scatter_hook(
 
     Raises:
         ValueError: the optimizer shares nothing out over ranks.
+        RuntimeError: in a backward pass, onto gradients that were averaged already.
     """
     layouts = optimizer._layouts
     domain = layouts.domain
@@ -61,6 +65,9 @@ def ddp_reduce_scatter_hook(
     parts: list[list[Tensor]] = [[] for _ in range(domain.size)]
     rest: list[Tensor] = []
     for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        if p not in layouts.averaged:
+            layouts.averaged[p] = _Averaged(p)
+        layouts.averaged[p].yes = True
         layout = layouts.get(p)
         if layout is None or layout.lives == layout.stored:
             rest.append(grad)
@@ -88,6 +95,27 @@ def ddp_reduce_scatter_hook(
     arrived = torch.futures.collect_all([_future(scattered), _future(reduced)])
     done: torch.futures.Future[Tensor] = arrived.then(put_back)
     return done
+
+
+class _Averaged:
+    """Whether the gradient that a parameter has is one that the hook has averaged. A backward pass
+    that added to it would add this rank's own to what is the mean in part, and zero elsewhere.
+    """
+
+    def __init__(self, p: Tensor) -> None:
+        self.yes = False
+        self._p = weakref.ref(p)
+        p.register_hook(self._before_accumulation)  # type: ignore[no-untyped-call]
+
+    def _before_accumulation(self, grad: Tensor) -> None:
+        p = self._p()
+        if self.yes and p is not None and p.grad is not None and bool(p.grad.any()):
+            raise RuntimeError(
+                "a backward pass met gradients that ddp_reduce_scatter_hook has averaged in the "
+                "one before: take all backward passes before a step but the last under 'with "
+                "model.no_sync():', and call optimizer.zero_grad() after each step"
+            )
+        self.yes = False
 
 
 def _future(work: Any) -> Any:

@@ -90,6 +90,7 @@ class Layouts:
         self.domain: Domain | None = None
         self._ranks: list[int] = []
         self.scattered = False  # whether gradients are averaged only where the state lives
+        self.averaged: dict[Tensor, Any] = {}  # what ddp_reduce_scatter_hook knows of gradients
         self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
