@@ -255,3 +255,23 @@ def test_a_graph_that_breaks_inside_the_step_trains_all(
     differences_, graphs = deviation(groups, steps=2, adamw_lr=0.1)
     assert max(differences_) <= CLOSE
     assert graphs == 0
+
+
+def test_pitfall_25_a_scheduled_tensor_is_compiled_once() -> None:
+    """lr, weight_decay and momentum as tensors, filled in place, as a schedule does it."""
+
+    def schedule(optimizer: Muon, t: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"].fill_(0.05 / (t + 1))
+            if group["algorithm"] == "muon":
+                group["weight_decay"].fill_(0.1 / (t + 1))
+                group["momentum"].fill_(0.9 + 0.01 * t)
+
+    options = {"weight_decay": torch.tensor(0.1), "momentum": torch.tensor(0.9)}
+    groups = [
+        group_of("muon", {"lr": torch.tensor(0.05), **options}, torch.float32, seed=0),
+        group_of("adamw", {"lr": torch.tensor(0.05)}, torch.float32, seed=5),
+    ]
+    found, graphs = deviation(groups, steps=10, before=schedule)
+    assert graphs == 1
+    assert max(found) <= CLOSE
