@@ -134,6 +134,33 @@ def test_named_parameters_are_found_by_name() -> None:
             assert torch.equal(optimizer.state[p][key], momentum[name][key])
 
 
+def test_names_go_before_positions() -> None:
+    params = [(f"p{i}", parameter(4, 4, seed=i)) for i in range(3)]
+    optimizer = Muon(params, **FP32)
+    set_gradients([p for _, p in params])
+    optimizer.step()
+    momentum = {name: momentum_of(optimizer, p) for name, p in params}
+    group = optimizer.param_groups[0]
+    order = [2, 0, 1]
+    group["params"] = [nn.Parameter(group["params"][i].detach().clone()) for i in order]
+    group["param_names"] = [f"p{i}" for i in order]
+    optimizer.plan()
+    for name, p in zip(group["param_names"], group["params"], strict=True):
+        assert torch.equal(momentum_of(optimizer, p), momentum[name])
+    group["params"] = group["params"][::-1]  # and not its names
+    with pytest.raises(ValueError, match="reordered, and 'param_names' were not"):
+        optimizer.state_dict()
+
+
+def test_what_is_held_already_need_not_be_added() -> None:
+    model = mlp()
+    model[2].requires_grad_(False)
+    optimizer = MuonW(model, **FP32)
+    model[2].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"2\.weight is in 'muon' already.*nothing need be added"):
+        optimizer.add_param_group({"params": [model[2].weight], "algorithm": "muon"})
+
+
 def test_what_cannot_be_mapped_is_refused() -> None:
     params = [parameter(4, 6, seed=i) for i in range(3)]
     optimizer = Muon(params, **FP32)
@@ -236,6 +263,10 @@ EDITS: list[tuple[str, dict[str, Any], str]] = [
     ("muon", {"momentum_dtype": "int8"}, "momentum_dtype"),
     ("muon", {"lr": float("nan")}, "Learning rate"),
     ("muon", {"bytes_in_flight": 0}, "bytes_in_flight"),
+    ("muon", {"maximize": "q"}, "maximize should be"),
+    ("muon", {"nesterov": "False"}, "nesterov should be"),
+    ("muon", {"cautious": None}, "cautious should be"),
+    ("adamw", {"maximize": "q"}, "maximize should be"),
     ("adamw", {"lr": -1.0}, "Learning rate"),
     ("adamw", {"betas": (0.9, 1.5)}, "betas"),
     ("adamw", {"betas": None}, "betas"),

@@ -38,6 +38,7 @@ __all__ = [
     "momentum_dtype",
     "parameter_names",
     "products_of",
+    "refuse_held",
     "refuse_unknown",
     "separate_lr",
     "state_shapes",
@@ -163,6 +164,27 @@ def drop_foreign_keys(group: dict[str, Any]) -> None:
         group.pop(key, None)
 
 
+def refuse_held(group: Any, groups: list[dict[str, Any]]) -> None:
+    """Refuse a group with a parameter that another group has: a layer that was frozen, for one.
+
+    Raises:
+        ValueError: there is one.
+    """
+    given = group.get("params", ()) if isinstance(group, dict) else ()
+    items = (
+        [given] if isinstance(given, Tensor) else given if isinstance(given, list | tuple) else ()
+    )
+    added = {id(item[1] if isinstance(item, tuple) else item) for item in items}
+    for other in groups:
+        for name, p in zip(parameter_names(other), other["params"], strict=True):
+            if id(p) in added:
+                raise ValueError(
+                    f"some parameters appear in more than one parameter group: {name} is in "
+                    f"{other['name']!r} already, which trains it as soon as it has a gradient, "
+                    "also where it was frozen until now; nothing need be added"
+                )
+
+
 def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | None = None) -> None:
     """Give every group a tensor lr of its own.
 
@@ -272,6 +294,9 @@ def validate_options(group: dict[str, Any]) -> None:
     if group["nonfinite"] not in NONFINITE:
         options = ", ".join(map(repr, NONFINITE))
         raise ValueError(f"unknown nonfinite {group['nonfinite']!r}; it is one of {options}")
+    for key in ("maximize", "nesterov", "cautious"):
+        if key in group and not isinstance(group[key], bool | int):
+            raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
     if group["algorithm"] == "adamw":
         betas: Any = group.get("betas")
         two = isinstance(betas, tuple | list) and len(betas) == 2

@@ -98,7 +98,7 @@ def predecessors(
     """For every parameter of the groups that goes on with a state, whose that was.
 
     A parameter that was there before goes on with its own. One that was not takes the place of one
-    that is gone: of the one at its position in the group, else of the one of its name.
+    that is gone: of the one of its name where there are names, else at its position in the group.
 
     Args:
         state: of what was there before; what has none (it was frozen, or somebody took it out)
@@ -122,14 +122,12 @@ def predecessors(
     gone = {p: None for p in shapes if p not in now}
     new = {p: None for p in now if p not in shapes}
     before = {p: p for p in now if p in shapes}
-    for p, old in _by_position(groups, known):
-        if p in new and old in gone:
-            before[p] = old
-            del new[p], gone[old]
-    for p, old in _by_name(groups, known, gone):
-        if p in new and old in gone:
-            before[p] = old
-            del new[p], gone[old]
+    _check_names(groups, known)
+    for pairs in (_by_name(groups, known, gone), _by_position(groups, known)):
+        for p, old in pairs:
+            if p in new and old in gone:
+                before[p] = old
+                del new[p], gone[old]
     unclear = [now[p] for p in new if p not in begun]
     if unclear and gone:
         raise ValueError(
@@ -161,6 +159,29 @@ def _refuse_flat(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) ->
                 f"{len(before.params)} parameters that it had: a flat part of them, as DeepSpeed's "
                 f"ZeRO-1 and ZeRO-2 make it, which has no matrices; nothing was changed. {WHOLE}"
             )
+
+
+def _check_names(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) -> None:
+    """Refuse names that stayed where they were while parameters were reordered.
+
+    Raises:
+        ValueError: a parameter stands under the name of another.
+    """
+    owner = {
+        name: p
+        for before in known
+        if before.named
+        for name, p in zip(before.names, before.params, strict=True)
+    }
+    names = {p: name for name, p in owner.items()}
+    for group in groups:
+        for name, p in zip(group.get("param_names") or (), group["params"], strict=False):
+            if p in names and name in owner and owner[name] is not p:
+                raise ValueError(
+                    f"the parameter {names[p]} stands under the name {name} in its group: 'params' "
+                    "were reordered, and 'param_names' were not; change both together; nothing was "
+                    "changed"
+                )
 
 
 def _by_position(

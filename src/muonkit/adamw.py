@@ -42,11 +42,11 @@ def adamw_step_(
         fits = not torch.compiler.is_compiling() and _fits_fused(p, grad, state)
         (fused if fits else others).append((p, grad, state))
     _update_(fused, group, fused=True)
-    # In float16 eps is zero, and what has no gradient yet 0/0: the fused kernel computes in
-    # float32, the others do not.
-    _update_([each for each in others if each[0].dtype != torch.float16], group, fused=False)
+    # The fused kernel computes 16 bits in float32, the others do not: in float16 eps is zero, and
+    # what has no gradient yet 0/0.
+    _update_([each for each in others if each[0].dtype.itemsize > 2], group, fused=False)
     for p, grad, state in others:
-        if p.dtype == torch.float16:
+        if p.dtype.itemsize == 2:
             _update_in_float32_(p, grad, state, group)
 
 

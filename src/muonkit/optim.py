@@ -23,6 +23,7 @@ from muonkit._groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
+    refuse_held,
     refuse_unknown,
     separate_lr,
     unused_name,
@@ -273,6 +274,7 @@ class Muon(Optimizer):
         """Add a group; see the class for its keys. Nothing is added when it raises."""
         if "_layouts" in self.__dict__:
             self._settle()
+            refuse_held(param_group, self.param_groups)
         group = complete_group(param_group, self.defaults)
         super().add_param_group(group)
         added = self.param_groups.pop()
