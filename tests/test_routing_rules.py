@@ -341,3 +341,15 @@ def test_an_eps_without_effect_warns(where: str) -> None:
         Muon([p], eps=1e-6) if where == "argument" else Muon([{"params": [p], "eps": 1e-6}])
     adamw = Muon([{"params": [p], "algorithm": "adamw", "lr": 0.1, "eps": 1e-6}])
     assert adamw.param_groups[0]["eps"] == 1e-6
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+def test_rules_tensors_stay_separate(key: str) -> None:
+    """Two rules with tensors of one value: each may be filled by itself."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)), nn.Linear(4, 2))
+    first, second = torch.tensor(0.1), torch.tensor(0.1)
+    rules = [Rule(f"{i}.weight", options={key: t}) for i, t in enumerate((first, second, first))]
+    groups = MuonW(model, rules=rules).param_groups
+    of = {name: group[key] for group in groups for name in group["param_names"]}
+    assert of["0.weight"] is of["2.weight"] is first
+    assert of["1.weight"] is second

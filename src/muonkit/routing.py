@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch.nn as nn
+from torch import Tensor
 
 from muonkit._routing_judge import Undecided, Verdict, is_vector, judge
 from muonkit._routing_survey import Site, Survey, survey, unwrap
@@ -259,10 +260,15 @@ class Routes(Sequence[Route]):
 
 
 def _same_key(group: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
-    # Compared by spelling too: a tensor lr has no plain truth value, and 1 is not True.
+    # Compared by spelling too: 1 is not True. A tensor is only itself: it may be filled later.
     have = {name: value for name, value in group.items() if name != "params"}
     return have.keys() == key.keys() and all(
-        have[name] is value or (type(have[name]) is type(value) and repr(have[name]) == repr(value))
+        have[name] is value
+        or (
+            not isinstance(value, Tensor)
+            and type(have[name]) is type(value)
+            and repr(have[name]) == repr(value)
+        )
         for name, value in key.items()
     )
 
