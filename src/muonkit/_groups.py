@@ -75,20 +75,11 @@ _FOREIGN_KEYS = {
 _DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
 EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
 REPLICAS = ("auto", "recompute", "split")
+# What `MuonW` passes on to `Muon`, beside the arguments that it names itself.
+_NAMED = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
 _MUONW_OPTIONS = (
-    "ns_form",
-    "ns_dtype",
-    "momentum_dtype",
-    "bytes_in_flight",
-    "variant",
-    "variant_beta2",
-    "exchange_dtype",
-    "replicas",
-    "process_group",
-    "zero",
-    "maximize",
-    "cautious",
-    "nonfinite",
+    *(key for key in MUON if key not in _NAMED),
+    *("process_group", "zero", "maximize", "nonfinite"),
 )
 
 

@@ -167,12 +167,7 @@ def _check_names(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) ->
     Raises:
         ValueError: a parameter stands under the name of another.
     """
-    owner = {
-        name: p
-        for before in known
-        if before.named
-        for name, p in zip(before.names, before.params, strict=True)
-    }
+    owner = _by_their_names(known)
     names = {p: name for name, p in owner.items()}
     for group in groups:
         for name, p in zip(group.get("param_names") or (), group["params"], strict=False):
@@ -182,6 +177,16 @@ def _check_names(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) ->
                     "were reordered, and 'param_names' were not; change both together; nothing was "
                     "changed"
                 )
+
+
+def _by_their_names(known: Sequence[Known]) -> dict[str, Tensor]:
+    """What was settled in groups that have names, by name."""
+    return {
+        name: p
+        for before in known
+        if before.named
+        for name, p in zip(before.names, before.params, strict=True)
+    }
 
 
 def _by_position(
@@ -199,13 +204,7 @@ def _by_name(
     groups: Sequence[Mapping[str, Any]], known: Sequence[Known], gone: Iterable[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     left = set(gone)
-    of_name = {
-        name: p
-        for before in known
-        if before.named
-        for name, p in zip(before.names, before.params, strict=True)
-        if p in left
-    }
+    of_name = {name: p for name, p in _by_their_names(known).items() if p in left}
     return [
         (p, of_name[name])
         for group in groups
