@@ -374,7 +374,9 @@ def schedule(world: World) -> None:
 
 def scheduled(world: World) -> None:
     groups = world.optimizer.param_groups
-    if world.scheduler is not None and len(world.scheduler.base_lrs) == len(groups):
+    # A group that came after the scheduler, in place of one that went, has not what it looks for.
+    known = all("initial_lr" in group for group in groups)
+    if world.scheduler is not None and known and len(world.scheduler.base_lrs) == len(groups):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             world.scheduler.step()

@@ -275,3 +275,56 @@ def test_pitfall_25_a_scheduled_tensor_is_compiled_once() -> None:
     found, graphs = deviation(groups, steps=10, before=schedule)
     assert graphs == 1
     assert max(found) <= CLOSE
+
+
+def test_scheduled_numbers_are_compiled_twice() -> None:
+    """lr, weight_decay, momentum and betas as numbers: once as they are, and once for all others.
+
+    Not only traced once: it is the passes behind it that make constants of numbers.
+    """
+
+    def schedule(optimizer: Muon, t: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 0.05 / (t + 1), 0.1 / (t + 1)
+            if group["algorithm"] == "muon":
+                group["momentum"] = 0.9 + 0.01 * t
+            else:
+                group["betas"] = (0.8 + 0.01 * t, 0.9 + 0.01 * t)
+
+    groups = [
+        {"params": [parameter(6, 4)], "ns_dtype": "float32"},
+        {"params": [parameter(6, 4)], "momentum_dtype": "float64", "ns_dtype": "float32"},
+        {"params": [parameter(5)], "algorithm": "adamw"},
+    ]
+    found, graphs = deviation(
+        groups, backend="aot_eager", steps=5, before=schedule, adamw_lr=0.1, ns_steps=1
+    )
+    assert graphs == 2
+    assert max(found) <= CLOSE
+
+
+def test_options_that_were_edited_are_refused() -> None:
+    """As in an eager step, also those that no tensor is computed with."""
+    groups = [{"params": [parameter(4, 3)]}, {"params": [parameter(5)], "algorithm": "adamw"}]
+    optimizer = Muon(groups, adamw_lr=0.1)
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="eager")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step()
+        before = [p.detach().clone() for p in params]
+        for number, key, value in (
+            (0, "momentum", 1.5),
+            (0, "exchange_dtype", "int8"),
+            (1, "eps", -1.0),
+            (1, "lr", torch.ones(2)),
+        ):
+            kept = optimizer.param_groups[number][key]
+            optimizer.param_groups[number][key] = value
+            with pytest.raises(ValueError, match="nothing was changed"):
+                step()
+            optimizer.param_groups[number][key] = kept
+    assert all(map(torch.equal, params, before))

@@ -114,6 +114,70 @@ def refused_on_one_rank_refused_on_all(layout: str) -> None:
     assert_equals_one_process(model, optimizer)
 
 
+@CASES.on(2, layout=["zero1", "fsdp2"])
+def a_part_of_another_shape_is_refused_on_all(layout: str) -> None:
+    """Of the state on one rank alone, as a wrong load leaves it: the others do not wait for it."""
+    model, optimizer = measures.make(layout)
+    measures.train(model, optimizer, last=1)
+    before = bits(model, optimizer)
+    mine = dist.get_rank() == 1
+    momentum = optimizer.state[model.blocks[0].up.weight]["momentum_buffer"]
+    own = momentum._local_tensor
+    if mine:
+        momentum._local_tensor = own.new_zeros(own.shape[0] + 1, *own.shape[1:])
+    zoo.set_gradients(model, 1)
+    words = "of the momentum_buffer of .*, and should have"
+    error, message = (ValueError, words) if mine else (RuntimeError, f"refused: .*{words}")
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    momentum._local_tensor = own
+    assert_unchanged(model, optimizer, before)
+    measures.train(model, optimizer, 1)
+    assert_equals_one_process(model, optimizer)
+
+
+@CASES.on(2)
+def a_plan_that_cannot_be_made_is_told() -> None:
+    model, optimizer = measures.make("zero1")
+    zoo.set_gradients(model, 0)
+    mine = dist.get_rank() == 1
+    with pytest.MonkeyPatch.context() as patch:
+        if mine:
+            patch.setattr(
+                "muonkit.optim.Schedule", lambda *_: (_ for _ in ()).throw(KeyError("it"))
+            )
+        error, message = (KeyError, "it") if mine else (RuntimeError, "refused: 'it' on rank 1")
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    optimizer.step()
+
+
+@CASES.on(2)
+def a_clipping_that_is_refused_is_told() -> None:
+    model, optimizer = measures.make("zero1")
+    zoo.set_gradients(model, 0)
+    mine, p = dist.get_rank() == 1, model.blocks[0].up.weight
+    dense = p.grad
+    if mine:
+        p.grad = dense.to_sparse()
+    error, message = (RuntimeError, "sparse gradients") if mine else (RuntimeError, "refused: .*sp")
+    with pytest.raises(error, match=message):
+        optimizer.clip_grad_norm_(1.0)
+    p.grad = dense
+    optimizer.clip_grad_norm_(1.0)
+
+
+@CASES.on(2)
+def clips_half_precision_beyond_the_range_of_its_square() -> None:
+    """A norm of 1,000 and its square, 1e6: float16 ends at 65,504."""
+    p = torch.nn.Parameter(torch.zeros(10, 10, dtype=torch.float16))
+    p.grad = torch.full_like(p, 100.0)
+    optimizer = Muon([p], process_group=dist.group.WORLD)
+    assert float(optimizer.clip_grad_norm_(10.0)) == pytest.approx(1000.0)
+    # Of float16's 11 bits.
+    torch.testing.assert_close(p.grad.float(), torch.ones(10, 10), rtol=2**-10, atol=0)
+
+
 @pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return Ranks(request, tmp_path_factory, CASES)

@@ -159,3 +159,72 @@ def test_a_vector_in_place_of_a_groups_parameters_is_refused(algorithm: str, cou
     with pytest.raises(ValueError, match=rf"one vector of .* ZeRO-1 and ZeRO-2 .*{WHOLE}"):
         optimizer.step()
     assert torch.equal(flat, torch.ones_like(flat))
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ({"algorithm": "adamw", "view": "flatten"}, "adamw got 'view'.*'algorithm': 'muon'"),
+        ({"algorithm": "adamw", "momentum": 0.9, "ns_steps": 3}, "'momentum', 'ns_steps'"),
+        ({"use_muon": False, "adamw_lr": 0.1}, "'adamw_lr', which it does not read: it has lr,"),
+        ({"betas": (0.9, 0.99)}, "muon got 'betas'.*'algorithm': 'adamw'"),
+        ({"adamw_eps": 1e-6}, "muon got 'adamw_eps'"),
+    ],
+)
+def test_options_of_the_other_algorithm_are_refused(group: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Muon([{"params": [parameter(4, 4)], **group}], adamw_lr=0.1)
+
+
+def test_names_are_all_or_none() -> None:
+    p, q = parameter(4, 4), parameter(4, 4)
+    remedy = r"\(name, parameter\), as model\.named_parameters\(\) has them, or none"
+    with pytest.raises(ValueError, match=f"names for 1 of its 2 parameters; give .*{remedy}"):
+        Muon([{"params": [("p", p), q]}])
+    named, unnamed = Muon([("p", p)]), Muon([p])
+    with pytest.raises(ValueError, match=f"has no names, and .*{remedy}"):
+        named.add_param_group({"params": [q]})
+    with pytest.raises(ValueError, match=f"has names, and .*{remedy}"):
+        unnamed.add_param_group({"params": [("q", q)]})
+    assert len(named.param_groups) == len(unnamed.param_groups) == 1
+
+
+def test_a_state_dict_of_other_groups_is_refused_with_the_remedy() -> None:
+    ours = MuonW(mlp())
+    before = ours.state_dict()
+    theirs = torch.optim.AdamW(mlp().parameters()).state_dict()
+    with pytest.raises(ValueError, match=r"different number of parameter groups: 1 group .*Build"):
+        ours.load_state_dict(theirs)
+    shorter = ours.state_dict()
+    shorter["param_groups"][0] = {
+        **shorter["param_groups"][0],
+        "params": shorter["param_groups"][0]["params"][:1],
+        "param_names": [],
+    }
+    with pytest.raises(ValueError, match=r"has 1 parameters in it, and .*Build the optimizer"):
+        ours.load_state_dict(shorter)
+    assert before["param_groups"] == ours.state_dict()["param_groups"]
+
+
+ODD = "a\x1b[2J\nb"
+
+
+def test_names_are_shown_as_data() -> None:
+    """In the errors of the core; where names are compared they stay what they are."""
+    with pytest.raises(TypeError, match=r"a\\x1b\[2J\\nb of shape") as refused:
+        Muon([(ODD, torch.zeros(2, 2, dtype=torch.int64))])
+    assert str(refused.value).isprintable()
+    p = parameter(4, 4)
+    optimizer = Muon([(ODD, p)], nonfinite="raise")
+    p.grad = torch.full_like(p, torch.nan)
+    with pytest.raises(FloatingPointError) as broken:
+        optimizer.step()
+    assert str(broken.value).isprintable()
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["param_names"] == [ODD]
+    optimizer.load_state_dict(state)
+    other = parameter(4, 4)
+    kept = optimizer.state[p]["momentum_buffer"] = torch.ones(4, 4)
+    optimizer.param_groups[0]["params"] = [other]  # goes on with the state of its name
+    optimizer.state_dict()
+    assert torch.equal(optimizer.state[other]["momentum_buffer"], kept)

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
+
 from muonkit._torch import CONSTANT_MARK, OUTSIDE_MARKS, never_begin_a_graph
 
-__all__ = ["constant_result", "graph_or_eager", "outside_graphs"]
+__all__ = ["constant_result", "graph_or_eager", "outside_graphs", "scheduled"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,3 +46,16 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
     function.__dict__.update(OUTSIDE_MARKS)
     never_begin_a_graph(function)
     return function
+
+
+def scheduled(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number that a schedule may change, as torch.compile can follow it: in a graph a tensor
+    without dims, in full precision, on the device of another; elsewhere the number itself.
+
+    A graph has a float that no tensor was made of, such as foreach's alpha, as a constant, and is
+    compiled anew for each value of it.
+    """
+    if isinstance(value, Tensor) or not torch.compiler.is_compiling():
+        return value
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.ones((), dtype=dtype, device=like.device) * value

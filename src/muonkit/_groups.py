@@ -12,14 +12,15 @@ from torch import Tensor
 
 from muonkit._optim_batches import planned
 from muonkit._shards import WHOLE, flat_shard
-from muonkit.options import MUON, OF_ALGORITHM
+from muonkit._text import shown
+from muonkit.options import ADAMW, MUON, OF_ALGORITHM
 from muonkit.orthogonalize import NS_DTYPES, choose
 from muonkit.scale import scale_factor
 from muonkit.variants import check_variant
 from muonkit.views import View, blocks_of, row_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from muonkit.orthogonalize import Choice
 
@@ -36,8 +37,10 @@ __all__ = [
     "drop_foreign_keys",
     "flops_of",
     "momentum_dtype",
+    "own_names",
     "parameter_names",
     "products_of",
+    "refuse_half_named",
     "refuse_held",
     "refuse_unknown",
     "separate_lr",
@@ -71,6 +74,11 @@ _ADAMW_DEFAULTS = {
 _FOREIGN_KEYS = {
     "muon": tuple(_ADAMW_DEFAULTS.values()),
     "adamw": (*_ADAMW_DEFAULTS.values(), *MUON),
+}
+# What no group of this algorithm may say: nobody would read it.
+_UNREAD_KEYS = {
+    "muon": (*_FOREIGN_KEYS["muon"], *ADAMW),
+    "adamw": (*_FOREIGN_KEYS["adamw"], "view"),
 }
 _DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
 EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
@@ -110,6 +118,7 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
     algorithm = group.setdefault("algorithm", "muon")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
+    _refuse_unread(group)
     if algorithm == "muon":
         warn_of_eps(group)
         group["view"] = str(View.parse(group.get("view", "matrix")))
@@ -127,6 +136,52 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
         if defaults[name] is not None:
             group.setdefault(key, defaults[name])
     return group
+
+
+def _refuse_unread(group: dict[str, Any]) -> None:
+    """Refuse options of the other algorithm, which would be dropped.
+
+    Raises:
+        ValueError: there is one.
+    """
+    algorithm = group["algorithm"]
+    unread = [key for key in _UNREAD_KEYS[algorithm] if key in group]
+    if unread:
+        other = "adamw" if algorithm == "muon" else "muon"
+        has = ", ".join(key for key in OF_ALGORITHM[algorithm] if key != "eps" or other == "muon")
+        raise ValueError(
+            f"a group of {algorithm} got {', '.join(map(repr, unread))}, which it does not read: "
+            f"it has {has}; take it out, or say 'algorithm': {other!r}"
+        )
+
+
+def refuse_half_named(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a group that names some of its parameters, or that has names where the others have
+    none, or none where they have.
+
+    Raises:
+        ValueError: as `Optimizer.add_param_group`, with its first words.
+    """
+    if not group["params"]:
+        return
+    named = [isinstance(item, tuple) for item in group["params"]]
+    remedy = (
+        "give all groups their parameters as (name, parameter), as model.named_parameters() has "
+        "them, or none"
+    )
+    if any(named) and not all(named):
+        raise ValueError(
+            "all optimizer params should be with/without names: a param group has names for "
+            f"{sum(named)} of its {len(named)} parameters; {remedy}"
+        )
+    has = all(named) or "param_names" in group
+    if groups and has != ("param_names" in groups[0]):
+        ours = "names" if has else "no names"
+        theirs = "none" if has else "some"
+        raise ValueError(
+            "all optimizer param groups should be with/without names: a param group has "
+            f"{ours}, and the optimizer's others have {theirs}; {remedy}"
+        )
 
 
 def warn_of_eps(options: dict[str, Any]) -> None:
@@ -358,7 +413,9 @@ def products_of(
 
 
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+    # A float is asked nothing that would make it a constant of a graph.
+    a_number = isinstance(value, int | float) or hasattr(value, "__float__")
+    if not a_number or isinstance(value, str | bytes):
         raise TypeError(f"{what} should be a number but is: {value!r}")
     if not 0.0 <= value < below:  # also false for NaN
         upper = f" and < {below:g}" if below < math.inf else ""
@@ -437,7 +494,16 @@ def computed_dtype(grad: torch.dtype, momentum: torch.dtype) -> torch.dtype:
 
 
 def parameter_names(group: Mapping[str, Any]) -> list[str]:
-    """A name for every parameter of the group.
+    """A name for every parameter of the group, to be shown: see `muonkit._text`.
+
+    Raises:
+        ValueError: as `own_names`.
+    """
+    return [shown(name) for name in own_names(group)]
+
+
+def own_names(group: Mapping[str, Any]) -> list[str]:
+    """A name for every parameter of the group, as it is.
 
     Raises:
         ValueError: parameters were taken out of the group, or put in, and their names were not.

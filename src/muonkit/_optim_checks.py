@@ -14,6 +14,7 @@ from muonkit._groups import (
     parameter_names,
     state_shapes,
     validate_group,
+    validate_options,
 )
 from muonkit.options import OPTION_KEYS
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Options", "check_gradients", "check_parts"]
+__all__ = ["Options", "check_gradients"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,6 +40,12 @@ class Options:
         Raises:
             ValueError, TypeError, RuntimeError: as the constructor.
         """
+        if torch.compiler.is_compiling():
+            # A graph is made for options as they are, and looks at them before each step: what is
+            # compared here is compared then.
+            for group in groups:
+                validate_options({**group, **_unread(group)})
+            return
         now = [{key: group[key] for key in OPTION_KEYS if key in group} for group in groups]
         for number, (group, options) in enumerate(zip(groups, now, strict=True)):
             before = self._seen[number] if number < len(self._seen) else None
@@ -52,13 +59,16 @@ class Options:
 
 
 def _unread(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A number in place of every tensor that is not on the CPU: to read it would wait for all that
-    is queued on its device.
+    """A number in place of every tensor that cannot be read: a graph would break there, and on
+    another device than the CPU it would wait for all that is queued there.
     """
+    compiling = torch.compiler.is_compiling()
     return {
         key: 0.0
         for key, value in options.items()
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu"
+        if isinstance(value, torch.Tensor)
+        and (compiling or value.device.type != "cpu")
+        and value.numel() == 1  # others are refused unread
     }
 
 
@@ -144,27 +154,10 @@ def _refuse(
             "None and take the backward pass again; nothing was changed"
         )
     for key, shape in {**state_shapes(p, group), STEP: ()}.items():
-        if key in state[p] and (have := _shape(state[p][key])) != shape:
-            got = f"one of {tuple(have)}" if have is not None else f"{state[p][key]!r:.40}"
+        kept = state.get(p, {})
+        if key in kept and (have := _shape(kept[key])) != shape:
+            got = f"one of {tuple(have)}" if have is not None else f"{kept[key]!r:.40}"
             raise ValueError(
                 f"{name} {tuple(p.shape)} wants a {key} of shape {shape}, its state has {got}: "
                 "optimizer.reset_state([parameter]) begins it anew; nothing was changed"
-            )
-
-
-def check_parts(part: Tensor, others: Mapping[str, Tensor]) -> None:
-    """Compare what this rank has of one parameter, just before kernels walk it.
-
-    Args:
-        part: of the parameter, or of its gradient.
-
-    Raises:
-        ValueError: their shapes differ.
-    """
-    for what, tensor in others.items():
-        if tensor.shape != part.shape:
-            raise ValueError(
-                f"this rank has {tuple(part.shape)} of a parameter, and {tuple(tensor.shape)} of "
-                f"its {what}: they do not lie alike. Load the state with load_state_dict, or begin "
-                "it anew with optimizer.reset_state([parameter]); nothing was changed"
             )

@@ -24,6 +24,7 @@ __all__ = [
     "clip_gradients_",
     "forget_scaler",
     "judge",
+    "lies_elsewhere",
     "local_gradient",
     "refuse_sparse",
     "scaled_by",
@@ -141,11 +142,13 @@ def local_gradient(p: Any) -> Tensor:
     sharded): it is redistributed, which all ranks of its mesh take part in.
     """
     grad = p.grad
-    if not is_dtensor(grad):
-        return cast("Tensor", grad)
-    if is_dtensor(p) and grad.placements != p.placements:
-        grad = grad.redistribute(placements=p.placements)
-    return local(grad)
+    return local(grad.redistribute(placements=p.placements) if lies_elsewhere(p) else grad)
+
+
+def lies_elsewhere(p: Any) -> bool:
+    """Whether the gradient of a DTensor has other placements than it."""
+    grad = p.grad
+    return is_dtensor(grad) and is_dtensor(p) and grad.placements != p.placements
 
 
 class Scaled(NamedTuple):
@@ -196,29 +199,41 @@ def clip_gradients_(
     params = [p for p in params if p.grad is not None]
     by_copies: dict[int, list[Tensor]] = {}
     for p in params:
-        if is_dtensor(p.grad) and p.grad.placements != p.placements:
+        if lies_elsewhere(p):
             p.grad = p.grad.redistribute(placements=p.placements)
         copies = 1 if domain is None else layouts.copies(p)
         by_copies.setdefault(copies, []).append(local(p.grad))
-    norms = [
-        torch.nn.utils.get_total_norm(grads) / copies**0.5 for copies, grads in by_copies.items()
-    ]
-    where = torch.device("cpu") if not norms else norms[0].device
+    grads = [grad for some in by_copies.values() for grad in some]
+    where = torch.device("cpu") if not grads else grads[0].device
     where = where if domain is None else domain.device
-    total = torch.nn.utils.get_total_norm(norms).to(where)
+    # The square of what a gradient's dtype holds may be beyond it: of 256 in float16. (MPS has no
+    # float64.)
+    wide = torch.float32 if where.type == "mps" else torch.float64
+    square = torch.zeros((), dtype=wide, device=where)
+    for copies, some in by_copies.items():
+        square += _square(some, wide).to(where) / copies
     if domain is not None:
-        square = total.square()
         torch.distributed.all_reduce(square, group=domain.group)
-        total = square.sqrt()
+    norm = square.sqrt()
+    total = norm if torch.float64 in {grad.dtype for grad in grads} else norm.float()
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"the gradients' norm is {total.item()}; nothing was clipped. Lower lr, or leave such "
             "steps out with nonfinite='skip'"
         )
     # As torch.nn.utils.clip_grads_with_norm_.
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grads in by_copies.values():
         for device in {grad.device for grad in grads}:
             here = [grad for grad in grads if grad.device == device]
             torch._foreach_mul_(here, factor.to(device))
     return total
+
+
+def _square(grads: Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """The square of the norm of all of them together, on the first one's device."""
+    norms: list[Tensor] = []
+    for key in {(grad.device, grad.dtype) for grad in grads}:
+        here = [grad for grad in grads if (grad.device, grad.dtype) == key]
+        norms += torch._foreach_norm(here, 2.0, torch.promote_types(key[1], torch.float32))
+    return torch.stack([norm.to(norms[0].device, wide) for norm in norms]).square().sum()

@@ -94,12 +94,18 @@ class Layouts:
         self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
+        # For a parameter and its variant, see `_optim_state.check_parts`.
+        self.state_shapes: dict[tuple[Tensor, str | None], dict[str, tuple[int, ...]]] = {}
 
     def anew(self) -> Layouts:
         """For other parameters, with what was asked for here."""
         other = Layouts(self.group, self.zero)
         other._asked, other.scattered = self._asked, self.scattered
         return other
+
+    def __bool__(self) -> bool:
+        """Whether a parameter has one."""
+        return bool(self._layouts)
 
     def __getitem__(self, p: Tensor) -> Layout:
         return self._layouts[p]

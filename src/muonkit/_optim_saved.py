@@ -21,6 +21,7 @@ from muonkit._groups import (
     validate_options,
 )
 from muonkit._optim_layout import is_a_part, is_dtensor, local
+from muonkit._text import shown
 from muonkit._torch import WRAPPERS, whole_tensor
 from muonkit.exchange import agree
 
@@ -42,6 +43,12 @@ _WHOLE = (
     "get_state_dict, set_state_dict: both go from any number of ranks to any other"
 )
 
+
+_OTHER_GROUPS = (
+    "Build the optimizer with the groups (model, rules, optimizer) that it was saved with; what "
+    "another optimizer has saved has to be put into the form of optimizer.state_dict() first. "
+    "Nothing was loaded"
+)
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -72,12 +79,19 @@ def merge_saved(
                 f"{own['algorithm']}; build the optimizer with the routes it was saved with"
             )
     if len(groups) != len(saved_groups):
-        return state_dict  # torch's own error says so
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{_kinds(saved_groups)}, where this optimizer has {_kinds(groups)}. {_OTHER_GROUPS}"
+        )
     merged = []
     for number, (own, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         keys = _in_our_order(number, own, saved)
         if len(keys) != len(own["params"]):
-            return state_dict  # torch's own error
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of "
+                f"optimizer's group: group {number} has {len(keys)} parameters in it, and "
+                f"{len(own['params'])} here. {_OTHER_GROUPS}"
+            )
         structure = {key: own[key] for key in _STRUCTURE if key in own}
         group = {**own, **saved, **structure}
         if "param_names" not in own:
@@ -291,7 +305,18 @@ def _named(mesh: Any, place: Sequence[int] | None) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}" if names else "nothing"
+    return f"{', '.join(map(shown, names[:3]))}{more}" if names else "nothing"
+
+
+def _kinds(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Groups in words, as "2 groups (parameters in muon: 12, adamw: 5)"."""
+    kinds = [
+        f"{shown(group.get('name', f'group {number}'))}: {len(group['params'])}"
+        for number, group in enumerate(groups)
+    ]
+    more = f" and {len(kinds) - 8} more" if len(kinds) > 8 else ""
+    noun = "group" if len(kinds) == 1 else "groups"
+    return f"{len(kinds)} {noun} (parameters in {', '.join(kinds[:8])}{more})"
 
 
 # --- saving -----------------------------------------------------------------------------------

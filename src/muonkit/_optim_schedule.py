@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from muonkit._groups import parameter_names, products_of
-from muonkit._optim_layout import cuts_experts_only, is_dtensor, is_whole, local
+from muonkit._optim_gradients import lies_elsewhere
+from muonkit._optim_layout import cuts_experts_only, is_whole, local
 from muonkit._optim_shared import Param, Share, own_plan
 from muonkit.exchange import move
 from muonkit.options import OPTION_KEYS
@@ -77,7 +78,7 @@ def gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = False) ->
 
 def _gradient(p: Any) -> Gradient:
     grad = p.grad
-    if is_dtensor(grad) and grad.placements != p.placements:
+    if lies_elsewhere(p):
         return Gradient(grad.dtype, grad.placements)
     # A sparse one is refused: by all ranks, if only one has it.
     return Gradient(grad.dtype, None if grad.layout == torch.strided else grad.layout)

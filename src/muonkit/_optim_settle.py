@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from muonkit._groups import parameter_names
+from muonkit._groups import own_names
 from muonkit._shards import WHOLE
+from muonkit._text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +53,7 @@ def trained_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The groups without the parameters that are frozen."""
     trained = []
     for group in groups:
-        named = zip(parameter_names(group), group["params"], strict=True)
+        named = zip(own_names(group), group["params"], strict=True)
         some = [(name, p) for name, p in named if is_trained(p)]
         names, params = [name for name, _ in some], [p for _, p in some]
         trained.append({**group, "params": params, "param_names": names})
@@ -64,7 +65,7 @@ def known_of(groups: Sequence[Mapping[str, Any]]) -> list[Known]:
     return [
         Known(
             list(group["params"]),
-            parameter_names(group),
+            own_names(group),
             [p.shape for p in group["params"]],
             [is_trained(p) for p in group["params"]],
             bool(group.get("param_names")),
@@ -117,7 +118,7 @@ def predecessors(
     now = {
         p: name
         for group in groups
-        for p, name in zip(group["params"], parameter_names(group), strict=True)
+        for p, name in zip(group["params"], own_names(group), strict=True)
     }
     gone = {p: None for p in shapes if p not in now}
     new = {p: None for p in now if p not in shapes}
@@ -128,7 +129,7 @@ def predecessors(
             if p in new and old in gone:
                 before[p] = old
                 del new[p], gone[old]
-    unclear = [now[p] for p in new if p not in begun]
+    unclear = [shown(now[p]) for p in new if p not in begun]
     if unclear and gone:
         raise ValueError(
             f"the groups hold {', '.join(unclear[:5])} now, and {_some(gone, names)} no more, and "
@@ -138,7 +139,7 @@ def predecessors(
     for p, old in before.items():
         if p not in begun and p.shape != shapes[old] and state.get(old):
             raise ValueError(
-                f"{now[p]} has the shape {tuple(p.shape)}, its state was made for "
+                f"{shown(now[p])} has the shape {tuple(p.shape)}, its state was made for "
                 f"{tuple(shapes[old])}: it was resized after the optimizer was made; nothing was "
                 f"changed. {_REMEDY}"
             )
@@ -173,9 +174,9 @@ def _check_names(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) ->
         for name, p in zip(group.get("param_names") or (), group["params"], strict=False):
             if p in names and name in owner and owner[name] is not p:
                 raise ValueError(
-                    f"the parameter {names[p]} stands under the name {name} in its group: 'params' "
-                    "were reordered, and 'param_names' were not; change both together; nothing was "
-                    "changed"
+                    f"the parameter {shown(names[p])} stands under the name {shown(name)} in its "
+                    "group: 'params' were reordered, and 'param_names' were not; change both "
+                    "together; nothing was changed"
                 )
 
 
@@ -215,4 +216,4 @@ def _by_name(
 
 
 def _some(params: Iterable[Tensor], names: Mapping[Tensor, str]) -> str:
-    return ", ".join([names[p] for p in params][:5])
+    return ", ".join([shown(names[p]) for p in params][:5])

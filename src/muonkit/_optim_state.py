@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonkit._groups import MOMENTUM, STEP, VARIANCE, momentum_dtype, state_shapes
+from muonkit._groups import (
+    MOMENTUM,
+    STEP,
+    VARIANCE,
+    momentum_dtype,
+    parameter_names,
+    state_shapes,
+)
+from muonkit._optim_gradients import lies_elsewhere
 from muonkit._optim_layout import is_a_part, is_dtensor, local
 from muonkit._optim_shared import state_placement
 from muonkit._torch import whole_tensor
@@ -16,10 +24,11 @@ from muonkit.variants import VARIANTS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from muonkit._optim_gradients import Work
     from muonkit._optim_layout import Layouts
     from muonkit.placement import Placement
 
-__all__ = ["adopt_state", "carried_state", "ensure_state"]
+__all__ = ["adopt_state", "carried_state", "check_parts", "ensure_state"]
 
 
 class _Kept(NamedTuple):
@@ -47,6 +56,56 @@ def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts)
     shape, layout = state_shapes(p, group)[key], layouts.get(p)
     lives = None if layout is None else state_placement(layout, tuple(p.shape), shape)
     return _Kept(key, dtype, shape, lives)
+
+
+def _own_shapes(
+    p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> dict[str, tuple[int, ...]]:
+    """The shape of what this rank has of every tensor that is kept for a parameter."""
+    shapes = {}
+    for key, dtype in _dtypes(p, group):
+        _, _, shape, lives = _kept(key, dtype, p, group, layouts)
+        shapes[key] = shape if lives is None else tuple(lives.local_shape(shape, layouts[p].at))
+    return shapes
+
+
+def check_parts(work: Work, state: Mapping[Any, Mapping[str, Any]], layouts: Layouts) -> None:
+    """Compare what this rank has of every parameter, its gradient and its state, where it may have
+    a part of them: before kernels walk these, and before anything is sent. (Of a gradient that is
+    yet to be redistributed, torch makes the part.)
+
+    Raises:
+        ValueError: they do not lie alike.
+    """
+    if not layouts:
+        return
+    for group, params in work:
+        for p in params:
+            if layouts.get(p) is None:
+                continue
+            which = p, group.get("variant")
+            if which not in layouts.state_shapes:
+                layouts.state_shapes[which] = _own_shapes(p, group, layouts)
+            wanted = layouts.state_shapes[which]
+            kept = state.get(p, {})
+            has = {key: local(kept[key]).shape for key in wanted if key in kept}
+            if not lies_elsewhere(p):
+                grad: Any = p.grad
+                has["gradient"] = local(grad).shape
+                wanted = {**wanted, "gradient": tuple(local(p).shape)}
+            for what, shape in has.items():
+                if shape != wanted[what]:
+                    raise ValueError(
+                        f"this rank has {tuple(shape)} of the {what} of {_name_of(p, group)}, and "
+                        f"should have {tuple(wanted[what])}: it does not lie as its parameter. "
+                        "Load the state with load_state_dict, or begin it anew with "
+                        "optimizer.reset_state([parameter]); nothing was changed"
+                    )
+
+
+def _name_of(p: Tensor, group: Mapping[str, Any]) -> str:
+    names = zip(parameter_names(group), group["params"], strict=True)
+    return next(name for name, q in names if p is q)
 
 
 def ensure_state(

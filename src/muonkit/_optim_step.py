@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from muonkit._compile import scheduled
 from muonkit._groups import NS_OPTIONS, beta2_of, computed_dtype
 from muonkit._optim_batches import Arrived, stacked
 from muonkit.orthogonalize import orthogonalize_
@@ -70,11 +71,12 @@ def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
 
     Returns U, stacked, in memory of its own; gradients are never written to.
     """
-    mu, nesterov = group["momentum"], group["nesterov"]
+    nesterov = group["nesterov"]
     stacks = []
     for grads, momenta, dtype in living:
         U = stacked(grads, alone=len(living) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
+        mu: Any = scheduled(group["momentum"], U)
         if group["maximize"]:
             U.neg_()
         directions = U.unbind()
@@ -114,11 +116,12 @@ def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Arriving
 def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict[str, Any]) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D."""
     for (params, rows, cols), updates in zip(standing, d, strict=True):
+        decays = isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0
         lr, decay = (
             value.to(params[0].device).reshape(()) if isinstance(value, Tensor) else value
-            for value in (group["lr"], group["weight_decay"])
+            for value in (scheduled(group[key], params[0]) for key in ("lr", "weight_decay"))
         )
-        if isinstance(decay, Tensor) or decay != 0:
+        if decays:
             if group["cautious"]:
                 shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
                 _add_(params, shrinking, -lr * decay)

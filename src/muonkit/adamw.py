@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from muonkit._compile import scheduled
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -54,7 +56,8 @@ def _update_(entries: Sequence[Any], group: dict[str, Any], fused: bool) -> None
     if not entries:
         return
     compiling = torch.compiler.is_compiling()
-    beta1, beta2 = group["betas"]
+    like = entries[0][0]
+    lr, beta1, beta2 = (scheduled(value, like) for value in (group["lr"], *group["betas"]))
     adamw(
         [p for p, _, _ in entries],
         [grad for _, grad, _ in entries],
@@ -69,7 +72,7 @@ def _update_(entries: Sequence[Any], group: dict[str, Any], fused: bool) -> None
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
+        lr=lr,
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=group["maximize"],

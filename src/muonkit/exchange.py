@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from muonkit._text import shown
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -172,7 +174,7 @@ def agree(
         RuntimeError: on every rank, naming the first fact that differs, and who has what.
     """
     facts = _named_apart([(_CALL, call), *facts])
-    remedies = {_CALL: _CALLS, **remedies}
+    remedies = {_CALL: _CALLS, _STEP: _REFUSED, **remedies}
     digest = hashlib.sha256(repr(facts).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
     answer = torch.tensor([number, -number, vote], device="cpu")
@@ -192,13 +194,14 @@ def agree(
     return int(most)
 
 
-def announce(domain: Domain, error: Exception) -> None:
-    """Tell the ranks that wait in `agree` for this one's step that it was refused here."""
+def announce(domain: Domain, error: Exception, call: str = "step") -> None:
+    """Tell the ranks that wait in `agree` for this one's call that it was refused here."""
     with contextlib.suppress(RuntimeError):  # they disagree, of course; ours is the cause
-        agree(domain, [(_STEP, f"refused: {error}")], {"": "see there"})
+        agree(domain, [(_STEP, f"refused: {shown(error)}")], {"": ""}, call=call)
 
 
 _STEP = "this step"
+_REFUSED = "that rank's own error has more; nothing was changed on any"
 _CALL = "this call"
 _CALLS = (
     "all ranks take the same steps, clip and consolidate between the same ones, and have a Monitor "

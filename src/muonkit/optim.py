@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ from muonkit._groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
+    refuse_half_named,
     refuse_held,
     refuse_unknown,
     separate_lr,
@@ -32,7 +34,7 @@ from muonkit._groups import (
     warn_of_eps,
 )
 from muonkit._optim_batches import Entry, make
-from muonkit._optim_checks import Options, check_gradients, check_parts
+from muonkit._optim_checks import Options, check_gradients
 from muonkit._optim_dtypes import look_at_others, post
 from muonkit._optim_gradients import (
     Verdict,
@@ -56,7 +58,7 @@ from muonkit._optim_schedule import (
     schedule_key,
 )
 from muonkit._optim_settle import is_settled, known_of, predecessors, trained_of
-from muonkit._optim_state import adopt_state, carried_state, ensure_state
+from muonkit._optim_state import adopt_state, carried_state, check_parts, ensure_state
 from muonkit._optim_step import muon_step
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
@@ -65,7 +67,7 @@ from muonkit.routing import Routes, Rule, route
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -276,6 +278,7 @@ class Muon(Optimizer):
             self._settle()
             refuse_held(param_group, self.param_groups)
         group = complete_group(param_group, self.defaults)
+        refuse_half_named(group, self.param_groups)
         super().add_param_group(group)
         added = self.param_groups.pop()
         drop_foreign_keys(added)
@@ -419,7 +422,8 @@ class Muon(Optimizer):
             ValueError: there is no such rank.
             RuntimeError: on every rank, if they differ in `to` or in what they keep.
         """
-        self._settle()
+        with self._telling("consolidate_state_dict"):
+            self._settle()
         self._whole = whole_state(self.param_groups, self.state, self._layouts, to)
 
     @torch.no_grad()
@@ -495,9 +499,9 @@ class Muon(Optimizer):
             self._settle()
             work = with_gradients(self.param_groups)
             refuse_sparse(work)
-            if not torch.compiler.is_compiling():  # a graph is made for options as they are
-                self._options.check(self.param_groups)
+            self._options.check(self.param_groups)
             check_gradients(self.param_groups, self.state)
+            check_parts(work, self.state, self._layouts)
         except Exception as error:
             if self._layouts.domain is not None:
                 announce(self._layouts.domain, error)
@@ -567,9 +571,10 @@ class Muon(Optimizer):
         if self._layouts.domain is None:  # no longer sharded
             self._step_alone()
             return
-        schedule = self._schedule(gradients(self.param_groups))
-        scaled = scaled_by(self)
-        verdict = judge(work) if scaled is None else Verdict(int(scaled.overflow), [])
+        with self._telling("step"):
+            schedule = self._schedule(gradients(self.param_groups))
+            scaled = scaled_by(self)
+            verdict = judge(work) if scaled is None else Verdict(int(scaled.overflow), [])
         vote = self._agree(schedule, verdict.vote, scaled)
         if not self._takes_place(verdict, vote):
             return
@@ -586,6 +591,16 @@ class Muon(Optimizer):
         for group, batch in own:
             for _ in muon_step(batch, group, self._observer):
                 pass
+
+    @contextmanager
+    def _telling(self, call: str) -> Iterator[None]:
+        """What this rank alone refuses in here is told to those that wait for it in `call`."""
+        try:
+            yield
+        except Exception as error:
+            if self._layouts.domain is not None:
+                announce(self._layouts.domain, error, call)
+            raise
 
     def _adamw(self, work: Work) -> list[tuple[dict[str, Any], _AdamWEntries]]:
         """(group, what `adamw_step_` takes) of AdamW's groups."""
@@ -627,8 +642,9 @@ class Muon(Optimizer):
         Raises:
             RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
         """
-        self._settle()
-        refuse_sparse(with_gradients(self.param_groups))
+        with self._telling("clip_grad_norm_"):
+            self._settle()
+            refuse_sparse(with_gradients(self.param_groups))
         params = [p for group in self.param_groups for p in group["params"]]
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 
@@ -675,7 +691,6 @@ class Muon(Optimizer):
         ensure_state(state, p, group, self._layouts)
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
-        check_parts(grad, {"momentum": momentum})
         copies = () if layout is None else layout.stored.copies()
         if VARIANTS[group["variant"]].state == "none":
             return Entry(local(p), grad, momentum, copies=copies)
@@ -688,8 +703,6 @@ class Muon(Optimizer):
             ensure_state(self.state[p], p, group, self._layouts)
             mine, grad = self._layouts.part(p, local(p)), self._layouts.part(p, local_gradient(p))
             state = {key: local(value) for key, value in self.state[p].items()}
-            moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
-            check_parts(mine, {"gradient": grad, **moments})
             own.append(mine)
             grads.append(grad)
             states.append(state)
