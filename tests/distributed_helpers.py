@@ -49,23 +49,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from warm import CONTEXT, preload
+
 Case = Callable[[], Any]
 T = TypeVar("T")
 
 # Forked from a process that has imported torch once: a fresh interpreter takes 4 s of CPU per rank
 # to import these, a fork 10 ms. No thread runs in that process and no group is made in it.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = [
-    "pytest",
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.debug",
-    "torch.distributed.tensor.parallel",
-    "torch.nn.parallel",
-    "muonkit",
-]
 
 
 @dataclass(frozen=True)
@@ -234,11 +224,11 @@ class _Processes:
     def __enter__(self) -> _Processes:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._path = Path(self._folder.name)
-        _CONTEXT.set_forkserver_preload(_PRELOADED)
+        preload()
         self._pipes, self._processes = [], []
         for rank in range(self.world_size):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_serve,
                 args=(rank, self.world_size, self._path, theirs, self._init),
                 daemon=True,

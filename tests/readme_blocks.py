@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,10 +126,7 @@ def run_program(program: str, folder: Path, page: str = "README.md") -> None:
     Raises:
         AssertionError: it failed; with its output.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN_PROGRAM, page],
-        input=program, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = warm.run(["-c", _RUN_PROGRAM, page], input=program, cwd=folder, env=environment())
     assert done.returncode == 0, f"{page}, python:\n{done.stdout}{done.stderr}"
 
 

@@ -1,6 +1,6 @@
 """The benchmarks run, measure what they say, and the page is written from their files.
 
-No time is asserted. Each script runs once, on tiny input, in a process of its own.
+No time is asserted. Each script runs once, on tiny input, in a process of its own (`warm`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import warm
 from muonkit.coefficients import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +30,7 @@ def _importable() -> Any:
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return warm.run([str(BENCHMARKS / script), *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import warm
 from muonkit.lab import data, report
 from muonkit.lab.cli import main
 from muonkit.lab.compare import Comparison, Session, comparison
@@ -171,16 +170,11 @@ COMMAND = [
 ]
 
 
-def _begin(out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "muonkit.lab.cli", *COMMAND, "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _begin(out: Path) -> warm.Command:
+    return warm.Command(["-m", "muonkit.lab.cli", *COMMAND, "--out", str(out)])
 
 
-def _wait_for(process: subprocess.Popen[str], out: Path, optimizer: str, steps: int) -> None:
+def _wait_for(process: warm.Command, out: Path, optimizer: str, steps: int) -> None:
     """Return as soon as that run's checkpoint speaks of ``steps`` steps."""
     folder = out / "runs" / f"{optimizer}-lr0.02-seed0"
     deadline = time.monotonic() + 120
@@ -189,7 +183,7 @@ def _wait_for(process: subprocess.Popen[str], out: Path, optimizer: str, steps: 
         there = (folder / "checkpoint.pt").exists() and measurements.exists()
         if there and measurements.read_bytes().count(b"\n") >= steps:
             return
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.002)
     raise AssertionError("the run did not get that far in two minutes")
 
@@ -201,7 +195,7 @@ def test_stopped_and_killed_it_ends_as_if_nothing_had_happened(
     process = _begin(out)
     _wait_for(process, out, "muonw", 20)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130
     assert "Traceback" not in said
     last = said.splitlines()[-1]
@@ -211,7 +205,7 @@ def test_stopped_and_killed_it_ends_as_if_nothing_had_happened(
     process = _begin(out)
     _wait_for(process, out, "adamw", 37)
     process.kill()
-    said = process.communicate()[1]
+    said = process.communicate()[1].decode()
     assert f"goes on at step {stopped[1]}/{STEPS}" in said
     assert not (out / "runs" / "adamw-lr0.02-seed0" / "result.json").exists()
     assert not (out / "report.html").exists()

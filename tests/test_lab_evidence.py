@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import scipy.stats
 import torch
 from torch import nn
 
+import warm
 from muonkit.lab import optimizers
 from muonkit.lab.cli import main
 from muonkit.lab.errors import RunError
@@ -208,6 +208,12 @@ def test_p_values_are_against_adamw_and_shown_where_there_are_any() -> None:
 # --- processes side by side ---
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    """The processes of `--jobs` are forked from the one that the tests' others are."""
+    warm.start()
+
+
 COMMAND = ["compare", "digits", "--optimizers", "muonw,adamw", "--seeds", "2", "--threads", "1"]
 
 
@@ -232,24 +238,18 @@ def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
     assert "the same command trains that run anew" in capsys.readouterr().err.splitlines()[-1]
 
 
-def _begin(out: Path, **options: Any) -> subprocess.Popen[str]:
+def _begin(out: Path, **options: Any) -> warm.Command:
     # Steps enough that a run is still going on when the test has seen it begin.
     words = [*COMMAND, "--steps", "60", "--jobs", "2", "--checkpoint-every", "0.02"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "muonkit.lab.cli", *words, "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    return warm.Command(["-m", "muonkit.lab.cli", *words, "--out", str(out)], **options)
 
 
-def _wait_for_checkpoints(process: subprocess.Popen[str], out: Path, count: int) -> None:
+def _wait_for_checkpoints(process: warm.Command, out: Path, count: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if len(list(out.glob("runs/*/checkpoint.pt"))) >= count:
             return
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.002)
     raise AssertionError("the runs did not begin in two minutes")
 
@@ -268,7 +268,7 @@ def test_side_by_side_they_stop_and_go_on(
     process = _begin(out)
     _wait_for_checkpoints(process, out, 2)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130
     assert "Traceback" not in said
     assert "the same command goes on from there" in said.splitlines()[-1]
@@ -281,7 +281,7 @@ def test_side_by_side_they_stop_and_go_on(
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         again = _begin(out)
-        said = again.communicate(timeout=200)[1]
+        said = again.communicate(timeout=200)[1].decode()
         if again.returncode == 0:
             break
         assert "another muonkit is running in" in said
@@ -292,16 +292,16 @@ def test_side_by_side_they_stop_and_go_on(
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are read from /proc")
 def test_ctrl_c_while_the_processes_begin_stops_in_one_line(tmp_path: Path) -> None:
-    process = _begin(tmp_path / "out", start_new_session=True)
+    process = _begin(tmp_path / "out", new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 120
     found: list[str] = []
     while time.monotonic() < deadline and not any(map(_is_spawned, found)):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[1].decode()
         found = children.read_text().split()
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "the same command goes on from" in said.splitlines()[-1]
@@ -309,7 +309,7 @@ def test_ctrl_c_while_the_processes_begin_stops_in_one_line(tmp_path: Path) -> N
 
 def _is_spawned(pid: str) -> bool:
     try:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"forkserver import main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # it has ended
         return False
 

@@ -634,6 +634,18 @@ def _gone() -> Any:
     return io.TextIOWrapper(os.fdopen(writer, "wb"), encoding="utf-8", line_buffering=True)
 
 
+@pytest.mark.parametrize("words", [["--help"], ["compare", "--help"], []], ids=" ".join)
+def test_help_for_a_reader_that_left_is_no_failure(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        out = _gone()
+        patch.setattr(sys, "stdout", out)
+        assert main(words) == 0
+        assert sys.stdout is out
+        out.close()
+
+
 def test_a_full_disk_under_the_output_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

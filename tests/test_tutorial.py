@@ -1,20 +1,21 @@
 """The tutorial's notebooks run, in their short form; what their text claims is asserted in them.
 
-They are kept as text (docs/tutorial/*.py) and executed as a reader's Jupyter would: in a kernel of
-their own, from the folder that they are in.
+They are kept as text (docs/tutorial/*.py) and executed as a reader's Jupyter would: in a kernel,
+from the folder that they are in.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial"
@@ -35,6 +36,26 @@ def environment(data: Path = DATA) -> dict[str, str]:
     return {**kept, "MUONKIT_TUTORIAL": "quick", "MUONKIT_DATA": str(data)}
 
 
+# Kernels that wait for the next notebook, by their environment.
+_kernels: dict[tuple[tuple[str, str], ...], Any] = {}
+
+# As in a kernel of its own, but for what was imported: that takes longer than most notebooks.
+_ANEW = """
+get_ipython().run_line_magic("reset", "-f")
+import matplotlib.pyplot
+matplotlib.pyplot.close("all")
+del matplotlib
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_kernel_is_left() -> Iterator[None]:
+    yield
+    for manager in _kernels.values():
+        manager.shutdown_kernel(now=True)
+    _kernels.clear()
+
+
 def executed(text: str, data: Path = DATA, **variables: str) -> Any:
     """The notebook with its outputs.
 
@@ -47,18 +68,25 @@ def executed(text: str, data: Path = DATA, **variables: str) -> Any:
     jupytext = pytest.importorskip("jupytext", reason='pip install "muonkit[tutorial]"')
     nbclient = pytest.importorskip("nbclient", reason='pip install "muonkit[tutorial]"')
     pytest.importorskip("ipykernel", reason='pip install "muonkit[tutorial]"')
-    notebook = jupytext.reads(text, fmt="py:percent")
+    from jupyter_client.manager import KernelManager
+
+    notebook = jupytext.reads(f"# %%{_ANEW}\n{text}", fmt="py:percent")
+    env = {**environment(data), **variables}
+    key = tuple(sorted({"MUONKIT_DATA": str(data), **variables}.items()))
     with warnings.catch_warnings():
         # Of jupyter's own packages and the sockets between them and the kernel; not of the cells',
         # which are in another process and come back as text.
         warnings.simplefilter("ignore")
-        client = nbclient.NotebookClient(
-            notebook,
-            timeout=240,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(TUTORIAL)}},
-        )
-        client.execute(env={**environment(data), **variables})
+        if key not in _kernels:
+            _kernels[key] = KernelManager(kernel_name="python3")
+            _kernels[key].start_kernel(env=env, cwd=str(TUTORIAL))
+        client = nbclient.NotebookClient(notebook, km=_kernels[key], timeout=240)
+        try:
+            client.execute()
+        finally:
+            if client.kc is not None:
+                client.kc.stop_channels()
+    del notebook.cells[0]
     return notebook
 
 
@@ -120,14 +148,14 @@ def test_a_false_claim_fails() -> None:
 @names
 def test_notebook_without_the_extra_is_one_line(path: Path, tmp_path: Path) -> None:
     """As in an environment where muonkit alone is installed."""
-    hide = "import runpy, sys; sys.modules['matplotlib'] = sys.modules['muonkit.lab'] = None; "
-    done = subprocess.run(
-        [sys.executable, "-c", hide + f"runpy.run_path({str(path)!r})"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment(),
+    code = (
+        "import runpy, sys\n"
+        "for name in [name for name in sys.modules if name.startswith('muonkit.lab.')]:\n"
+        "    del sys.modules[name]\n"
+        "sys.modules['matplotlib'] = sys.modules['muonkit.lab'] = None\n"
+        f"runpy.run_path({str(path)!r})"
     )
+    done = warm.run(["-c", code], cwd=tmp_path, env=environment())
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert 'pip install "muonkit[tutorial]"' in done.stderr

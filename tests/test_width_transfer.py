@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import warm
 from readme_blocks import read_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -76,4 +74,5 @@ def test_the_page_shows_the_recorded_runs(experiment: Any) -> None:
 def test_the_pages_blocks_run() -> None:
     code = "\n".join(b.text for b in read_blocks(PAGE.read_text()) if b.language == "python")
     assert code.count("mup.init_(") == 2
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=os.environ)
+    done = warm.run(["-c", code])
+    assert done.returncode == 0, done.stderr

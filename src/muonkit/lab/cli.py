@@ -411,6 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    streams = sys.stdout, sys.stderr
     try:
         command = typer.main.get_command(app)
         status = command.main(args=words or ["--help"], prog_name="muonkit", standalone_mode=False)
@@ -418,6 +419,13 @@ def _run(words: list[str]) -> int:
             return status if isinstance(status, int) else 0
         # Typer turns a KeyboardInterrupt into this status without a word.
         raise KeyboardInterrupt
+    except SystemExit as error:
+        # What Typer makes of a reader that left while it printed its help. It has put others in
+        # place of the streams, too.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        sys.stdout, sys.stderr = streams
+        return 0
     except (Exception, KeyboardInterrupt) as error:
         return _failed(error, words)
 

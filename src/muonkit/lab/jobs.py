@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -156,8 +156,12 @@ class Workers:
             setting.data.fingerprint,
             torch.get_num_threads(),
         )
-        # Not a fork: torch's threads do not survive it.
-        context = multiprocessing.get_context("spawn")
+        # Not a fork of this process: torch's threads do not survive it. But of one that has only
+        # imported torch, which takes seconds: once, and not in each of them.
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload([__name__])
         self._told = context.Event()
         self._pool = ProcessPoolExecutor(jobs, context, _begin, (self._told,))
         self._steps = setting.steps
