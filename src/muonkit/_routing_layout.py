@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
-from muonkit._routing_survey import name_set
+from muonkit._routing_places import name_set
 from muonkit._torch import own_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from muonkit._routing_survey import Site
+    from muonkit._routing_places import Site
 
 __all__ = ["UnknownLayout", "expert_layout", "flat_expert_layout", "fused_layout"]
 
