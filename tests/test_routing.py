@@ -345,12 +345,6 @@ def test_pitfall_17_an_unknown_tensor_raises_and_names_the_rules_that_settle_it(
         assert len(route(model, [rule])) == 3
 
 
-def test_several_unknown_tensors_are_counted() -> None:
-    model = Body(thing=Holder(a=raw(2, 3, 4), b=raw(2, 3, 4), c=raw(2, 3, 4)))
-    with pytest.raises(RoutingError, match=r"thing\.a.*\(2 more like it\)"):
-        route(model)
-
-
 def test_pitfall_17_frozen_parameters_are_listed_and_wait_in_their_groups() -> None:
     model = mlp()
     model.fc.requires_grad_(False)
@@ -391,7 +385,7 @@ def test_lazy_modules_are_to_be_run_first() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(TypeError, match=r"takes an nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"takes an nn\.Module or a dict"):
         route([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown scale 'big'; one of 'original'"):
         route(mlp(), scale="big")

@@ -165,7 +165,7 @@ def test_frozen_parameters_stay_frozen() -> None:
     ("arguments", "message"),
     [
         ({}, "overrides nothing"),
-        ({"algorithm": "sgd"}, "expected 'muon' or 'adamw'"),
+        ({"algorithm": "sgd"}, "expected 'muon', 'adamw' or 'ignore'"),
         ({"algorithm": "frozen"}, "requires_grad_"),
         ({"algorithm": "adamw", "view": "matrix"}, "gives a view to AdamW"),
         ({"view": "cube"}, "unknown view"),

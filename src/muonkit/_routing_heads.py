@@ -21,6 +21,7 @@ from muonkit._routing_places import (
     CONVS,
     STATED_WIDTHS,
     TRANSPOSED_CONVS,
+    Models,
     is_depthwise,
     is_linear,
     name_set,
@@ -95,8 +96,12 @@ _FEATURES_AFTER = (
     nn.SiLU,
     nn.Mish,
     nn.Hardswish,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.batchnorm._BatchNorm,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
     nn.GroupNorm,
 )
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -224,7 +229,7 @@ class _Search:
         models."""
         root = self.root
         kids = list(_with_layers(root))
-        lists = isinstance(root.module, _LISTS) or type(root.module) is nn.Module
+        lists = isinstance(root.module, (Models, *_LISTS))
         composite = kids and not any(_is_layer(kid.module) for kid in kids)
         if not lists or not composite or any(id(kid) in self.in_stack for kid in kids):
             return [root]

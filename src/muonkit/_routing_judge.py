@@ -61,7 +61,15 @@ class Verdict:
 
 
 class Undecided(ValueError):
-    """No rule knows this parameter; the message says what is missing."""
+    """No rule knows this parameter; the message says what is missing.
+
+    Attributes:
+        final: no algorithm can train it as it is, so that no `Rule` settles it.
+    """
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 def judge(
@@ -75,7 +83,9 @@ def judge(
         Undecided: no safe choice exists.
     """
     if isinstance(param, nn.parameter.UninitializedParameter):
-        raise Undecided("is not initialized: run one batch through the lazy module first")
+        raise Undecided(
+            "is not initialized: run one batch through the lazy module first", final=True
+        )
     # A tied tensor is an embedding, whatever else it is (docs/pitfalls.md, 16).
     for site in sites:
         _refuse_shards(site, param)
@@ -124,7 +134,7 @@ def _refuse_shards(site: Site, param: nn.Parameter) -> None:
     if flat is None and matrix_layer and site.label == "weight" and param.ndim < 2:
         flat = f"a {param.ndim}-D piece of a matrix (a flat shard)"
     if flat is not None:
-        raise Undecided(f"is {flat}. {WHOLE}")
+        raise Undecided(f"is {flat}. {WHOLE}", final=True)
 
 
 def _low_rank_adapter(site: Site) -> Verdict | None:

@@ -7,20 +7,21 @@ the plain one would. Nothing here decides an algorithm.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch.nn as nn
 
 from muonkit._torch import WRAPPERS, own_modules, own_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 __all__ = [
     "CONVS",
     "LORA",
     "STATED_WIDTHS",
     "TRANSPOSED_CONVS",
+    "Models",
     "Node",
     "Place",
     "Site",
@@ -155,6 +156,15 @@ class Node:
         yield self
         for kid in self.kids.values():
             yield from kid.below()
+
+
+class Models(nn.Module):
+    """Several models by name, as one: what `route` makes of a dict of modules."""
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        # add_module would refuse names of attributes ("type") and names with dots.
+        cast("dict[str, nn.Module | None]", own_modules(self)).update(models)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -91,7 +91,7 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {"orthogonal": _orthogonal, "gaus
 
 def route(
     model: nn.Module,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[Rule] | None = (),
     *,
     base_width: int,
     lr: float,
@@ -153,6 +153,8 @@ def route(
                 with contextlib.suppress(RoutingError):  # muP has no rule for it: it stays frozen
                     unfrozen = scaled(r.unfrozen, _role(r.unfrozen, facts, tied))
             changed.append(replace(r, unfrozen=unfrozen))
+        elif r.algorithm == "ignore":
+            changed.append(r)
         else:
             changed.append(scaled(r, found[r.name]))
     return Routes(changed, routes.scale)
@@ -161,7 +163,7 @@ def route(
 @torch.no_grad()
 def init_(
     model: nn.Module,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[Rule] | None = (),
     *,
     init: str = "gaussian",
     embedding_std: float | None = 1.0,
@@ -266,7 +268,8 @@ def _refuse_unreachable(r: Route) -> None:
 
 
 def roles(model: nn.Module, routes: Routes, *, tied: str = "refuse") -> dict[str, str]:
-    """The role of every parameter, by its route's name: a key of `RULES`, or "frozen".
+    """The role of every parameter, by its route's name: a key of `RULES`, "frozen"
+    or "ignore".
 
     Raises:
         RoutingError: a parameter that no rule of muP is for.
@@ -278,8 +281,8 @@ def roles(model: nn.Module, routes: Routes, *, tied: str = "refuse") -> dict[str
 
 
 def _role(r: Route, facts: Survey, tied: str) -> str:
-    if r.algorithm == "frozen":
-        return "frozen"
+    if r.algorithm in ("frozen", "ignore"):
+        return r.algorithm
     if r.algorithm == "muon":
         if r.options.get("adjust_lr_fn", "spectral") != "spectral":
             raise RoutingError(
