@@ -9,9 +9,8 @@ Models are built on the meta device. timm says itself which layer is the classif
 first convolution (`default_cfg`), so a table is held against that; whatever else a reader should
 look at is listed as doubtful: raised, a head or stem that timm does not know, a matrix that AdamW
 gets for another reason than being a head, stem, embedding, table or depthwise convolution, a raw
-parameter that goes to Muon, a fused layer that may not be one.
-
-`--write` writes docs/routing-survey.md.
+parameter that goes to Muon, a fused layer that may not be one. docs/routing-survey.md has the last
+run, and what was found by reading it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import types
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
 
     from muonkit.routing import Route
 
-PAGE = Path(__file__).parents[1] / "docs" / "routing-survey.md"
 # AdamW's matrices that need no second look, by the beginning of their reason.
 CLEAR = (
     "output head", "first convolution", "embedding", "positional", "token or positional",
@@ -247,16 +244,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("pattern", nargs="*", help="names, or patterns as in fnmatch")
     parser.add_argument("--all", action="store_true", help="every model, whatever its size")
-    parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name}")
     given = parser.parse_args()
     found = survey(given.pattern, given.all)
-    lines = report(found)
-    print("\n".join(lines))
-    if given.write:
-        import timm
-
-        title = f"timm {timm.__version__}, torch {torch.__version__}, muonkit {muonkit.__version__}"
-        PAGE.write_text("\n".join(["# Routing timm", "", title, "", *lines, ""]), encoding="utf-8")
+    timm = sys.modules["timm"]
+    print(f"timm {timm.__version__}, torch {torch.__version__}, muonkit {muonkit.__version__}\n")
+    print("\n".join(report(found)))
     return 1 if any(s.raised for s in found) else 0
 
 

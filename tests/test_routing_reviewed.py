@@ -41,7 +41,8 @@ def test_a_model_of_our_own_is_routed_as_reviewed(name: str) -> None:
 
 @pytest.mark.parametrize("name", _marked(TRANSFORMERS))
 def test_a_hugging_face_model_is_routed_as_reviewed(name: str) -> None:
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    transformers.logging.set_verbosity_error()
     _check(zoo_transformers.build(name), TRANSFORMERS[name])
 
 

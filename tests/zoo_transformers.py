@@ -303,7 +303,6 @@ def build(name: str) -> nn.Module:
     """The model of that name, without weights."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     cls, config = CONFIGS[name]
     kind = getattr(transformers, cls)
     with torch.device("meta"):
