@@ -182,12 +182,13 @@ def test_composite_and_several_heads() -> None:
     assert found["fc.weight"].algorithm == "muon"
 
 
-def test_a_1x1_convolution_may_be_the_head_and_a_larger_one_may_not() -> None:
-    def model(kernel: int) -> nn.Module:
-        return Holder(c1=nn.Conv2d(3, D, 3), c2=nn.Conv2d(D, D, 3), head=nn.Conv2d(D, 5, kernel))
-
-    assert got(model(1), "head.weight") == ("adamw", None, True)
-    assert got(model(3), "head.weight") == ("muon", "flatten", True)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("name", ["head", "c3"])
+def test_a_convolution_of_any_size_may_be_the_head(kernel: int, name: str) -> None:
+    head = {name: nn.Conv2d(D, 5, kernel)}
+    model = Holder(c1=nn.Conv2d(3, D, 3), c2=nn.Conv2d(D, D, 3), **head)
+    assert got(model, f"{name}.weight") == ("adamw", None, True)
+    assert got(model, "c2.weight") == ("muon", "flatten", True)
 
 
 def test_a_backbone_without_head_keeps_its_last_linear() -> None:
@@ -198,8 +199,8 @@ def test_a_backbone_without_head_keeps_its_last_linear() -> None:
     config.vocab_size = 10
     bert = transformers.BertModel(config)
     assert got(bert, "pooler.dense.weight") == ("muon", "matrix", True)
-    found = by_name(Holder(bert=bert, out=nn.Linear(D, 3)))
-    assert found["out.weight"].reason == "output head (last Linear of the model)"
+    found = by_name(Holder(bert=bert, fc=nn.Linear(D, 3)))
+    assert found["fc.weight"].reason == "output head (last layer of the model)"
     assert found["bert.pooler.dense.weight"].algorithm == "muon"
 
 

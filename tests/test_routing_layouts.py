@@ -132,7 +132,7 @@ def test_fused_layers_of_transformers(
 def test_a_linear_stored_in_by_out_is_transposed() -> None:
     fc = nn.Linear(D, 24)
     fc.weight = raw(D, 24)
-    assert got(Body(fc=fc), "fc.weight") == ("muon", "transpose", True)
+    assert got(Body(fc=fc, fc2=nn.Linear(24, D)), "fc.weight") == ("muon", "transpose", True)
 
 
 # -- attention and recurrent layers ---------------------------------------------------------------

@@ -7,21 +7,23 @@ the parameter decides. A new kind of layer is one more function here.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
 from muonkit._routing_layout import UnknownLayout, fused_layout
 from muonkit._routing_numbers import number, widths_of
+from muonkit._routing_places import LORA, is_conv, is_depthwise, name_set
 from muonkit._routing_raw import is_learned_tokens, is_position, is_token_or_position, judge_raw
-from muonkit._routing_survey import LORA, is_conv, is_depthwise, name_set
 from muonkit._routing_verdicts import Undecided, Verdict, adamw, is_vector, muon
 from muonkit._shards import WHOLE, flat_shard
 from muonkit._torch import FLAT_PARAMETER
 from muonkit.views import View
 
 if TYPE_CHECKING:
-    from muonkit._routing_survey import Site, Survey
+    from muonkit._routing_places import Site
+    from muonkit._routing_survey import Survey
 
 __all__ = ["Undecided", "Verdict", "is_vector", "judge"]
 
@@ -31,12 +33,15 @@ _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _GAINS = name_set("weight scale gamma g gain")
 _NORM_CLASS = re.compile(r"Norm(alization)?(\dd)?$")
-_STEM = re.compile(r"(^|_)stem$|patch_embed")
 _RNN_WEIGHT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 
 
-def judge(sites: list[Site], param: nn.Parameter, facts: Survey) -> Verdict:
+def judge(
+    sites: list[Site], param: nn.Parameter, facts: Survey, *, hidden: bool = False
+) -> Verdict:
     """The verdict on one trainable parameter, from all the places where it stands.
+
+    `hidden` asks what it would get as a hidden layer, whether it is a head or stem or not.
 
     Raises:
         Undecided: no safe choice exists.
@@ -53,19 +58,24 @@ def judge(sites: list[Site], param: nn.Parameter, facts: Survey) -> Verdict:
     site = sites[0]
     if param.is_complex():
         return adamw("complex: real and imaginary parts by themselves", decay=not is_vector(param))
-    if id(param) in facts.heads:
+    if id(param) in facts.heads and not hidden:
         return adamw(facts.heads[id(param)])
+    if id(param) in facts.stems and not hidden and not is_vector(param):
+        return adamw(facts.stems[id(param)])
     try:
-        return _as_viewed(
+        verdict = _as_viewed(
             _low_rank_adapter(site)
             or _vector(site, param)
             or _norm(site)
-            or _layer(site, param, facts)
+            or _layer(site, param)
             or judge_raw(site, param),
             param,
         )
     except UnknownLayout as error:
         raise Undecided(str(error)) from error
+    if id(param) in facts.doubts and verdict.algorithm == "muon":
+        return replace(verdict, reason=f"{verdict.reason} ({facts.doubts[id(param)]})")
+    return verdict
 
 
 def _as_viewed(verdict: Verdict, param: nn.Parameter) -> Verdict:
@@ -168,7 +178,7 @@ def _vector_reason(site: Site, param: nn.Parameter) -> str:
 # -- layers whose class says what they are ----------------------------------------------------
 
 
-def _layer(site: Site, param: nn.Parameter, facts: Survey) -> Verdict | None:
+def _layer(site: Site, param: nn.Parameter) -> Verdict | None:
     owner = site.owner
     if isinstance(owner, nn.MultiheadAttention):
         return _attention(site)
@@ -183,7 +193,7 @@ def _layer(site: Site, param: nn.Parameter, facts: Survey) -> Verdict | None:
     if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf") and param.ndim == 2:
         return _stored_transposed(site, param, "Hugging Face Conv1D, stored in × out")
     if is_conv(owner):
-        return _conv(site, param, facts)
+        return _conv(site)
     if isinstance(owner, _TRANSPOSED_CONVS):
         return _conv_transpose(owner)
     # The linear layers of graph libraries and the like say how wide they are.
@@ -235,14 +245,9 @@ def _stored_transposed(site: Site, param: nn.Parameter, reason: str) -> Verdict:
     return muon(f"transpose > {fused[0]}", f"{fused[1]} ({reason})")
 
 
-def _conv(site: Site, param: nn.Parameter, facts: Survey) -> Verdict:
+def _conv(site: Site) -> Verdict:
     owner = site.owner
     assert isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    if id(param) == facts.stem:
-        return adamw("first convolution (stem)")
-    # A second tower's stem is not the model's first convolution; its name and input tell.
-    if owner.in_channels <= 4 and any(_STEM.search(part) for part in site.parts[-2:]):
-        return adamw("first convolution (stem)")
     if is_depthwise(owner):
         return adamw("depthwise convolution")
     if owner.groups > 1:

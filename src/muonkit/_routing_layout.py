@@ -23,13 +23,13 @@ from muonkit._routing_numbers import (
     first_number,
     number,
 )
-from muonkit._routing_survey import name_set
+from muonkit._routing_places import name_set
 from muonkit._torch import own_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from muonkit._routing_survey import Site
+    from muonkit._routing_places import Site
 
 __all__ = ["UnknownLayout", "expert_layout", "flat_expert_layout", "fused_layout"]
 

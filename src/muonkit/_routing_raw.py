@@ -26,12 +26,12 @@ from muonkit._routing_numbers import (
     number,
     widths_of,
 )
-from muonkit._routing_survey import name_set
+from muonkit._routing_places import name_set
 from muonkit._routing_verdicts import Undecided, Verdict, adamw, muon
 from muonkit._torch import own_parameters
 
 if TYPE_CHECKING:
-    from muonkit._routing_survey import Site
+    from muonkit._routing_places import Site
 
 __all__ = ["is_learned_tokens", "is_position", "is_token_or_position", "judge_raw"]
 

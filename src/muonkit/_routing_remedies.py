@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from muonkit._routing_judge import Undecided
-    from muonkit._routing_survey import Site
+    from muonkit._routing_places import Site
 
 __all__ = ["UNDECIDED", "Open", "open_message", "unmatched_message", "warning_message"]
 

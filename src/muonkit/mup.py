@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from muonkit import routing
 from muonkit._routing_judge import Undecided, is_vector, judge
-from muonkit._routing_survey import LORA, survey, unwrap
+from muonkit._routing_places import LORA, unwrap
+from muonkit._routing_survey import survey
 from muonkit.routing import Routes, RoutingError
 from muonkit.views import blocks_of
 

@@ -12,16 +12,17 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import torch.nn as nn
 from torch import Tensor
 
 from muonkit._routing_judge import Undecided, Verdict, is_vector, judge
+from muonkit._routing_places import Site, unwrap
 from muonkit._routing_remedies import UNDECIDED, Open, open_message, warning_message
 from muonkit._routing_rules import HYPERPARAMETERS, RoutingError, Rule, choose_rules
-from muonkit._routing_survey import Site, Survey, survey, unwrap
+from muonkit._routing_survey import Survey, survey
 from muonkit._shards import WHOLE, flat_model
 from muonkit._text import shown
 from muonkit.scale import SCALES, scale_factor
@@ -378,6 +379,9 @@ def _verdict(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Verdi
     if rule is None:
         assert judged is not None
         return judged
+    if judged is not None and rule.algorithm == "muon" and judged.view is None:
+        with contextlib.suppress(Undecided):
+            judged = replace(judged, view=judge(sites, param, facts, hidden=True).view)
     return _overridden(sites[0], param, judged, rule)
 
 
