@@ -93,6 +93,8 @@ _SPECTRAL_CLASS = re.compile(r"Fourier|Spectral|FNO|FFT|Frequency|GlobalFilter")
 _STATE_SPACE_CLASS = re.compile(r"SSM|S4|S5|SSKernel|LRU|StateSpace|Mamba|HiPPO|Hippo")
 _STATE_SPACE = name_set("A B C D E P Q Lambda log_A A_log B_re B_im C_re C_im")
 
+# How many matrices of its widths a module has, in graph libraries.
+_COUNTS = ("num_types", "num_relations", "num_rels", "num_bases", "num_edge_types", "num_stacks")
 _KERNEL_SIZES = ("kernel_size", "conv_kernel_size", "conv_kernel", "d_conv", "filter_size")
 _HEAD_WIDTHS = (*HEAD_DIM, "key_dim", "value_dim", "head_k_dim", "head_v_dim")
 
@@ -105,7 +107,8 @@ def words_of(name: str) -> tuple[str, ...]:
 
 def is_position(name: str) -> bool:
     """Whether a table of this name belongs to positions."""
-    return not _POSITION.isdisjoint(words_of(name))
+    # "rel" alone is a relation of a knowledge graph as often.
+    return not (_POSITION - {"rel"}).isdisjoint(words_of(name))
 
 
 def is_token_or_position(label: str) -> bool:
@@ -238,16 +241,33 @@ def _matrix(site: Site, param: nn.Parameter, view: str) -> Verdict:
     owner = site.owner_class
     if _ROUTER.search(owner) or _ROUTER.search(site.key):
         return muon(view, f"router ({owner})")
-    widths = widths_of(site.owner)
-    if widths is not None and tuple(param.shape[:2]) in (widths, widths[::-1]):
-        turned = tuple(param.shape[:2]) != widths
+    layout = _by_widths(site, param)
+    if layout is not None:
+        turned, how = layout
         if turned:
             view = "transpose" if view == "matrix" else f"{view} > transpose"
-        return muon(view, f"matrix of {owner}, stored {'in × out' if turned else 'out × in'}")
+        return muon(view, f"matrix of {owner}{how}")
     words = set(words_of(site.label))
     if not words.isdisjoint(_WEIGHT) or site.label in ("U", "V") or _is_projected(site, param):
         return muon(view, f"matrix of {owner}")
     raise Undecided("nothing says that it is the weight of a layer")
+
+
+def _by_widths(site: Site, param: nn.Parameter) -> tuple[bool, str] | None:
+    """Whether a parameter of two sides is stored in × out, by the widths that its module states;
+    None where they are others. One side may be several times as wide (heads, kernels)."""
+    widths = widths_of(site.owner)
+    if widths is None:
+        return None
+    out, inputs = widths
+    rows, cols = param.shape[:2]
+    if rows == cols and rows in widths:
+        return False, ""
+    if cols == inputs and rows % out == 0:
+        return False, ", stored out × in"
+    if rows == inputs and cols % out == 0:
+        return True, ", stored in × out"
+    return None
 
 
 def _stack(site: Site, param: nn.Parameter) -> tuple[str, str] | None:
@@ -255,15 +275,19 @@ def _stack(site: Site, param: nn.Parameter) -> tuple[str, str] | None:
     widths = widths_of(site.owner)
     if widths is None:
         return None
-    shape = tuple(param.shape)
-    if shape[:2] == widths:
-        return "flatten", f"out × in × {'×'.join(map(str, shape[2:]))} of {site.owner_class}"
-    if shape[:2] == widths[::-1] and "Transpose" in site.owner_class:
-        return "flatten > transpose", f"transposed convolution of {site.owner_class}"
+    shape, owner = tuple(param.shape), site.owner_class
+    turned = widths[::-1]
+    counted = shape[0] in {number(site.owner, name) for name in _COUNTS}
+    if shape[:2] == widths and not counted:
+        return "flatten", f"out × in × {'×'.join(map(str, shape[2:]))} of {owner}"
+    if shape[:2] == turned and "Transpose" in owner:
+        return "flatten > transpose", f"transposed convolution of {owner}"
+    if shape[-2] == shape[-1] and shape[-1] in widths:
+        return "experts", f"matrices of {owner}"
     if shape[-2:] == widths:
-        return "experts", f"matrices of {site.owner_class}, stored out × in"
-    if shape[-2:] == widths[::-1]:
-        return "experts > transpose", f"matrices of {site.owner_class}, stored in × out"
+        return "experts", f"matrices of {owner}, stored out × in"
+    if shape[-2:] == turned:
+        return "experts > transpose", f"matrices of {owner}, stored in × out"
     return None
 
 
