@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch.nn as nn
 
+from muonkit._routing_numbers import widths_of
 from muonkit._torch import WRAPPERS, own_modules, own_parameters
 
 if TYPE_CHECKING:
@@ -351,8 +352,8 @@ def is_linear(module: nn.Module) -> bool:
         weight, nn.parameter.UninitializedParameter
     ):
         return False
-    stated = {(getattr(module, i, None), getattr(module, o, None)) for i, o in STATED_WIDTHS}
-    return weight.ndim == 2 and bool({tuple(weight.shape), tuple(weight.shape)[::-1]} & stated)
+    widths = widths_of(module)
+    return widths is not None and tuple(weight.shape) in (widths, widths[::-1])
 
 
 def weights(node: Node) -> list[nn.Parameter]:
