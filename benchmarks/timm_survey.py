@@ -39,11 +39,17 @@ if TYPE_CHECKING:
 
     from muonkit.routing import Route
 
-# AdamW's matrices that need no second look, by the beginning of their reason.
-CLEAR = (
-    "output head", "first convolution", "embedding", "positional", "token or positional",
-    "depthwise convolution", "bias (a table", "elementwise",
-)  # fmt: skip
+# Reasons that need no second look: AdamW's for a matrix, and Muon's.
+_CLEAR = re.compile(
+    r"output head|first convolution|linear embedding of the input|embedding|positional"
+    r"|token or positional|depthwise convolution|bias \(a table|elementwise|broadcast|norm "
+    r"|small table|per-channel filters|[0-9]+ experts, each flattened"
+)
+_PLAIN = re.compile(
+    r"hidden linear|hidden convolution|fused|recurrent|attention|router|transposed convolution"
+    r"|[0-9]+ (transposed )?convolution groups"
+)
+_FUSED = re.compile(r"[._]?(qkv|kv|qk|to_kv)(_proj)?[.]weight$")
 
 
 @dataclass
@@ -111,12 +117,12 @@ def examine(timm: Any, name: str) -> Surveyed:
         with torch.device("meta"):
             model = timm.create_model(name)
     except Exception as error:
-        found.raised = f"not built: {type(error).__name__}: {error}"
+        found.raised = f"not built: {type(error).__name__}: {str(error)[:80]}"
         return found
     try:
         routes = list(route(model))
     except ValueError as error:
-        found.raised = f"not routed: {error}"
+        found.raised = f"not routed: {' '.join(str(error).splitlines()[1:2])}"
         return found
     found.muon = sum(r.algorithm == "muon" for r in routes)
     found.adamw = sum(r.algorithm == "adamw" and _is_matrix(r) for r in routes)
@@ -148,17 +154,18 @@ def _against_timm(model: nn.Module, routes: Sequence[Route]) -> Iterable[str]:
                 yield f"{what} missed: {_row(r)}"
             if names and r.name not in names and is_one(r) and _is_matrix(r):
                 yield f"{what} that timm does not name: {_row(r)}"
-    if not any(map(_is_head, routes)):
+    if getattr(model, "num_classes", 1) and not any(map(_is_head, routes)):
         yield "no head"
 
 
 def _second_look(routes: Sequence[Route]) -> Iterable[str]:
     for r in routes:
-        if r.algorithm == "adamw" and _is_matrix(r) and not r.reason.startswith(CLEAR):
+        if r.algorithm == "adamw" and _is_matrix(r) and not _CLEAR.match(r.reason):
             yield f"AdamW: {_row(r)}"
-        raw = not r.name.endswith(("weight", "original1")) and "_proj" not in r.name
-        if r.algorithm == "muon" and (raw or r.reason.startswith("matrix of")):
-            yield f"raw: {_row(r)}"
+        if r.algorithm == "muon" and not _PLAIN.match(r.reason):
+            yield f"Muon: {_row(r)}"
+        if _FUSED.search(r.name) and r.view in ("matrix", "flatten"):
+            yield f"fused by name, kept whole: {_row(r)}"
         if "by shape" in r.reason:
             yield f"fused by shape: {_row(r)}"
 

@@ -276,6 +276,60 @@ class MobileNet(Parts):
         )
 
 
+class SqueezeExcite(Parts):
+    def __init__(self, width: int) -> None:
+        super().__init__(fc1=nn.Conv2d(width, 8, 1), act=nn.ReLU(), fc2=nn.Conv2d(8, width, 1))
+
+
+class FastNet(Parts):
+    """final_conv is hidden, and its squeeze-and-excite, registered last, gives nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            backbone=Backbone(),
+            final_conv=Parts(conv=nn.Conv2d(32, 64, 3), se=SqueezeExcite(64), act=nn.GELU()),
+            head=Parts(global_pool=nn.AdaptiveAvgPool2d(1), fc=nn.Linear(64, 10)),
+        )
+
+
+class WideClassifier(Parts):
+    """DLA: a classifier of more classes than channels, as a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(backbone=Backbone(), global_pool=nn.AdaptiveAvgPool2d(1),
+            fc=nn.Conv2d(32, 100, 1))
+
+
+class CondConv(nn.Module):
+    """Yang et al. 2019: experts' kernels, each flattened to a row, mixed by a router."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.num_experts, self.in_channels, self.out_channels = 4, inputs, outputs
+        self.weight = raw(4, outputs * inputs * 9)
+
+
+class CondConvNet(Parts):
+    def __init__(self) -> None:
+        super().__init__(
+            backbone=Backbone(),
+            blocks=nn.ModuleList(
+                Parts(routing_fn=nn.Linear(32, 4), conv=CondConv(32, 32)) for _ in range(2)),
+            classifier=nn.Linear(32, 10),
+        )
+
+
+class FlexibleViT(Parts):
+    """Patches arrive cut out: embeds.proj is linear and meets the picture."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            embeds=Parts(cls_token=raw(1, 1, D), pos_embed=raw(1, 4, 4, D), proj=nn.Linear(48, D)),
+            blocks=nn.Sequential(DiTBlock(), DiTBlock()),
+            norm=nn.LayerNorm(D), head=nn.Linear(D, 10),
+        )
+
+
 class SuperResolution(Parts):
     """EDSR: the last convolution gives the picture."""
 
@@ -313,6 +367,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "unet": UNet,
     "fcn": FCN,
     "mobilenet": MobileNet,
+    "fast_net": FastNet,
+    "wide_classifier": WideClassifier,
+    "cond_conv_net": CondConvNet,
+    "flexible_vit": FlexibleViT,
     "super_resolution": SuperResolution,
     "linear_patches": LinearPatches,
 }
