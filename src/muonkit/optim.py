@@ -62,7 +62,7 @@ from muonkit._optim_step import muon_step
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import agree, announce, run_overlapped
-from muonkit.routing import Routes, Rule, route
+from muonkit.routing import Routes, Rule, is_models, route
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -718,6 +718,7 @@ class MuonW(Muon):
     """One optimizer for a whole model: Muon for the hidden matrices, AdamW for the rest.
 
         optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)  # routes the model itself
+        optimizer = MuonW({"G": G, "D": D}, lr=3e-4)  # or several models by name
         optimizer = MuonW(route(model, rules), lr=3e-4)  # or takes routes made before
         optimizer = MuonW(muon_params, lr=0.02, adamw_params=rest, adamw_lr=3e-4)  # or by hand
 
@@ -727,7 +728,8 @@ class MuonW(Muon):
     "original" and no decay.
 
     Args:
-        model: a module, the `Routes` of one, or the parameters for Muon (then with adamw_params).
+        model: a module, a dict of modules by name, `Routes`, or the parameters for Muon (then with
+            adamw_params).
         lr, weight_decay, momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn: as in
             `Muon`. lr None is 3e-4 when routed, and refused by hand; weight_decay None is 0.1 when
             routed and 0 by hand.
@@ -741,6 +743,7 @@ class MuonW(Muon):
             give it to `route`.
         undecided: what becomes of parameters that routing cannot judge: "raise", or "adamw", which
             trains them with AdamW and warns (see `muonkit.route`).
+        heads: the output heads by hand, where the search for them errs (see `muonkit.route`).
         **options: any other keyword argument of `Muon`.
 
     Raises:
@@ -755,7 +758,7 @@ class MuonW(Muon):
 
     def __init__(
         self,
-        model: nn.Module | Routes | ParamsT,
+        model: nn.Module | Mapping[str, nn.Module] | Routes | ParamsT,
         lr: float | Tensor | None = None,
         weight_decay: float | None = None,
         momentum: float = 0.95,
@@ -773,24 +776,26 @@ class MuonW(Muon):
         adamw_wd: float | None = None,
         decay_1d: bool = False,
         undecided: str = "raise",
+        heads: Iterable[str | nn.Module] | None = None,
         **options: Any,
     ) -> None:
         refuse_unknown(options)
         refuse_eps(eps)
-        if isinstance(model, nn.Module | Routes):
+        if isinstance(model, nn.Module | Routes) or is_models(model):
             if adamw_params is not None:
                 raise TypeError(
                     "MuonW got a model and adamw_params: pass the model alone (it routes itself; "
                     "rules=[...] overrides), or the Muon parameters with adamw_params"
                 )
             rules = [rules] if isinstance(rules, Rule) else list(rules or ())
-            routes = _routes(model, rules, adjust_lr_fn, decay_1d, undecided)
+            routes = _routes(model, rules, adjust_lr_fn, decay_1d, undecided, heads)
             adjust_lr_fn = routes.scale
             lr = 3e-4 if lr is None else lr
             weight_decay = 0.1 if weight_decay is None else weight_decay
             groups = routes.param_groups()
         else:
-            if adamw_params is None or rules or decay_1d or undecided != "raise":
+            routing = rules or decay_1d or undecided != "raise" or heads is not None
+            if adamw_params is None or routing:
                 raise TypeError(_no_module(model))
             if lr is None:
                 raise TypeError(
@@ -846,23 +851,25 @@ def _is_checked(group: dict[str, Any]) -> bool:
 
 
 def _routes(
-    model: nn.Module | Routes,
+    model: nn.Module | Mapping[str, nn.Module] | Routes,
     rules: Sequence[Rule],
     scale: str | None,
     decay_1d: bool,
     undecided: str,
+    heads: Iterable[str | nn.Module] | None,
 ) -> Routes:
+    asked: dict[str, Any] = {"decay_1d": decay_1d, "undecided": undecided, "heads": heads}
     if isinstance(model, Routes):
-        if rules or decay_1d or undecided != "raise" or scale not in (None, model.scale):
+        default = {"decay_1d": False, "undecided": "raise", "heads": None}
+        if rules or asked != default or scale not in (None, model.scale):
+            also = "".join(f", {key}={value!r}" for key, value in asked.items())
             raise TypeError(
-                "MuonW got routes, and rules, decay_1d, undecided or another scale beside them: "
-                f"give these to route(model, rules, scale={scale or model.scale!r}, "
-                f"decay_1d={decay_1d}, undecided={undecided!r})"
+                f"MuonW got routes, and rules, {', '.join(asked)} or another scale beside them: "
+                f"give these to route(model, rules, scale={scale or model.scale!r}{also})"
             )
         routes = model
     else:
-        scale = scale or "match_rms_adamw"
-        routes = route(model, rules, scale=scale, decay_1d=decay_1d, undecided=undecided)
+        routes = route(model, rules, scale=scale or "match_rms_adamw", **asked)
     if not any(r.algorithm == "muon" for r in routes):
         matrices = [r.name for r in routes if r.algorithm == "adamw" and len(r.shape) == 2]
         line = f": rules=[Rule({matrices[0]!r}, view='matrix')], say" if matrices else ""

@@ -11,15 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeGuard, overload
 
 import torch.nn as nn
 from torch import Tensor
 
 from muonkit._routing_judge import Undecided, Verdict, is_vector, judge
-from muonkit._routing_places import Site, unwrap
+from muonkit._routing_places import Models, Site, unwrap
 from muonkit._routing_remedies import UNDECIDED, Open, open_message, warning_message
 from muonkit._routing_rules import HYPERPARAMETERS, RoutingError, Rule, choose_rules
 from muonkit._routing_survey import Survey, survey
@@ -157,6 +157,32 @@ class Routes(Sequence[Route]):
             group["params"].append((r.name, r.param))
         return groups
 
+    def of(self, part: nn.Module) -> Routes:
+        """The routes of a part of the model, such as one stage of a pipeline: what routing decided
+        with the whole model in view, under the part's own names.
+
+        The part's parameters are found by identity, or, where it was copied, by their names in the
+        whole model: a copy from which layers were deleted keeps those.
+
+        Raises:
+            RoutingError: the part has a parameter that is not of this model.
+        """
+        facts = survey(unwrap(part), [])
+        by_param = {id(r.param): r for r in self}
+        by_name = {name: r for r in self for name in (r.name, *r.aliases)}
+        routes = []
+        for key, param in facts.params.items():
+            names = [site.name for site in facts.sites[key]]
+            same = by_param.get(key) or next((by_name[n] for n in names if n in by_name), None)
+            if same is None or _shape(param) != same.shape:
+                raise RoutingError(
+                    f"{names[0]} {_shape(param)} of {type(part).__name__} is no parameter of the "
+                    "model that was routed, neither by identity nor by its name and shape: route "
+                    "the whole model that the part was taken from"
+                )
+            routes.append(_moved(same, names, param))
+        return Routes(routes, self.scale)
+
     def _counts(self) -> dict[str, tuple[int, int]]:
         counts = {}
         for algorithm in ("muon", "adamw", "frozen", "ignore"):
@@ -168,6 +194,12 @@ class Routes(Sequence[Route]):
 
 def _elements(param: nn.Parameter) -> int:
     return 0 if isinstance(param, nn.parameter.UninitializedParameter) else param.numel()
+
+
+def _moved(route: Route, names: Sequence[str], param: nn.Parameter) -> Route:
+    """The same decision for a parameter at another place."""
+    unfrozen = route.unfrozen and _moved(route.unfrozen, names, param)
+    return replace(route, name=names[0], aliases=tuple(names[1:]), param=param, unfrozen=unfrozen)
 
 
 def _same_key(group: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
@@ -216,17 +248,19 @@ class _Unsettled(RoutingError):
 
 
 def route(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, nn.Module],
     rules: Sequence[Rule] | None = (),
     *,
     scale: str = "match_rms_adamw",
     decay_1d: bool = False,
     undecided: str = "raise",
+    heads: Iterable[str | nn.Module] | None = None,
 ) -> Routes:
     """Decide for every parameter of `model` which algorithm trains it, and in which view.
 
     Args:
         model: any module; `torch.compile`, DistributedDataParallel and the like are looked through.
+            Several models come as a dict, whose keys begin their parameters' names.
         rules: overrides; for each parameter the first rule that matches decides.
         scale: the name of the learning-rate scale that the table shows (a key of
             `muonkit.scale.SCALES`), and that `MuonW` uses; a rule's option "adjust_lr_fn" goes
@@ -235,25 +269,30 @@ def route(
         undecided: what becomes of parameters of which nothing tells whether they are hidden
             matrices, or which matrices: "raise" (one error with all of them and the lines that
             settle them) or "adamw" (AdamW trains them, and a warning names them).
+        heads: the output heads, where the search errs: modules, or patterns of their names; of a
+            module of several layers the last. [] says that there is none, as in a part of a model;
+            for a stage of a pipeline `route(whole).of(stage)` knows it too.
 
     Raises:
         RoutingError: the model has no parameters, or none that is trainable; parameters that
             cannot be judged, are not initialized, or are flat shards; a rule that decides nothing,
             or whose view does not fit.
-        ValueError: no such scale, or no such choice for `undecided`.
+        ValueError: no such scale, no such choice for `undecided`, or `heads` has what is no layer
+            of the model.
 
     Warns:
         UserWarning: undecided="adamw", and there are such parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"route() takes an nn.Module, got {type(model).__name__}")
+    model = as_module(model)
+    if isinstance(heads, str | nn.Module):
+        raise TypeError("heads is a list of modules or names: put the one in brackets")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; one of {', '.join(map(repr, SCALES))}")
     if undecided not in ("raise", "adamw"):
         raise ValueError(f"unknown undecided {undecided!r}; one of 'raise', 'adamw'")
     if flat := flat_model(model):
         raise RoutingError(f"{type(model).__name__}: {flat}. {WHOLE}")
-    facts = survey(unwrap(model))
+    facts = survey(unwrap(model), None if heads is None else list(heads))
     if not facts.params:
         raise RoutingError(f"{type(model).__name__} has no parameters: nothing to optimize")
     if not any(param.requires_grad for param in facts.params.values()):
@@ -266,6 +305,30 @@ def route(
     if guessed:
         warnings.warn(warning_message(guessed), UserWarning, stacklevel=2)
     return found
+
+
+def as_module(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
+    """The model, or the one that holds the models of a dict.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not is_models(model):
+        raise TypeError(
+            f"route() takes an nn.Module or a dict of them by name, got {type(model).__name__}"
+        )
+    return Models(model)
+
+
+def is_models(model: object) -> TypeGuard[Mapping[str, nn.Module]]:
+    """Whether this is a dict of models by name."""
+    return (
+        isinstance(model, Mapping)
+        and len(model) > 0
+        and all(isinstance(k, str) and isinstance(v, nn.Module) for k, v in model.items())
+    )
 
 
 def _route_all(model: nn.Module, facts: Survey, rules: Sequence[Rule], asked: _Asked) -> Routes:
