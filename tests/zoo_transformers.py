@@ -259,7 +259,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "vitpose_backbone", "image_size": [32, 32], "patch_size": [8, 8], "hidden_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 4, "out_indices": [2]}}),
     # -- several inputs -------------------------------------------------------------------------
-    "clip": ("CLIPModel", {"projection_dim": 16, "text_config": _TEXT, "vision_config": _VISION}),
+    "clip": ("CLIPModel", {"projection_dim": 32, "text_config": _TEXT, "vision_config":
+        _VISION | {"hidden_size": 48}}),
     "siglip": ("SiglipModel", {"text_config": _TEXT, "vision_config": _VISION}),
     "clap": ("ClapModel", {"projection_dim": 16, "text_config": _TEXT, "audio_config":
         {"patch_embeds_hidden_size": 8, "num_mel_bins": 16, "spec_size": 32, "window_size": 4,

@@ -47,6 +47,8 @@ _WEAK = re.compile(
     r"|(class|bbox|box|mask)_embed|bbox_reg|heatmaps?|project_(hid|q)"
     r"|(visual|vision|image|text|audio)_projection"
 )
+# The last layers of two towers: of equal width neither feeds the other.
+_TWINS = re.compile(r"(visual|vision|image|text|audio)_projection|project_(hid|q)")
 _NO_HEAD = re.compile(
     r".*(attn|attention|multi|sa|pos|num)_?heads?|(.*_)?(to|attn|attention|norm|add|mlp|res|skip)_out"
 )
@@ -249,6 +251,7 @@ class _Search:
                 if (
                     width != given
                     or kid.serves
+                    or (_TWINS.fullmatch(branch.name) and _TWINS.fullmatch(kid.name))
                     or (TOWER.fullmatch(branch.name) and given != taken and branch is not node)
                 ):
                     continue

@@ -25,7 +25,7 @@ from muonkit._routing_numbers import (
     number,
 )
 from muonkit._routing_places import name_set
-from muonkit._torch import own_parameters
+from muonkit._torch import own_modules, own_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,6 +43,7 @@ _QKV = name_set(
 _QKV_BY_HEAD = name_set("query_key_value linear_qkv in_proj_qkvz")
 # Fused q, k, v in some models and something else in others: only if the shape says so too.
 _QKV_PERHAPS = name_set("c_attn in_proj att_proj attn_proj attn_in_proj")
+_ONE_OF_QKV = re.compile(r"(^|_)(q|k|v|query|key|value)(_|$)")
 _KV = name_set(
     "kv to_kv kv_proj proj_kv Wkv wkv W_kv w_kv kv_linear linear_kv lin_kv kv_layer key_value"
 )
@@ -102,6 +103,7 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     if name in _QKV:
         found = (
             _qkv_of_unequal_heads(site, rows)
+            or _qkv_of_unequal_parts(site, rows, cols)
             or _qkv(site, rows, cols)
             or _qkv_by_partner(site, rows, cols)
         )
@@ -119,6 +121,11 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
         return found or _halves(site, rows)
     if name in _KV:
         return _kv(site, rows, cols)
+    if name == "kv_a_proj_with_mqa":
+        # DeepSeek's latent of keys and values, and the rotated part of the keys beside it.
+        rank, rotated = (number(site.parent, n) for n in ("kv_lora_rank", "qk_rope_head_dim"))
+        if rank and rotated and rank + rotated == rows:
+            return f"split(rows={rank}+{rotated})", "fused latent and rotated keys"
     if name == "x_proj":
         return _state_space(site, rows)
     if rows == 3 * cols and _is_unnamed_attention(site, cols):
@@ -168,6 +175,22 @@ def _qkv_of_unequal_heads(site: Site, rows: int) -> tuple[str, str] | None:
     # Pure whether a head's q, k and v lie together or those of all heads do.
     block = math.gcd(key, value)
     return f"split(rows={rows // block})", f"fused q, k, v of unequal widths: blocks of {block}"
+
+
+def _qkv_of_unequal_parts(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
+    """q, k and v of vision models, one after the other, none as wide as the next."""
+    heads = first_number([site.parent], HEADS) or 1
+    all_qk, all_v, qk, v = (
+        number(site.parent, n) or 0 for n in ("dim_out_qk", "dim_out_v", "dim_qk", "dim_v")
+    )
+    for parts, what in (
+        ((all_qk, all_qk, all_v), "fused q, k, v of unequal widths"),
+        ((heads * qk, qk, v), "fused q, k, v of a lambda layer: one k and v for all heads"),
+        ((1, cols, cols), "fused scores, k and v of linear attention"),
+    ):
+        if all(parts) and len(set(parts)) > 1 and sum(parts) == rows:
+            return f"split(rows={'+'.join(map(str, parts))})", what
+    return None
 
 
 def _kv(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
@@ -240,6 +263,10 @@ def _is_by_head(site: Site) -> bool:
 
 
 def _is_unnamed_attention(site: Site, width: int) -> bool:
+    # Beside a projection of its own for one of the three this is something else: the offsets of
+    # deformable attention have three times the width by chance.
+    if site.parent is None or any(_ONE_OF_QKV.search(name) for name in own_modules(site.parent)):
+        return False
     counts = any(number(site.parent, name) for name in HEADS)
     return counts and any(taken == width for taken in _widths_taken(site, width))
 
