@@ -90,9 +90,11 @@ class TwoTowers(Parts):
     def __init__(self) -> None:
         super().__init__(
             visual=Parts(conv1=nn.Conv2d(3, D, 8, 8),
-                transformer=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64), 2),
+                transformer=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64,
+                    batch_first=True), 2),
                 proj=raw(D, 16)),
-            transformer=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64), 2),
+            transformer=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64,
+                batch_first=True), 2),
             token_embedding=nn.Embedding(100, D),
             positional_embedding=raw(16, D),
             text_projection=raw(D, 16),
@@ -337,7 +339,8 @@ class TabTransformer(Parts):
         super().__init__(
             category_embed=nn.Embedding(30, D), cls_token=raw(1, 1, D),
             numerical_embedder=Parts(weights=raw(5, D), biases=raw(5, D)),
-            transformer=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64), 2),
+            transformer=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64,
+                batch_first=True), 2),
             to_logits=nn.Sequential(nn.LayerNorm(D), nn.ReLU(), nn.Linear(D, 3)),
         )
 

@@ -350,7 +350,7 @@ class LinearPatches(Parts):
             patch_embed=nn.Linear(48, D),
             cls_token=raw(1, 1, D),
             pos_embedding=raw(1, 17, D),
-            layers=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64), 2),
+            layers=nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, 64, batch_first=True), 2),
             mask_token=raw(D),
             to_pixels=nn.Linear(D, 48),
         )
