@@ -242,7 +242,7 @@ def written_parameter(
     side = form.sides[name]
     steps = int(entry[STEP]) if STEP in entry else 0
     keys, factor, view = form.keys(name, group.get("view", ""), steps), 1.0, None
-    options = _written_options(side, group, notes)
+    values = dict(group)
     if side.algorithm == "muon":
         shape, own = tuple(p.shape), group["view"]
         view = form.view(keys, shape)
@@ -252,11 +252,12 @@ def written_parameter(
             factor = _lr_factor(form, theirs, scale, shape, own, notes)
         else:
             notes.append(f"the view {own!r}, which is {view!r} there")
-        _rescale(options, factor)
+        _rescale(values, factor)
         if form.scale_key is not None:
             keys[form.scale_key] = theirs
     schedule = {key: group[key] for key in SCHEDULERS if key in group}
     schedule |= {key: schedule[key] * factor for key in _RATES if key in schedule}
+    options = _written_options(side, values, notes)
     state = _written_state(form, side, p, group, entry, notes)
     return Read(name, {**keys, **options}, state, schedule, view, steps, notes)
 
