@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 import other_muons
+from distributed_helpers import Cases, Ranks
 from muonkit import Muon, MuonW, convert
 from other_muons import SOURCES, Keller, Moonlight
 
@@ -42,7 +47,9 @@ def train(model: nn.Module, optimizers: list[Any], first: int, last: int) -> Non
     for t in range(first, last):
         generator = torch.Generator().manual_seed(t)
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator)
+            grad = torch.randn(p.shape, generator=generator)
+            sharded = isinstance(p, DTensor)
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if sharded else grad
         for optimizer in optimizers:
             optimizer.step()
 
@@ -243,6 +250,68 @@ def test_names_go_before_positions() -> None:
     assert_went_on(model, ours, start)
 
 
+# --- several ranks ----------------------------------------------------------------------------
+
+CASES = Cases()
+
+
+def trained_alone() -> tuple[Model, Optimizer, Model, Model]:
+    """A model and its optimizer after five steps, and two copies of the model."""
+    model = Model()
+    (theirs,) = SOURCES["keller with its Adam"][1](*model.parts())
+    train(model, [theirs], 0, 5)
+    return model, theirs, copy.deepcopy(model), copy.deepcopy(model)
+
+
+@CASES.on(2)
+def the_state_of_one_process_goes_to_shards_and_back() -> None:
+    model, theirs, ours, start = trained_alone()
+    params = names_in(model, [theirs])[0]
+    fully_shard(ours, mesh=init_device_mesh("cpu", (2,)))
+    taken = convert.to_muonkit("keller", theirs.state_dict(), ours, params, ns_dtype="float32")
+    assert isinstance(taken.optimizer.state[ours.up.weight]["momentum_buffer"], DTensor)
+    train(model, [theirs], 5, 8)
+    train(ours, [taken.optimizer], 5, 8)
+    whole = copy.deepcopy(start)
+    whole.load_state_dict({name: p.full_tensor() for name, p in ours.named_parameters()})
+    assert_went_on(model, whole, start)
+    taken.optimizer.consolidate_state_dict()
+    if dist.get_rank() == 0:
+        exported = convert.from_muonkit("keller", taken.optimizer)
+        names = {id(p): name for name, p in ours.named_parameters()}
+        groups = exported.param_groups[0]
+        for group in groups:
+            group["params"] = [whole.get_parameter(names[id(p)]) for p in group["params"]]
+        again = Keller(groups)
+        again.load_state_dict(exported.state_dicts[0])
+        train(model, [theirs], 8, 10)
+        train(whole, [again], 8, 10)
+        assert_went_on(model, whole, start)
+
+
+@CASES.on(2)
+def zero_shares_out_the_state_of_one_process() -> None:
+    model, theirs, ours, start = trained_alone()
+    params = names_in(model, [theirs])[0]
+    options = {"process_group": dist.group.WORLD, "zero": 1, "ns_dtype": "float32"}
+    taken = convert.to_muonkit("keller", theirs.state_dict(), ours, params, **options)
+    train(model, [theirs], 5, 10)
+    train(ours, [taken.optimizer], 5, 10)
+    assert_went_on(model, ours, start)
+    with pytest.raises(ValueError, match="consolidate_state_dict"):
+        convert.from_muonkit("keller", taken.optimizer)
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(request, tmp_path_factory, CASES)
+
+
+@pytest.mark.parametrize(("world_size", "case"), CASES.ids())
+def test_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
+    ranks.outcome(world_size, case).check()
+
+
 # --- what is refused, as a whole --------------------------------------------------------------
 
 
@@ -354,6 +423,12 @@ def test_what_is_lost_is_told() -> None:
     ):
         assert line in told, told
     assert len(taken.not_carried) == 5
+    # Also where ours had something else before.
+    head = MuonW(model)
+    train(model, [head], 2, 3)
+    options = {"optimizer": head, "hyperparameters": False}
+    convert.to_muonkit("torch", theirs, model, **options)
+    assert all(not value.any() for value in head.state[model.head.weight].values())
 
 
 def test_what_theirs_cannot_say_is_told() -> None:
