@@ -92,6 +92,26 @@ class Moonlight(_Other):
         p.add_(mean / (group["adamw_eps"] + square.sqrt()), alpha=-lr / scale)
 
 
+class Keller2024(Moonlight):
+    """Keller Jordan's first version, which Moonlight's comes from."""
+
+    def __init__(self, muon_params: Sequence[Tensor], adamw_params: Sequence[Tensor]) -> None:
+        own = {"lr": 0.02, "momentum": 0.95, "nesterov": True, "ns_steps": 5}
+        own |= {"adamw_lr_ratio": 0.1, "adamw_betas": (0.95, 0.95), "adamw_wd": 0.1}
+        super().__init__(muon_params, adamw_params, **own)
+        del self.param_groups[0]["wd"]
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if state["use_muon"]:  # its scale is that of the matrix
+            rows, cols = p.flatten(1).shape
+            theirs = 0.2 * math.sqrt(max(p.shape[:2]))
+            lr = group["lr"] * max(1, rows / cols) ** 0.5 / theirs
+            super().update(p, g, state, {**group, "lr": lr, "wd": 0})
+        else:
+            lr = group["lr"] * group["adamw_lr_ratio"]
+            super().update(p, g, state, {**group, "lr": lr, "wd": group["adamw_wd"]})
+
+
 class Dion(_Other):
     """Its Muon, or NorMuon by `algorithm`."""
 
@@ -196,6 +216,11 @@ SOURCES: dict[str, tuple[str, Make, bool]] = {
         True,
     ),
     "moonlight": ("moonlight", lambda hidden, rest: [Moonlight(hidden, rest)], True),
+    "keller in 2024": (
+        "keller_2024",
+        lambda hidden, rest: [Keller2024(hidden, rest)],
+        True,
+    ),
     "dion": (
         "dion",
         lambda hidden, rest: [Dion([{"params": hidden}, {"params": rest, "algorithm": "adamw"}])],

@@ -70,8 +70,9 @@ class Format:
         scale_key: the key of a group that says it.
         scale: (their name, shape) -> the factor on lr, where it is not ours of that name.
         assumed: what a state dict does not tell, and what their step does that ours does not.
+        prepare: (side, group) -> the group, where an option is not one key of it.
         layout: the optimizers that a whole model needs there: "two" (Muon and AdamW), "one" with
-            groups, or "one group" for all.
+            groups, "one group" for all, or "none": it is read alone.
         by_size: a Muon group may have been sorted by size, the largest first.
         flat: the momentum of more than two dimensions is kept as a matrix.
     """
@@ -85,6 +86,7 @@ class Format:
     scale: Callable[[Any, tuple[int, ...]], float | None] = lambda name, shape: None
     filled: Mapping[str, Any] = field(default_factory=dict)
     assumed: Sequence[str] = ()
+    prepare: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] = lambda side, group: group
     layout: str = "one"
     by_size: bool = False
     flat: bool = False
@@ -205,6 +207,11 @@ def _moonlight_side(group: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     return "muon" if entry["use_muon"] else "adamw"
 
 
+_LATE_EPS = (
+    "where AdamW adds its eps: to the root of the second moment before its bias correction there, "
+    "after it here; eps is eps / sqrt(1 - beta2^t) for theirs"
+)
+
 _MOONLIGHT = Format(
     sides={
         "muon": Side(
@@ -237,11 +244,60 @@ _MOONLIGHT = Format(
     keys=lambda side, view, steps: {},
     scales={None: "match_rms_adamw"},
     scale=lambda name, shape: 0.2 * math.sqrt(max(shape[:2])),
-    assumed=(
-        "where AdamW adds its eps: to the root of the second moment before its bias correction "
-        "there, after it here; eps is eps / sqrt(1 - beta2^t) for theirs",
-    ),
+    assumed=(_LATE_EPS,),
     layout="one group",
+    flat=True,
+)
+
+
+# --- github.com/KellerJordan/Muon: muon.py as it was until January 2025 -------------------------
+
+
+def _adamw_lr(side: str, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    if side == "muon" or "adamw_lr_ratio" not in group:
+        return group
+    rates = ("lr", "initial_lr")
+    return {**group, **{k: group[k] * group["adamw_lr_ratio"] for k in rates if k in group}}
+
+
+_KELLER_2024 = Format(
+    sides={
+        "muon": Side(
+            "muon",
+            names={
+                "lr": "lr",
+                "momentum": "momentum",
+                "nesterov": "nesterov",
+                "ns_steps": "ns_steps",
+            },
+            state={MOMENTUM: "momentum_buffer"},
+            summed=True,
+            fixed={"ns_coefficients": KELLER, "weight_decay": 0.0},
+            ignored=("adamw_lr_ratio", "adamw_betas", "adamw_eps", "adamw_wd"),
+            marks={"use_muon": True},
+        ),
+        "adamw": Side(
+            "adamw",
+            names={
+                "lr": "lr",
+                "weight_decay": "adamw_wd",
+                "betas": "adamw_betas",
+                "eps": "adamw_eps",
+            },
+            state={"exp_avg": "moment1", "exp_avg_sq": "moment2"},
+            step=STEP,
+            whole_steps=True,
+            ignored=("adamw_lr_ratio", "momentum", "nesterov", "ns_steps"),
+            marks={"use_muon": False},
+        ),
+    },
+    side_of=_moonlight_side,
+    view=_MOONLIGHT.view,
+    keys=lambda side, view, steps: {},
+    scales={None: "original"},
+    assumed=(_LATE_EPS,),
+    prepare=_adamw_lr,
+    layout="none",
     flat=True,
 )
 
@@ -342,6 +398,7 @@ _DION = Format(
 FORMATS: dict[str, Format] = {
     "torch": _TORCH,
     "keller": _KELLER,
+    "keller_2024": _KELLER_2024,
     "moonlight": _MOONLIGHT,
     "dion": _DION,
 }

@@ -86,6 +86,7 @@ def read_parameter(
         known = ", ".join(form.sides)
         raise ValueError(f"it is trained by {name!r} there, and what is converted is {known}")
     side, notes = form.sides[name], list[str]()
+    group = form.prepare(name, group)
     options = _read_options(form, side, group, notes)
     view, factor = None, 1.0
     if side.algorithm == "muon":

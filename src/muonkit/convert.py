@@ -12,9 +12,13 @@
     muon = torch.optim.Muon(back.param_groups[0])
     muon.load_state_dict(back.state_dicts[0])
 
-The formats: "torch" (`torch.optim.Muon` and `torch.optim.AdamW`), "keller" (every class of Keller
-Jordan's muon.py), "moonlight" (its toy_train.py) and "dion" (`Muon` and `NorMuon` of
-microsoft/dion).
+The formats:
+
+- "torch": `torch.optim.Muon` and `torch.optim.AdamW`;
+- "keller": every class of Keller Jordan's muon.py, and torch's AdamW beside it; "keller_2024": what
+  that file was until January 2025, to read alone;
+- "moonlight": the class of Moonlight's toy_train.py;
+- "dion": `Muon` and `NorMuon` of microsoft/dion.
 """
 
 from __future__ import annotations
@@ -152,6 +156,8 @@ def from_muonkit(
             group of theirs with different learning rates here.
     """
     form = _format(target)
+    if form.layout == "none":
+        raise ValueError(f"{target!r} is read alone: its authors have replaced it")
     saved = optimizer.state_dict()
     found: list[Parameter] = []
     problems: list[str] = []
