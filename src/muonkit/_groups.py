@@ -38,6 +38,7 @@ __all__ = [
     "momentum_dtype",
     "parameter_names",
     "products_of",
+    "refuse_eps",
     "refuse_held",
     "refuse_unknown",
     "separate_lr",
@@ -235,6 +236,18 @@ def refuse_unknown(options: dict[str, Any]) -> None:
             own = _ADAMW_DEFAULTS.get(name)
             remedy = f"AdamW's is called {own}" if own else f"it has {', '.join(_MUONW_OPTIONS)}"
             raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
+
+
+def refuse_eps(eps: Any) -> None:
+    """Refuse an eps given to `MuonW`, which was meant for AdamW.
+
+    Raises:
+        TypeError: it is another one than torch.optim.Muon's default.
+    """
+    if not isinstance(eps, int | float) or eps != EPS:
+        raise TypeError(
+            f"MuonW got eps={eps!r:.80}, which has no effect on Muon; AdamW's is called adamw_eps"
+        )
 
 
 def validate_defaults(defaults: dict[str, Any]) -> None:

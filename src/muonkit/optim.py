@@ -23,6 +23,7 @@ from muonkit._groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
+    refuse_eps,
     refuse_held,
     refuse_unknown,
     separate_lr,
@@ -61,7 +62,7 @@ from muonkit._optim_step import muon_step
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import agree, announce, run_overlapped
-from muonkit.routing import Routes, Rule, route
+from muonkit.routing import Routes, Rule, is_models, route
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -716,6 +717,7 @@ class MuonW(Muon):
     """One optimizer for a whole model: Muon for the hidden matrices, AdamW for the rest.
 
         optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)  # routes the model itself
+        optimizer = MuonW({"G": G, "D": D}, lr=3e-4)  # or several models by name
         optimizer = MuonW(route(model, rules), lr=3e-4)  # or takes routes made before
         optimizer = MuonW(muon_params, lr=0.02, adamw_params=rest, adamw_lr=3e-4)  # or by hand
 
@@ -725,30 +727,37 @@ class MuonW(Muon):
     "original" and no decay.
 
     Args:
-        model: a module, the `Routes` of one, or the parameters for Muon (then with adamw_params).
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
+        model: a module, a dict of modules by name, `Routes`, or the parameters for Muon (then with
+            adamw_params).
+        lr, weight_decay, momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn: as in
             `Muon`. lr None is 3e-4 when routed, and refused by hand; weight_decay None is 0.1 when
             routed and 0 by hand.
+        eps: refused unless it is torch.optim.Muon's default: it has no effect on Muon's groups, and
+            AdamW's is `adamw_eps`.
         rules: overrides for the routing (see `muonkit.Rule`).
         adamw_params: the parameters for AdamW, when the split is given by hand.
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: AdamW's own hyperparameters; lr and weight decay
             are Muon's unless given.
         decay_1d: decay gains, biases and norms too (what no rule decides). For routes made before,
             give it to `route`.
+        undecided: what becomes of parameters that routing cannot judge: "raise", or "adamw", which
+            trains them with AdamW and warns (see `muonkit.route`).
+        heads: the output heads by hand, where the search for them errs (see `muonkit.route`).
         **options: any other keyword argument of `Muon`.
 
     Raises:
-        RoutingError: a parameter that nothing claims, a rule that matches nothing, an empty or
+        RoutingError: parameters that nothing claims, a rule that matches nothing, an empty or
             wholly frozen model.
         TypeError, ValueError, RuntimeError: as `Muon`.
 
     Warns:
-        UserWarning: no hidden matrix at all: AdamW trains everything.
+        UserWarning: no hidden matrix at all: AdamW trains everything; undecided="adamw" trains some
+            that may be hidden matrices.
     """
 
     def __init__(
         self,
-        model: nn.Module | Routes | ParamsT,
+        model: nn.Module | Mapping[str, nn.Module] | Routes | ParamsT,
         lr: float | Tensor | None = None,
         weight_decay: float | None = None,
         momentum: float = 0.95,
@@ -758,35 +767,35 @@ class MuonW(Muon):
         ns_steps: int = DEFAULT_STEPS,
         adjust_lr_fn: str | None = None,
         *,
-        rules: Rule | Iterable[Rule] = (),
+        rules: Rule | Iterable[Rule] | None = (),
         adamw_params: ParamsT | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_wd: float | None = None,
         decay_1d: bool = False,
+        undecided: str = "raise",
+        heads: Iterable[str | nn.Module] | None = None,
         **options: Any,
     ) -> None:
         refuse_unknown(options)
-        if isinstance(model, nn.Module | Routes):
+        refuse_eps(eps)
+        if isinstance(model, nn.Module | Routes) or is_models(model):
             if adamw_params is not None:
                 raise TypeError(
                     "MuonW got a model and adamw_params: pass the model alone (it routes itself; "
                     "rules=[...] overrides), or the Muon parameters with adamw_params"
                 )
-            rules = [rules] if isinstance(rules, Rule) else list(rules)
-            routes = _routes(model, rules, adjust_lr_fn, decay_1d)
+            rules = [rules] if isinstance(rules, Rule) else list(rules or ())
+            routes = _routes(model, rules, adjust_lr_fn, decay_1d, undecided, heads)
             adjust_lr_fn = routes.scale
             lr = 3e-4 if lr is None else lr
             weight_decay = 0.1 if weight_decay is None else weight_decay
             groups = routes.param_groups()
         else:
-            if adamw_params is None or rules or decay_1d:
-                raise TypeError(
-                    f"MuonW got {type(model).__name__}, which cannot be routed: pass the model "
-                    "(MuonW(model)), or adamw_params= for what AdamW trains; for hidden matrices "
-                    "alone use Muon"
-                )
+            routing = rules or decay_1d or undecided != "raise" or heads is not None
+            if adamw_params is None or routing:
+                raise TypeError(_no_module(model))
             if lr is None:
                 raise TypeError(
                     "MuonW with adamw_params needs lr: without routes it is the spectral norm of "
@@ -841,25 +850,50 @@ def _is_checked(group: dict[str, Any]) -> bool:
 
 
 def _routes(
-    model: nn.Module | Routes, rules: Sequence[Rule], scale: str | None, decay_1d: bool
+    model: nn.Module | Mapping[str, nn.Module] | Routes,
+    rules: Sequence[Rule],
+    scale: str | None,
+    decay_1d: bool,
+    undecided: str,
+    heads: Iterable[str | nn.Module] | None,
 ) -> Routes:
+    asked: dict[str, Any] = {"decay_1d": decay_1d, "undecided": undecided, "heads": heads}
     if isinstance(model, Routes):
-        if rules or decay_1d or scale not in (None, model.scale):
+        default = {"decay_1d": False, "undecided": "raise", "heads": None}
+        if rules or asked != default or scale not in (None, model.scale):
+            also = "".join(f", {key}={value!r}" for key, value in asked.items())
             raise TypeError(
-                "MuonW got routes, and rules, decay_1d or another scale beside them: give these to "
-                f"route(model, rules, scale={scale or model.scale!r}, decay_1d={decay_1d})"
+                f"MuonW got routes, and rules, {', '.join(asked)} or another scale beside them: "
+                f"give these to route(model, rules, scale={scale or model.scale!r}{also})"
             )
         routes = model
     else:
-        routes = route(model, rules, scale=scale or "match_rms_adamw", decay_1d=decay_1d)
+        routes = route(model, rules, scale=scale or "match_rms_adamw", **asked)
     if not any(r.algorithm == "muon" for r in routes):
+        matrices = [r.name for r in routes if r.algorithm == "adamw" and len(r.shape) == 2]
+        line = f": rules=[Rule({matrices[0]!r}, view='matrix')], say" if matrices else ""
         warnings.warn(
             "MuonW found no hidden matrix in the model: AdamW trains all of it. "
-            "print(muonkit.route(model)) gives the reasons; rules=[...] overrides them",
+            f"print(muonkit.route(model)) gives the reasons; rules override them{line}",
             UserWarning,
             stacklevel=3,
         )
     return routes
+
+
+def _no_module(given: Any) -> str:
+    """Why MuonW cannot route what is no module, and the lines that do."""
+    what = type(given).__name__
+    if isinstance(given, Tensor):
+        what = "a parameter"
+    elif isinstance(given, dict | list | tuple | set | frozenset) or hasattr(given, "__next__"):
+        what = f"parameters ({what})"
+    return (
+        f"MuonW got {what}, which cannot be routed: routing reads modules. Write MuonW(model); "
+        "where a framework makes the optimizer of params, give it one that has the model: "
+        "lambda params: MuonW(model). For a split by hand add adamw_params= with what "
+        "AdamW trains; for hidden matrices alone use Muon"
+    )
 
 
 def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:

@@ -241,16 +241,16 @@ def compare_command(
 
 
 def _rule(text: str) -> muonkit.Rule:
-    """``PATTERN=adamw`` or ``PATTERN=muon[:VIEW]`` as a routing rule."""
+    """``PATTERN=adamw``, ``PATTERN=ignore`` or ``PATTERN=muon[:VIEW]`` as a routing rule."""
     pattern, _, choice = text.partition("=")
     algorithm, _, view = choice.partition(":")
     if pattern and algorithm == "muon":
         return muonkit.Rule(pattern, algorithm="muon", view=view or None)
-    if pattern and choice == "adamw":
-        return muonkit.Rule(pattern, algorithm="adamw")
+    if pattern and choice in ("adamw", "ignore"):
+        return muonkit.Rule(pattern, algorithm="adamw" if choice == "adamw" else "ignore")
     raise LabError(
-        f"--rule {text!r}: write PATTERN=adamw, PATTERN=muon or PATTERN=muon:VIEW, for "
-        "example '*.router.weight=adamw'"
+        f"--rule {text!r}: write PATTERN=adamw, PATTERN=ignore, PATTERN=muon or "
+        "PATTERN=muon:VIEW, for example '*.router.weight=adamw'"
     )
 
 
