@@ -226,9 +226,9 @@ def test_parameters_of_a_list_are_judged_as_their_owners() -> None:
         pass
 
     tables = nn.ParameterList([raw(4, 1, D), raw(1, 4, D)])
-    model = Body(pe=AxialPositionEmbeddings(weights=tables), x=nn.ParameterList([raw(4, D)]))
+    model = Body(pe=AxialPositionEmbeddings(weights=tables), ws=nn.ParameterList([raw(4, D)]))
     assert got(model, "pe.weights.0") == ("adamw", None, False)
-    assert got(model, "x.0") == ("muon", "matrix", True)
+    assert got(model, "ws.0") == ("muon", "matrix", True)
 
 
 def test_a_wide_gate_is_no_router() -> None:

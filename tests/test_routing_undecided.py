@@ -18,7 +18,7 @@ from routing_helpers import Body, D, Holder, by_name, raw
 def open_model() -> nn.Module:
     """Four parameters of which nothing is known, in two modules of a class that nobody knows."""
     return Body(
-        thing=Holder(core=raw(2, 3, 4), odd=raw(2, 9, 10)),
+        thing=Holder(core=raw(2, 3, 4), odd=raw(9, 10)),
         layers=nn.ModuleList(Holder(core=raw(2, 3, 4)) for _ in range(2)),
         fc=nn.Linear(D, D),
     )

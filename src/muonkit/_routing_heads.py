@@ -12,18 +12,14 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
 from muonkit._routing_places import (
     CONVS,
-    STATED_WIDTHS,
     TRANSPOSED_CONVS,
     Models,
-    is_depthwise,
-    is_linear,
     name_set,
     weights,
 )
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
 
     from muonkit._routing_places import Node
 
-__all__ = ["TOWER", "find_heads", "given_heads", "widths"]
+__all__ = ["TOWER", "find_heads", "given_heads"]
 
 # Names of output heads. A strong name is a head wherever it stands. A weak one also occurs inside
 # blocks (an attention "head", a "score" layer), so it counts only outside of stacks and attention,
@@ -63,13 +59,6 @@ TOWER = re.compile(
 )
 _ENCODER = re.compile(r"(.*_)?enc(oder)?s?(_.*)?|backbone|features?|trunk|body|stem")
 
-# Parts that serve the others, and give nothing that leaves the model.
-_SIDE = re.compile(
-    r".*(ada_?ln|modulation|film|norm|rotary|drop|pool|router).*|(.*_)?(gate|act)"
-    r"|(.*_)?(time|timesteps?|t|sigma|noise|pos|cond|label|y|c|context|text|rel)_?(mlp|emb\w*|enc\w*)"
-    r"|(.*_)?(embedder|embeddings?|embed|emb)"
-)
-_HEAD_EMBED = re.compile(r"(class|bbox|box|mask)_embed")
 
 # A composite with these inside attends: what it gives is hidden.
 _ATTENTION = name_set("q k v qkv query key value q_proj k_proj v_proj to_q to_k to_v to_kv to_qkv")
@@ -163,7 +152,7 @@ def given_heads(root: Node, heads: Iterable[str | nn.Module]) -> dict[int, str]:
         layers = [layer for node in nodes for layer in search.ends(node, named=True)]
         if not layers:
             what = repr(head) if by_name else f"a {type(head).__name__}"
-            have = ", ".join(repr(n.path) for n in root.below() if _is_layer(n.module))
+            have = ", ".join(repr(n.path) for n in root.below() if n.is_layer)
             raise ValueError(
                 f"heads has {what}, which {'has no layer' if nodes else 'is no module'} of this "
                 f"model; the layers are {have[:300]}"
@@ -178,10 +167,6 @@ def _claim(heads: dict[int, str], layer: Node, why: str) -> None:
         heads.setdefault(id(weight), f"output head ({why})")
 
 
-def _ids(node: Node) -> set[int]:
-    return {id(w) for each in node.below() for w in weights(each)}
-
-
 def _last_of(model: Node, layer: Node) -> str:
     """Where a layer is the last: in the model, or in which tower of it."""
     tower = layer
@@ -189,7 +174,7 @@ def _last_of(model: Node, layer: Node) -> str:
         tower = tower.parent
     if model.parts:
         return f"last layer of {model.path!r}"
-    if tower is layer or not model.kids or tower is list(_with_layers(model))[-1]:
+    if tower is layer or not model.kids or tower is model.main[-1]:
         return "last layer of the model"
     return f"last layer of {tower.path!r}"
 
@@ -216,9 +201,7 @@ class _Search:
     def __init__(self, root: Node, stated: frozenset[int]) -> None:
         """`stated` are the ids of the weights that the model itself calls its output heads."""
         self.root = root
-        self.in_stack = {
-            id(kid) for node in root.below() for kid in node.kids.values() if _is_block(kid)
-        }
+        self.in_stack = {id(kid) for node in root.below() for kid in _blocks(node)}
         self.named = [node for node in root.below() if self._is_named(node)]
         self.found = {id(node) for node in self.named} | {
             id(node) for node in root.below() if stated.intersection(map(id, weights(node)))
@@ -228,9 +211,9 @@ class _Search:
         """The models whose ends are searched: the root, or what it holds where it is a list of
         models."""
         root = self.root
-        kids = list(_with_layers(root))
+        kids = root.main
         lists = isinstance(root.module, (Models, *_LISTS))
-        composite = kids and not any(_is_layer(kid.module) for kid in kids)
+        composite = kids and not any(kid.is_layer for kid in kids)
         if not lists or not composite or any(id(kid) in self.in_stack for kid in kids):
             return [root]
         return [k for k in kids if not (_is_encoder(k) and any(not _is_encoder(o) for o in kids))]
@@ -256,16 +239,16 @@ class _Search:
 
     def _is_taken(self, node: Node) -> bool:
         """Whether a later part takes what this one gives."""
-        taken, given = widths(node)
+        taken, given = node.widths
         branch = node
         for above in node.above():
-            kids = list(_with_layers(above))
+            kids = above.main
             later = kids[kids.index(branch) + 1 :] if branch in kids else []
             for kid in later:
-                width = widths(kid)[0]
+                width = kid.takes
                 if (
                     width != given
-                    or _is_side(kid)
+                    or kid.serves
                     or (TOWER.fullmatch(branch.name) and given != taken and branch is not node)
                 ):
                     continue
@@ -281,18 +264,16 @@ class _Search:
             for label, param in own_parameters(node.module).items():
                 if param is None or not _RAW_HEADS.fullmatch(label) or len(param.shape) != 2:
                     continue
-                blocks = any(
-                    id(kid) in self.in_stack for each in node.kids.values() for kid in each.below()
-                )
-                above = (node, *node.above())
-                if blocks and not any(id(each) in self.in_stack for each in above):
+                holds_blocks = any(id(each) in self.in_stack for each in node.below())
+                in_a_block = any(id(each) in self.in_stack for each in (node, *node.above()))
+                if holds_blocks and not in_a_block:
                     yield id(param), f"output head (named {label!r})"
 
     def ends(self, node: Node, *, named: bool = False) -> list[Node]:
         """The layers whose results leave `node`; `named` where a name calls it a head."""
-        if _is_layer(node.module):
+        if node.is_layer:
             return [node]
-        kids = list(_with_layers(node))
+        kids = node.main
         if not kids or _gives_hidden(node, named=named):
             return []
         if isinstance(node.module, _LISTS):
@@ -305,15 +286,17 @@ class _Search:
         return id(kid) in self.in_stack
 
     def _ends_of_list(self, node: Node, kids: list[Node], named: bool) -> list[Node]:
-        if any(self._hides(kid) for kid in kids) and not (named and all(map(_is_single, kids))):
+        if any(self._hides(kid) for kid in kids) and not (
+            named and all(kid.layers == 1 for kid in kids)
+        ):
             return []
         if _is_chain(kids):
-            equal = len(kids) > 1 and len({widths(kid) for kid in kids}) == 1
+            equal = len(kids) > 1 and len({kid.widths for kid in kids}) == 1
             return [] if equal and not named else self.ends(kids[-1])
         return [end for kid in kids for end in self.ends(kid)]
 
     def _ends_of_module(self, node: Node, kids: list[Node]) -> list[Node]:
-        main = [kid for kid in kids if not _is_side(kid)]
+        main = [kid for kid in kids if not kid.serves]
         if not main:
             return []
         last = main[-1]
@@ -326,7 +309,7 @@ class _Search:
         for kid in main:
             if kid in heads or self._hides(kid) or (kid is last and ends):
                 continue
-            tower = TOWER.fullmatch(kid.name) and not _is_layer(kid.module)
+            tower = TOWER.fullmatch(kid.name) and not kid.is_layer
             if tower or any(_is_parallel(kid, other, main) for other in beside):
                 ends += self.ends(kid)
         return ends
@@ -341,7 +324,7 @@ def _doubt(model: Node, layers: list[Node]) -> str | None:
     if len(layers) != 1 or isinstance(model.module, nn.Sequential):
         return None
     kind = type(model.module).__name__
-    width, out = widths(model)[0], widths(layers[0])[1]
+    width, out = model.takes, layers[0].gives
     if _BLOCK_CLASS.search(kind) or (layers[0].name in _LAST_OF_BLOCK and width == out):
         return "last layer of a block, not of a model"
     return _GUESS if kind in _MLPS and width == out else None
@@ -349,7 +332,7 @@ def _doubt(model: Node, layers: list[Node]) -> str | None:
 
 def _features(layer: Node) -> str | None:
     """Why a last convolution gives features, if so: an output has fewer channels than it."""
-    taken, given = widths(layer)
+    taken, given = layer.widths
     if not isinstance(layer.module, (*CONVS, *TRANSPOSED_CONVS)) or taken is None or given is None:
         return None
     return "last convolution, but it does not narrow" if given >= max(taken, 5) else None
@@ -358,29 +341,8 @@ def _features(layer: Node) -> str | None:
 # -- what a module is -------------------------------------------------------------------------
 
 
-def _is_layer(module: nn.Module) -> bool:
-    """A layer that may be an output head."""
-    if isinstance(module, (*CONVS, *TRANSPOSED_CONVS)):
-        return not is_depthwise(module)
-    return is_linear(module)
-
-
-def _with_layers(node: Node) -> Iterable[Node]:
-    """The kids that are or hold layers."""
-    return (kid for kid in node.kids.values() if any(_is_layer(n.module) for n in kid.below()))
-
-
-def _is_single(node: Node) -> bool:
-    """One layer, perhaps with a module of its own around it."""
-    return sum(_is_layer(each.module) for each in node.below()) == 1
-
-
 def _is_encoder(node: Node) -> bool:
     return bool(_ENCODER.fullmatch(node.name)) or type(node.module).__name__.endswith("Encoder")
-
-
-def _is_side(node: Node) -> bool:
-    return bool(_SIDE.fullmatch(node.name)) and not _HEAD_EMBED.fullmatch(node.name)
 
 
 def _attends(node: Node | None) -> bool:
@@ -411,56 +373,41 @@ def _is_headless(module: nn.Module) -> bool:
 def _ends_in_features(node: Node) -> bool:
     """A Sequential whose last layer has an activation, a pooling or a norm behind it."""
     kids = list(node.kids.values())
-    last = max(i for i, kid in enumerate(kids) if kid in list(_with_layers(node)))
-    return any(isinstance(kid.module, _FEATURES_AFTER) for kid in kids[last + 1 :])
+    after = kids[kids.index(node.main[-1]) + 1 :]
+    return any(isinstance(kid.module, _FEATURES_AFTER) for kid in after)
 
 
-def _is_block(node: Node) -> bool:
-    """One block of a stack: in a list of its like, each as wide at its end as at its beginning or
-    feeding the next; or beside siblings of its kind."""
-    parent = node.parent
-    if parent is None or _is_layer(node.module):
-        return parent is not None and _is_stack_of_layers(node, parent)
-    kids = [kid for kid in _with_layers(parent) if not _is_layer(kid.module)]
-    if node not in kids:
-        return False
-    alike = [kid for kid in kids if _kind(kid) == _kind(node)]
+def _blocks(parent: Node) -> list[Node]:
+    """The kids that are blocks of a stack: in a list of their like, each as wide at its end as at
+    its beginning or feeding the next; or beside siblings of their kind."""
+    if isinstance(parent.module, _LISTS) and all(kid.is_layer for kid in parent.main):
+        equal = len(parent.main) > 1 and len({kid.widths for kid in parent.main}) == 1
+        return parent.main if equal and _is_residual(parent.main[0]) else []
+    composite = [kid for kid in parent.main if not kid.is_layer]
+    alike: dict[tuple[object, ...], list[Node]] = {}
+    for kid in composite:
+        alike.setdefault(kid.kind, []).append(kid)
+    return [kid for kid in composite if _is_block(kid, parent, alike[kid.kind])]
+
+
+def _is_block(node: Node, parent: Node, alike: list[Node]) -> bool:
     residual = _is_residual(node)
     own_class = not isinstance(node.module, (nn.Sequential, *_LISTS))
-    stack = bool(_STACKS.fullmatch(parent.name))
     if isinstance(parent.module, _LISTS):
+        stack = bool(_STACKS.fullmatch(parent.name))
         if len(alike) == 1:
             return own_class and (residual or stack)
         return residual or stack or (own_class and _chains(alike))
     if isinstance(parent.module, nn.Sequential):
-        return own_class and not _is_single(node) and (len(alike) > 1 or residual)
+        return own_class and node.layers > 1 and (len(alike) > 1 or residual)
     if TOWER.fullmatch(node.name):
         return False
-    return not _is_single(node) and (len(alike) > 2 or (len(alike) == 2 and residual))
-
-
-def _is_stack_of_layers(node: Node, parent: Node) -> bool:
-    """A square layer in a ModuleList or ModuleDict of its like."""
-    kids = list(_with_layers(parent))
-    return (
-        isinstance(parent.module, _LISTS)
-        and len(kids) > 1
-        and len({widths(kid) for kid in kids}) == 1
-        and _is_residual(node)
-    )
+    return node.layers > 1 and (len(alike) > 2 or (len(alike) == 2 and residual))
 
 
 def _is_residual(node: Node) -> bool:
-    width, out = widths(node)
+    width, out = node.widths
     return width is not None and width == out and width > 1
-
-
-def _kind(node: Node) -> tuple[object, ...]:
-    # Plain containers are of one kind only if their contents are; a feature extractor and a
-    # classifier are both nn.Sequential.
-    if isinstance(node.module, (nn.Sequential, *_LISTS)):
-        return (type(node.module), *(_kind(kid) for kid in node.kids.values()))
-    return (type(node.module),)
 
 
 def _chains(kids: Sequence[Node]) -> bool:
@@ -471,37 +418,37 @@ def _chains(kids: Sequence[Node]) -> bool:
 
 def _is_chain(kids: Sequence[Node]) -> bool:
     """Whether every one takes what the one before it gives."""
-    if Counter(_kind(kid) for kid in kids).most_common(1)[0][1] != len(kids):
+    if len({kid.kind for kid in kids}) != 1:
         return False
     return all(_takes(b, a) for a, b in itertools.pairwise(kids))
 
 
 def _takes(later: Node, earlier: Node) -> bool:
-    given, taken = widths(earlier)[1], widths(later)[0]
+    given, taken = earlier.gives, later.takes
     return given is None or taken is None or given == taken > 1
 
 
 def _is_parallel(kid: Node, head: Node, siblings: Sequence[Node]) -> bool:
     """Whether `kid` gives an output beside `head`: it is of the same kind, takes the same width or
     gives the same, stands beside it, and nothing later takes what it gives."""
-    if kid is head or kid.name in _ATTENTION or _is_layer(kid.module) != _is_layer(head.module):
+    if kid is head or kid.name in _ATTENTION or kid.is_layer != head.is_layer:
         return False
-    if _is_layer(kid.module) and type(kid.module) is not type(head.module):
+    if kid.is_layer and type(kid.module) is not type(head.module):
         return False
-    (taken, given), (head_taken, head_given) = widths(kid), widths(head)
+    (taken, given), (head_taken, head_given) = kid.widths, head.widths
     if None in (taken, given, head_taken, head_given) or given == head_taken:
         return False
     first, last = sorted((siblings.index(kid), siblings.index(head)))
-    between = [widths(each)[0] for each in siblings[first + 1 : last]]
+    between = [each.takes for each in siblings[first + 1 : last]]
     alike = taken == head_taken or given == head_given
     beside = all(width in (taken, head_taken) for width in between)
     return alike and beside and not _is_normed(kid) and not _is_fed_on(kid, siblings)
 
 
 def _is_fed_on(kid: Node, siblings: Sequence[Node]) -> bool:
-    given = widths(kid)[1]
+    given = kid.gives
     later = siblings[siblings.index(kid) + 1 :]
-    return given is not None and given > 1 and any(widths(each)[0] == given for each in later)
+    return given is not None and given > 1 and any(each.takes == given for each in later)
 
 
 def _is_normed(kid: Node) -> bool:
@@ -510,22 +457,3 @@ def _is_normed(kid: Node) -> bool:
     beside = list(kid.parent.kids.values())
     after = beside[beside.index(kid) + 1 :][:1]
     return any("Norm" in type(each.module).__name__ for each in after)
-
-
-def widths(node: Node) -> tuple[int | None, int | None]:
-    """The widths of what a module takes and gives, where its layers tell; in registration order."""
-    module = node.module
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim, module.embed_dim
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return module.input_size, module.hidden_size
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return None, module.embedding_dim
-    for ins, outs in STATED_WIDTHS:
-        taken, given = getattr(module, ins, None), getattr(module, outs, None)
-        if isinstance(taken, int) and isinstance(given, int):
-            return taken, given
-    kids = [widths(kid) for kid in node.kids.values() if not _is_side(kid)]
-    taken = next((w for w, _ in kids if w is not None), None)
-    given = next((w for _, w in reversed(kids) if w is not None), None)
-    return taken, given

@@ -12,6 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
+from muonkit._routing_numbers import (
+    EXPERT_COUNTS,
+    HEAD_DIM,
+    HEADS,
+    INPUTS,
+    KV_HEADS,
+    OUTPUTS,
+    WIDTHS,
+    first_number,
+    number,
+)
 from muonkit._routing_places import name_set
 from muonkit._torch import own_parameters
 
@@ -47,19 +58,6 @@ _TAKES_OUTPUT = {
     "gate_up": "down",
 }
 
-_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "heads")
-# Linear; Hugging Face's Conv1D; 1x1 convolutions.
-_IN = ("in_features", "nx", "in_channels")
-_OUT = ("out_features", "nf", "out_channels")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
-_HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "dim_head", "d_head")
-_EXPERT_COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_experts",
-    "moe_num_experts",
-    "n_routed_experts",
-)
 _EXPERT_NAME = re.compile(r"[Ee]xpert|MoE|Moe|MOE|(^|_)moe(_|$)")
 _DOWN = re.compile(r"(^|_)(down|w2|wo|output|fc2|c_proj|dense_4h_to_h)(_|$)")
 _UP = re.compile(r"(^|_)(up|gate|w1|w3|v1|wi|input|fc1|c_fc|w13|w12)(_|$)")
@@ -129,7 +127,7 @@ def _qkv_by_partner(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
         kv = (rows - q) // 2
         if rows > q and (rows - q) % 2 == 0 and q % kv == 0:
             return _sizes(q, kv)
-    key, value = (_int(site.parent, n) for n in ("key_dim", "value_dim"))
+    key, value = (number(site.parent, n) for n in ("key_dim", "value_dim"))
     if key and value and 2 * key + value == rows:  # linear attention
         return (
             f"split(rows={key}+{key}+{value})",
@@ -164,7 +162,7 @@ def _is_by_head(site: Site) -> bool:
 
 
 def _is_unnamed_attention(site: Site, width: int) -> bool:
-    counts = any(_int(site.parent, name) for name in _HEADS)
+    counts = any(number(site.parent, name) for name in HEADS)
     return counts and any(taken == width for taken in _widths_taken(site, width))
 
 
@@ -185,14 +183,14 @@ def _widths_taken(site: Site, out: int) -> list[int]:
     """Input widths of the linear layers beside or below that give `out` features back."""
     widths = []
     for module in site.parent.modules() if site.parent is not None else ():
-        taken, given = _in_features(module), _first([module], _OUT)
+        taken, given = _in_features(module), first_number([module], OUTPUTS)
         if module is not site.owner and taken is not None and given == out:
             widths.append(taken)
     return widths
 
 
 def _in_features(module: object) -> int | None:
-    return _first([module], _IN)
+    return first_number([module], INPUTS)
 
 
 def _head_counts(site: Site) -> _Heads:
@@ -200,11 +198,11 @@ def _head_counts(site: Site) -> _Heads:
     sources: list[object] = [site.parent]
     configs = (getattr(above, "config", None) for above in reversed(site.ancestors))
     sources += [config for config in configs if config is not None][:1]
-    heads, kv_heads = _first(sources, _HEADS), _first(sources, _KV_HEADS)
+    heads, kv_heads = first_number(sources, HEADS), first_number(sources, KV_HEADS)
     # Linear attention has its own head sizes beside the config's; equal ones cut every block pure.
-    key, value = (_int(site.parent, name) for name in ("head_k_dim", "head_v_dim"))
-    head_dim = key if key and key == value else _first(sources, _HEAD_DIM)
-    hidden = _first(sources, ("hidden_size", "embed_dim", "n_embd", "d_model", "dim"))
+    key, value = (number(site.parent, name) for name in ("head_k_dim", "head_v_dim"))
+    head_dim = key if key and key == value else first_number(sources, HEAD_DIM)
+    hidden = first_number(sources, WIDTHS)
     if head_dim is None and heads and hidden and hidden % heads == 0:
         head_dim = hidden // heads
     return _Heads(heads, kv_heads, head_dim)
@@ -243,7 +241,7 @@ def flat_expert_layout(site: Site, shape: Sequence[int]) -> tuple[str, str] | No
         return None
     if shape[0] % count:
         return None
-    hidden = _int(site.owner, "hidden_size")
+    hidden = number(site.owner, "hidden_size")
     down = _DOWN.search(site.key) is not None
     # All of them are E·ffn × hidden, so a down projection is stored in × out.
     view = f"split(rows={count})" + (" > transpose" if down and shape[1] == hidden else "")
@@ -258,7 +256,7 @@ def _is_expert_stack(site: Site, count: int) -> bool:
 
 
 def _expert_count(site: Site) -> int | None:
-    return _first([site.owner], _EXPERT_COUNTS)
+    return first_number([site.owner], EXPERT_COUNTS)
 
 
 def _is_transposed(site: Site, shape: Sequence[int]) -> tuple[bool | None, str]:
@@ -274,11 +272,12 @@ def _is_transposed(site: Site, shape: Sequence[int]) -> tuple[bool | None, str]:
         stored_in_out = up[1] in (down[0], 2 * down[0]) and up[0] == down[1]
         if stored_out_in != stored_in_out:
             return stored_in_out, ""
-    gives = _first([site.owner], ("out_features", "output_size", "out_dim"))
-    takes = _first([site.owner], ("in_features", "input_size", "in_dim"))
+    gives = first_number([site.owner], ("out_features", "output_size", "out_dim"))
+    takes = first_number([site.owner], ("in_features", "input_size", "in_dim"))
     if gives and takes and gives != takes and {gives, takes} == {first, second}:
         return first == takes, ""
-    hidden = _first([site.owner, getattr(site.owner, "config", None)], ("hidden_size", "d_model"))
+    sources = [site.owner, getattr(site.owner, "config", None)]
+    hidden = first_number(sources, ("hidden_size", "d_model"))
     if hidden and first != second and hidden in (first, second):
         output_is_first = (first == hidden) == (_DOWN.search(site.key) is not None)
         return not output_is_first, ""
@@ -317,15 +316,6 @@ def _fuses_gate_and_up(site: Site, shape: Sequence[int], transposed: bool | None
 
 
 # -- small readers -------------------------------------------------------------------------------
-
-
-def _int(source: object, name: str) -> int | None:
-    value = getattr(source, name, None) if name else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _first(sources: Iterable[object], names: Sequence[str]) -> int | None:
-    return next((v for s in sources for n in names if (v := _int(s, n)) is not None), None)
 
 
 def _one(shapes: Iterable[Sequence[int]]) -> Sequence[int] | None:

@@ -6,11 +6,14 @@ the plain one would. Nothing here decides an algorithm.
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch.nn as nn
 
+from muonkit._routing_numbers import widths_of
 from muonkit._torch import WRAPPERS, own_modules, own_parameters
 
 if TYPE_CHECKING:
@@ -57,6 +60,14 @@ _ADAPTED_COMPONENTS = ("base_layer", "original_module")
 
 # torch.nn.utils' older weight_norm, spectral_norm and pruning rename the parameter they act on.
 _RENAMED = {"weight_v": "weight", "weight_orig": "weight"}
+
+# Parts that serve the others, and give nothing that leaves the model.
+_SIDE = re.compile(
+    r".*(ada_?ln|modulation|film|norm|rotary|drop|pool|router).*|(.*_)?(gate|act)"
+    r"|(.*_)?(time|timesteps?|t|sigma|noise|pos|cond|label|y|c|context|text|rel)_?(mlp|emb\w*|enc\w*)"
+    r"|(.*_)?(embedder|embeddings?|embed|emb)"
+)
+_HEAD_EMBED = re.compile(r"(class|bbox|box|mask)_embed")
 
 LORA = name_set(
     "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector "
@@ -156,6 +167,65 @@ class Node:
         yield self
         for kid in self.kids.values():
             yield from kid.below()
+
+    @functools.cached_property
+    def is_layer(self) -> bool:
+        """A layer of which one asks what it takes and gives: linear, or a convolution."""
+        if isinstance(self.module, (*CONVS, *TRANSPOSED_CONVS)):
+            return not is_depthwise(self.module)
+        return is_linear(self.module)
+
+    @functools.cached_property
+    def layers(self) -> int:
+        """How many layers it is or holds."""
+        return self.is_layer + sum(kid.layers for kid in self.kids.values())
+
+    @functools.cached_property
+    def main(self) -> list[Node]:
+        """The kids that are or hold layers."""
+        return [kid for kid in self.kids.values() if kid.layers]
+
+    @functools.cached_property
+    def serves(self) -> bool:
+        """By its name it serves other parts, and gives nothing that leaves the model."""
+        return bool(_SIDE.fullmatch(self.name)) and not _HEAD_EMBED.fullmatch(self.name)
+
+    @functools.cached_property
+    def kind(self) -> tuple[object, ...]:
+        """Its class; of a plain container its contents' too: a feature extractor and a classifier
+        are both nn.Sequential."""
+        if isinstance(self.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            return (type(self.module), *(kid.kind for kid in self.kids.values()))
+        return (type(self.module),)
+
+    @functools.cached_property
+    def widths(self) -> tuple[int | None, int | None]:
+        """The widths of what it takes and gives, where its layers tell; in registration order."""
+        module = self.module
+        if isinstance(module, nn.MultiheadAttention):
+            return module.embed_dim, module.embed_dim
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            return module.input_size, module.hidden_size
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return None, module.embedding_dim
+        for ins, outs in STATED_WIDTHS:
+            taken, given = getattr(module, ins, None), getattr(module, outs, None)
+            if isinstance(taken, int) and isinstance(given, int):
+                return taken, given
+        kids = [kid.widths for kid in self.kids.values() if not kid.serves]
+        taken = next((width for width, _ in kids if width is not None), None)
+        given = next((width for _, width in reversed(kids) if width is not None), None)
+        return taken, given
+
+    @property
+    def takes(self) -> int | None:
+        """The width of what it takes."""
+        return self.widths[0]
+
+    @property
+    def gives(self) -> int | None:
+        """The width of what it gives."""
+        return self.widths[1]
 
 
 class Models(nn.Module):
@@ -282,8 +352,8 @@ def is_linear(module: nn.Module) -> bool:
         weight, nn.parameter.UninitializedParameter
     ):
         return False
-    stated = {(getattr(module, i, None), getattr(module, o, None)) for i, o in STATED_WIDTHS}
-    return weight.ndim == 2 and bool({tuple(weight.shape), tuple(weight.shape)[::-1]} & stated)
+    widths = widths_of(module)
+    return widths is not None and tuple(weight.shape) in (widths, widths[::-1])
 
 
 def weights(node: Node) -> list[nn.Parameter]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
-from muonkit._routing_heads import TOWER, widths
+from muonkit._routing_heads import TOWER
 from muonkit._routing_places import CONVS, is_depthwise, is_linear, weights
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def _is_fed(node: Node) -> bool:
         for kid in above.kids.values():
             if kid is branch:
                 break
-            given = widths(kid)[1]
-            taken = given == widths(branch)[0] == widths(node)[0]
+            given = kid.gives
+            taken = given == branch.takes == node.takes
             if taken and given != 1 and not TOWER.fullmatch(branch.name):
                 return True
         branch = above
