@@ -6,6 +6,7 @@ directions that may stand above a block.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -62,6 +63,18 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_python(page: str, tmp_path: Path) -> None:
     run_program(PROGRAMS[page], tmp_path, page)
+
+
+def needed() -> set[tuple[str, str]]:
+    """Page and package, for every block that wants one."""
+    texts = {page.name: page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md")}
+    return {(n, b.needs) for n, text in texts.items() for b in read_blocks(text) if b.needs}
+
+
+@pytest.mark.parametrize(("page", "package"), sorted(needed()))
+def test_the_blocks_that_need_a_package_were_run(page: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: its blocks on {page} were not run")
 
 
 def test_the_pitfalls_name_tests_that_there_are() -> None:
