@@ -91,11 +91,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2}),
     "jamba": ("JambaForCausalLM", _GQA | {"num_hidden_layers": 4, "attn_layer_period": 2,
         "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4}),
-    "falcon_h1": ("FalconH1ForCausalLM", _GQA | {"head_dim": 8, "mamba_d_ssm": 64,
-        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}),
-    "zamba2": ("Zamba2ForCausalLM", _GQA | {"mamba_d_state": 8, "num_hidden_layers": 4,
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_headdim": 8,
-        "n_mamba_heads": 8}),
     "nemotron_h": ("NemotronHForCausalLM", _GQA | {"layers_block_type": ["mamba", "attention",
         "moe", "mlp"], "num_hidden_layers": 4, "mamba_num_heads": 8, "mamba_head_dim": 8,
         "ssm_state_size": 8, "n_groups": 2, "n_routed_experts": 4, "moe_intermediate_size": 24,
@@ -134,7 +129,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "n_head": 4, "d_head": 8, "d_inner": 64}),
     "layoutlm_tokens": ("LayoutLMv3ForTokenClassification", _TEXT | {"coordinate_size": 4,
         "shape_size": 4, "input_size": 32, "patch_size": 8}),
-    "canine": ("CanineForSequenceClassification", _TEXT | {"num_hash_buckets": 64}),
     # -- encoder and decoder ---------------------------------------------------------------------
     "bart": ("BartForConditionalGeneration", _SEQ2SEQ),
     "bart_classifier": ("BartForSequenceClassification", _SEQ2SEQ),
@@ -149,7 +143,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec2_ctc": ("Wav2Vec2ForCTC", _WAVE),
     "wav2vec2_classifier": ("Wav2Vec2ForSequenceClassification", _WAVE | {"classifier_proj_size":
         16}),
-    "wavlm_ctc": ("WavLMForCTC", _WAVE),
     "speecht5_tts": ("SpeechT5ForTextToSpeech", _WAVE | {"encoder_layers": 1, "decoder_layers": 2,
         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
         "decoder_ffn_dim": 64, "speech_decoder_prenet_units": 16, "speech_decoder_postnet_units":
@@ -164,38 +157,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "duration_predictor_num_flows": 2, "prior_encoder_num_flows": 2,
         "prior_encoder_num_wavenet_layers": 2, "posterior_encoder_num_wavenet_layers": 2,
         "hidden_size": 16}),
-    "ast": ("ASTForAudioClassification", _SMALL | {"patch_size": 8, "num_mel_bins": 16,
-        "max_length": 32}),
     "encodec": ("EncodecModel", {"num_filters": 4, "hidden_size": 16, "codebook_size": 8,
         "upsampling_ratios": [2, 2]}),
     "dac": ("DacModel", {"encoder_hidden_size": 8, "downsampling_ratios": [2, 2],
         "upsampling_ratios": [2, 2], "decoder_hidden_size": 32, "n_codebooks": 2, "codebook_size":
         16, "codebook_dim": 4}),
-    "mimi": ("MimiModel", {"num_filters": 4, "hidden_size": 16, "upsampling_ratios": [2, 2],
-        "upsample_groups": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32, "codebook_size": 16,
-        "codebook_dim": 8, "vector_quantization_hidden_dimension": 8, "num_quantizers": 2}),
-    "musicgen": ("MusicgenForCausalLM", _TEXT | {"ffn_dim": 64, "num_codebooks": 2}),
     # -- pictures -------------------------------------------------------------------------------
     "vit_mae": ("ViTMAEForPreTraining", _VISION | {"decoder_hidden_size": 16,
         "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4,
         "decoder_intermediate_size": 32}),
     "deit": ("DeiTForImageClassificationWithTeacher", _VISION),
     "beit": ("BeitForImageClassification", _VISION | {"use_relative_position_bias": True}),
-    "beit_seg": ("BeitForSemanticSegmentation", _VISION | {"num_hidden_layers": 4, "out_indices":
-        [0, 1, 2, 3]}),
     "dinov2": ("Dinov2ForImageClassification", _VISION),
     "dinov3": ("DINOv3ViTModel", _VISION),
     "swin": ("SwinForImageClassification", {"image_size": 32, "patch_size": 4, "embed_dim": 8,
         "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}),
     "segformer": ("SegformerForSemanticSegmentation", {"depths": [1, 1, 1, 1], "hidden_sizes": [8,
         16, 24, 32], "decoder_hidden_size": 16, "num_attention_heads": [1, 2, 3, 4]}),
-    "mobilevit_seg": ("MobileViTForSemanticSegmentation", {"hidden_sizes": [16, 16, 16],
-        "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32], "aspp_out_channels": 16}),
-    "upernet": ("UperNetForSemanticSegmentation", {"hidden_size": 16, "auxiliary_in_channels": 24,
-        "auxiliary_channels": 16, "backbone_config": {"model_type": "convnext", "hidden_sizes":
-        [8, 16, 24, 32], "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3",
-        "stage4"]}}),
     "dpt_depth": ("DPTForDepthEstimation", _VISION | {"num_hidden_layers": 4,
         "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8],
         "fusion_hidden_size": 8}),
@@ -226,13 +204,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16],
         "depths": [1, 1], "out_features": ["stage1", "stage2"]}, "with_box_refine": True,
         "two_stage": True}),
-    "mask2former": ("Mask2FormerForUniversalSegmentation", {"hidden_dim": 32, "feature_size": 32,
-        "mask_feature_size": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads":
-        4, "dim_feedforward": 64, "encoder_feedforward_dim": 64, "num_queries": 5,
-        "use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False,
-        "backbone_config": {"model_type": "swin", "image_size": 32, "embed_dim": 8, "depths": [1,
-        1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 2, "out_features": ["stage1",
-        "stage2", "stage3", "stage4"]}}),
     "rt_detr": ("RTDetrForObjectDetection", {"d_model": 32, "encoder_hidden_dim": 32,
         "encoder_in_channels": [16, 16, 16], "feat_strides": [8, 16, 32], "encoder_layers": 1,
         "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -243,16 +214,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "stage3", "stage4"]}}),
     "siglip2": ("Siglip2Model", {"text_config": _TEXT, "vision_config": _SMALL | {"patch_size": 8,
         "num_patches": 16}}),
-    "convnextv2": ("ConvNextV2ForImageClassification", {"hidden_sizes": [8, 16], "depths": [1, 1],
-        "num_stages": 2}),
     "levit": ("LevitForImageClassificationWithTeacher", {"image_size": 32, "hidden_sizes": [16,
         32, 48], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
         "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 4, 4, 2, 2]]}),
-    "owlvit": ("OwlViTForObjectDetection", {"projection_dim": 16, "text_config": _TEXT,
-        "vision_config": _VISION}),
-    "videomae": ("VideoMAEForPreTraining", _VISION | {"num_frames": 4, "decoder_hidden_size": 16,
-        "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4,
-        "decoder_intermediate_size": 32}),
     "swin2sr": ("Swin2SRForImageSuperResolution", {"image_size": 16, "embed_dim": 16, "depths":
         [1, 1], "num_heads": [2, 2], "window_size": 4}),
     "vitpose": ("VitPoseForPoseEstimation", {"num_labels": 5, "backbone_config": {"model_type":
@@ -266,9 +230,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"patch_embeds_hidden_size": 8, "num_mel_bins": 16, "spec_size": 32, "window_size": 4,
         "depths": [1, 1], "num_attention_heads": [2, 2], "hidden_size": 16, "patch_size": 4,
         "patch_stride": [4, 4]}}),
-    "blip2": ("Blip2ForConditionalGeneration", {"vision_config": _VISION, "qformer_config": _TEXT
-        | {"encoder_hidden_size": 32}, "text_config": {"model_type": "opt", **_TEXT, "ffn_dim":
-        64, "word_embed_proj_dim": 32}, "num_query_tokens": 4}),
     "llava": ("LlavaForConditionalGeneration", {"vision_config": {"model_type":
         "clip_vision_model", **_VISION}, "text_config": {"model_type": "llama", **_GQA}}),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", {"text_config": _GQA, "vision_config":
@@ -281,8 +242,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "perceiver": ("PerceiverForMaskedLM", {"vocab_size": 100, "d_model": 32, "d_latents": 48,
         "num_latents": 8, "num_self_attends_per_block": 2, "num_self_attention_heads": 4,
         "num_cross_attention_heads": 4, "qk_channels": 32, "v_channels": 48}),
-    "vision_text": ("VisionTextDualEncoderModel", {"projection_dim": 16, "vision_config":
-        {"model_type": "vit", **_VISION}, "text_config": {"model_type": "bert", **_TEXT}}),
     # -- series ---------------------------------------------------------------------------------
     "timesfm": ("TimesFmModelForPrediction", {"hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "patch_length": 8,
