@@ -46,8 +46,8 @@ _CLEAR = re.compile(
     r"|small table|per-channel filters|[0-9]+ experts, each flattened"
 )
 _PLAIN = re.compile(
-    r"hidden linear|hidden convolution|fused|recurrent|attention|router|transposed convolution"
-    r"|[0-9]+ (transposed )?convolution groups"
+    r"hidden linear|hidden convolution|fused|two fused|recurrent|attention|router"
+    r"|transposed convolution|[0-9]+ (transposed )?convolution groups"
 )
 _FUSED = re.compile(r"[._]?(qkv|kv|qk|to_kv)(_proj)?[.]weight$")
 

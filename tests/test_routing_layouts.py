@@ -77,6 +77,29 @@ def test_1x1_convolutions_fuse_qkv_too() -> None:
     assert got(model, "a.to_qkv.weight")[1] == "flatten > split(rows=3)"
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "attributes", "split"),
+    [
+        ("qkv", 6 + 6 + 10, {"dim_out_qk": 6, "dim_out_v": 10}, "6+6+10"),
+        ("qkv", 4 * 3 + 3 + 5, {"num_heads": 4, "dim_qk": 3, "dim_v": 5}, "12+3+5"),
+        ("qkv_proj", 1 + 2 * D, {}, f"1+{D}+{D}"),
+        ("kv_a_proj_with_mqa", 7, {"kv_lora_rank": 5, "qk_rope_head_dim": 2}, "5+2"),
+        ("qk", 2 * D, {}, "2"),
+    ],
+    ids=["bottleneck attention", "lambda layer", "linear attention", "latent keys", "q and k"],
+)
+def test_parts_of_unequal_sizes_are_cut_where_their_module_says(
+    name: str, rows: int, attributes: dict[str, int], split: str
+) -> None:
+    assert got(attention(name, rows, **attributes), f"a.{name}.weight")[1] == f"split(rows={split})"
+
+
+def test_a_width_of_three_inputs_beside_a_value_projection_is_no_fused_qkv() -> None:
+    # Deformable attention's offsets: two coordinates by heads, levels and points.
+    offsets = attention("offsets", 3 * D, num_heads=2, value_proj=nn.Linear(D, D))
+    assert got(offsets, "a.offsets.weight")[1] == "matrix"
+
+
 def test_fused_gate_and_up() -> None:
     def mlp(name: str, next_name: str, takes: int) -> str | None:
         part = Holder(**{name: nn.Linear(D, 32), next_name: nn.Linear(takes, D)})

@@ -121,6 +121,9 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
         return found or _halves(site, rows)
     if name in _KV:
         return _kv(site, rows, cols)
+    # A shared q and k, as Reformer's, has no more rows than one of them.
+    if name in ("qk", "to_qk", "qk_proj") and rows == 2 * cols:
+        return "split(rows=2)", "fused q, k: 2 equal row blocks"
     if name == "kv_a_proj_with_mqa":
         # DeepSeek's latent of keys and values, and the rotated part of the keys beside it.
         rank, rotated = (number(site.parent, n) for n in ("kv_lora_rank", "qk_rope_head_dim"))
