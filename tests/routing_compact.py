@@ -8,7 +8,7 @@ adamw. The index of a layer is written `*` wherever the verdict does not depend 
 left out, names under one module share its name before braces. Frozen parameters are left out, and
 vectors, unless they are output heads or embeddings.
 
-`python -m tests.routing_compact` writes tests/routing_reviewed anew from what `route` says today:
+`python tests/routing_compact.py` writes tests/routing_reviewed anew from what `route` says today:
 read every line that changed before you keep it.
 """
 
