@@ -244,3 +244,71 @@ def test_routers_and_unknown_matrices_say_whose_they_are() -> None:
     found = by_name(Body(gate=TopKRouter(weight=raw(4, D)), x=Holder(proj=raw(5, D))))
     assert found["gate.weight"].reason == "router (TopKRouter)"
     assert (found["x.proj"].view, found["x.proj"].reason) == ("matrix", "matrix of Holder")
+
+
+# -- fused layers, by the layers beside them ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("q", "kv", "takes", "heads", "view"),
+    [
+        (12, 24, 12, {}, "split(rows=2)"),  # x-transformers, Perceiver: an inner width of its own
+        (16, 8, 16, {"heads": 4}, "split(rows=2)"),  # one head of k and v for all of q's
+        (16, 4, 16, {"num_heads": 4}, "matrix"),  # k and v are one
+        (12, 32, 20, {}, "split(rows=12+20)"),  # values of another width
+    ],
+)
+@pytest.mark.parametrize(
+    "names", ["to_q to_kv", "q kv", "q_proj kv_proj", "Wq Wkv", "query key_value"]
+)
+def test_fused_keys_and_values_by_the_layer_of_the_queries(
+    q: int, kv: int, takes: int, heads: dict[str, int], view: str, names: str
+) -> None:
+    to_q, to_kv = names.split()
+    parts = {to_q: nn.Linear(D, q), to_kv: nn.Linear(10, kv), "to_out": nn.Linear(takes, D)}
+    assert got(Body(a=Holder(**parts, **heads)), f"a.{to_kv}.weight")[1] == view
+
+
+def test_fused_keys_and_values_of_1x1_convolutions() -> None:
+    parts = {"to_q": nn.Conv2d(D, 12, 1), "to_kv": nn.Conv2d(D, 24, 1)}
+    model = Body(stem=nn.Conv2d(3, D, 3), a=Holder(**parts, to_out=nn.Conv2d(12, D, 1)))
+    assert got(model, "a.to_kv.weight")[1] == "flatten > split(rows=2)"
+
+
+def test_heads_whose_values_are_wider_than_their_keys() -> None:
+    sizes = {"num_heads": 2, "key_dim": 4, "d": 8}
+    levit = attention("qkv", 2 * (4 + 4 + 8), **sizes, nh_kd=8)
+    assert got(levit, "a.qkv.weight")[1] == "split(rows=4+4+8+4+4+8)"
+    # Whether head by head or not: blocks of 4 rows are pure in both orders.
+    assert got(attention("qkv", 2 * (4 + 4 + 8), **sizes), "a.qkv.weight")[1] == "split(rows=8)"
+    together = attention("in_proj_qkvz", 48, head_k_dim=4, head_v_dim=8, num_heads=2)
+    assert got(together, "a.in_proj_qkvz.weight")[1] == "split(rows=12)"
+
+
+def test_state_space_blocks_are_cut_in_what_they_fuse() -> None:
+    """Mamba-2's (z, x, B, C, dt), by mamba_ssm's names and Hugging Face's; Mamba's (dt, B, C)."""
+    own = {"d_ssm": 16, "d_state": 4, "ngroups": 2, "nheads": 4, "d_inner": 16}
+    theirs = {"intermediate_size": 16, "ssm_state_size": 4, "n_groups": 2, "num_heads": 4}
+    rows = 2 * 16 + 2 * 2 * 4 + 4
+    for numbers in (own, theirs):
+        mixer = Holder(in_proj=nn.Linear(D, rows), out_proj=nn.Linear(16, D), **numbers)
+        assert got(Body(a=mixer), "a.in_proj.weight")[1] == "split(rows=16+16+8+8+4)"
+    beside = Holder(in_proj=nn.Linear(D, rows + 12), **own)
+    assert got(Body(a=beside), "a.in_proj.weight")[1] == "split(rows=6+6+16+16+8+8+4)"
+    first = Holder(x_proj=nn.Linear(16, 3 + 2 * 4), dt_rank=3, d_state=4)
+    assert got(Body(a=first), "a.x_proj.weight")[1] == "split(rows=3+4+4)"
+    other = Holder(x_proj=nn.Linear(16, 12), dt_rank=3, d_state=4)
+    assert got(Body(a=other), "a.x_proj.weight")[1] == "matrix"
+
+
+def test_gated_linear_units_are_two_halves() -> None:
+    net = nn.Sequential(nn.Linear(D, 24), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, D))
+    plain = nn.Sequential(nn.Linear(D, 24), nn.GELU(), nn.Linear(24, D))
+    geglu = type("GEGLU", (Holder,), {})(proj=nn.Linear(D, 24))
+    three = type("SwiGLU", (Holder,), {})(
+        w1=nn.Linear(D, 24), w2=nn.Linear(D, 24), w3=nn.Linear(24, D)
+    )
+    model = Body(net=net, plain=plain, ff=nn.Sequential(geglu, nn.Linear(12, D)), three=three)
+    found = by_name(model)
+    assert found["net.0.weight"].view == found["ff.0.proj.weight"].view == "split(rows=2)"
+    assert found["plain.0.weight"].view == found["three.w1.weight"].view == "matrix"

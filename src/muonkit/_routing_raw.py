@@ -166,7 +166,8 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
         return adamw(f"elementwise parameter of {owner}", decay=False)
     if label in _STATE_SPACE and _STATE_SPACE_CLASS.search(owner):
         return adamw(f"state-space parameter of {owner}", decay=False)
-    if param.shape[-1] == 2 and param.ndim > 2 and _SPECTRAL_CLASS.search(owner):
+    spectral = _SPECTRAL_CLASS.search(owner) or not words.isdisjoint(("complex", "spectral"))
+    if spectral and param.shape[-1] == 2 and param.ndim > 2:
         return adamw("spectral filter (real and imaginary parts)")
     return None
 
