@@ -244,9 +244,9 @@ def refuse_eps(eps: Any) -> None:
     Raises:
         TypeError: it is another one than torch.optim.Muon's default.
     """
-    if not isinstance(eps, int | float) or eps != EPS:
+    if isinstance(eps, int | float) and eps >= 0 and eps != EPS:  # others are refused as such
         raise TypeError(
-            f"MuonW got eps={eps!r:.80}, which has no effect on Muon; AdamW's is called adamw_eps"
+            f"MuonW got eps={eps!r}, which has no effect on Muon; AdamW's is called adamw_eps"
         )
 
 
@@ -380,11 +380,14 @@ def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
 
 def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
     shape = tuple(p.shape)
-    if p.is_complex():
+    if p.is_complex() and group["algorithm"] == "muon":
         raise RuntimeError(
             f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "
-            "train torch.view_as_real of it with AdamW"
+            "AdamW trains it ('algorithm': 'adamw' in its group, Rule(name, algorithm='adamw') in a "
+            "route), algorithm='ignore' in a rule leaves it out"
         )
+    if p.is_complex():
+        return
     if not p.is_floating_point() or p.dtype.itemsize < 2:
         raise TypeError(
             f"{name} of shape {shape} is {p.dtype}: only floating-point parameters of at least 16 "

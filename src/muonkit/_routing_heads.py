@@ -335,6 +335,8 @@ def _features(layer: Node) -> str | None:
     taken, given = layer.widths
     if not isinstance(layer.module, (*CONVS, *TRANSPOSED_CONVS)) or taken is None or given is None:
         return None
+    if layer.name == "fc":
+        return None  # a classifier of 1000 classes, on fewer channels (DLA)
     return "last convolution, but it does not narrow" if given >= max(taken, 5) else None
 
 

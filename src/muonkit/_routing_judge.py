@@ -226,6 +226,8 @@ def _linear(site: Site, param: nn.Parameter, stored: tuple[int, int]) -> Verdict
         return _stored_transposed(site, param, f"{site.owner_class}, stored in × out")
     if tuple(param.shape) != stored:
         return None  # another storage under a Linear's name: judged as a raw parameter
+    if is_position(site.owner_name) and site.owner_name.endswith("bias"):
+        return adamw("positional bias per head, of one-hot distances", decay=False)
     fused = fused_layout(site, *stored)
     if fused is not None:
         return muon(*fused)

@@ -63,7 +63,7 @@ _RENAMED = {"weight_v": "weight", "weight_orig": "weight"}
 
 # Parts that serve the others, and give nothing that leaves the model.
 _SIDE = re.compile(
-    r".*(ada_?ln|modulation|film|norm|rotary|drop|pool|router).*|(.*_)?(gate|act)"
+    r".*(ada_?ln|modulation|film|norm|rotary|drop|pool|router).*|(.*_)?(gate|act)|se|.*excit.*"
     r"|(.*_)?(time|timesteps?|t|sigma|noise|pos|cond|label|y|c|context|text|rel)_?(mlp|emb\w*|enc\w*)"
     r"|(.*_)?(embedder|embeddings?|embed|emb)"
 )

@@ -19,6 +19,7 @@ import torch.nn as nn
 from muonkit._routing_layout import expert_layout, flat_expert_layout
 from muonkit._routing_numbers import (
     CONFIGS,
+    EXPERT_COUNTS,
     HEAD_DIM,
     HEADS,
     KV_HEADS,
@@ -96,7 +97,7 @@ _STATE_SPACE = name_set("A B C D E P Q Lambda log_A A_log B_re B_im C_re C_im")
 # How many matrices of its widths a module has, in graph libraries.
 _COUNTS = ("num_types", "num_relations", "num_rels", "num_bases", "num_edge_types", "num_stacks")
 _KERNEL_SIZES = ("kernel_size", "conv_kernel_size", "conv_kernel", "d_conv", "filter_size")
-_HEAD_WIDTHS = (*HEAD_DIM, "key_dim", "value_dim", "head_k_dim", "head_v_dim")
+_HEAD_WIDTHS = (*HEAD_DIM, "block_width", "key_dim", "value_dim", "head_k_dim", "head_v_dim")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -201,10 +202,15 @@ def _by_shape(site: Site, param: nn.Parameter) -> Verdict | None:
         experts = expert_layout(site, shape)
     if experts is not None:
         return muon(*experts)
+    if _has_its_own_bias(site, param):
+        return adamw(f"elementwise parameter of {site.owner_class}: its bias has its shape")
     if param.ndim == 2:
         flat = flat_expert_layout(site, shape)
         if flat is not None:
             return muon(*flat)
+        count = first_number([site.owner], EXPERT_COUNTS)
+        if shape[0] == count and shape[1] not in (widths_of(site.owner) or (shape[1],)):
+            return adamw(f"{count} experts, each flattened to a row")
     elif shape[0] == 1:
         return adamw(f"broadcast over the batch (stored as {stored})", decay=False)
     elif shape[1] == 1:
@@ -221,6 +227,16 @@ def _by_shape(site: Site, param: nn.Parameter) -> Verdict | None:
     if _is_triangular(param):
         return adamw("triangular matrix", decay=False)
     return None
+
+
+def _has_its_own_bias(site: Site, param: nn.Parameter) -> bool:
+    """Whether a bias of the same shape stands beside: then the two act entry by entry, as in an
+    embedding of numbers."""
+    return any(
+        name.startswith("bias") and other is not None and other.shape == param.shape
+        for name, other in own_parameters(site.owner).items()
+        if other is not param
+    )
 
 
 def _is_triangular(param: nn.Parameter) -> bool:
@@ -302,9 +318,11 @@ def _by_head(site: Site, param: nn.Parameter) -> tuple[str, str] | None:
     words = set(words_of(site.label))
     gives = not words.isdisjoint(("o", "out", "output", "wo"))
     takes = not words.isdisjoint(("q", "k", "v", "r", "query", "key", "value", "wq", "wk", "wv"))
+    first, second, third = param.shape
+    if first in counts and second == third and second in head_widths:
+        return "experts", "one square matrix per head (block diagonal)"
     if gives == takes:
         return None
-    first, second, third = param.shape
     if second in counts and third in head_widths:
         # (d, heads, d_head): XLNet's, one matrix.
         view = "flatten" if gives else "flatten > transpose"

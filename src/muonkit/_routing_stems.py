@@ -24,7 +24,7 @@ __all__ = ["find_stems"]
 _RAW_CHANNELS = 3
 _STEM = re.compile(r"(^|_)stem$|patch_embed")
 _PATCHES = re.compile(
-    r"(.*_)?(patch_?(embed\w*|proj\w*)|patchify)|x_embed(der)?|vision_embed_tokens"
+    r"(.*_)?(patch_?(embed\w*|proj\w*)|patchify)|embeds|x_embed(der)?|vision_embed_tokens"
     r"|embed_(state|action|return)s?|(value|input)_(embedding|projection)"
 )
 

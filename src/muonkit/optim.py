@@ -200,8 +200,9 @@ class Muon(Optimizer):
         ValueError: an option out of range, a parameter that its view does not fit, one whose
             placement is partial, or that lies on other ranks than the rest.
         TypeError: a parameter of integer dtype.
-        RuntimeError: a complex or sparse parameter (on construction), a sparse gradient (in `step`,
-            before anything is written).
+        RuntimeError: a sparse parameter, or a complex one for Muon (on construction; AdamW trains
+            complex ones as torch's does), a sparse gradient (in `step`, before anything is
+            written).
     """
 
     _observer: Observer | None = None  # a Monitor's, in the steps that it samples
