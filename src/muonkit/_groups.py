@@ -383,8 +383,8 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
     if p.is_complex() and group["algorithm"] == "muon":
         raise RuntimeError(
             f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "
-            "AdamW trains it ('algorithm': 'adamw' in its group, Rule(name, algorithm='adamw') in a "
-            "route), algorithm='ignore' in a rule leaves it out"
+            "AdamW trains it ('algorithm': 'adamw' in its group, Rule(name, algorithm='adamw')); "
+            "Rule(name, algorithm='ignore') leaves it out"
         )
     if p.is_complex():
         return
