@@ -34,6 +34,7 @@ SAME = 1e-6
 
 OPTIONS: dict[str, Any] = {
     "lr": 0.05,
+    "adjust_lr_fn": "match_rms_adamw",
     "weight_decay": 0.1,
     "ns_dtype": "float32",
     "rules": [Rule("up.weight", "muon"), Rule("down.weight", "muon")],

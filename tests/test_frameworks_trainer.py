@@ -204,7 +204,7 @@ def consolidates_whatever_asks_for_the_save() -> None:
 @CASES.on(2, layout=["zero1", "fsdp2"])
 def page_trains_and_resumes(layout: str) -> None:
     """The blocks of docs/trainers.md, as a launcher of two ranks would run them."""
-    start, model, _, zero1, fsdp2 = frameworks.page("transformers' Trainer")
+    start, model, _, _, zero1, fsdp2 = frameworks.page("transformers' Trainer")
     names: dict[str, Any] = {}
     with (
         launched(layout),

@@ -143,7 +143,9 @@ def test_a_transform_named_head_before_the_classifier_is_hidden() -> None:
     assert heads(model) == {"classifier"}
 
 
-@pytest.mark.parametrize("after", [nn.ReLU(), nn.BatchNorm2d(5), nn.MaxPool2d(2)], ids=type)
+@pytest.mark.parametrize(
+    "after", [nn.ReLU(), nn.BatchNorm2d(5), nn.LayerNorm(5), nn.MaxPool2d(2)], ids=type
+)
 def test_a_layer_before_an_activation_a_norm_or_a_pooling_gives_features(after: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(6, D, 3), nn.ReLU(), nn.Conv2d(D, 5, 3), after)
     assert heads(model) == set()
@@ -166,6 +168,14 @@ class Tower(Holder):
 
 
 TOWERS = {
+    "a trunk in a dict": (
+        nn.ModuleDict({"trunk": mlp(8, 16, D), "moves": nn.Linear(D, 4), "worth": nn.Linear(D, 1)}),
+        "moves worth",
+    ),
+    "heads as wide as the model": (
+        Holder(body=mlp(4, D, D), heads=nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])),
+        "heads.0 heads.1",
+    ),
     "encoder, decoder": (Holder(encoder=mlp(20, 16, 4), decoder=mlp(4, 16, 20)), "decoder.2"),
     "actor, critic": (Holder(actor=mlp(8, 16, 3), critic=mlp(8, 16, 1)), "actor.2 critic.2"),
     "actor, critic of its actions": (

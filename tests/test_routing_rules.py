@@ -112,9 +112,9 @@ def test_rules_change_only_what_they_say() -> None:
 def test_a_view_implies_muon_and_sets_the_scale() -> None:
     routed = found(Rule("wte.weight", view="split(rows=2)"))["wte.weight"]
     assert (routed.algorithm, routed.view) == ("muon", "split(rows=2)")
-    assert routed.scale == pytest.approx(0.2 * 8**0.5)
+    assert routed.scale == pytest.approx(8**0.5)
     unequal = found(Rule("fc2.weight", view="split(rows=12+4)"))["fc2.weight"]
-    assert unequal.scale == pytest.approx((0.2 * 12**0.5, 0.2 * 8**0.5))
+    assert unequal.scale == pytest.approx((12**0.5, 8**0.5))
 
 
 def test_an_own_scale_is_the_one_shown() -> None:

@@ -14,7 +14,7 @@ from muonkit._optim_batches import planned
 from muonkit._shards import WHOLE, flat_shard
 from muonkit.options import MUON, OF_ALGORITHM
 from muonkit.orthogonalize import NS_DTYPES, choose
-from muonkit.scale import scale_factor
+from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
 from muonkit.variants import check_variant
 from muonkit.views import View, blocks_of, row_shape
 
@@ -119,10 +119,11 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
                 group[key] = str(group[key]).removeprefix("torch.")
         return group
     no_lr = "lr" not in group and defaults["adamw_lr"] is None
-    if no_lr and defaults["adjust_lr_fn"] != "match_rms_adamw":
+    if no_lr and defaults["adjust_lr_fn"] not in ADAMW_UNITS:
+        units = " or ".join(repr(name) for name in SCALES if name in ADAMW_UNITS)
         raise ValueError(
             "an AdamW group has no lr of its own, and Muon's is in other units unless "
-            "adjust_lr_fn='match_rms_adamw'; add 'lr' to the group or give adamw_lr"
+            f"adjust_lr_fn is {units}; add 'lr' to the group or give adamw_lr"
         )
     for key, name in _ADAMW_DEFAULTS.items():
         if defaults[name] is not None:

@@ -90,10 +90,6 @@ _FEATURES_AFTER = (
     nn.MaxPool1d,
     nn.MaxPool2d,
     nn.MaxPool3d,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.GroupNorm,
 )
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
@@ -289,14 +285,15 @@ class _Search:
         return id(kid) in self.in_stack
 
     def _ends_of_list(self, node: Node, kids: list[Node], named: bool) -> list[Node]:
-        if any(self._hides(kid) for kid in kids) and not (
-            named and all(kid.layers == 1 for kid in kids)
-        ):
+        if id(node) in self.found:  # a list of heads
+            return [end for kid in kids for end in self.ends(kid, named=True)]
+        single = all(kid.layers == 1 for kid in kids)
+        if any(self._hides(kid) for kid in kids) and not (named and single):
             return []
         if _is_chain(kids):
             equal = len(kids) > 1 and len({kid.widths for kid in kids}) == 1
             return [] if equal and not named else self.ends(kids[-1])
-        return [end for kid in kids for end in self.ends(kid)]
+        return [end for kid in kids if not _is_fed_on(kid, kids) for end in self.ends(kid)]
 
     def _ends_of_module(self, node: Node, kids: list[Node]) -> list[Node]:
         main = [kid for kid in kids if not kid.serves]
@@ -379,7 +376,7 @@ def _ends_in_features(node: Node) -> bool:
     """A Sequential whose last layer has an activation, a pooling or a norm behind it."""
     kids = list(node.kids.values())
     after = kids[kids.index(node.main[-1]) + 1 :]
-    return any(isinstance(kid.module, _FEATURES_AFTER) for kid in after)
+    return any(isinstance(kid.module, _FEATURES_AFTER) or _is_norm(kid) for kid in after)
 
 
 def _blocks(parent: Node) -> list[Node]:
@@ -461,4 +458,8 @@ def _is_normed(kid: Node) -> bool:
     assert kid.parent is not None
     beside = list(kid.parent.kids.values())
     after = beside[beside.index(kid) + 1 :][:1]
-    return any("Norm" in type(each.module).__name__ for each in after)
+    return any(map(_is_norm, after))
+
+
+def _is_norm(node: Node) -> bool:
+    return "Norm" in type(node.module).__name__

@@ -325,6 +325,8 @@ def _site(place: Place, label: str) -> Site:
     if isinstance(owner, nn.ParameterList) and ancestors:
         # A list says nothing itself: its parameters are the owner's, under the list's name.
         return Site(name, parts[-1], ancestors[-1], ancestors[:-1], parts[:-1])
+    if isinstance(owner, nn.ParameterDict) and ancestors:
+        return Site(name, label, ancestors[-1], ancestors[:-1], parts[:-1])
     return Site(name, _RENAMED.get(label, label), owner, ancestors, parts)
 
 

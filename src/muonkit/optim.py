@@ -63,6 +63,7 @@ from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import agree, announce, run_overlapped
 from muonkit.routing import Routes, Rule, is_models, route
+from muonkit.scale import ROUTED
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ if TYPE_CHECKING:
     from muonkit.plan import StepPlan
 
 __all__ = ["Muon", "MuonW"]
+
+# What `MuonW` has when it routes: chosen by benchmarks/default_rate.py.
+_LR = 2e-3
 
 _SCALE = "the gradients' scale"
 _SCALES = (
@@ -140,7 +144,7 @@ class Muon(Optimizer):
         lr: learning rate, a float or a one-element tensor (of which each of several groups gets
             its own copy, as schedulers need it). With the scale "original" the spectral norm of an
             update, up to its factor sqrt(max(1, rows/cols)); with "match_rms_adamw" five times its
-            RMS (an RMS of 0.2 lr, as AdamW's).
+            RMS (an RMS of 0.2 lr, as AdamW's in long trainings), with "unit_rms" its RMS.
         weight_decay: decoupled decay per unit of (unscaled) lr; a float or a one-element tensor.
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
@@ -149,7 +153,8 @@ class Muon(Optimizer):
         eps: torch.optim.Muon's lower bound of the norm, kept for its signature. It has no effect:
             a gradient of any scale gives the same update, and zero gives zero.
         ns_steps: number of Newton-Schulz iterations.
-        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
+        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw", "spectral" or
+            "unit_rms".
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.forms`).
         ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
@@ -190,8 +195,8 @@ class Muon(Optimizer):
             (FloatingPointError naming the parameter, before anything is written). The last two
             wait for each device once per step.
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: defaults of AdamW groups. lr and decay are
-            Muon's unless given; with another scale than "match_rms_adamw" Muon's lr means nothing
-            to AdamW, and its own must be given here or in the group.
+            Muon's unless given; with another scale than "match_rms_adamw" and "unit_rms" Muon's lr
+            means nothing to AdamW, and its own must be given here or in the group.
 
     Where ranks share parameters, all of them make the same optimizer and take its steps together;
     every step begins with a small collective in which they compare what they are about to do.
@@ -717,21 +722,22 @@ class Muon(Optimizer):
 class MuonW(Muon):
     """One optimizer for a whole model: Muon for the hidden matrices, AdamW for the rest.
 
-        optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)  # routes the model itself
-        optimizer = MuonW({"G": G, "D": D}, lr=3e-4)  # or several models by name
-        optimizer = MuonW(route(model, rules), lr=3e-4)  # or takes routes made before
+        optimizer = MuonW(model, lr=2e-3, weight_decay=0.1)  # routes the model itself
+        optimizer = MuonW({"G": G, "D": D}, lr=2e-3)  # or several models by name
+        optimizer = MuonW(route(model, rules), lr=2e-3)  # or takes routes made before
         optimizer = MuonW(muon_params, lr=0.02, adamw_params=rest, adamw_lr=3e-4)  # or by hand
 
-    When it routes, the scale is "match_rms_adamw" unless `adjust_lr_fn` is given: a learning rate
-    and decay tuned for AdamW carry over in long trainings; in short ones sweep upward from there.
-    When the split is given by hand, the defaults are Keller Jordan's first version's: scale
-    "original" and no decay.
+    When it routes, lr is AdamW's: the scale is "unit_rms" unless `adjust_lr_fn` is given, so the
+    entries of a hidden matrix move by lr (RMS), as under AdamW in its first steps. For a long
+    training with AdamW's tuned learning rate and decay give adjust_lr_fn="match_rms_adamw", a fifth
+    of that, as AdamW moves later (Moonlight). When the split is given by hand, the defaults are
+    Keller Jordan's first version's: scale "original" and no decay.
 
     Args:
         model: a module, a dict of modules by name, `Routes`, or the parameters for Muon (then with
             adamw_params).
         lr, weight_decay, momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn: as in
-            `Muon`. lr None is 3e-4 when routed, and refused by hand; weight_decay None is 0.1 when
+            `Muon`. lr None is 2e-3 when routed, and refused by hand; weight_decay None is 0.1 when
             routed and 0 by hand.
         eps: refused unless it is torch.optim.Muon's default: it has no effect on Muon's groups, and
             AdamW's is `adamw_eps`.
@@ -790,7 +796,7 @@ class MuonW(Muon):
             rules = [rules] if isinstance(rules, Rule) else list(rules or ())
             routes = _routes(model, rules, adjust_lr_fn, decay_1d, undecided, heads)
             adjust_lr_fn = routes.scale
-            lr = 3e-4 if lr is None else lr
+            lr = _LR if lr is None else lr
             weight_decay = 0.1 if weight_decay is None else weight_decay
             groups = routes.param_groups()
         else:
@@ -869,7 +875,7 @@ def _routes(
             )
         routes = model
     else:
-        routes = route(model, rules, scale=scale or "match_rms_adamw", **asked)
+        routes = route(model, rules, scale=scale or ROUTED, **asked)
     if not any(r.algorithm == "muon" for r in routes):
         matrices = [r.name for r in routes if r.algorithm == "adamw" and len(r.shape) == 2]
         line = f": rules=[Rule({matrices[0]!r}, view='matrix')], say" if matrices else ""

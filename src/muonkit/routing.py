@@ -25,7 +25,7 @@ from muonkit._routing_rules import HYPERPARAMETERS, RoutingError, Rule, choose_r
 from muonkit._routing_survey import Survey, survey
 from muonkit._shards import WHOLE, flat_model
 from muonkit._text import shown
-from muonkit.scale import SCALES, scale_factor
+from muonkit.scale import ROUTED, SCALES, scale_factor
 from muonkit.views import View
 
 __all__ = ["Route", "Routes", "RoutingError", "Rule", "route"]
@@ -72,7 +72,7 @@ class Route:
 class Routes(Sequence[Route]):
     """The routes of a model, in registration order. `print` it to see the table."""
 
-    def __init__(self, routes: Sequence[Route], scale: str = "match_rms_adamw") -> None:
+    def __init__(self, routes: Sequence[Route], scale: str = ROUTED) -> None:
         self._routes = tuple(routes)
         self.scale = scale  # what the table's scales are, unless a rule says otherwise
 
@@ -251,7 +251,7 @@ def route(
     model: nn.Module | Mapping[str, nn.Module],
     rules: Sequence[Rule] | None = (),
     *,
-    scale: str = "match_rms_adamw",
+    scale: str = ROUTED,
     decay_1d: bool = False,
     undecided: str = "raise",
     heads: Iterable[str | nn.Module] | None = None,

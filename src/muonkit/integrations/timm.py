@@ -18,6 +18,7 @@ from torch import nn
 
 from muonkit.optim import MuonW
 from muonkit.routing import Route, Routes, route
+from muonkit.scale import ROUTED
 
 __all__ = ["register"]
 
@@ -60,7 +61,7 @@ def _routes(model: nn.Module, options: dict[str, Any]) -> Routes:
     routes = route(
         model,
         options.pop("rules", ()),
-        scale=options.get("adjust_lr_fn") or "match_rms_adamw",
+        scale=options.get("adjust_lr_fn") or ROUTED,
         decay_1d=not options.get("weight_decay_exclude_1d", True),
     )
     kept: Any = getattr(model, "no_weight_decay", set)()

@@ -19,6 +19,7 @@ from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.output import Console, any_stream, say
 from muonkit.lab.tasks import TASKS, Budget
+from muonkit.scale import ROUTED
 
 app = typer.Typer(
     name="muonkit",
@@ -260,7 +261,7 @@ def route_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     adjust_lr_fn: Annotated[
         str, typer.Option(metavar="NAME", help="The learning-rate scale to show.")
-    ] = "match_rms_adamw",
+    ] = ROUTED,
     rule: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=ALGORITHM[:VIEW]", help="Overrule; may be repeated."),
