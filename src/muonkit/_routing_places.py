@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CONVS",
     "LORA",
-    "STATED_WIDTHS",
     "TRANSPOSED_CONVS",
     "Models",
     "Node",
@@ -47,13 +46,6 @@ def name_set(text: str) -> frozenset[str]:
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-# How modules state the widths of what they take and give; the last are Hugging Face's Conv1D's.
-STATED_WIDTHS = (
-    ("in_features", "out_features"),
-    ("in_channels", "out_channels"),
-    ("nx", "nf"),
-)
 
 # PEFT keeps the module it adapts under these.
 _ADAPTED_COMPONENTS = ("base_layer", "original_module")
@@ -208,10 +200,9 @@ class Node:
             return module.input_size, module.hidden_size
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return None, module.embedding_dim
-        for ins, outs in STATED_WIDTHS:
-            taken, given = getattr(module, ins, None), getattr(module, outs, None)
-            if isinstance(taken, int) and isinstance(given, int):
-                return taken, given
+        stated = widths_of(module)
+        if stated is not None:
+            return stated[1], stated[0]
         kids = [kid.widths for kid in self.kids.values() if not kid.serves]
         taken = next((width for width, _ in kids if width is not None), None)
         given = next((width for _, width in reversed(kids) if width is not None), None)
