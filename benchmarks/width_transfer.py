@@ -6,8 +6,8 @@ killed command goes on where it was. Then docs/mup/width_transfer.json and .png 
 docs/mup.md are written from what is there. The runs took 16 minutes on a busy machine, those of
 --widths 512 ten more on a free core.
 
-Without muP is what `MuonW(model, lr=...)` does by itself: the scale "match_rms_adamw" (Moonlight),
-one learning rate for Muon's and AdamW's parameters, and the model's own initialisation, GPT-2's.
+Without muP is `MuonW(model, lr=..., adjust_lr_fn="match_rms_adamw")`: Moonlight's scale, one
+learning rate for Muon's and AdamW's parameters, and the model's own initialisation, GPT-2's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SETTING: dict[str, Any] = {
     "base_width": 128,
     "seed": 0,
 }
-KINDS = {"mup": "muP (muonkit.mup)", "standard": "MuonW's defaults, GPT-2's initialisation"}
+KINDS = {"mup": "muP (muonkit.mup)", "standard": "match_rms_adamw, GPT-2's initialisation"}
 
 # log2 of the learning rates, from and to, in steps: wider models are dear, and get every second.
 _STEP = {32: 0.5, 64: 0.5, 128: 0.5, 256: 1.0, 512: 1.0}
@@ -92,7 +92,8 @@ def train(kind: str, width: int, lr: float, data: TextData) -> float:
         routes = mup.route(model, base_width=s["base_width"], lr=lr, weight_decay=s["weight_decay"])
         optimizer = MuonW(routes)
     else:
-        optimizer = MuonW(model, lr=lr, weight_decay=s["weight_decay"])
+        scale = "match_rms_adamw"
+        optimizer = MuonW(model, lr=lr, weight_decay=s["weight_decay"], adjust_lr_fn=scale)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, s["steps"])
     )

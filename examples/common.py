@@ -35,15 +35,20 @@ from torch.nn import functional as F
 
 from muonkit.lab.data import Batch, generator
 from muonkit.lab.models import GPT, Attention
-from muonkit.lab.optimizers import BETAS, WEIGHT_DECAY
+from muonkit.lab.optimizers import BETAS, SCALE, WEIGHT_DECAY
 from muonkit.lab.tasks import get_task
 from muonkit.lab.train import loss_of, lr_factor
 
 TASK = get_task("gpt")
-#: What ``muonkit compare`` gives its optimizers beside the learning rate; and the dtype of the
-#: products, so that losses are the same to the fifth decimal at every number of ranks, on any CPU.
-#: Leave it out to get what the hardware multiplies fastest.
-SHARED = {"weight_decay": WEIGHT_DECAY, "adamw_betas": BETAS, "ns_dtype": "float32"}
+#: What ``muonkit compare`` gives its optimizers beside the learning rate, with the scale that this
+#: rate is for; and the dtype of the products, so that losses are the same to the fifth decimal at
+#: every number of ranks, on any CPU. Leave it out to get what the hardware multiplies fastest.
+SHARED = {
+    "weight_decay": WEIGHT_DECAY,
+    "adamw_betas": BETAS,
+    "adjust_lr_fn": SCALE,
+    "ns_dtype": "float32",
+}
 
 # --- the command line and the ranks ----------------------------------------------------------
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 TABLES = Path(__file__).parent / "routing_tables"
 DOCS = ROOT / "docs" / "routing-tables.md"
+SCALE = "match_rms_adamw"  # that of the tables: torch's name, whatever MuonW's default is
 
 
 # -- own convnets ---------------------------------------------------------------------------------
@@ -233,13 +234,14 @@ def _cells(r: Route) -> tuple[str, ...]:
 
 def main() -> None:
     """Write the tables where the command line says."""
-    sections = {name: table(route(build())) for name, build in ARCHITECTURES.items()}
+    sections = {name: table(route(build(), scale=SCALE)) for name, build in ARCHITECTURES.items()}
     if "--expected" in sys.argv[1:]:
         TABLES.mkdir(exist_ok=True)
         for name, lines in sections.items():
             (TABLES / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return
     text = "# Routing tables\n\nWritten by `python -m tests.architectures`; small configurations.\n"
+    text += f"The scale is that of `{SCALE}`; MuonW's default, `unit_rms`, is five times that.\n"
     text += "The index of a layer is written `*`, and rows that are equal but for it are counted.\n"
     for name, lines in sections.items():
         text += f"\n## {name}\n\n```text\n" + "\n".join(lines) + "\n```\n"

@@ -574,7 +574,7 @@ def run(seed: int, length: int = 14) -> Counter[str]:
 def _sane(world: World) -> bool:
     """Whether nothing that is not finite was put in on purpose."""
     return all(
-        bool(torch.isfinite(value.double()).all())
+        bool(torch.isfinite(value if value.is_complex() else value.double()).all())
         for entry in world.optimizer.state.values()
         for value in entry.values()
         if isinstance(value, Tensor)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from muonkit import MuonW, Rule
+from readme_blocks import ROOT, read_blocks
 
 STEPS, SAVED_AFTER = 10, 5
 BATCH = 4  # of all ranks together
@@ -33,6 +34,7 @@ SAME = 1e-6
 
 OPTIONS: dict[str, Any] = {
     "lr": 0.05,
+    "adjust_lr_fn": "match_rms_adamw",
     "weight_decay": 0.1,
     "ns_dtype": "float32",
     "rules": [Rule("up.weight", "muon"), Rule("down.weight", "muon")],
@@ -102,6 +104,16 @@ def deviation(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> floa
         float((got[name] - value).abs().max() / value.abs().max())
         for name, value in expected.items()
     )
+
+
+def page(section: str) -> list[str]:
+    """The Python blocks of docs/trainers.md under a heading: those above the first one before them,
+    and those too that test_docs.py skips, since they are for ranks.
+    """
+    blocks = read_blocks((ROOT / "docs" / "trainers.md").read_text(encoding="utf-8"))
+    found = [b.text for b in blocks if b.section == section and b.language == "python"]
+    assert found, section
+    return [b.text for b in blocks if b.section == "In your trainer"] + found
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ for; and runs its programs.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ _FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})\s*(?P<language>[\w+-]*)")
 _HEADING = re.compile(r"^#{1,2} (?P<title>.+)")
 _DIRECTION = re.compile(r"^<!-- test: (?P<text>.*?) -->$")
 _SKIP = re.compile(r"^skip because \S.*$")
+_NEEDS = re.compile(r"^needs (?P<package>\w+)$")
 _SUBSTITUTE = re.compile(r"^substitute (?P<old>.+?) -> (?P<new>.*)$")
 
 # What `git`, `cd` and an environment do is not this project's to test.
@@ -47,13 +49,15 @@ class Block:
     line: int
     text: str
     skipped: bool = False
+    needs: str | None = None
 
 
 def read_blocks(readme: str) -> list[Block]:
     """Every fenced block, substitutions done.
 
     A direction stands on the line above the block, or above another direction:
-    `<!-- test: skip because REASON -->` or `<!-- test: substitute OLD -> NEW -->`.
+    `<!-- test: skip because REASON -->`, `<!-- test: needs PACKAGE -->` (else it is skipped) or
+    `<!-- test: substitute OLD -> NEW -->`.
 
     Raises:
         ReadmeError: an unknown direction, one without a block below it, one whose OLD does not
@@ -90,6 +94,9 @@ def _follow(directions: list[str], block: Block) -> Block:
     for text in directions:
         if _SKIP.match(text):
             block = replace(block, skipped=True)
+        elif needed := _NEEDS.match(text):
+            there = importlib.util.find_spec(needed["package"]) is not None
+            block = replace(block, needs=needed["package"], skipped=not there)
         elif change := _SUBSTITUTE.match(text):
             if change["old"] not in block.text:
                 raise ReadmeError(f"line {block.line}: {change['old']!r} is not in the block below")
@@ -97,7 +104,7 @@ def _follow(directions: list[str], block: Block) -> Block:
         else:
             raise ReadmeError(
                 f"line {block.line}: unknown direction {text!r}; there are"
-                " 'skip because REASON' and 'substitute OLD -> NEW'"
+                " 'skip because REASON', 'needs PACKAGE' and 'substitute OLD -> NEW'"
             )
     return block
 

@@ -11,7 +11,7 @@ D = 8
 
 
 def by_name(model: nn.Module, **kwargs: object) -> dict[str, Route]:
-    return {r.name: r for r in route(model, **kwargs)}  # type: ignore[arg-type]
+    return {r.name: r for r in route(model, **{"scale": "match_rms_adamw", **kwargs})}  # type: ignore[arg-type]
 
 
 def got(model: nn.Module, name: str) -> tuple[str, str | None, bool]:

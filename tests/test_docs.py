@@ -6,21 +6,17 @@ directions that may stand above a block.
 
 from __future__ import annotations
 
-import copy
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import muonkit
-from muonkit import MuonW, orthogonalize
 from readme_blocks import ROOT, python_sections, read_blocks, run_program
 
 
@@ -69,50 +65,16 @@ def test_python(page: str, tmp_path: Path) -> None:
     run_program(PROGRAMS[page], tmp_path, page)
 
 
-def moonlights_step(
-    params: list[Tensor], state: dict[int, dict[str, Any]], grads: list[Tensor], hidden: int
-) -> None:
-    """Moonlight's update, transcribed, with our products: lr 1e-3, decay 0.1, betas (0.9, 0.95)."""
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        kept = state.setdefault(i, {"use_muon": i < hidden})
-        p.mul_(1 - 1e-3 * 0.1)
-        if i < hidden:
-            total = kept.setdefault("momentum_buffer", torch.zeros_like(p))
-            total.mul_(0.95).add_(g)
-            O = orthogonalize(g + 0.95 * total, ns_dtype="float32")
-            p.add_(O, alpha=-1e-3 * 0.2 * max(p.shape) ** 0.5)
-            continue
-        t = kept["step"] = kept.get("step", 0) + 1
-        mean = kept.setdefault("moment1", torch.zeros_like(p)).lerp_(g, 0.1)
-        square = kept.setdefault("moment2", torch.zeros_like(p)).lerp_(g * g, 0.05)
-        correction = (1 - 0.95**t) ** 0.5 / (1 - 0.9**t)
-        p.add_(mean / (1e-8 + square.sqrt()), alpha=-1e-3 * correction)
+def needed() -> set[tuple[str, str]]:
+    """Page and package, for every block that wants one."""
+    texts = {page.name: page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md")}
+    return {(n, b.needs) for n, text in texts.items() for b in read_blocks(text) if b.needs}
 
 
-def test_a_state_of_moonlight_goes_on_as_it_would_have() -> None:
-    page = (ROOT / "docs" / "migrate.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"^def from_moonlight.*?^    return .*?$", page, re.MULTILINE | re.DOTALL)
-    names: dict[str, Any] = {"torch": torch}
-    exec(text, names)
-    torch.manual_seed(0)
-    theirs = [torch.randn(shape) for shape in ((24, 16), (16, 32), (16,), (40, 16))]
-    grads = [[torch.randn_like(p) for p in theirs] for _ in range(8)]
-    state: dict[int, dict[str, Any]] = {}
-    for given in grads[:4]:
-        moonlights_step(theirs, state, given, hidden=2)
-    ours = [nn.Parameter(p.clone()) for p in theirs]
-    options = {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32"}
-    optimizer = MuonW(ours[:2], 1e-3, 0.1, adamw_params=ours[2:], **options)
-    optimizer.load_state_dict(names["from_moonlight"](copy.deepcopy({"state": state}), optimizer))
-    for given in grads[4:]:
-        moonlights_step(theirs, state, given, hidden=2)
-        for p, g in zip(ours, given, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
-    # Weights are up to 4, so rounding is 2e-7 in each of four steps of 4e-3: a momentum that was
-    # off by its factor of 20 is off by 1e-3.
-    for p, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=4e-6)
+@pytest.mark.parametrize(("page", "package"), sorted(needed()))
+def test_the_blocks_that_need_a_package_were_run(page: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: its blocks on {page} were not run")
 
 
 def test_the_pitfalls_name_tests_that_there_are() -> None:

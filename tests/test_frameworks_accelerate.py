@@ -67,12 +67,11 @@ def train(acc: Any, model: nn.Module, optimizer: Any, first: int, last: int) -> 
 @CASES.on(2, layout=["zero1", "fsdp2"], variant=["plain", "normuon"])
 def equals_one_process_and_resumes(layout: str, variant: str) -> tuple[float, float]:
     """(deviation from one process after 10 steps, from the uninterrupted run after a resume)"""
+    from muonkit.integrations.accelerate import consolidate_before_save
+
     with accelerator(layout) as acc, shared_folder() as folder:
         model, optimizer = prepared(acc, layout, variant=variant)
-        if layout == "zero1":
-            acc.register_save_state_pre_hook(
-                lambda *_: optimizer.optimizer.consolidate_state_dict()
-            )
+        consolidate_before_save(acc, optimizer)
         train(acc, model, optimizer, 0, frameworks.SAVED_AFTER)
         acc.save_state(str(folder))
         acc.wait_for_everyone()
@@ -96,8 +95,11 @@ def equals_one_process_and_resumes(layout: str, variant: str) -> tuple[float, fl
 @CASES.on(2)
 def saves_fsdp2_whole() -> tuple[float, float]:
     """In one file, which rank 0 writes, and every rank takes its part of."""
+    from muonkit.integrations.accelerate import consolidate_before_save
+
     with accelerator("fsdp2", "FULL_STATE_DICT") as acc, shared_folder() as folder:
         model, optimizer = prepared(acc, "fsdp2")
+        consolidate_before_save(acc, optimizer)  # nothing, here
         train(acc, model, optimizer, 0, frameworks.SAVED_AFTER)
         acc.save_state(str(folder))
         acc.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import warnings
 from pathlib import Path
@@ -24,7 +25,10 @@ def fit(folder: Path, resume: bool = False, **options: Any) -> dict[str, Tensor]
     """The parameters after all steps; the folder has a checkpoint of every `SAVED_AFTER` steps."""
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.strategies import DDPStrategy
+
+    from muonkit.integrations.lightning import MonitorCallback
 
     class Task(lightning.LightningModule):
         def __init__(self) -> None:
@@ -53,9 +57,10 @@ def fit(folder: Path, resume: bool = False, **options: Any) -> dict[str, Tensor]
                 "{step}",
                 every_n_train_steps=frameworks.SAVED_AFTER,
                 save_top_k=-1,
-            )
+            ),
+            MonitorCallback(every=2, spectra=()),
         ],
-        logger=False,
+        logger=CSVLogger(folder, "logs", version=int(resume)),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -84,6 +89,10 @@ def equals_one_process_and_resumes(variant: str) -> tuple[float, float]:
         saved = torch.load(folder / f"step={frameworks.SAVED_AFTER}.ckpt", weights_only=True)
         state = saved["optimizer_states"][0]["state"]
         assert {type(value) for entry in state.values() for value in entry.values()} == {Tensor}
+        if dist.get_rank() == 0:
+            logged = list(csv.DictReader((folder / "logs/version_1/metrics.csv").open()))
+            sampled = [row for row in logged if row["muon/matrix/up.weight/update_rms"]]
+            assert [int(row["step"]) for row in sampled] == [6, 8, 10]
     return (
         frameworks.deviation(done, frameworks.alone(variant)),
         frameworks.deviation(resumed, done),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import frameworks
@@ -39,7 +43,6 @@ def trainer(
     folder: Path,
     layout: str,
     made: str,
-    gathers: bool = True,
     seed: int = 0,
     state_dict_type: str = "FULL_STATE_DICT",
 ) -> Any:
@@ -47,14 +50,15 @@ def trainer(
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
 
+    from muonkit.integrations.transformers import (
+        ConsolidateBeforeSave,
+        MonitorCallback,
+        muonw,
+    )
+
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
             return SequentialSampler(self.train_dataset)
-
-    class Gathers(InOrder):
-        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            self.optimizer.optimizer.consolidate_state_dict()
-            super()._save_checkpoint(*args, **kwargs)
 
     options: dict[str, Any] = {}
     if layout == "fsdp2":
@@ -73,6 +77,8 @@ def trainer(
         save_steps=frameworks.SAVED_AFTER,
         save_strategy="steps",
         learning_rate=frameworks.OPTIONS["lr"],
+        weight_decay=frameworks.OPTIONS["weight_decay"],
+        adam_beta2=0.95,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         use_cpu=True,
@@ -84,15 +90,25 @@ def trainer(
     )
     model = frameworks.Model(seed)
     told = dict(frameworks.OPTIONS)
+    if made != "optimizers":  # which are the arguments', above
+        del told["lr"], told["weight_decay"]
     if layout == "zero1":
         told |= {"process_group": dist.group.WORLD, "zero": 1}
     given: dict[str, Any] = (
         {"optimizers": (MuonW(model, **told), None)}
         if made == "optimizers"
-        else {"optimizer_cls_and_kwargs": (lambda: MuonW, told)}
+        else {"optimizer_cls_and_kwargs": muonw(arguments, **told)}
     )
-    kind = Gathers if layout == "zero1" and gathers else InOrder
-    return kind(model=model, args=arguments, train_dataset=frameworks.samples(), **given)
+    return InOrder(
+        model=model,
+        args=arguments,
+        train_dataset=frameworks.samples(),
+        callbacks=[
+            MonitorCallback(every=2, to=folder / "muon.jsonl", spectra=()),
+            ConsolidateBeforeSave(),
+        ],
+        **given,
+    )
 
 
 def runs_and_resumes(layout: str, made: str, **options: Any) -> tuple[float, float]:
@@ -109,6 +125,10 @@ def runs_and_resumes(layout: str, made: str, **options: Any) -> tuple[float, flo
             other = trainer(folder / "resumed", layout, made, seed=1, **options)
             other.train(resume_from_checkpoint=str(folder / f"checkpoint-{frameworks.SAVED_AFTER}"))
             resumed = frameworks.whole(other.model)
+        lines = (folder / "resumed" / "muon.jsonl").read_text().splitlines()
+        samples = [sample for sample in map(json.loads, lines) if "step" in sample]
+        # Counted from the beginning of the training.
+        assert [sample["step"] for sample in samples] == [6, 8, 10]
     return (
         frameworks.deviation(expected, frameworks.alone()),
         frameworks.deviation(resumed, expected),
@@ -134,6 +154,79 @@ def trainer_takes_no_optimizer_under_fsdp() -> None:
         pytest.raises(RuntimeError, match="not allowed"),
     ):
         trainer(folder, "fsdp2", "optimizers")
+
+
+def one_step(zero: int) -> Any:
+    model = frameworks.Model()
+    optimizer = MuonW(model, process_group=dist.group.WORLD, zero=zero, **frameworks.OPTIONS)
+    model(**frameworks.batch(0))["loss"].backward()
+    optimizer.step()
+    return optimizer
+
+
+@CASES.on(2)
+def consolidates_whatever_asks_for_the_save() -> None:
+    from muonkit.integrations.transformers import ConsolidateBeforeSave
+
+    def whole() -> bool:
+        state = optimizer.state_dict()["state"]
+        return all(type(t) is Tensor for entry in state.values() for t in entry.values())
+
+    optimizer = one_step(zero=1)
+    here, callback = {"optimizer": SimpleNamespace(optimizer=optimizer)}, ConsolidateBeforeSave()
+    steps = SimpleNamespace(save_only_model=False, save_strategy="steps")
+    best = SimpleNamespace(save_only_model=False, save_strategy="best")
+    state, no, yes = (
+        SimpleNamespace(global_step=1),
+        SimpleNamespace(should_save=False),
+        SimpleNamespace(should_save=True),
+    )
+    rank_0 = dist.get_rank() == 0
+    callback.on_step_end(steps, state, no, **here)
+    callback.on_evaluate(steps, state, no, **here)
+    assert not whole()
+    # A callback behind this one had it saved: said at once, and not when somebody loads it.
+    with pytest.raises(RuntimeError, match=r"the last of callbacks=\[...\]"):
+        callback.on_save(steps, state, yes, **here)
+    callback.on_step_end(steps, state, yes, **here)
+    assert whole() == rank_0
+    callback.on_save(steps, state, yes, **here)
+    optimizer.step()
+    assert not whole()
+    state.global_step = 2
+    callback.on_evaluate(best, state, no, **here)  # what decides whether this is saved
+    assert whole() == rank_0
+    callback.on_save(best, state, yes, **here)
+    # Where every rank has everything, nobody has to be the last.
+    ConsolidateBeforeSave().on_save(steps, state, yes, optimizer=one_step(zero=0))
+
+
+@CASES.on(2, layout=["zero1", "fsdp2"])
+def page_trains_and_resumes(layout: str) -> None:
+    """The blocks of docs/trainers.md, as a launcher of two ranks would run them."""
+    start, model, _, _, zero1, fsdp2 = frameworks.page("transformers' Trainer")
+    names: dict[str, Any] = {}
+    with (
+        launched(layout),
+        shared_folder() as folder,
+        contextlib.chdir(folder),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # the Trainer's, on pinned memory
+        exec(start + model + "from muonkit.integrations.transformers import muonw", names)
+        names["recipe"] |= {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+        names["recipe"]["accelerator_config"] = {"use_configured_state": layout == "fsdp2"}
+        exec({"zero1": zero1, "fsdp2": fsdp2}[layout], names)
+        trainer = names["trainer"]
+        assert trainer.state.global_step == 4
+        assert trainer.state.log_history[-1]["train_loss"] < 5.0
+        optimizer = trainer.optimizer.optimizer
+        assert {group["lr"] for group in optimizer.param_groups} == {0.0}  # decayed to the end
+        algorithms = {group["algorithm"] for group in optimizer.param_groups}
+        assert algorithms == {"muon", "adamw"}
+        for p in trainer.model.parameters():
+            assert isinstance(p, DTensor) == (layout == "fsdp2")
+            assert isinstance(next(iter(optimizer.state[p].values())), DTensor)
 
 
 @pytest.fixture(scope="module")

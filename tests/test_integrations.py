@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from muonkit import Monitor, Muon
+from muonkit import Monitor, Muon, MuonW
 from muonkit.integrations._flat import histograms, scalars
 from muonkit.integrations.tensorboard import TensorBoard
 from muonkit.integrations.trackio import Trackio
@@ -223,3 +225,86 @@ def test_no_tracker_is_imported_before_its_sink_is_made() -> None:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
     )
     assert shown.stdout.strip() == "[]"
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 8))
+
+
+def test_the_factory_reads_the_training_arguments() -> None:
+    pytest.importorskip("transformers")
+    from muonkit.integrations.transformers import MuonWFactory, muonw
+
+    args = types.SimpleNamespace(
+        learning_rate=0.125, weight_decay=0.25, adam_beta1=0.5, adam_beta2=0.75, adam_epsilon=0.5
+    )
+    adamw = {"lr": 0.125, "weight_decay": 0.25, "betas": (0.5, 0.75), "eps": 0.5}
+
+    def groups(optimizer: Any) -> dict[str, dict[str, Any]]:
+        assert type(optimizer) is MuonW
+        # The matrices' and the embedding's; others are not decayed.
+        return {g["algorithm"]: g for g in optimizer.param_groups if g["weight_decay"]}
+
+    kind, options = muonw(args, momentum=0.5)
+    # As transformers calls it, as axolotl does (with the two of AdamW by its names), as a partial.
+    for optimizer in (
+        kind()(model(), **options),
+        MuonWFactory()(model(), args, momentum=0.5, betas=(0.5, 0.75), eps=0.5),
+        MuonWFactory()(model(), momentum=0.5, **adamw),
+    ):
+        got = groups(optimizer)
+        assert {key: got["adamw"][key] for key in adamw} == adamw
+        muon = {"lr": 0.125, "weight_decay": 0.25, "momentum": 0.5}
+        assert {key: got["muon"][key] for key in muon} == muon
+    # What is said goes before what is read, AdamW's by either name.
+    for said in ({"betas": (0.0, 0.5)}, {"adamw_betas": (0.0, 0.5)}):
+        kind, options = muonw(args, lr=0.5, weight_decay=1.0, **said)
+        got = groups(kind()(model(), **options))
+        assert (got["muon"]["lr"], got["muon"]["weight_decay"]) == (0.5, 1.0)
+        assert got["adamw"]["betas"] == (0.0, 0.5)
+
+
+def test_what_is_not_ours_is_refused_by_its_name() -> None:
+    from muonkit.integrations._trainers import unwrapped
+
+    inner = MuonW(model())
+    wrapped = types.SimpleNamespace(optimizer=types.SimpleNamespace(optimizer=inner))
+    assert unwrapped(wrapped) is inner
+    other = types.SimpleNamespace(optimizer=torch.optim.AdamW(model().parameters()))
+    with pytest.raises(TypeError, match=r"the trainer has AdamW: give it MuonW\(model\)"):
+        unwrapped(other)
+
+
+def test_timm_makes_it_by_name() -> None:
+    reason = "timm, and the torchvision that it needs, have no build for this torch"
+    optim = pytest.importorskip("timm.optim", reason=reason, exc_type=ImportError)
+    from muonkit.integrations.timm import register
+
+    register()
+    register()  # twice is once
+    made = model()
+    made.no_weight_decay = lambda: {"0.*"}
+    options = {"lr": 0.125, "weight_decay": 0.25, "betas": (0.5, 0.75), "eps": 0.5}
+    optimizer = optim.create_optimizer_v2(made, opt="muonw", **options)
+    assert type(optimizer) is MuonW
+    named = {
+        name: (group["algorithm"], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    assert named["0.weight"] == ("adamw", 0.125, 0.0)
+    assert named["1.weight"] == named["2.weight"] == ("muon", 0.125, 0.25)
+    assert named["3.weight"] == ("adamw", 0.125, 0.25)
+    assert all(group.get("betas", (0.5, 0.75)) == (0.5, 0.75) for group in optimizer.param_groups)
+    # One rate for each layer; timm's schedulers move them together.
+    made.group_matcher = lambda coarse: {"stem": r"^0", "blocks": r"^(\d+)"}
+    optimizer = optim.create_optimizer_v2(made, opt="muonw", layer_decay=0.5, **options)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert len(set(rates.values())) > 2
+    assert rates["1.weight"] == rates["2.weight"] / 2
+    with pytest.raises(ValueError, match="give lr too"):
+        optim.create_optimizer_v2(made, opt="muonw", layer_decay=0.5)
+    with pytest.raises(TypeError, match=r"MuonW\(model\)"):
+        optim.create_optimizer_v2(made.parameters(), opt="muonw", lr=0.125)
+    assert type(optim.create_optimizer_v2(made, opt="adamw", lr=0.125)) is torch.optim.AdamW

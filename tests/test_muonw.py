@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -55,7 +57,7 @@ def test_lr_scale_betas() -> None:
     optimizer = MuonW(Tiny(), lr=1e-3, adamw_lr=5e-4, adamw_betas=(0.8, 0.9), adamw_eps=1e-6)
     for group in optimizer.param_groups:
         if group["algorithm"] == "muon":
-            assert (group["lr"], group["adjust_lr_fn"]) == (1e-3, "match_rms_adamw")
+            assert (group["lr"], group["adjust_lr_fn"]) == (1e-3, "unit_rms")
         else:
             assert (group["lr"], group["betas"], group["eps"]) == (5e-4, (0.8, 0.9), 1e-6)
     assert {g["lr"] for g in MuonW(Tiny(), lr=1e-3).param_groups} == {1e-3}
@@ -65,19 +67,79 @@ def test_another_scale_needs_adamws_own_lr() -> None:
     with pytest.raises(ValueError, match="adamw_lr"):
         MuonW(Tiny(), lr=0.02, adjust_lr_fn="original")
     MuonW(Tiny(), lr=0.02, adjust_lr_fn="original", adamw_lr=3e-4)
+    with pytest.raises(ValueError, match=r"adjust_lr_fn is 'match_rms_adamw' or 'unit_rms'; add"):
+        MuonW(Tiny(), lr=0.02, adjust_lr_fn="spectral")
 
 
-def test_the_update_has_adamws_rms() -> None:
-    """match_rms_adamw: every hidden matrix moves by RMS .2 lr, whatever its shape."""
+def rates(optimizer: torch.optim.Optimizer) -> dict[str, list[tuple[object, ...]]]:
+    """What sets the size of a step, by algorithm: each once, in the order of the groups."""
+    found: dict[str, list[tuple[object, ...]]] = {"muon": [], "adamw": []}
+    for group in optimizer.param_groups:
+        said = (group["lr"], group.get("adjust_lr_fn"))
+        if said not in found[group["algorithm"]]:
+            found[group["algorithm"]].append(said)
+    return found
+
+
+def test_the_default_rate_is_adamws_and_matrices_move_by_it() -> None:
+    """One number in all groups, so that whatever writes one number into all of them (a loop of the
+    user's own, OneCycleLR's max_lr) leaves the matrices' step in proportion to AdamW's.
+    """
+    assert rates(MuonW(Tiny())) == {"muon": [(2e-3, "unit_rms")], "adamw": [(2e-3, None)]}
+    assert rates(MuonW(route(Tiny()))) == rates(MuonW(Tiny()))
+    optimizer = MuonW(Tiny(), lr=3e-3, adamw_lr=1e-4)
+    assert rates(optimizer) == {"muon": [(3e-3, "unit_rms")], "adamw": [(1e-4, None)]}
+    for scale in ("match_rms_adamw", "unit_rms"):
+        optimizer = MuonW(Tiny(), lr=2e-3, adjust_lr_fn=scale)
+        assert rates(optimizer) == {"muon": [(2e-3, scale)], "adamw": [(2e-3, None)]}
+    # The drop-in has torch's.
+    assert Muon([torch.ones(2, 2)]).param_groups[0]["adjust_lr_fn"] is None
+
+
+def test_schedulers_leave_the_matrices_step_in_proportion() -> None:
+    schedulers = torch.optim.lr_scheduler
+    for make in (
+        lambda o: schedulers.OneCycleLR(o, max_lr=0.01, total_steps=10),
+        lambda o: schedulers.CyclicLR(o, 0.001, 0.01, step_size_up=3),
+        lambda o: schedulers.CosineAnnealingLR(o, 10),
+        lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
+    ):
+        model = Tiny()
+        optimizer = MuonW(model, ns_coefficients="svd", weight_decay=0.0)
+        scheduler = make(optimizer)
+        for _ in range(4):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            before = model.up.weight.detach().clone()
+            (adamw,) = {g["lr"] for g in optimizer.param_groups if g["algorithm"] == "adamw"}
+            optimizer.step()
+            moved = (before - model.up.weight.detach()).square().mean().sqrt().item()
+            assert moved == pytest.approx(adamw, rel=1e-3)  # float32 of weights 1,000 times larger
+            scheduler.step()
+
+
+def test_a_state_dict_keeps_the_scale_and_rate_it_was_made_with() -> None:
+    """What was trained before "unit_rms" was the default goes on as it would have."""
+    trained = MuonW(Tiny(), lr=3e-4, adjust_lr_fn="match_rms_adamw")
+    resumed = MuonW(Tiny(), lr=1e-2)
+    resumed.load_state_dict(trained.state_dict())
+    assert rates(resumed) == {"muon": [(3e-4, "match_rms_adamw")], "adamw": [(3e-4, None)]}
+    again = pickle.loads(pickle.dumps(trained))
+    assert rates(again) == rates(trained)
+
+
+@pytest.mark.parametrize(("scale", "rms"), [(None, 0.1), ("match_rms_adamw", 0.02)])
+def test_every_matrix_moves_by_the_same_rms(scale: str | None, rms: float) -> None:
+    """lr, or 0.2 lr as AdamW late in long trainings: whatever the shape of the matrix."""
     model = Tiny()
-    optimizer = MuonW(model, lr=0.1, weight_decay=0.0, ns_coefficients="svd")
+    optimizer = MuonW(model, lr=0.1, weight_decay=0.0, ns_coefficients="svd", adjust_lr_fn=scale)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step()
     for name in ("up.weight", "down.weight"):
         moved = before[name] - model.get_parameter(name).detach()
-        assert moved.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+        assert moved.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-4)
 
 
 def test_it_trains() -> None:
@@ -104,7 +166,7 @@ def test_routes_and_rules() -> None:
     optimizer = MuonW(model, rules=rules)
     lrs = {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
     assert lrs["down.weight"] == lrs["down.bias"] == 1e-5
-    assert lrs["up.bias"] == 3e-4
+    assert lrs["up.bias"] == 2e-3
     with pytest.raises(TypeError, match=r"give these to route\(model, rules"):
         MuonW(route(model), rules=rules)
 
@@ -156,4 +218,4 @@ def test_pitfall_18_what_muon_trains_can_be_read_back() -> None:
     assert [(r["matrices"], r["rows"], r["cols"]) for r in muon] == [(1, 16, 8), (1, 8, 16)]
     assert {r["ns_form"] for r in muon} == {"gram"}  # n = 2m
     assert {r["ns_dtype"] for r in muon} == {"torch.float32"}
-    assert muon[0]["lr"] == pytest.approx(3e-4 * 0.2 * 4)
+    assert muon[0]["lr"] == pytest.approx(2e-3 * 4)

@@ -158,7 +158,7 @@ def test_only_the_head_has_multipliers(width: int) -> None:
         head, hidden = name == "head.weight", group["algorithm"] == "muon"
         factor = 64 / width if head else 1.0
         assert group["lr"] == pytest.approx((0.1 if hidden else 0.02) * factor)
-        if "norm" in name:
+        if "norm" in name or "position" in name:
             assert group["weight_decay"] == 0.0
         else:
             assert group["weight_decay"] == pytest.approx(0.3 / factor)
@@ -171,7 +171,7 @@ def test_what_a_step_forgets_is_the_same_in_every_group_and_at_every_width() -> 
     for decay, expected in (("constant", 0.05 * 0.2), ("width", 0.05 * 0.2 / 4)):
         routes = mup.route(gpt(128), base_width=32, lr=0.05, weight_decay=0.2, decay=decay)
         decayed = [g for g in groups_of(routes).values() if g["weight_decay"]]
-        assert len(decayed) == 3 + 2 * 4  # the tables, the head, and four matrices a layer
+        assert len(decayed) == 2 + 2 * 4  # the table, the head, and four matrices a layer
         for group in decayed:
             assert group["lr"] * group["weight_decay"] == pytest.approx(expected)
 
@@ -198,10 +198,11 @@ def test_a_rule_goes_before_mup_and_the_groups_serve_a_plain_muon() -> None:
 
 
 def test_a_width_is_given_where_it_does_not_follow() -> None:
-    routes = mup.route(Holder(parameter(6, 10)), base_width=5, width=10, lr=0.1)
+    rules = [Rule("core", view="matrix")]
+    routes = mup.route(Holder(parameter(6, 10)), rules, base_width=5, width=10, lr=0.1)
     assert routes[0].options["lr"] == 0.1
     with pytest.raises(ValueError, match="it has no output head; give width="):
-        mup.route(Holder(parameter(6, 10)), base_width=5, lr=0.1)
+        mup.route(Holder(parameter(6, 10)), rules, base_width=5, lr=0.1)
     two = nn.ModuleDict({"a_head": nn.Linear(8, 3), "b_head": nn.Linear(4, 3)})
     with pytest.raises(ValueError, match=r"a_head.weight has 8, b_head.weight has 4\); give width"):
         mup.route(two, base_width=4, lr=0.1)

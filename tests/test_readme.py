@@ -105,6 +105,10 @@ def test_blocks_are_read_with_their_directions() -> None:
     }
     assert [block.skipped for block in blocks] == [False, False, False, True, False]
     assert commands(blocks[-1]) == ["muonkit compare digits --steps 3"]
+    wanting = "<!-- test: needs {} -->\n```python\n```\n"
+    here, elsewhere = read_blocks(wanting.format("torch") + wanting.format("no_such_package"))
+    assert (here.needs, here.skipped) == ("torch", False)
+    assert (elsewhere.needs, elsewhere.skipped) == ("no_such_package", True)
 
 
 @pytest.mark.parametrize(

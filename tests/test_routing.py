@@ -64,7 +64,9 @@ def test_a_relative_position_table_is_no_matrix() -> None:
 @pytest.mark.parametrize("name", ["wte", "wpe", "embed", "tok_emb"])
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_pitfall_15_embeddings_by_class_whatever_their_name(name: str, kind: type) -> None:
-    assert got(Body(**{name: kind(10, D)}), f"{name}.weight") == ("adamw", None, True)
+    # Positions are trained alike, whether their table is an nn.Embedding or a raw parameter.
+    expected = ("adamw", None, name != "wpe")
+    assert got(Body(**{name: kind(10, D)}), f"{name}.weight") == expected
 
 
 def test_an_embedding_of_unknown_class_is_told_by_its_class_name() -> None:
@@ -180,12 +182,13 @@ def test_composite_and_several_heads() -> None:
     assert found["fc.weight"].algorithm == "muon"
 
 
-def test_a_1x1_convolution_may_be_the_head_and_a_larger_one_may_not() -> None:
-    def model(kernel: int) -> nn.Module:
-        return Holder(c1=nn.Conv2d(3, D, 3), c2=nn.Conv2d(D, D, 3), head=nn.Conv2d(D, 5, kernel))
-
-    assert got(model(1), "head.weight") == ("adamw", None, True)
-    assert got(model(3), "head.weight") == ("muon", "flatten", True)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("name", ["head", "c3"])
+def test_a_convolution_of_any_size_may_be_the_head(kernel: int, name: str) -> None:
+    head = {name: nn.Conv2d(D, 5, kernel)}
+    model = Holder(c1=nn.Conv2d(3, D, 3), c2=nn.Conv2d(D, D, 3), **head)
+    assert got(model, f"{name}.weight") == ("adamw", None, True)
+    assert got(model, "c2.weight") == ("muon", "flatten", True)
 
 
 def test_a_backbone_without_head_keeps_its_last_linear() -> None:
@@ -196,8 +199,8 @@ def test_a_backbone_without_head_keeps_its_last_linear() -> None:
     config.vocab_size = 10
     bert = transformers.BertModel(config)
     assert got(bert, "pooler.dense.weight") == ("muon", "matrix", True)
-    found = by_name(Holder(bert=bert, out=nn.Linear(D, 3)))
-    assert found["out.weight"].reason == "output head (last Linear of the model)"
+    found = by_name(Holder(bert=bert, fc=nn.Linear(D, 3)))
+    assert found["fc.weight"].reason == "output head (last layer of the model)"
     assert found["bert.pooler.dense.weight"].algorithm == "muon"
 
 
@@ -344,12 +347,6 @@ def test_pitfall_17_an_unknown_tensor_raises_and_names_the_rules_that_settle_it(
         assert len(route(model, [rule])) == 3
 
 
-def test_several_unknown_tensors_are_counted() -> None:
-    model = Body(thing=Holder(a=raw(2, 3, 4), b=raw(2, 3, 4), c=raw(2, 3, 4)))
-    with pytest.raises(RoutingError, match=r"thing\.a.*\(2 more like it\)"):
-        route(model)
-
-
 def test_pitfall_17_frozen_parameters_are_listed_and_wait_in_their_groups() -> None:
     model = mlp()
     model.fc.requires_grad_(False)
@@ -390,7 +387,7 @@ def test_lazy_modules_are_to_be_run_first() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(TypeError, match=r"takes an nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"takes an nn\.Module or a dict"):
         route([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown scale 'big'; one of 'original'"):
         route(mlp(), scale="big")

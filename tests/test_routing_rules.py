@@ -112,9 +112,9 @@ def test_rules_change_only_what_they_say() -> None:
 def test_a_view_implies_muon_and_sets_the_scale() -> None:
     routed = found(Rule("wte.weight", view="split(rows=2)"))["wte.weight"]
     assert (routed.algorithm, routed.view) == ("muon", "split(rows=2)")
-    assert routed.scale == pytest.approx(0.2 * 8**0.5)
+    assert routed.scale == pytest.approx(8**0.5)
     unequal = found(Rule("fc2.weight", view="split(rows=12+4)"))["fc2.weight"]
-    assert unequal.scale == pytest.approx((0.2 * 12**0.5, 0.2 * 8**0.5))
+    assert unequal.scale == pytest.approx((12**0.5, 8**0.5))
 
 
 def test_an_own_scale_is_the_one_shown() -> None:
@@ -130,9 +130,12 @@ def test_an_unknown_own_scale_is_refused() -> None:
 def test_muon_keeps_the_view_that_was_judged() -> None:
     model = nn.Sequential(nn.Conv2d(3, D, 3), nn.Conv2d(D, D, 3))
     assert found(Rule("1.weight", algorithm="muon"), model=model)["1.weight"].view == "flatten"
+    # A stem that a rule sends to Muon has the view that it would have as a hidden layer.
+    assert found(Rule("0.weight", algorithm="muon"), model=model)["0.weight"].view == "flatten"
+    depthwise = nn.Sequential(nn.Conv2d(3, D, 3), nn.Conv2d(D, D, 3, groups=D))
     with pytest.raises(RoutingError, match=r"needs a view of its 4 dimensions: 'flatten'"):
-        found(Rule("0.weight", algorithm="muon"), model=model)
-    assert found(Rule("0.weight", view="flatten"), model=model)["0.weight"].algorithm == "muon"
+        found(Rule("1.weight", algorithm="muon"), model=depthwise)
+    assert found(Rule("1.weight", view="flatten"), model=depthwise)["1.weight"].view == "flatten"
 
 
 def test_a_vector_is_no_matrix() -> None:
@@ -162,7 +165,7 @@ def test_frozen_parameters_stay_frozen() -> None:
     ("arguments", "message"),
     [
         ({}, "overrides nothing"),
-        ({"algorithm": "sgd"}, "expected 'muon' or 'adamw'"),
+        ({"algorithm": "sgd"}, "expected 'muon', 'adamw' or 'ignore'"),
         ({"algorithm": "frozen"}, "requires_grad_"),
         ({"algorithm": "adamw", "view": "matrix"}, "gives a view to AdamW"),
         ({"view": "cube"}, "unknown view"),

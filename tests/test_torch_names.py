@@ -20,6 +20,8 @@ HOME = "_torch.py"
 OTHERS = {"_asdict", "_exit", "_fields", "_replace"}
 # transformers', of its configurations.
 OTHERS |= {"_attn_implementation", "_experts_implementation"}
+# DGL's, in which its layers keep their widths.
+OTHERS |= {"_in_feats", "_in_src_feats", "_out_feats"}
 
 # Public, but not in every torch that pyproject.toml admits (2.9 and later), as documented there.
 YOUNG = {"get_capabilities", "is_acl_available", "reduce_scatter_single", "all_gather_single"}

@@ -103,7 +103,9 @@ assert report.exists()
 
 # %%
 make = {
-    "MuonW": lambda model, lr: MuonW(model, lr=lr, weight_decay=0.1),
+    "MuonW": lambda model, lr: MuonW(
+        model, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    ),
     "AdamW": lambda model, lr: torch.optim.AdamW(
         model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     ),
@@ -265,7 +267,7 @@ steps = 10 if QUICK else 100
 results = {}
 for schedule in ("keller", "svd"):
     make["MuonW"] = lambda model, lr, c=schedule: MuonW(
-        model, lr=lr, weight_decay=0.1, ns_coefficients=c
+        model, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", ns_coefficients=c
     )
     _, val, _, of_it = train(gpt, gpt_data, "MuonW", 1.6e-2, steps)
     results[schedule] = val

@@ -166,10 +166,11 @@ print(route(nn.Sequential(Experts()), [Rule("*.up", view="experts")])[0].reason)
 # %% [markdown]
 # ## Moving from a tuned AdamW
 #
-# The routed `MuonW(model, lr, weight_decay)` uses the scale $0.2\sqrt{\max(m, n)}$, so that its
-# updates have an RMS of $0.2\,\eta$: *what AdamW's have in a long training*. Is that so? Train
-# with AdamW and look at $\hat m / (\sqrt{\hat v} + \epsilon)$, its update per unit of learning
-# rate.
+# The routed `MuonW(model, lr, weight_decay)` uses the scale `unit_rms`, $\sqrt{\max(m, n)}$, so
+# that its updates have an RMS of $\eta$: *what AdamW's have at first*. With `match_rms_adamw`,
+# $0.2\sqrt{\max(m, n)}$, they have $0.2\,\eta$: *what AdamW's have in a long training*. Is that
+# so? Train with AdamW and look at $\hat m / (\sqrt{\hat v} + \epsilon)$, its update per unit of
+# learning rate.
 
 # %%
 text = stdlib_text(64)
@@ -203,7 +204,7 @@ def adamw(model, lr):
 
 
 def muonw(model, lr):
-    return MuonW(model, lr=lr, weight_decay=0.1)
+    return MuonW(model, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
 
 
 rms = []
@@ -235,11 +236,12 @@ assert rms[-1][1] < rms[0][1]
 # %% [markdown]
 # Both meet near 0.2 after a while; at first AdamW's updates are several times larger (its first
 # step is the sign of the gradient, RMS one). A short training ends before that has evened out, and
-# even after it Muon stands larger steps than AdamW. So AdamW's learning rate is a safe start for
-# `MuonW`, and often too small. The recipe:
+# even after it Muon stands larger steps than AdamW. So AdamW's learning rate with `match_rms_adamw`
+# is a safe start for `MuonW`, and often too small; the default, `unit_rms`, is for a rate that
+# nobody tuned (docs/learning-rate.md). The recipe from a tuned one:
 #
 # 1. Keep the schedule, the decay and the betas. Replace `AdamW(model.parameters(), lr=...)` by
-#    `MuonW(model, lr=...)`; print `route(model)` once and read it.
+#    `MuonW(model, lr=..., adjust_lr_fn="match_rms_adamw")`; print `route(model)` once and read it.
 # 2. Try AdamW's learning rate times 1, 2, 4, 8, and on as long as the loss falls.
 # 3. Remove AdamW-only tricks last, one at a time. Gradient clipping only changes how much each
 #    gradient counts in Muon's average (the scale of the average drops out), but acts on the AdamW
@@ -263,12 +265,13 @@ assert losses[8] < losses[1], "sweep upward"
 # trains (docs/evidence.md has three tasks).
 #
 # One learning rate for both parts is the simple way. If the AdamW part (embeddings, head) wants to
-# stay where it was, give it its own: `MuonW(model, lr=8 * lr, adamw_lr=lr)`. Hyperparameters are
-# in the param groups and nowhere else, and `describe()` says what every group does.
+# stay where it was, give it its own: `MuonW(model, lr=8 * lr, adamw_lr=lr, adjust_lr_fn=...)`. The
+# default scale is nearly that, five times the step for the matrices alone. Hyperparameters are in
+# the param groups and nowhere else, and `describe()` says what every group does.
 
 # %%
 model = GPT(256, 64, 64, layers=2)
-optimizer = MuonW(model, lr=1.6e-2, adamw_lr=2e-3)
+optimizer = MuonW(model, lr=1.6e-2, adamw_lr=2e-3, adjust_lr_fn="match_rms_adamw")
 for group in optimizer.describe():
     keys = ("algorithm", "parameters", "view", "matrices", "rows", "cols", "ns_form", "scale", "lr")
     print({key: group[key] for key in keys if key in group})
@@ -279,7 +282,8 @@ assert {g["lr"] for g in optimizer.param_groups if g["algorithm"] == "adamw"} ==
 #
 # - Muon: hidden matrices. AdamW: embeddings, heads, vectors. Read `print(route(model))` once.
 # - A view says which blocks act as one linear map. Fused projections are several.
-# - From AdamW: same schedule and decay, learning rate times 1, 2, 4, 8, and on while it helps.
+# - From a tuned AdamW: same schedule and decay, `match_rms_adamw`, and the learning rate times 1,
+#   2, 4, 8, and on while it helps.
 #
 # ## Exercises
 #
@@ -300,6 +304,7 @@ assert {g["lr"] for g in optimizer.param_groups if g["algorithm"] == "adamw"} ==
 
 # %%
 one = [Rule("*.qkv.weight", view="matrix")]
-fused_loss = train(lambda m, lr: MuonW(m, lr=lr, weight_decay=0.1, rules=one), 1.6e-2)
+options = {"weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw", "rules": one}
+fused_loss = train(lambda m, lr: MuonW(m, lr=lr, **options), 1.6e-2)
 print(f"split in three: {losses[8]:.3f}, as one matrix: {fused_loss:.3f}")
 print(route(nn.Sequential(nn.Conv2d(3, 64, 16, 16), nn.Flatten(2)))[0].reason)

@@ -59,7 +59,7 @@ folder = Path(tempfile.mkdtemp())
 def train(file=None, lr=1.6e-2, spoil=None, **options):
     torch.manual_seed(0)
     model = GPT(256, 64, 64, layers=2)
-    optimizer = MuonW(model, lr=lr, **options)
+    optimizer = MuonW(model, lr=lr, adjust_lr_fn="match_rms_adamw", **options)
     monitor = Monitor(optimizer, every=every, to=folder / file) if file else None
     for step in range(steps):
         for group in optimizer.param_groups:

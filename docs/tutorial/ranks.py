@@ -32,7 +32,7 @@ from muonkit.plan import StepPlan
 
 STEPS, BATCH, VOCABULARY, WIDTH = 3, 16, 48, 32
 # float32 products on every machine: in bfloat16, "auto" on some, layouts agree to 3e-4 only.
-OPTIONS = {"lr": 0.01, "ns_dtype": "float32"}
+OPTIONS = {"lr": 0.01, "adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32"}
 
 
 class Block(nn.Module):

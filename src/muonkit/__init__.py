@@ -4,7 +4,7 @@ Muon trains the hidden weight matrices along an orthogonalized momentum, AdamW t
 
     from muonkit import MuonW
 
-    optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)
+    optimizer = MuonW(model, lr=2e-3, weight_decay=0.1)
 """
 
 from typing import TYPE_CHECKING, Any

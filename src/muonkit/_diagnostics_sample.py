@@ -213,12 +213,15 @@ def global_rank() -> int:
 
 
 def _square(t: Tensor) -> Tensor:
+    t = torch.view_as_real(t) if t.is_complex() else t
     norm: Tensor = torch.linalg.vector_norm(measurable(t), dtype=torch.float64)
     return norm.square()
 
 
 def _adamw_update(m: Tensor, v: Tensor, step: float, group: Mapping[str, Any]) -> Tensor:
     """lr m^ / (√v^ + ε), as torch's adamw applies it, from the state after the step."""
+    if m.is_complex():
+        m, v = torch.view_as_real(m), torch.view_as_real(v)
     beta1, beta2 = group["betas"]
     dtype = torch.promote_types(m.dtype, torch.float32)
     root = v.to(dtype).div(1 - beta2**step).sqrt_().add_(group["eps"])

@@ -15,7 +15,7 @@ from muonkit._shards import WHOLE, flat_shard
 from muonkit._text import shown
 from muonkit.options import ADAMW, MUON, OF_ALGORITHM
 from muonkit.orthogonalize import NS_DTYPES, choose
-from muonkit.scale import scale_factor
+from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
 from muonkit.variants import check_variant
 from muonkit.views import View, blocks_of, row_shape
 
@@ -40,6 +40,7 @@ __all__ = [
     "own_names",
     "parameter_names",
     "products_of",
+    "refuse_eps",
     "refuse_half_named",
     "refuse_held",
     "refuse_unknown",
@@ -127,10 +128,11 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
                 group[key] = str(group[key]).removeprefix("torch.")
         return group
     no_lr = "lr" not in group and defaults["adamw_lr"] is None
-    if no_lr and defaults["adjust_lr_fn"] != "match_rms_adamw":
+    if no_lr and defaults["adjust_lr_fn"] not in ADAMW_UNITS:
+        units = " or ".join(repr(name) for name in SCALES if name in ADAMW_UNITS)
         raise ValueError(
             "an AdamW group has no lr of its own, and Muon's is in other units unless "
-            "adjust_lr_fn='match_rms_adamw'; add 'lr' to the group or give adamw_lr"
+            f"adjust_lr_fn is {units}; add 'lr' to the group or give adamw_lr"
         )
     for key, name in _ADAMW_DEFAULTS.items():
         if defaults[name] is not None:
@@ -292,6 +294,18 @@ def refuse_unknown(options: dict[str, Any]) -> None:
             raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
 
 
+def refuse_eps(eps: Any) -> None:
+    """Refuse an eps given to `MuonW`, which was meant for AdamW.
+
+    Raises:
+        TypeError: it is another one than torch.optim.Muon's default.
+    """
+    if isinstance(eps, int | float) and eps >= 0 and eps != EPS:  # others are refused as such
+        raise TypeError(
+            f"MuonW got eps={eps!r}, which has no effect on Muon; AdamW's is called adamw_eps"
+        )
+
+
 def validate_defaults(defaults: dict[str, Any]) -> None:
     """Refuse constructor arguments out of range, before there is a group.
 
@@ -424,11 +438,14 @@ def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
 
 def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
     shape = tuple(p.shape)
-    if p.is_complex():
+    if p.is_complex() and group["algorithm"] == "muon":
         raise RuntimeError(
             f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "
-            "train torch.view_as_real of it with AdamW"
+            "AdamW trains it ('algorithm': 'adamw' in its group, Rule(name, algorithm='adamw')); "
+            "Rule(name, algorithm='ignore') leaves it out"
         )
+    if p.is_complex():
+        return
     if not p.is_floating_point() or p.dtype.itemsize < 2:
         raise TypeError(
             f"{name} of shape {shape} is {p.dtype}: only floating-point parameters of at least 16 "

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Options", "check_gradients"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# torch's AdamW trains the real and imaginary parts of a complex parameter.
+_ADAMW_DTYPES = (*_DTYPES, torch.complex64, torch.complex128)
 
 
 class Options:
@@ -95,6 +97,7 @@ def check_gradients(
     """
     anywhere = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     for group in groups:
+        dtypes = _DTYPES if group["algorithm"] == "muon" else _ADAMW_DTYPES
         for index, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
@@ -103,8 +106,8 @@ def check_gradients(
             if not (
                 grad.shape == shape
                 and grad.device == p.device
-                and grad.dtype in _DTYPES
-                and p.dtype in _DTYPES
+                and grad.dtype in dtypes
+                and p.dtype in dtypes
                 and (anywhere or not p.is_inference())
                 and _fits(state.get(p, {}), p, shape, group)
             ):
@@ -116,7 +119,9 @@ def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping
     if group["algorithm"] == "muon" and group["variant"] == "plain":
         return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
     for key, wanted in state_shapes(p, group).items():
-        if key in state and _shape(state[key]) != wanted:
+        if key in state and (
+            _shape(state[key]) != wanted or state[key].is_complex() != p.is_complex()
+        ):
             return False
     count = state.get(STEP)
     return count.numel() == 1 if isinstance(count, torch.Tensor) else _is_number(count)
@@ -136,7 +141,7 @@ def _refuse(
     grad = p.grad
     assert grad is not None
     for what, tensor in ((name, p), (f"the gradient of {name}", grad)):
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in (_DTYPES if group["algorithm"] == "muon" else _ADAMW_DTYPES):
             raise ValueError(
                 f"{what} is {tensor.dtype}: only floating-point parameters of at least 16 bits are "
                 "trained; set its grad to None, or take it out of its group; nothing was changed"
@@ -153,6 +158,13 @@ def _refuse(
             f"{grad.device}: the parameter was changed after its backward pass; set its grad to "
             "None and take the backward pass again; nothing was changed"
         )
+    for key in state_shapes(p, group):
+        have = state[p].get(key)
+        if isinstance(have, torch.Tensor) and have.is_complex() != p.is_complex():
+            raise ValueError(
+                f"{name} is {p.dtype}, its {key} {have.dtype}: optimizer.reset_state([parameter]) "
+                "begins it anew; nothing was changed"
+            )
     for key, shape in {**state_shapes(p, group), STEP: ()}.items():
         kept = state.get(p, {})
         if key in kept and (have := _shape(kept[key])) != shape:

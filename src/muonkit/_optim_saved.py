@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from muonkit._optim_layout import Layouts
 
-__all__ = ["merge_saved", "whole_state"]
+__all__ = ["merge_saved", "whole_state", "without_wrappers"]
 
 # What a group says of the model, beside its parameters.
 _STRUCTURE = ("algorithm", "view", "name", "param_names")
@@ -120,12 +120,12 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
         # What torch.distributed.checkpoint.state_dict hands over is by name already, in our order;
         # the names in it are those of one of the parts that it was put together from.
         return keys
-    for spelled in (list, _without_wrappers):
+    for spelled in (list, without_wrappers):
         theirs, here = spelled(names), spelled(ours)
         if Counter(theirs) == Counter(here) and len(set(here)) == len(here):
             where = dict(zip(theirs, keys, strict=True))
             return [where[name] for name in here]
-    theirs, here = _without_wrappers(names), _without_wrappers(ours)
+    theirs, here = without_wrappers(names), without_wrappers(ours)
     lacks = [name for name in here if name not in set(theirs)]
     other = [name for name in theirs if name not in set(here)]
     raise ValueError(
@@ -136,7 +136,7 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
     )
 
 
-def _without_wrappers(names: Iterable[str]) -> list[str]:
+def without_wrappers(names: Iterable[str]) -> list[str]:
     """Names as they are in a model that nobody has wrapped."""
     plain = [".".join(part for part in n.split(".") if part not in WRAPPERS) for n in names]
     while plain and all(name.startswith(_DDP) for name in plain):

@@ -122,6 +122,8 @@ def ensure_state(
         if have is None or (have.is_meta and not p.is_meta):
             was_meta = was_meta or have is not None
             state[key] = _zeros(_kept(key, dtype, p, group, layouts), p, layouts, preserve=adamw)
+        elif have.is_complex() != dtype.is_complex:
+            continue  # a step refuses it; half of the state would be lost
         elif have.dtype != dtype or have.device != device or _is_frozen(have):
             state[key] = have.to(device, dtype, copy=True)
     if adamw or VARIANTS[group["variant"]].state != "none":

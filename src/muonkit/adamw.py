@@ -28,14 +28,14 @@ def adamw_step_(
     """One AdamW step, in place on `params` and `states`; `torch.optim.AdamW`'s state keys.
 
     Args:
-        params: plain tensors.
+        params: plain tensors, real or complex.
         grads: one for each, of its shape; not written to.
         states: one dict for each, with step, exp_avg and exp_avg_sq, plain tensors too.
         group: lr, betas, eps, weight_decay, maximize.
     """
     fused: list[Any] = []
     others: list[Any] = []
-    for p, grad, state in zip(params, grads, states, strict=True):
+    for p, grad, state in map(_as_real, params, grads, states):
         # A gradient that lies otherwise is laid out as the parameter, which is cheaper than to
         # take the parameter, or its whole group, out of the fused kernel.
         grad = grad.to(p.dtype)
@@ -50,6 +50,18 @@ def adamw_step_(
     for p, grad, state in others:
         if p.dtype.itemsize == 2:
             _update_in_float32_(p, grad, state, group)
+
+
+def _as_real(
+    p: Tensor, grad: Tensor, state: dict[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A complex parameter as the real one of its real and imaginary parts, as torch's AdamW has it;
+    shares its memory."""
+    if not p.is_complex():
+        return p, grad, state
+    moments = {key: torch.view_as_real(state[key]) for key in ("exp_avg", "exp_avg_sq")}
+    grad = torch.view_as_real(grad.to(p.dtype).resolve_conj())
+    return torch.view_as_real(p), grad, {**state, **moments}
 
 
 def _update_(entries: Sequence[Any], group: dict[str, Any], fused: bool) -> None:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from muonkit import routing
 from muonkit._routing_judge import Undecided, is_vector, judge
-from muonkit._routing_survey import LORA, survey, unwrap
+from muonkit._routing_places import LORA, unwrap
+from muonkit._routing_survey import survey
 from muonkit.routing import Routes, RoutingError
 from muonkit.views import blocks_of
 
@@ -90,7 +91,7 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {"orthogonal": _orthogonal, "gaus
 
 def route(
     model: nn.Module,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[Rule] | None = (),
     *,
     base_width: int,
     lr: float,
@@ -152,6 +153,8 @@ def route(
                 with contextlib.suppress(RoutingError):  # muP has no rule for it: it stays frozen
                     unfrozen = scaled(r.unfrozen, _role(r.unfrozen, facts, tied))
             changed.append(replace(r, unfrozen=unfrozen))
+        elif r.algorithm == "ignore":
+            changed.append(r)
         else:
             changed.append(scaled(r, found[r.name]))
     return Routes(changed, routes.scale)
@@ -160,7 +163,7 @@ def route(
 @torch.no_grad()
 def init_(
     model: nn.Module,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[Rule] | None = (),
     *,
     init: str = "gaussian",
     embedding_std: float | None = 1.0,
@@ -265,7 +268,8 @@ def _refuse_unreachable(r: Route) -> None:
 
 
 def roles(model: nn.Module, routes: Routes, *, tied: str = "refuse") -> dict[str, str]:
-    """The role of every parameter, by its route's name: a key of `RULES`, or "frozen".
+    """The role of every parameter, by its route's name: a key of `RULES`, "frozen"
+    or "ignore".
 
     Raises:
         RoutingError: a parameter that no rule of muP is for.
@@ -277,8 +281,8 @@ def roles(model: nn.Module, routes: Routes, *, tied: str = "refuse") -> dict[str
 
 
 def _role(r: Route, facts: Survey, tied: str) -> str:
-    if r.algorithm == "frozen":
-        return "frozen"
+    if r.algorithm in ("frozen", "ignore"):
+        return r.algorithm
     if r.algorithm == "muon":
         if r.options.get("adjust_lr_fn", "spectral") != "spectral":
             raise RoutingError(

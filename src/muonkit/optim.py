@@ -24,6 +24,7 @@ from muonkit._groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
+    refuse_eps,
     refuse_half_named,
     refuse_held,
     refuse_unknown,
@@ -63,7 +64,8 @@ from muonkit._optim_step import muon_step
 from muonkit.adamw import adamw_step_
 from muonkit.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.exchange import agree, announce, run_overlapped
-from muonkit.routing import Routes, Rule, route
+from muonkit.routing import Routes, Rule, is_models, route
+from muonkit.scale import ROUTED
 from muonkit.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -81,6 +83,9 @@ if TYPE_CHECKING:
     from muonkit.plan import StepPlan
 
 __all__ = ["Muon", "MuonW"]
+
+# What `MuonW` has when it routes: chosen by benchmarks/default_rate.py.
+_LR = 2e-3
 
 _SCALE = "the gradients' scale"
 _SCALES = (
@@ -141,7 +146,7 @@ class Muon(Optimizer):
         lr: learning rate, a float or a one-element tensor (of which each of several groups gets
             its own copy, as schedulers need it). With the scale "original" the spectral norm of an
             update, up to its factor sqrt(max(1, rows/cols)); with "match_rms_adamw" five times its
-            RMS (an RMS of 0.2 lr, as AdamW's).
+            RMS (an RMS of 0.2 lr, as AdamW's in long trainings), with "unit_rms" its RMS.
         weight_decay: decoupled decay per unit of (unscaled) lr; a float or a one-element tensor.
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
@@ -150,7 +155,8 @@ class Muon(Optimizer):
         eps: torch.optim.Muon's lower bound of the norm, kept for its signature. It has no effect:
             a gradient of any scale gives the same update, and zero gives zero.
         ns_steps: number of Newton-Schulz iterations.
-        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw" or "spectral".
+        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw", "spectral" or
+            "unit_rms".
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.forms`).
         ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
@@ -191,8 +197,8 @@ class Muon(Optimizer):
             (FloatingPointError naming the parameter, before anything is written). The last two
             wait for each device once per step.
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: defaults of AdamW groups. lr and decay are
-            Muon's unless given; with another scale than "match_rms_adamw" Muon's lr means nothing
-            to AdamW, and its own must be given here or in the group.
+            Muon's unless given; with another scale than "match_rms_adamw" and "unit_rms" Muon's lr
+            means nothing to AdamW, and its own must be given here or in the group.
 
     Where ranks share parameters, all of them make the same optimizer and take its steps together;
     every step begins with a small collective in which they compare what they are about to do.
@@ -201,8 +207,9 @@ class Muon(Optimizer):
         ValueError: an option out of range, a parameter that its view does not fit, one whose
             placement is partial, or that lies on other ranks than the rest.
         TypeError: a parameter of integer dtype.
-        RuntimeError: a complex or sparse parameter (on construction), a sparse gradient (in `step`,
-            before anything is written).
+        RuntimeError: a sparse parameter, or a complex one for Muon (on construction; AdamW trains
+            complex ones as torch's does), a sparse gradient (in `step`, before anything is
+            written).
     """
 
     _observer: Observer | None = None  # a Monitor's, in the steps that it samples
@@ -728,40 +735,49 @@ class Muon(Optimizer):
 class MuonW(Muon):
     """One optimizer for a whole model: Muon for the hidden matrices, AdamW for the rest.
 
-        optimizer = MuonW(model, lr=3e-4, weight_decay=0.1)  # routes the model itself
-        optimizer = MuonW(route(model, rules), lr=3e-4)  # or takes routes made before
+        optimizer = MuonW(model, lr=2e-3, weight_decay=0.1)  # routes the model itself
+        optimizer = MuonW({"G": G, "D": D}, lr=2e-3)  # or several models by name
+        optimizer = MuonW(route(model, rules), lr=2e-3)  # or takes routes made before
         optimizer = MuonW(muon_params, lr=0.02, adamw_params=rest, adamw_lr=3e-4)  # or by hand
 
-    When it routes, the scale is "match_rms_adamw" unless `adjust_lr_fn` is given: a learning rate
-    and decay tuned for AdamW carry over in long trainings; in short ones sweep upward from there.
-    When the split is given by hand, the defaults are Keller Jordan's first version's: scale
-    "original" and no decay.
+    When it routes, lr is AdamW's: the scale is "unit_rms" unless `adjust_lr_fn` is given, so the
+    entries of a hidden matrix move by lr (RMS), as under AdamW in its first steps. For a long
+    training with AdamW's tuned learning rate and decay give adjust_lr_fn="match_rms_adamw", a fifth
+    of that, as AdamW moves later (Moonlight). When the split is given by hand, the defaults are
+    Keller Jordan's first version's: scale "original" and no decay.
 
     Args:
-        model: a module, the `Routes` of one, or the parameters for Muon (then with adamw_params).
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
-            `Muon`. lr None is 3e-4 when routed, and refused by hand; weight_decay None is 0.1 when
+        model: a module, a dict of modules by name, `Routes`, or the parameters for Muon (then with
+            adamw_params).
+        lr, weight_decay, momentum, nesterov, ns_coefficients, ns_steps, adjust_lr_fn: as in
+            `Muon`. lr None is 2e-3 when routed, and refused by hand; weight_decay None is 0.1 when
             routed and 0 by hand.
+        eps: refused unless it is torch.optim.Muon's default: it has no effect on Muon's groups, and
+            AdamW's is `adamw_eps`.
         rules: overrides for the routing (see `muonkit.Rule`).
         adamw_params: the parameters for AdamW, when the split is given by hand.
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: AdamW's own hyperparameters; lr and weight decay
             are Muon's unless given.
         decay_1d: decay gains, biases and norms too (what no rule decides). For routes made before,
             give it to `route`.
+        undecided: what becomes of parameters that routing cannot judge: "raise", or "adamw", which
+            trains them with AdamW and warns (see `muonkit.route`).
+        heads: the output heads by hand, where the search for them errs (see `muonkit.route`).
         **options: any other keyword argument of `Muon`.
 
     Raises:
-        RoutingError: a parameter that nothing claims, a rule that matches nothing, an empty or
+        RoutingError: parameters that nothing claims, a rule that matches nothing, an empty or
             wholly frozen model.
         TypeError, ValueError, RuntimeError: as `Muon`.
 
     Warns:
-        UserWarning: no hidden matrix at all: AdamW trains everything.
+        UserWarning: no hidden matrix at all: AdamW trains everything; undecided="adamw" trains some
+            that may be hidden matrices.
     """
 
     def __init__(
         self,
-        model: nn.Module | Routes | ParamsT,
+        model: nn.Module | Mapping[str, nn.Module] | Routes | ParamsT,
         lr: float | Tensor | None = None,
         weight_decay: float | None = None,
         momentum: float = 0.95,
@@ -771,35 +787,35 @@ class MuonW(Muon):
         ns_steps: int = DEFAULT_STEPS,
         adjust_lr_fn: str | None = None,
         *,
-        rules: Rule | Iterable[Rule] = (),
+        rules: Rule | Iterable[Rule] | None = (),
         adamw_params: ParamsT | None = None,
         adamw_lr: float | Tensor | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_wd: float | None = None,
         decay_1d: bool = False,
+        undecided: str = "raise",
+        heads: Iterable[str | nn.Module] | None = None,
         **options: Any,
     ) -> None:
         refuse_unknown(options)
-        if isinstance(model, nn.Module | Routes):
+        refuse_eps(eps)
+        if isinstance(model, nn.Module | Routes) or is_models(model):
             if adamw_params is not None:
                 raise TypeError(
                     "MuonW got a model and adamw_params: pass the model alone (it routes itself; "
                     "rules=[...] overrides), or the Muon parameters with adamw_params"
                 )
-            rules = [rules] if isinstance(rules, Rule) else list(rules)
-            routes = _routes(model, rules, adjust_lr_fn, decay_1d)
+            rules = [rules] if isinstance(rules, Rule) else list(rules or ())
+            routes = _routes(model, rules, adjust_lr_fn, decay_1d, undecided, heads)
             adjust_lr_fn = routes.scale
-            lr = 3e-4 if lr is None else lr
+            lr = _LR if lr is None else lr
             weight_decay = 0.1 if weight_decay is None else weight_decay
             groups = routes.param_groups()
         else:
-            if adamw_params is None or rules or decay_1d:
-                raise TypeError(
-                    f"MuonW got {type(model).__name__}, which cannot be routed: pass the model "
-                    "(MuonW(model)), or adamw_params= for what AdamW trains; for hidden matrices "
-                    "alone use Muon"
-                )
+            routing = rules or decay_1d or undecided != "raise" or heads is not None
+            if adamw_params is None or routing:
+                raise TypeError(_no_module(model))
             if lr is None:
                 raise TypeError(
                     "MuonW with adamw_params needs lr: without routes it is the spectral norm of "
@@ -854,25 +870,50 @@ def _is_checked(group: dict[str, Any]) -> bool:
 
 
 def _routes(
-    model: nn.Module | Routes, rules: Sequence[Rule], scale: str | None, decay_1d: bool
+    model: nn.Module | Mapping[str, nn.Module] | Routes,
+    rules: Sequence[Rule],
+    scale: str | None,
+    decay_1d: bool,
+    undecided: str,
+    heads: Iterable[str | nn.Module] | None,
 ) -> Routes:
+    asked: dict[str, Any] = {"decay_1d": decay_1d, "undecided": undecided, "heads": heads}
     if isinstance(model, Routes):
-        if rules or decay_1d or scale not in (None, model.scale):
+        default = {"decay_1d": False, "undecided": "raise", "heads": None}
+        if rules or asked != default or scale not in (None, model.scale):
+            also = "".join(f", {key}={value!r}" for key, value in asked.items())
             raise TypeError(
-                "MuonW got routes, and rules, decay_1d or another scale beside them: give these to "
-                f"route(model, rules, scale={scale or model.scale!r}, decay_1d={decay_1d})"
+                f"MuonW got routes, and rules, {', '.join(asked)} or another scale beside them: "
+                f"give these to route(model, rules, scale={scale or model.scale!r}{also})"
             )
         routes = model
     else:
-        routes = route(model, rules, scale=scale or "match_rms_adamw", decay_1d=decay_1d)
+        routes = route(model, rules, scale=scale or ROUTED, **asked)
     if not any(r.algorithm == "muon" for r in routes):
+        matrices = [r.name for r in routes if r.algorithm == "adamw" and len(r.shape) == 2]
+        line = f": rules=[Rule({matrices[0]!r}, view='matrix')], say" if matrices else ""
         warnings.warn(
             "MuonW found no hidden matrix in the model: AdamW trains all of it. "
-            "print(muonkit.route(model)) gives the reasons; rules=[...] overrides them",
+            f"print(muonkit.route(model)) gives the reasons; rules override them{line}",
             UserWarning,
             stacklevel=3,
         )
     return routes
+
+
+def _no_module(given: Any) -> str:
+    """Why MuonW cannot route what is no module, and the lines that do."""
+    what = type(given).__name__
+    if isinstance(given, Tensor):
+        what = "a parameter"
+    elif isinstance(given, dict | list | tuple | set | frozenset) or hasattr(given, "__next__"):
+        what = f"parameters ({what})"
+    return (
+        f"MuonW got {what}, which cannot be routed: routing reads modules. Write MuonW(model); "
+        "where a framework makes the optimizer of params, give it one that has the model: "
+        "lambda params: MuonW(model). For a split by hand add adamw_params= with what "
+        "AdamW trains; for hidden matrices alone use Muon"
+    )
 
 
 def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:

@@ -9,37 +9,30 @@ a `Rule` settles such a case, and overrides any other.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeGuard, overload
 
 import torch.nn as nn
 from torch import Tensor
 
 from muonkit._routing_judge import Undecided, Verdict, is_vector, judge
-from muonkit._routing_survey import Site, Survey, survey, unwrap
+from muonkit._routing_places import Models, Site, unwrap
+from muonkit._routing_remedies import UNDECIDED, Open, open_message, warning_message
+from muonkit._routing_rules import HYPERPARAMETERS, RoutingError, Rule, choose_rules
+from muonkit._routing_survey import Survey, survey
 from muonkit._shards import WHOLE, flat_model
 from muonkit._text import shown
-from muonkit.options import OF_ALGORITHM
-from muonkit.scale import SCALES, scale_factor
+from muonkit.scale import ROUTED, SCALES, scale_factor
 from muonkit.views import View
 
 __all__ = ["Route", "Routes", "RoutingError", "Rule", "route"]
 
-Algorithm = Literal["muon", "adamw", "frozen"]
-Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
+Algorithm = Literal["muon", "adamw", "frozen", "ignore"]
 
-_RESERVED = frozenset({"params", "algorithm", "view", "decay"})
-_HYPERPARAMETERS = {algorithm: frozenset(keys) for algorithm, keys in OF_ALGORITHM.items()}
-_OPTIONS = _HYPERPARAMETERS["muon"] | _HYPERPARAMETERS["adamw"]
 _COLUMNS = ("name", "shape", "view", "algorithm", "scale", "decay", "reason")
-
-
-class RoutingError(ValueError):
-    """A model or a rule that cannot be routed; the message names the parameter and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,8 @@ class Route:
         name: the dotted name, without what torch.compile, DDP and FSDP put in front.
         aliases: the other names of the same tensor, if it is tied or shared.
         shape: the parameter's shape, as stored.
-        algorithm: "muon", "adamw", or "frozen" (requires_grad is False).
+        algorithm: "muon", "adamw", "frozen" (requires_grad is False) or "ignore" (a `Rule` leaves
+            it out: the optimizer does not hold it).
         view: how the parameter is a batch of matrices (see `muonkit.views`); None unless "muon".
         decay: whether weight decay applies.
         scale: the factor on lr of its matrices, one number, or one per block where blocks differ;
@@ -75,98 +69,10 @@ class Route:
     unfrozen: Route | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """An override: parameters that `match` get what is given here; the rest stays as judged.
-
-    Args:
-        match: a name pattern (`"*.experts.*"`, as in fnmatch, case matters), a compiled regular
-            expression (`search`ed in the name), a module class (the parameters its instances own
-            directly), or a predicate `(name, parameter, owning module) -> bool`. A tied parameter
-            matches by any of its names.
-        algorithm: "muon" or "adamw". To freeze, call `requires_grad_(False)` instead.
-        view: a view; implies algorithm="muon".
-        decay: whether weight decay applies.
-        options: param group hyperparameters, such as {"lr": 1e-4}: any option of its algorithm.
-            "weight_decay" is for those of its parameters that decay: gains and biases do not,
-            unless decay=True.
-
-    Raises:
-        RoutingError: the rule overrides nothing, or contradicts itself.
-        TypeError: `match` is none of the four kinds.
-    """
-
-    match: str | re.Pattern[str] | type[nn.Module] | Predicate
-    algorithm: Literal["muon", "adamw"] | None = None
-    view: str | None = None
-    decay: bool | None = None
-    options: Mapping[str, object] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.match, (str, re.Pattern)) and not callable(self.match):
-            raise TypeError(
-                f"Rule.match is a name pattern, a compiled regular expression, a module class or a "
-                f"predicate; got {type(self.match).__name__}"
-            )
-        if isinstance(self.match, type) and not issubclass(self.match, nn.Module):
-            raise TypeError(f"Rule.match: {self.match.__name__} is no nn.Module class")
-        if self.algorithm not in (None, "muon", "adamw"):
-            raise RoutingError(
-                f"{self} has algorithm={self.algorithm!r}, expected 'muon' or 'adamw'; "
-                "to freeze a parameter call requires_grad_(False)"
-            )
-        if self.view is not None:
-            if self.algorithm == "adamw":
-                raise RoutingError(
-                    f"{self} gives a view to AdamW, which has none: drop one of them"
-                )
-            try:
-                View.parse(self.view)
-            except ValueError as error:
-                raise RoutingError(f"{self}: {error}") from error
-        unknown = sorted(self.options.keys() - _OPTIONS - _RESERVED)
-        if unknown:
-            raise RoutingError(
-                f"{self} has options {unknown}, which no param group has; they are "
-                f"{', '.join(sorted(_OPTIONS))}"
-            )
-        reserved = sorted(_RESERVED.intersection(self.options))
-        if reserved:
-            raise RoutingError(
-                f"{self} has options {reserved}, which routing sets; give them as Rule arguments"
-            )
-        if self.decay is False and "weight_decay" in self.options:
-            raise RoutingError(
-                f"{self} says decay=False and weight_decay={self.options['weight_decay']!r}; give "
-                "one of them"
-            )
-        if (self.algorithm, self.view, self.decay) == (None, None, None) and not self.options:
-            raise RoutingError(f"{self} overrides nothing: give algorithm, view, decay or options")
-
-    def __str__(self) -> str:
-        return f"Rule({_spell(self.match)})"
-
-    def matches(self, name: str, param: nn.Parameter, owner: nn.Module) -> bool:
-        """Whether the parameter that `owner` registers under the clean `name` is meant."""
-        if isinstance(self.match, str):
-            return fnmatch.fnmatchcase(name, self.match)
-        if isinstance(self.match, re.Pattern):
-            return self.match.search(name) is not None
-        if isinstance(self.match, type):
-            return isinstance(owner, self.match)
-        return bool(self.match(name, param, owner))
-
-
-def _spell(match: object) -> str:
-    if isinstance(match, re.Pattern):
-        return f"re {match.pattern!r}"
-    return repr(match) if isinstance(match, str) else str(getattr(match, "__name__", match))
-
-
 class Routes(Sequence[Route]):
     """The routes of a model, in registration order. `print` it to see the table."""
 
-    def __init__(self, routes: Sequence[Route], scale: str = "match_rms_adamw") -> None:
+    def __init__(self, routes: Sequence[Route], scale: str = ROUTED) -> None:
         self._routes = tuple(routes)
         self.scale = scale  # what the table's scales are, unless a rule says otherwise
 
@@ -239,7 +145,7 @@ class Routes(Sequence[Route]):
         """
         groups: list[dict[str, Any]] = []
         for r in (each.unfrozen if each.algorithm == "frozen" else each for each in self):
-            if r is None:
+            if r is None or r.algorithm == "ignore":
                 continue
             key: dict[str, Any] = {"algorithm": r.algorithm, "decay": r.decay, **r.options}
             if r.view is not None:
@@ -251,12 +157,49 @@ class Routes(Sequence[Route]):
             group["params"].append((r.name, r.param))
         return groups
 
+    def of(self, part: nn.Module) -> Routes:
+        """The routes of a part of the model, such as one stage of a pipeline: what routing decided
+        with the whole model in view, under the part's own names.
+
+        The part's parameters are found by identity, or, where it was copied, by their names in the
+        whole model: a copy from which layers were deleted keeps those.
+
+        Raises:
+            RoutingError: the part has a parameter that is not of this model.
+        """
+        facts = survey(unwrap(part), [])
+        by_param = {id(r.param): r for r in self}
+        by_name = {name: r for r in self for name in (r.name, *r.aliases)}
+        routes = []
+        for key, param in facts.params.items():
+            names = [site.name for site in facts.sites[key]]
+            same = by_param.get(key) or next((by_name[n] for n in names if n in by_name), None)
+            if same is None or _shape(param) != same.shape:
+                raise RoutingError(
+                    f"{names[0]} {_shape(param)} of {type(part).__name__} is no parameter of the "
+                    "model that was routed, neither by identity nor by its name and shape: route "
+                    "the whole model that the part was taken from"
+                )
+            routes.append(_moved(same, names, param))
+        return Routes(routes, self.scale)
+
     def _counts(self) -> dict[str, tuple[int, int]]:
         counts = {}
-        for algorithm in ("muon", "adamw", "frozen"):
-            sizes = [r.param.numel() for r in self if r.algorithm == algorithm]
-            counts[algorithm] = (len(sizes), sum(sizes))
+        for algorithm in ("muon", "adamw", "frozen", "ignore"):
+            sizes = [_elements(r.param) for r in self if r.algorithm == algorithm]
+            if sizes or algorithm != "ignore":
+                counts[algorithm] = (len(sizes), sum(sizes))
         return counts
+
+
+def _elements(param: nn.Parameter) -> int:
+    return 0 if isinstance(param, nn.parameter.UninitializedParameter) else param.numel()
+
+
+def _moved(route: Route, names: Sequence[str], param: nn.Parameter) -> Route:
+    """The same decision for a parameter at another place."""
+    unfrozen = route.unfrozen and _moved(route.unfrozen, names, param)
+    return replace(route, name=names[0], aliases=tuple(names[1:]), param=param, unfrozen=unfrozen)
 
 
 def _same_key(group: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
@@ -282,41 +225,74 @@ def _cells(route: Route) -> tuple[str, ...]:
         route.view or "-",
         route.algorithm,
         "/".join("-" if scale is None else f"{scale:.4g}" for scale in scales),
-        "-" if route.algorithm == "frozen" else "yes" if route.decay else "no",
+        "-" if route.algorithm in ("frozen", "ignore") else "yes" if route.decay else "no",
         route.reason + also,
     )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `route` that each parameter's route depends on."""
+
+    scale: str
+    decay_1d: bool
+    undecided: str
+
+
+class _Unsettled(RoutingError):
+    """A parameter that nothing decides."""
+
+    def __init__(self, found: Open) -> None:
+        super().__init__(found.sentence(found.site.name))
+        self.found = found
+
+
 def route(
-    model: nn.Module,
-    rules: Sequence[Rule] = (),
+    model: nn.Module | Mapping[str, nn.Module],
+    rules: Sequence[Rule] | None = (),
     *,
-    scale: str = "match_rms_adamw",
+    scale: str = ROUTED,
     decay_1d: bool = False,
+    undecided: str = "raise",
+    heads: Iterable[str | nn.Module] | None = None,
 ) -> Routes:
     """Decide for every parameter of `model` which algorithm trains it, and in which view.
 
     Args:
         model: any module; `torch.compile`, DistributedDataParallel and the like are looked through.
+            Several models come as a dict, whose keys begin their parameters' names.
         rules: overrides; for each parameter the first rule that matches decides.
         scale: the name of the learning-rate scale that the table shows (a key of
             `muonkit.scale.SCALES`), and that `MuonW` uses; a rule's option "adjust_lr_fn" goes
             before it.
         decay_1d: decay gains, biases and other vectors too, where no rule decides.
+        undecided: what becomes of parameters of which nothing tells whether they are hidden
+            matrices, or which matrices: "raise" (one error with all of them and the lines that
+            settle them) or "adamw" (AdamW trains them, and a warning names them).
+        heads: the output heads, where the search errs: modules, or patterns of their names; of a
+            module of several layers the last. [] says that there is none, as in a part of a model;
+            for a stage of a pipeline `route(whole).of(stage)` knows it too.
 
     Raises:
-        RoutingError: the model has no parameters, or none that is trainable; a parameter that
-            cannot be judged, or is a flat shard of one; a rule that decides nothing, or whose view
-            does not fit.
-        ValueError: no such scale.
+        RoutingError: the model has no parameters, or none that is trainable; parameters that
+            cannot be judged, are not initialized, or are flat shards; a rule that decides nothing,
+            or whose view does not fit.
+        ValueError: no such scale, no such choice for `undecided`, or `heads` has what is no layer
+            of the model.
+
+    Warns:
+        UserWarning: undecided="adamw", and there are such parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"route() takes an nn.Module, got {type(model).__name__}")
+    model = as_module(model)
+    if isinstance(heads, str | nn.Module):
+        raise TypeError("heads is a list of modules or names: put the one in brackets")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; one of {', '.join(map(repr, SCALES))}")
+    if undecided not in ("raise", "adamw"):
+        raise ValueError(f"unknown undecided {undecided!r}; one of 'raise', 'adamw'")
     if flat := flat_model(model):
         raise RoutingError(f"{type(model).__name__}: {flat}. {WHOLE}")
-    facts = survey(unwrap(model))
+    facts = survey(unwrap(model), None if heads is None else list(heads))
     if not facts.params:
         raise RoutingError(f"{type(model).__name__} has no parameters: nothing to optimize")
     if not any(param.requires_grad for param in facts.params.values()):
@@ -324,133 +300,152 @@ def route(
             f"all {len(facts.params)} parameters of {type(model).__name__} are frozen: "
             "call requires_grad_(True) on those to train"
         )
-    chosen = _choose_rules(facts, rules)
-    routes, errors = [], []
-    for key in facts.params:
-        try:
-            routes.append(_route_one(facts, key, chosen.get(key), scale, decay_1d))
-        except RoutingError as error:
-            errors.append(error)
-    if errors:
-        more = f" ({len(errors) - 1} more like it)" if len(errors) > 1 else ""
-        raise RoutingError(f"{errors[0]}{more}") from errors[0]
-    return Routes(routes, scale)
+    found = _route_all(unwrap(model), facts, rules or (), _Asked(scale, decay_1d, undecided))
+    guessed = [r.name for r in found if r.algorithm == "adamw" and r.reason.startswith(UNDECIDED)]
+    if guessed:
+        warnings.warn(warning_message(guessed), UserWarning, stacklevel=2)
+    return found
 
 
-def _choose_rules(facts: Survey, rules: Sequence[Rule]) -> dict[int, Rule]:
-    """The deciding rule of every parameter that has one; every rule has to decide something."""
-    chosen: dict[int, Rule] = {}
-    if isinstance(rules, Rule):
-        raise TypeError("rules is a sequence of rules: put the one in brackets")
-    for position, rule in enumerate(rules):
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rules are muonkit.Rule objects, got {type(rule).__name__}")
-        matched = [
-            key
-            for key, sites in facts.sites.items()
-            if any(rule.matches(site.name, facts.params[key], site.owner) for site in sites)
-        ]
-        if not matched:
-            names = [sites[0].name for sites in facts.sites.values()]
-            raise RoutingError(
-                f"{rule} matches no parameter; the names are {', '.join(names[:5])}"
-                f"{', …' if len(names) > 5 else ''} (print(route(model)) shows them all)"
-            )
-        if chosen.keys() >= set(matched):
-            raise RoutingError(
-                f"{rule} (number {position + 1}) never decides: earlier rules match all of its "
-                f"{len(matched)} parameters; put the special rule first"
-            )
-        for key in matched:
-            chosen.setdefault(key, rule)
-    return chosen
+def as_module(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
+    """The model, or the one that holds the models of a dict.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not is_models(model):
+        raise TypeError(
+            f"route() takes an nn.Module or a dict of them by name, got {type(model).__name__}"
+        )
+    return Models(model)
 
 
-def _route_one(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: bool) -> Route:
-    if not facts.params[key].requires_grad:
-        return _frozen(facts, key, rule, scale, decay_1d)
-    return _trained(facts, key, rule, scale, decay_1d)
-
-
-def _frozen(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: bool) -> Route:
-    param, sites = facts.params[key], facts.sites[key]
-    unfrozen = None
-    if param.is_floating_point() and param.dtype.itemsize >= 2:  # others are quantized
-        with contextlib.suppress(RoutingError):
-            unfrozen = _trained(facts, key, rule, scale, decay_1d)
-    lazy = isinstance(param, nn.parameter.UninitializedParameter)
-    return Route(
-        name=sites[0].name,
-        aliases=tuple(site.name for site in sites[1:]),
-        shape=() if lazy else tuple(param.shape),
-        algorithm="frozen",
-        view=None,
-        decay=False,
-        scale=None,
-        reason="frozen (requires_grad=False)",
-        options={},
-        param=param,
-        unfrozen=unfrozen,
+def is_models(model: object) -> TypeGuard[Mapping[str, nn.Module]]:
+    """Whether this is a dict of models by name."""
+    return (
+        isinstance(model, Mapping)
+        and len(model) > 0
+        and all(isinstance(k, str) and isinstance(v, nn.Module) for k, v in model.items())
     )
 
 
-def _trained(facts: Survey, key: int, rule: Rule | None, scale: str, decay_1d: bool) -> Route:
-    param, sites = facts.params[key], facts.sites[key]
-    options = dict(rule.options) if rule else {}
-    verdict = _verdict(facts, key, rule)
-    algorithm: Algorithm = "muon" if verdict.algorithm == "muon" else "adamw"
-    foreign = sorted(options.keys() - _HYPERPARAMETERS[algorithm])
-    if foreign:
+def _route_all(model: nn.Module, facts: Survey, rules: Sequence[Rule], asked: _Asked) -> Routes:
+    chosen = choose_rules(facts, rules)
+    routes: list[Route] = []
+    unsettled: list[Open] = []
+    errors: list[str] = []
+    for key in facts.params:
+        try:
+            routes.append(_route_one(facts, key, chosen.get(key), asked))
+        except _Unsettled as error:
+            unsettled.append(error.found)
+        except RoutingError as error:
+            errors.append(str(error))
+    if errors:
+        raise RoutingError("\n".join(errors))
+    if unsettled:
+        raise RoutingError(open_message(model, unsettled, [r.name for r in routes]))
+    if not any(r.algorithm in ("muon", "adamw") for r in routes):
         raise RoutingError(
-            f"{rule} gives {foreign} to {sites[0].name}, which {algorithm} trains and has "
-            f"{', '.join(sorted(_HYPERPARAMETERS[algorithm]))}; make the rule match less"
+            f"the rules leave out every trainable parameter of {type(model).__name__}: "
+            "nothing to optimize"
         )
-    decay = verdict.decay or (decay_1d and rule is None and algorithm == "adamw")
-    if not decay:  # how much the others decay
-        options.pop("weight_decay", None)
-    lazy = isinstance(param, nn.parameter.UninitializedParameter)
+    return Routes(routes, asked.scale)
+
+
+def _route_one(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Route:
+    if not facts.params[key].requires_grad:
+        return _untrained(facts, key, "frozen", _unfrozen(facts, key, rule, asked))
+    if rule is not None and rule.algorithm == "ignore":
+        return _untrained(facts, key, "ignore", str(rule))
+    return _trained(facts, key, rule, asked)
+
+
+def _unfrozen(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Route | None:
+    param = facts.params[key]
+    left_out = rule is not None and rule.algorithm == "ignore"
+    quantized = not (param.is_floating_point() and param.dtype.itemsize >= 2)
+    if left_out or (quantized and not param.is_complex()):
+        return None
+    with contextlib.suppress(RoutingError):
+        return _trained(facts, key, rule, asked)
+    return None
+
+
+def _untrained(
+    facts: Survey, key: int, algorithm: Literal["frozen", "ignore"], why: Route | str | None
+) -> Route:
+    """The route of a parameter that stands in the table only, for now or for good."""
+    param, sites = facts.params[key], facts.sites[key]
     return Route(
         name=sites[0].name,
         aliases=tuple(site.name for site in sites[1:]),
-        shape=() if lazy else tuple(param.shape),
+        shape=_shape(param),
+        algorithm=algorithm,
+        view=None,
+        decay=False,
+        scale=None,
+        reason=why if isinstance(why, str) else "frozen (requires_grad=False)",
+        options={},
+        param=param,
+        unfrozen=why if isinstance(why, Route) else None,
+    )
+
+
+def _shape(param: nn.Parameter) -> tuple[int, ...]:
+    lazy = isinstance(param, nn.parameter.UninitializedParameter)
+    return () if lazy else tuple(param.shape)
+
+
+def _trained(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Route:
+    param, sites = facts.params[key], facts.sites[key]
+    options = dict(rule.options) if rule else {}
+    verdict = _verdict(facts, key, rule, asked)
+    algorithm: Algorithm = "muon" if verdict.algorithm == "muon" else "adamw"
+    foreign = sorted(options.keys() - HYPERPARAMETERS[algorithm])
+    if foreign:
+        raise RoutingError(
+            f"{rule} gives {foreign} to {sites[0].name}, which {algorithm} trains and has "
+            f"{', '.join(sorted(HYPERPARAMETERS[algorithm]))}; make the rule match less"
+        )
+    decay = verdict.decay or (asked.decay_1d and rule is None and algorithm == "adamw")
+    if not decay:  # how much the others decay
+        options.pop("weight_decay", None)
+    return Route(
+        name=sites[0].name,
+        aliases=tuple(site.name for site in sites[1:]),
+        shape=_shape(param),
         algorithm=algorithm,
         view=verdict.view,
         decay=decay,
-        scale=_scale(verdict, param, options.get("adjust_lr_fn", scale)),
+        scale=_scale(verdict, param, options.get("adjust_lr_fn", asked.scale)),
         reason=verdict.reason,
         options=options,
         param=param,
     )
 
 
-def _verdict(facts: Survey, key: int, rule: Rule | None) -> Verdict:
+def _verdict(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Verdict:
     param, sites = facts.params[key], facts.sites[key]
     judged: Verdict | None
     try:
         judged = judge(sites, param, facts)
     except Undecided as error:
         judged = None
-        lazy = isinstance(param, nn.parameter.UninitializedParameter)
-        if lazy or rule is None or (rule.algorithm is None and rule.view is None):
-            raise RoutingError(_undecided(sites[0], param, error)) from error
+        settled = rule is not None and (rule.algorithm is not None or rule.view is not None)
+        if not settled and asked.undecided == "adamw" and not error.final:
+            judged = Verdict("adamw", None, not is_vector(param), f"{UNDECIDED}{error}")
+        elif error.final or not settled:
+            raise _Unsettled(Open(sites[0], param, error)) from error
     if rule is None:
         assert judged is not None
         return judged
+    if judged is not None and rule.algorithm == "muon" and judged.view is None:
+        with contextlib.suppress(Undecided):
+            judged = replace(judged, view=judge(sites, param, facts, hidden=True).view)
     return _overridden(sites[0], param, judged, rule)
-
-
-def _undecided(site: Site, param: nn.Parameter, error: Undecided) -> str:
-    if isinstance(param, nn.parameter.UninitializedParameter):
-        return f"{site.name} of {site.owner_class} {error}"
-    if param.ndim < 2:
-        return f"{site.name} {tuple(param.shape)} of {site.owner_class} {error}"
-    views = "view='split(rows=a+b+...)'"
-    if param.ndim > 2:
-        views = "view='experts' if its last two are, view='flatten' if its first is the outputs"
-    return (
-        f"cannot route {site.name} {tuple(param.shape)} of {site.owner_class}: {error}. "
-        f"Settle it with Rule({site.name!r}, ...): {views}, or algorithm='adamw'"
-    )
 
 
 def _overridden(site: Site, param: nn.Parameter, judged: Verdict | None, rule: Rule) -> Verdict:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["SCALES", "scale_factor"]
+__all__ = ["ADAMW_UNITS", "ROUTED", "SCALES", "scale_factor"]
 
 
 def _original(rows: int, cols: int) -> float:
@@ -21,9 +21,16 @@ def _original(rows: int, cols: int) -> float:
 
 
 def _match_rms_adamw(rows: int, cols: int) -> float:
-    # Moonlight (arXiv 2502.16982, eq. 4): the step's RMS is 0.2 lr, which is AdamW's usual one, so
-    # its learning rate and decay carry over. A semi-orthogonal matrix has RMS 1/sqrt(max).
+    # Moonlight (arXiv 2502.16982, eq. 4): the step's RMS is 0.2 lr, as AdamW's late in a long
+    # training, so its learning rate and decay carry over there. A semi-orthogonal matrix has RMS
+    # 1/sqrt(max).
     return 0.2 * math.sqrt(max(rows, cols))
+
+
+def _unit_rms(rows: int, cols: int) -> float:
+    # The step's RMS is lr, as AdamW's in its first steps, where an entry moves by lr with the
+    # gradient's sign. The constant is from benchmarks/default_rate.py.
+    return math.sqrt(max(rows, cols))
 
 
 def _spectral(rows: int, cols: int) -> float:
@@ -35,7 +42,15 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "original": _original,
     "match_rms_adamw": _match_rms_adamw,
     "spectral": _spectral,
+    "unit_rms": _unit_rms,
 }
+
+
+# Scales under which lr is the size of an entry's change, up to a constant, as AdamW's lr is.
+ADAMW_UNITS = frozenset({"match_rms_adamw", "unit_rms"})
+
+# The scale of a model that `MuonW` routes by itself.
+ROUTED = "unit_rms"
 
 
 def scale_factor(name: str | None, rows: int, cols: int) -> float:

@@ -19,6 +19,7 @@ from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.output import Console, any_stream, say
 from muonkit.lab.tasks import TASKS, Budget
+from muonkit.scale import ROUTED
 
 app = typer.Typer(
     name="muonkit",
@@ -241,16 +242,16 @@ def compare_command(
 
 
 def _rule(text: str) -> muonkit.Rule:
-    """``PATTERN=adamw`` or ``PATTERN=muon[:VIEW]`` as a routing rule."""
+    """``PATTERN=adamw``, ``PATTERN=ignore`` or ``PATTERN=muon[:VIEW]`` as a routing rule."""
     pattern, _, choice = text.partition("=")
     algorithm, _, view = choice.partition(":")
     if pattern and algorithm == "muon":
         return muonkit.Rule(pattern, algorithm="muon", view=view or None)
-    if pattern and choice == "adamw":
-        return muonkit.Rule(pattern, algorithm="adamw")
+    if pattern and choice in ("adamw", "ignore"):
+        return muonkit.Rule(pattern, algorithm="adamw" if choice == "adamw" else "ignore")
     raise LabError(
-        f"--rule {text!r}: write PATTERN=adamw, PATTERN=muon or PATTERN=muon:VIEW, for "
-        "example '*.router.weight=adamw'"
+        f"--rule {text!r}: write PATTERN=adamw, PATTERN=ignore, PATTERN=muon or "
+        "PATTERN=muon:VIEW, for example '*.router.weight=adamw'"
     )
 
 
@@ -260,7 +261,7 @@ def route_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     adjust_lr_fn: Annotated[
         str, typer.Option(metavar="NAME", help="The learning-rate scale to show.")
-    ] = "match_rms_adamw",
+    ] = ROUTED,
     rule: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN=ALGORITHM[:VIEW]", help="Overrule; may be repeated."),

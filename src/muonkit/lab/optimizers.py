@@ -15,6 +15,8 @@ import muonkit
 from muonkit.lab.errors import LabError, RunError, unknown
 
 BETAS = (0.9, 0.95)
+#: The unit of every recorded learning rate of a Muon, whatever MuonW's default is.
+SCALE = "match_rms_adamw"
 WEIGHT_DECAY = 0.1
 #: SGD's decay is part of the gradient, so it acts multiplied by the (much larger) learning rate.
 SGD_WEIGHT_DECAY = 5e-4
@@ -114,12 +116,15 @@ def _make_sgd(model: nn.Module, lr: float, decay: float) -> Optimizer:
     )
 
 
+_MUONW: dict[str, Any] = {"adamw_betas": BETAS, "adjust_lr_fn": SCALE}
+
+
 def _make_muonw(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return muonkit.MuonW(model, lr=lr, weight_decay=decay, adamw_betas=BETAS)
+    return muonkit.MuonW(model, lr=lr, weight_decay=decay, **_MUONW)
 
 
 def _make_normuon(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return muonkit.MuonW(model, lr=lr, weight_decay=decay, adamw_betas=BETAS, variant="normuon")
+    return muonkit.MuonW(model, lr=lr, weight_decay=decay, variant="normuon", **_MUONW)
 
 
 def _torch_parts(
@@ -139,7 +144,7 @@ def _torch_parts(
             f"{name} has nothing to train here: torch.optim.Muon takes 2-D hidden matrices "
             "only, and the model has none; leave it out of --optimizers"
         )
-    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn=SCALE)
     return muon, _adamw(rest, lr, decay)
 
 
@@ -173,8 +178,10 @@ class OptimizerSpec:
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
-        OptimizerSpec("muonw", "muonkit.MuonW(model): Muon and AdamW in one", _make_muonw),
-        OptimizerSpec("normuon", 'muonkit.MuonW(model, variant="normuon")', _make_normuon),
+        OptimizerSpec("muonw", f"muonkit.MuonW(model), scale {SCALE}", _make_muonw),
+        OptimizerSpec(
+            "normuon", f'muonkit.MuonW(model, variant="normuon"), scale {SCALE}', _make_normuon
+        ),
         OptimizerSpec("adamw", "torch.optim.AdamW, decay on matrices only", _make_adamw),
         OptimizerSpec("sgd", "torch.optim.SGD, Nesterov momentum 0.9", _make_sgd, SGD_WEIGHT_DECAY),
         OptimizerSpec(
