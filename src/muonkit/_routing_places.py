@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch.nn as nn
 
-from muonkit._routing_numbers import widths_of
+from muonkit._routing_numbers import stated, widths_of
 from muonkit._torch import WRAPPERS, own_modules, own_parameters
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Node:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return None, module.embedding_dim
         for ins, outs in STATED_WIDTHS:
-            taken, given = getattr(module, ins, None), getattr(module, outs, None)
+            taken, given = stated(module, ins), stated(module, outs)
             if isinstance(taken, int) and isinstance(given, int):
                 return taken, given
         kids = [kid.widths for kid in self.kids.values() if not kid.serves]
