@@ -22,7 +22,6 @@ from muonkit._orthogonalize_dtype import resolve_dtype
 TESTS = Path(__file__).parent
 VARIABLE = "MUONKIT_TEST_CPU"
 SENSITIVE = [
-    "test_docs.py::test_a_state_of_moonlight_goes_on_as_it_would_have",
     "test_lab_plan.py::test_the_simulated_step_is_what_the_optimizer_plans",
     "test_machines.py::test_every_process_of_the_suite_is_told",
     "test_muonw.py",

@@ -427,3 +427,40 @@ def test_a_linear_patch_embedding_is_one_as_a_convolutional_one_is(name: str) ->
     assert stems(model(nn.Linear(48, D))) == {name}
     assert stems(model(nn.Conv2d(3, D, 4, 4))) == {name}
     assert stems(model(nn.Sequential(nn.LayerNorm(48), nn.Linear(48, D)))) == {f"{name}.1"}
+
+
+def test_each_generator_and_discriminator_of_a_cyclegan_is_a_tower() -> None:
+    def generator() -> nn.Module:
+        return Holder(model=nn.Sequential(nn.Conv2d(3, D, 7), nn.ReLU(), nn.Conv2d(D, 3, 7)))
+
+    names = "netG_A", "netG_B"
+    model = Holder(
+        **{name: generator() for name in names},
+        netD_A=Holder(model=nn.Sequential(nn.Conv2d(3, D, 4), nn.ReLU(), nn.Conv2d(D, 1, 4))),
+        netD_B=Holder(model=nn.Sequential(nn.Conv2d(3, D, 4), nn.ReLU(), nn.Conv2d(D, 1, 4))),
+    )
+    every = (*names, "netD_A", "netD_B")
+    assert heads(model) == {f"{name}.model.2" for name in every}
+    assert stems(model) == {f"{name}.model.0" for name in every}
+
+
+def test_a_property_that_raises_says_nothing() -> None:
+    class Unready(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(D, D))
+
+        @property
+        def in_features(self) -> int:
+            raise RuntimeError("not set up")
+
+    model = Holder(first=nn.Linear(4, D), part=Unready(), last=nn.Linear(D, 3))
+    assert by_name(model)["part.weight"].algorithm == "muon"
+    assert heads(model) == {"last"}
+
+
+def test_a_part_may_be_a_dict_of_models() -> None:
+    one, other = mlp(4, D, 3), mlp(4, D, 3)
+    part = route({"one": one, "other": other}).of({"one": one})
+    assert part[0].name == "one.0.weight"
+    assert part[-2].algorithm == "adamw"

@@ -55,7 +55,8 @@ _NO_HEAD = re.compile(
 
 # Parts that leave the model by themselves, wherever they are registered.
 TOWER = re.compile(
-    r"(net_?)?[GD](_?net)?|gen(erator)?s?|disc(riminator)?s?"
+    r"(net_?)?[GD](_?net)?(_?[ABXY12]|_[ABXY]2?[ABXY])?"
+    r"|(gen(erator)?s?|disc(riminator)?s?)(_[ABXY]|_[ABXY]2?[ABXY])?"
     r"|(.*_)?(actor|critic|policy|value)s?(_.*)?|q[12]?(_?f(unc(tion)?)?)?_?[12]?"
     r"|decoders?|student|teacher|online|target"
 )

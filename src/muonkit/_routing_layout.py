@@ -301,9 +301,9 @@ def _is_glu(site: Site) -> bool:
 
 def _halves_in_sequence(site: Site, rows: int) -> tuple[str, str] | None:
     """Gate and up, where the next layer of a Sequential takes half of what this one gives."""
-    beside = list(site.parent.children()) if site.parent is not None else []
-    place = next((i for i, module in enumerate(beside) if module is site.owner), len(beside))
-    later = (_in_features(module) for module in beside[place + 1 :])
+    beside = iter(own_modules(site.parent).values() if site.parent is not None else ())
+    any(module is site.owner for module in beside)  # up to this one
+    later = (_in_features(module) for module in beside)
     taken = next((width for width in later if width is not None), None)
     if taken is None or rows != 2 * taken:
         return None

@@ -5,7 +5,7 @@ Each is read by the names under which public code keeps it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,6 +21,7 @@ __all__ = [
     "WIDTHS",
     "first_number",
     "number",
+    "stated",
     "widths_of",
 ]
 
@@ -62,9 +63,18 @@ INPUTS = ("in_features", "nx", "in_channels")
 OUTPUTS = ("out_features", "nf", "out_channels")
 
 
+def stated(source: object, name: str) -> Any:
+    """What an object keeps under a name; None also where asking for it fails, as some properties
+    do until a module is set up."""
+    try:
+        return getattr(source, name, None)
+    except Exception:
+        return None
+
+
 def number(source: object, name: str) -> int | None:
     """The positive whole number that an object keeps under a name, if it keeps one."""
-    value = getattr(source, name, None) if name else None
+    value = stated(source, name) if name else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 

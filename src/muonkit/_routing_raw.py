@@ -25,6 +25,7 @@ from muonkit._routing_numbers import (
     KV_HEADS,
     first_number,
     number,
+    stated,
     widths_of,
 )
 from muonkit._routing_places import name_set
@@ -312,7 +313,7 @@ def _by_head(site: Site, param: nn.Parameter) -> tuple[str, str] | None:
     """The layout of attention's projections with a dimension for the heads."""
     if param.ndim != 3:
         return None
-    configs = [found for name in CONFIGS if (found := getattr(site.owner, name, None)) is not None]
+    configs = [found for name in CONFIGS if (found := stated(site.owner, name)) is not None]
     sources = [site.owner, *configs]
     counts = {number(s, n) for s in sources for n in (*HEADS, *KV_HEADS)} - {None}
     head_widths = {number(s, n) for s in sources for n in _HEAD_WIDTHS} - {None}

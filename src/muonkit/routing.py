@@ -157,7 +157,7 @@ class Routes(Sequence[Route]):
             group["params"].append((r.name, r.param))
         return groups
 
-    def of(self, part: nn.Module) -> Routes:
+    def of(self, part: nn.Module | Mapping[str, nn.Module]) -> Routes:
         """The routes of a part of the model, such as one stage of a pipeline: what routing decided
         with the whole model in view, under the part's own names.
 
@@ -167,7 +167,7 @@ class Routes(Sequence[Route]):
         Raises:
             RoutingError: the part has a parameter that is not of this model.
         """
-        facts = survey(unwrap(part), [])
+        facts = survey(unwrap(as_module(part)), [])
         by_param = {id(r.param): r for r in self}
         by_name = {name: r for r in self for name in (r.name, *r.aliases)}
         routes = []

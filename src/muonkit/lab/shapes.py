@@ -258,11 +258,14 @@ def _latent_attention(c: Config) -> tuple[ParameterShape, ...]:
     q_rank, kv_rank, value = c["q_lora_rank"], c["kv_lora_rank"], c["v_head_dim"]
     plain, rotary = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
     q, kv, down = heads * (plain + rotary), heads * (plain + value), kv_rank + rotary
+    latent = f"split(rows={kv_rank}+{rotary})"
     return (
         _matrix("self_attn.q_a_proj.weight", q_rank, hidden, "replicated", layers),
         _in_layers("self_attn.q_a_layernorm.weight", (q_rank,), layers),
         _matrix("self_attn.q_b_proj.weight", q, q_rank, "colwise", layers),
-        _matrix("self_attn.kv_a_proj_with_mqa.weight", down, hidden, "replicated", layers),
+        _in_layers(
+            "self_attn.kv_a_proj_with_mqa.weight", (down, hidden), layers, latent, "replicated"
+        ),
         _in_layers("self_attn.kv_a_layernorm.weight", (kv_rank,), layers),
         _matrix("self_attn.kv_b_proj.weight", kv, kv_rank, "colwise", layers),
         _matrix("self_attn.o_proj.weight", hidden, heads * value, "rowwise", layers),
