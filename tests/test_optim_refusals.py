@@ -100,8 +100,10 @@ def test_adamws_arguments_are_checked_before_there_is_a_group() -> None:
         Muon([parameter(3, 3)], adamw_betas=(0.9, 1.5))
     with pytest.raises(TypeError, match=r"no argument 'betas'; AdamW's is called adamw_betas"):
         MuonW(mlp(), betas=(0.9, 0.95))
-    with pytest.raises(TypeError, match=r"no argument 'fused'; it has ns_form"):
+    with pytest.raises(TypeError, match=r"no argument 'fused'; nothing stands .* leave it out"):
         MuonW(mlp(), fused=True)
+    with pytest.raises(TypeError, match=r"no argument 'wd'; it has lr, weight_decay, .*ns_form"):
+        MuonW(mlp(), wd=0.1)
     with pytest.raises(TypeError, match="a dict with 'params'"):
         Muon([parameter(3, 3)]).add_param_group({"lr": 1.0})
 

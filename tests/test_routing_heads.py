@@ -399,6 +399,10 @@ def test_heads_beside_routes_or_parameters_are_refused() -> None:
         MuonW(route(model), lr=0.1, heads=["2"])
     with pytest.raises(TypeError, match="cannot be routed"):
         MuonW(model.parameters(), lr=0.1, heads=["2"])
+    with pytest.raises(TypeError, match=r"modules in a list.*MuonW\(\{\"G\": G, \"D\": D\}\)"):
+        MuonW([model, mlp(4, D, 2)], lr=0.1)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"got a module \(\w+\).*write MuonW\(model\)"):
+        Muon(model)  # type: ignore[arg-type]
     assert not hasattr(Muon, "heads")
 
 

@@ -95,6 +95,32 @@ def test_a_mixture_of_heads_is_no_layer_and_a_triangular_matrix_neither() -> Non
         assert part(Holder(weight=raw(16, 16)), "weight") == MATRIX
 
 
+def test_a_bias_of_every_head_is_none_of_the_layers() -> None:
+    """As TransformerLens and its courses write attention: W_Q is heads × d × d_head."""
+    weights = {f"W_{n}": raw(4, 16, 8) for n in "QKV"} | {"W_O": raw(4, 8, 16)}
+    biases = {f"b_{n}": raw(4, 8) for n in "QKV"}
+    attention = Holder(cfg=Holder(n_heads=4, d_head=8), **weights, **biases)
+    for name in biases:
+        assert part(attention, name) == ADAMW
+    assert part(attention, "W_Q") == ("muon", "experts > transpose", True)
+
+
+def test_a_head_and_embeddings_named_by_letters() -> None:
+    def block() -> nn.Module:
+        return Holder(W_in=raw(16, 64), b_in=raw(64), W_out=raw(64, 16))
+
+    def blocks() -> nn.ModuleList:
+        return nn.ModuleList([block(), block()])
+
+    apart = Holder(embed=named("Embed", W_E=raw(90, 16)), blocks=blocks())
+    apart.unembed = Holder(W_U=raw(16, 90))
+    assert got(apart, "embed.W_E") == got(apart, "unembed.W_U") == ("adamw", None, True)
+    whole = Holder(W_E=raw(90, 16), W_pos=raw(8, 16), blocks=blocks(), W_U=raw(16, 90))
+    assert got(whole, "W_E") == got(whole, "W_U") == ("adamw", None, True)
+    assert got(whole, "W_pos") == ADAMW
+    assert got(whole, "blocks.1.W_in") == MATRIX
+
+
 # -- names are whole words, siblings are trained alike --------------------------------------------
 
 

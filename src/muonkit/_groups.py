@@ -86,6 +86,7 @@ EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
 REPLICAS = ("auto", "recompute", "split")
 # What `MuonW` passes on to `Muon`, beside the arguments that it names itself.
 _NAMED = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
+_OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
 _MUONW_OPTIONS = (
     *(key for key in MUON if key not in _NAMED),
     *("process_group", "zero", "maximize", "nonfinite"),
@@ -290,7 +291,14 @@ def refuse_unknown(options: dict[str, Any]) -> None:
     for name in options:
         if name not in _MUONW_OPTIONS:
             own = _ADAMW_DEFAULTS.get(name)
-            remedy = f"AdamW's is called {own}" if own else f"it has {', '.join(_MUONW_OPTIONS)}"
+            has = ("lr", "weight_decay", *_NAMED, "rules", "heads", "undecided", "decay_1d")
+            if own:
+                remedy = f"AdamW's is called {own}"
+            elif name in _OF_TORCH:
+                remedy = "nothing stands for it here, leave it out"
+            else:
+                every = (*has, "adamw_params", *_ADAMW_DEFAULTS.values(), *_MUONW_OPTIONS)
+                remedy = f"it has {', '.join(every)}"
             raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
 
 

@@ -77,7 +77,9 @@ _LAST_OF_BLOCK = name_set("down down_proj c_proj out_proj o_proj wo w2 w3 dense_
 _MLPS = name_set("Mlp MLP SwiGLU GatedMLP GEGLU")
 
 # Raw parameters that are output heads: CLIP's projections beside its embeddings and blocks.
-_RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(ding)?|proj")
+_RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(ding)?|proj|W_U")
+# What holds nothing but a head, whatever it calls its weight.
+_RAW_HEAD_HOLDER = re.compile(r"lm_head|unembed(ding)?")
 
 # Modules without weights after which a layer gives features, not an output.
 _FEATURES_AFTER = (
@@ -262,12 +264,16 @@ class _Search:
         """(id, why) of the parameters that a module holds itself and that are output heads."""
         for node in self.root.below():
             for label, param in own_parameters(node.module).items():
-                if param is None or not _RAW_HEADS.fullmatch(label) or len(param.shape) != 2:
+                named = _RAW_HEADS.fullmatch(label) is not None
+                held = not node.is_layer and _RAW_HEAD_HOLDER.fullmatch(node.name) is not None
+                if param is None or not (named or held) or len(param.shape) != 2:
                     continue
                 holds_blocks = any(id(each) in self.in_stack for each in node.below())
                 in_a_block = any(id(each) in self.in_stack for each in (node, *node.above()))
-                if holds_blocks and not in_a_block:
-                    yield id(param), f"output head (named {label!r})"
+                holds_blocks |= label == "W_U" and hasattr(node.module, "W_E")
+                if not in_a_block and ((named and holds_blocks) or held):
+                    name = label if named else node.name
+                    yield id(param), f"output head (named {name!r})"
 
     def ends(self, node: Node, *, named: bool = False) -> list[Node]:
         """The layers whose results leave `node`; `named` where a name calls it a head."""

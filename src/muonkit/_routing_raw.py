@@ -150,7 +150,8 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
     words = set(words_of(label))
     last = words_of(label)[-1:]
     positional = not words.isdisjoint(_POSITION) and _SURELY_WEIGHT.isdisjoint(last)
-    if label.endswith(("bias", "biases")) or label.startswith("bias_"):
+    named = label.endswith(("bias", "biases")) or label.startswith("bias_")
+    if named or _has_its_own_weight(site, param):
         if not positional:
             return adamw("bias (a table of them)", decay=False)
     elif _is_projected(site, param):
@@ -173,6 +174,15 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
     return None
 
 
+def _has_its_own_weight(site: Site, param: nn.Parameter) -> bool:
+    """Whether a `b_Q` stands beside a `W_Q` of one dimension more: a bias of every head."""
+    if not site.label.startswith(("b_", "B_")):
+        return False
+    own = own_parameters(site.owner)
+    beside = (own.get(f"{letter}{site.label[1:]}") for letter in "Ww")
+    return any(other is not None and other.ndim == param.ndim + 1 for other in beside)
+
+
 def _is_projected(site: Site, param: nn.Parameter) -> bool:
     """Whether the module holds this for queries beside one for keys or values (`W_query` and
     `W_key`, `q` and `v`): siblings, which are trained alike."""
@@ -191,6 +201,8 @@ def _is_projected(site: Site, param: nn.Parameter) -> bool:
 
 def _is_embedding(site: Site, param: nn.Parameter) -> bool:
     if site.label in _EMBEDDING_LABEL and _EMBEDDING_CLASS.search(site.owner_class):
+        return True
+    if site.label == "W_E" and not {"W_U", "W_pos"}.isdisjoint(own_parameters(site.owner)):
         return True
     rows, cols = (number(site.owner, n) for n in ("num_embeddings", "embedding_dim"))
     return rows is not None and tuple(param.shape) == (rows, cols)

@@ -271,6 +271,11 @@ class Muon(Optimizer):
             "adamw_eps": adamw_eps,
             "adamw_wd": adamw_wd,
         }
+        if isinstance(params, nn.Module):  # not iterable, or its parts are
+            raise TypeError(
+                f"Muon takes parameters, and got a module ({type(params).__name__}), which is not "
+                "iterable as such: write MuonW(model), which routes it, or give the matrices"
+            )
         validate_defaults(defaults)
         warn_of_eps(defaults)
         self.skipped_steps = 0
@@ -906,6 +911,11 @@ def _no_module(given: Any) -> str:
     what = type(given).__name__
     if isinstance(given, Tensor):
         what = "a parameter"
+    elif isinstance(given, list | tuple) and any(isinstance(each, nn.Module) for each in given):
+        return (
+            f"MuonW got modules in a {what}, of which the parameters' names do not follow: "
+            'write MuonW({"G": G, "D": D}), a dict of them by name'
+        )
     elif isinstance(given, dict | list | tuple | set | frozenset) or hasattr(given, "__next__"):
         what = f"parameters ({what})"
     return (
