@@ -400,11 +400,11 @@ def test_the_bound_counts_matrices_only() -> None:
 def test_a_trillion_parameters_are_few_kinds() -> None:
     """What makes 70,000 matrices on 4,096 ranks quick: they are counted by kind."""
     step = simulate(find_model("kimi-k2"), "fsdp=64,ep=8,tp=8")
-    assert sum(len(plan.matrices) for plan, _ in step.plans if plan.inward) == 69_668
+    assert sum(len(plan.matrices) for plan, _ in step.plans if plan.inward) == 69_729
     kinds = sum(len(set(alike(plan.tensors, plan.matrices))) for plan, _ in step.plans)
     assert kinds < 100
     traffic = step.traffic()
-    assert traffic["matrices"].sum() >= 69_668
+    assert traffic["matrices"].sum() >= 69_729
     assert traffic["sent_in"].sum() == traffic["received_in"].sum() > 0
     assert traffic["sent_out"].sum() == traffic["received_out"].sum() > 0
 
