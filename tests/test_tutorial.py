@@ -42,6 +42,7 @@ _kernels: dict[tuple[tuple[str, str], ...], Any] = {}
 # As in a kernel of its own, but for what was imported: that takes longer than most notebooks.
 _ANEW = """
 get_ipython().run_line_magic("reset", "-f")
+__spec__ = None  # which multiprocessing asks of the main module
 import matplotlib.pyplot
 matplotlib.pyplot.close("all")
 del matplotlib

@@ -14,7 +14,7 @@ from muonkit._optim_batches import planned
 from muonkit._shards import WHOLE, flat_shard
 from muonkit._text import shown
 from muonkit.options import ADAMW, MUON, OF_ALGORITHM
-from muonkit.orthogonalize import NS_DTYPES, choose
+from muonkit.orthogonalize import NS_DTYPES, check_choice, choose
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
 from muonkit.variants import check_variant
 from muonkit.views import View, blocks_of, row_shape
@@ -373,7 +373,7 @@ def validate_options(group: dict[str, Any]) -> None:
         return
     _validate_number("momentum", group["momentum"], below=1.0)
     scale_factor(group["adjust_lr_fn"], 1, 1)
-    _choose(group, 1, 1, torch.float32, torch.device("cpu"))
+    check_choice(*(group[key] for key in NS_OPTIONS))
     if group["momentum_dtype"] not in ("auto", *NS_DTYPES):
         options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
         raise ValueError(

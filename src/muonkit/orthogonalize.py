@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NS_DTYPES",
     "Choice",
+    "check_choice",
     "choose",
     "orthogonalize",
     "orthogonalize_",
@@ -201,6 +202,18 @@ def choose(
     form, restarts = choose_form(ns_form, m, n, triples, dtype.itemsize, blocks)
     flops = product_flops(m, n, triples, restarts, blocks)
     return Choice(False, triples, restarts, margin, dtype, reason, form, blocks, flops)
+
+
+def check_choice(
+    ns_coefficients: Coefficients, ns_steps: int, ns_form: str, ns_dtype: str | torch.dtype
+) -> None:
+    """Compare the arguments with what they may be; a graph may do so before each step.
+
+    Raises:
+        ValueError, TypeError: as `orthogonalize`.
+    """
+    cpu = torch.device("cpu")
+    _constants(ns_coefficients, ns_steps, ns_form, ns_dtype, torch.float32, cpu)
 
 
 @constant_result
