@@ -134,6 +134,13 @@ def test_a_convolution_named_head_before_the_classifier_is_hidden() -> None:
     assert heads(model) == {"classifier"}
 
 
+def test_a_square_convolution_named_last_before_the_classifier_is_hidden() -> None:
+    conv = nn.Conv2d(D, D, 1)
+    for last in (conv, nn.Sequential(conv, nn.ReLU())):
+        head = Holder(last_conv=last, fc=nn.Linear(D, 10))
+        assert heads(Holder(stem=nn.Conv2d(3, D, 3), head=head)) == {"head.fc"}
+
+
 def test_a_transform_named_head_before_the_classifier_is_hidden() -> None:
     model = Holder(
         blocks=blocks(),

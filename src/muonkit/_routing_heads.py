@@ -254,8 +254,13 @@ class _Search:
                     or (TOWER.fullmatch(branch.name) and given != taken and branch is not node)
                 ):
                     continue
-                # Of two layers of one width only a name tells a chain from two heads.
-                if width != taken or _STRONG.fullmatch(kid.name):
+                # Of two layers of one width only a name tells a chain from two heads, or that they
+                # are not of one kind: a convolution before a linear layer.
+                last = [each for each in node.below() if each.is_layer][-1:]
+                kinds = kid.is_layer and any(
+                    _is_convolution(kid) != _is_convolution(n) for n in last
+                )
+                if width != taken or kinds or _STRONG.fullmatch(kid.name):
                     return True
             branch = above
         return False
@@ -466,6 +471,10 @@ def _is_normed(kid: Node) -> bool:
     beside = list(kid.parent.kids.values())
     after = beside[beside.index(kid) + 1 :][:1]
     return any(map(_is_norm, after))
+
+
+def _is_convolution(node: Node) -> bool:
+    return isinstance(node.module, (*CONVS, *TRANSPOSED_CONVS))
 
 
 def _is_norm(node: Node) -> bool:
