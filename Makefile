@@ -57,12 +57,15 @@ unit: $(STAMP) ## pytest, warnings as errors
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # The oldest torch that pyproject.toml declares, by the newest of its bug fixes; gigabytes, so not
-# part of `make test`. numpy below 2.4: the interpreters of older Tritons fail with later ones.
+# part of `make test`. numpy below 2.4: the interpreters of older Tritons fail with later ones. Not
+# test_compiled_step: torch 2.9 rounds a compiled step otherwise (parameters differ from an eager
+# step's by up to 3e-5), and compiles a scheduled number six times.
 OLDEST := .venv-oldest
 OLDEST_TORCH = torch==$(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\]$$/\1/p' pyproject.toml).*
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,coefficients forms golden imports kernels monitor \
-	muonw mup optim optim_citizenship optim_refusals orthogonalize placement plan plan_exchange routing \
-	routing_layouts routing_rules step_cost symmetric torch_names torch_parity variants views)) \
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,coefficients complex_parameters \
+	convert forms golden imports kernels monitor muonw mup optim optim_citizenship optim_events optim_refusals \
+	orthogonalize placement plan plan_exchange routing routing_heads routing_layouts routing_raw routing_rules \
+	routing_undecided state_dicts step_cost symmetric torch_names torch_parity variants views)) \
 	$(wildcard tests/test_distributed_*.py)
 
 $(OLDEST)/.up-to-date: pyproject.toml
@@ -75,7 +78,7 @@ $(OLDEST)/.up-to-date: pyproject.toml
 
 test-oldest: $(OLDEST)/.up-to-date ## core and distributed tests and types, on the oldest torch that is declared
 	$(OLDEST)/bin/python -c 'import torch; print("torch", torch.__version__)'
-	$(OLDEST)/bin/mypy --cache-dir .mypy_cache/oldest --ignore-missing-imports --exclude '/lab/|_cli' src
+	$(OLDEST)/bin/mypy --cache-dir .mypy_cache/oldest --ignore-missing-imports --allow-subclassing-any --exclude '/lab/|_cli' src
 	$(OLDEST)/bin/pytest -n $(JOBS) --dist worksteal $(OLDEST_TESTS)
 
 format: $(STAMP) ## let ruff mend what it can

@@ -26,10 +26,9 @@ from optim_helpers import parameter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-# float32: the graph's operations round elsewhere (a fused product, a scheduled number in float32).
-# Newton-Schulz multiplies the roundings of the momentum and of its Nesterov sum by up to 485, times
-# the learning rate of 0.05, in three steps: 8.7e-6.
-CLOSE = 3 * 2 * 0.05 * 485 * 2**-24
+# float32: the graph's operations round elsewhere (a fused product, a bias correction in float32).
+# Parameters are about 1 and updates at most 0.1 a step.
+CLOSE = 2e-6
 # An update that is rounded to 16 bits, times the learning rate of 0.05, in three steps.
 COARSE = 3 * 0.05 * 2**-7
 

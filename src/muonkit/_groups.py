@@ -339,6 +339,7 @@ def validate_group(group: dict[str, Any]) -> None:
         _validate_parameter(name, p, group)
 
 
+# A graph looks at these: classes stand in tuples, since torch 2.9's graphs have no `int | float`.
 def validate_options(group: dict[str, Any]) -> None:
     """Refuse options out of range.
 
@@ -363,11 +364,11 @@ def validate_options(group: dict[str, Any]) -> None:
         options = ", ".join(map(repr, NONFINITE))
         raise ValueError(f"unknown nonfinite {group['nonfinite']!r}; it is one of {options}")
     for key in ("maximize", "nesterov", "cautious"):
-        if key in group and not isinstance(group[key], bool | int):
+        if key in group and not isinstance(group[key], (bool, int)):
             raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
     if group["algorithm"] == "adamw":
         betas: Any = group.get("betas")
-        two = isinstance(betas, tuple | list) and len(betas) == 2
+        two = isinstance(betas, (tuple, list)) and len(betas) == 2
         if not two or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas should be two numbers in [0, 1) but are: {betas}")
         return
@@ -387,7 +388,7 @@ def validate_options(group: dict[str, Any]) -> None:
             listed = ", ".join(map(repr, accepted))
             raise ValueError(f"unknown {key} {group[key]!r}; it is one of {listed}")
     cap = group["bytes_in_flight"]
-    if isinstance(cap, bool) or not isinstance(cap, Integral | None):
+    if isinstance(cap, bool) or not isinstance(cap, (Integral, type(None))):
         raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
     if cap is not None and cap < 1:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
@@ -436,8 +437,8 @@ def products_of(
 
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
     # A float is asked nothing that would make it a constant of a graph.
-    a_number = isinstance(value, int | float) or hasattr(value, "__float__")
-    if not a_number or isinstance(value, str | bytes):
+    a_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    if not a_number or isinstance(value, (str, bytes)):
         raise TypeError(f"{what} should be a number but is: {value!r}")
     if not 0.0 <= value < below:  # also false for NaN
         upper = f" and < {below:g}" if below < math.inf else ""

@@ -71,30 +71,32 @@ def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
 
     Returns U, stacked, in memory of its own; gradients are never written to.
     """
-    nesterov = group["nesterov"]
+    mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
     for grads, momenta, dtype in living:
         U = stacked(grads, alone=len(living) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
-        mu: Any = scheduled(group["momentum"], U)
+        # Taken from one before it is rounded to the momentum's dtype.
+        kept: Any = scheduled(mu, U)
+        new: Any = scheduled(1 - mu, U)
         if group["maximize"]:
             U.neg_()
         directions = U.unbind()
         if U.dtype == momenta[0].dtype:
-            torch._foreach_lerp_(momenta, directions, 1 - mu)
+            torch._foreach_lerp_(momenta, directions, new)
             if nesterov:
-                torch._foreach_lerp_(directions, momenta, mu)
+                torch._foreach_lerp_(directions, momenta, kept)
             else:
                 torch._foreach_copy_(directions, momenta)
         else:
             # The momentum is kept in fewer bits than it is computed in.
-            M = torch.stack(momenta).to(U.dtype).lerp_(U, 1 - mu)
-            kept = M
+            M = torch.stack(momenta).to(U.dtype).lerp_(U, new)
+            held = M
             if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
                 largest = torch.finfo(torch.float16).max
-                kept = M.clamp(-largest, largest)
-            torch._foreach_copy_(momenta, kept.unbind())
-            U = U.lerp_(M, mu) if nesterov else M
+                held = M.clamp(-largest, largest)
+            torch._foreach_copy_(momenta, held.unbind())
+            U = U.lerp_(M, kept) if nesterov else M
         # Nothing is computed in float64 for a momentum or gradient that is kept in it.
         most = torch.promote_types(dtype, torch.float32)
         stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
@@ -116,12 +118,11 @@ def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Arriving
 def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict[str, Any]) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D."""
     for (params, rows, cols), updates in zip(standing, d, strict=True):
-        decays = isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0
         lr, decay = (
             value.to(params[0].device).reshape(()) if isinstance(value, Tensor) else value
-            for value in (scheduled(group[key], params[0]) for key in ("lr", "weight_decay"))
+            for value in (group["lr"], group["weight_decay"])
         )
-        if decays:
+        if isinstance(decay, Tensor) or decay != 0:
             if group["cautious"]:
                 shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
                 _add_(params, shrinking, -lr * decay)
@@ -137,6 +138,7 @@ def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -
     (`_foreach_mul_` by a float would round it to the parameters' dtype: in bf16, 1 - 0.002 becomes
     1 - 0.0039. The sum is rounded to it all the same: bf16 weights lose small decays.)
     """
+    factor = scheduled(factor, params[0])
     if isinstance(factor, Tensor):
         # A tensor as alpha would be read back to the host; multiplying keeps it on the device.
         torch._foreach_add_(params, torch._foreach_mul(tensors, factor))

@@ -69,7 +69,8 @@ def _update_(entries: Sequence[Any], group: dict[str, Any], fused: bool) -> None
         return
     compiling = torch.compiler.is_compiling()
     like = entries[0][0]
-    lr, beta1, beta2 = (scheduled(value, like) for value in (group["lr"], *group["betas"]))
+    scalars: Any = [scheduled(value, like) for value in (group["lr"], *group["betas"])]
+    lr, beta1, beta2 = scalars  # torch 2.9 types the betas as floats
     adamw(
         [p for p, _, _ in entries],
         [grad for _, grad, _ in entries],

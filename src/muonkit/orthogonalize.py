@@ -89,7 +89,7 @@ def orthogonalize(
     options = ns_coefficients, ns_steps, ns_form, ns_dtype
     if not _is_transformed(G):
         return orthogonalize_(G.clone(memory_format=torch.contiguous_format), *options)
-    exact, triples, margin, dtype, _ = _constants(*options, G.dtype, G.device)
+    exact, triples, margin, dtype = _constants(*options, G.dtype, G.device)
     if G.numel() == 0:
         return G.clone()
     with _without_autocast(G.device):
@@ -137,7 +137,7 @@ def orthogonalize_(
         X, contiguous or `(B, m, n)`.
     """
     rows, cols = X.shape[-2:]
-    exact, triples, margin, dtype, _ = _constants(
+    exact, triples, margin, dtype = _constants(
         ns_coefficients, ns_steps, ns_form, ns_dtype, X.dtype, X.device
     )
     if X.numel():
@@ -192,9 +192,10 @@ def choose(
     Raises:
         ValueError, TypeError: as `orthogonalize`.
     """
-    exact, triples, margin, dtype, reason = _constants(
+    exact, triples, margin, dtype = _constants(
         ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device
     )
+    reason = dtype_reason(ns_dtype, input_dtype, device, resolve(ns_coefficients, ns_steps))
     if exact:
         return Choice(True, (), (), 1.0, dtype, reason, "svd", 1, 0)
     m, n = sorted((rows, cols))
@@ -224,9 +225,9 @@ def _constants(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
     device: torch.device,
-) -> tuple[bool, tuple[Triple, ...], float, torch.dtype, str]:
+) -> tuple[bool, tuple[Triple, ...], float, torch.dtype]:
     """What does not depend on a shape, as the plain tuple that torch.compile takes for a constant:
-    exact, triples, margin, dtype and its reason of `Choice`.
+    exact, triples, margin and dtype of `Choice`.
     """
     iterations = resolve(ns_coefficients, ns_steps)
     dtype = products_dtype(ns_dtype, input_dtype, device, iterations)
@@ -235,8 +236,7 @@ def _constants(
     if iterations.strict:
         # Rounding can push the largest singular value above 1.
         margin *= 1 + 4 * torch.finfo(dtype).eps
-    reason = dtype_reason(ns_dtype, input_dtype, device, iterations)
-    return iterations.exact, iterations.triples, margin, dtype, reason
+    return iterations.exact, iterations.triples, margin, dtype
 
 
 def _normalize(
