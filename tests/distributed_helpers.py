@@ -122,6 +122,18 @@ class Cases:
         return [(size, name) for size, cases in self.by_world_size.items() for name in cases]
 
 
+def ranks_of(cases: Cases, timeout: float = 60.0, needs: str | None = None) -> Any:
+    """The fixture `ranks` of a module; skipped where the package that it needs is absent."""
+
+    @pytest.fixture(scope="module")
+    def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+        if needs is not None:
+            pytest.importorskip(needs)
+        return Ranks(request, tmp_path_factory, cases, timeout)
+
+    return ranks
+
+
 class Ranks:
     """The outcomes of a module's cases: those selected are run when the first is asked for.
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 import other_muons
-from distributed_helpers import Cases, Ranks
+from distributed_helpers import Cases, Ranks, ranks_of
 from muonkit import Muon, MuonW, convert
 from other_muons import SOURCES, Keller, Moonlight
 
@@ -312,9 +312,7 @@ def zero_shares_out_the_state_of_one_process() -> None:
         convert.from_muonkit("keller", taken.optimizer)
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

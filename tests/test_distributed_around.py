@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed_measures as measures
 import distributed_zoo as zoo
-from distributed_helpers import Cases, Ranks, counted_collectives
+from distributed_helpers import Cases, Ranks, counted_collectives, ranks_of
 from muonkit import Muon, ddp_reduce_scatter_hook
 
 CASES = Cases()
@@ -608,9 +608,7 @@ def the_hook_refuses_an_optimizer_that_needs_whole_gradients() -> str:
 # --- the tests ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

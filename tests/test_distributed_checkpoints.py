@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 import distributed_measures as measures
 import distributed_zoo as zoo
 import stages
-from distributed_helpers import Cases, Outcome, Ranks, once, run, shared_folder
+from distributed_helpers import Cases, Outcome, Ranks, once, ranks_of, run, shared_folder
 from muonkit import Muon
 
 CASES = Cases()
@@ -385,9 +385,7 @@ def test_a_part_is_refused_by_a_process_without_ranks(tmp_path: Path) -> None:
     run(1, alone, init=False)["loads"].check()
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

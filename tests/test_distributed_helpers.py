@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import distributed_zoo as zoo
-from distributed_helpers import Cases, Ranks, counted_collectives, run
+from distributed_helpers import Cases, Ranks, counted_collectives, ranks_of, run
 from muonkit._torch import whole_tensor
 
 CASES = Cases()
@@ -194,9 +194,7 @@ def replicas_that_differ_are_found() -> None:
         zoo.assemble({"w": torch.full((3,), float(dist.get_rank()))})
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -13,15 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distributed_helpers import Cases, Ranks, run, shared_folder
+from distributed_helpers import Cases, Ranks, ranks_of, run, shared_folder
 from muonkit import Muon, MuonW, _optim_dtypes, _orthogonalize_dtype
 
 CASES = Cases()
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @contextlib.contextmanager

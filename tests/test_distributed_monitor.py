@@ -15,7 +15,7 @@ from torch import nn
 
 import distributed_measures as measures
 import distributed_zoo as zoo
-from distributed_helpers import Cases, Ranks, shared_folder
+from distributed_helpers import Cases, Ranks, ranks_of, shared_folder
 from muonkit import Monitor, Muon
 from muonkit._diagnostics_sample import KINDS
 
@@ -199,9 +199,7 @@ def without_a_gradient_there_is_no_record() -> None:
     assert len(sample["matrices"]) == len(monitor.header["matrices"]) - 3 - zoo.EXPERTS
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import distributed_measures as measures
 import distributed_zoo as zoo
-from distributed_helpers import Cases, Ranks
+from distributed_helpers import Cases, Ranks, ranks_of
 from muonkit import Muon
 
 CASES = Cases()
@@ -163,9 +163,7 @@ def sends_what_the_formula_says(layout: str, exchange_dtype: str) -> float:
 # --- the tests ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

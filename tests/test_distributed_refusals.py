@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed_measures as measures
 import distributed_zoo as zoo
-from distributed_helpers import Cases, Ranks, run
+from distributed_helpers import Cases, Ranks, ranks_of, run
 from muonkit import Muon, MuonW, RoutingError, _optim_layout, _orthogonalize_dtype, route
 from muonkit.plan import MACHINES
 
@@ -459,9 +459,7 @@ def test_the_others_end_when_a_rank_does_not_come() -> None:
 # --- the tests ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import distributed_measures as measures
 import distributed_zoo as zoo
-from distributed_helpers import Cases, Ranks
+from distributed_helpers import Cases, Ranks, ranks_of
 from muonkit import Muon
 from test_distributed_around import EXACT, assert_equals_one_process, assert_unchanged, bits
 
@@ -178,9 +178,7 @@ def clips_half_precision_beyond_the_range_of_its_square() -> None:
     torch.testing.assert_close(p.grad.float(), torch.ones(10, 10), rtol=2**-10, atol=0)
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES)
+ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

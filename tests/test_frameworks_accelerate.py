@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import frameworks
-from distributed_helpers import Cases, Ranks, shared_folder
+from distributed_helpers import Cases, Ranks, ranks_of, shared_folder
 from muonkit import MuonW
 
 CASES = Cases()
@@ -128,10 +128,7 @@ def refuses_a_state_that_rank_0_saved_alone() -> str:
     return str(error.value)
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    pytest.importorskip("accelerate")
-    return Ranks(request, tmp_path_factory, CASES, timeout=180.0)
+ranks = ranks_of(CASES, timeout=180.0, needs="accelerate")
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import frameworks
-from distributed_helpers import Cases, Ranks, shared_folder
+from distributed_helpers import Cases, Ranks, ranks_of, shared_folder
 from muonkit import MuonW
 
 CASES = Cases()
@@ -99,10 +99,7 @@ def equals_one_process_and_resumes(variant: str) -> tuple[float, float]:
     )
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    pytest.importorskip("lightning")
-    return Ranks(request, tmp_path_factory, CASES, timeout=180.0)
+ranks = ranks_of(CASES, timeout=180.0, needs="lightning")
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import frameworks
-from distributed_helpers import Cases, Ranks, shared_folder
+from distributed_helpers import Cases, Ranks, ranks_of, shared_folder
 
 CASES = Cases()
 
@@ -130,9 +130,7 @@ def page_container_saves_and_loads() -> None:
         assert frameworks.deviation(train(model, optimizers), expected) <= frameworks.SAME
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(request, tmp_path_factory, CASES, timeout=180.0)
+ranks = ranks_of(CASES, timeout=180.0)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

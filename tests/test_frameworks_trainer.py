@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import frameworks
-from distributed_helpers import Cases, Ranks, shared_folder
+from distributed_helpers import Cases, Ranks, ranks_of, shared_folder
 from muonkit import MuonW
 
 CASES = Cases()
@@ -229,10 +229,7 @@ def page_trains_and_resumes(layout: str) -> None:
             assert isinstance(next(iter(optimizer.state[p].values())), DTensor)
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    pytest.importorskip("transformers")
-    return Ranks(request, tmp_path_factory, CASES, timeout=180.0)
+ranks = ranks_of(CASES, timeout=180.0, needs="transformers")
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from muonkit._groups import MOMENTUM, STEP, VARIANCE
@@ -212,32 +212,30 @@ _LATE_EPS = (
     "after it here; eps is eps / sqrt(1 - beta2^t) for theirs"
 )
 
+# Moonlight's class is made from Keller Jordan's first one: one class for both algorithms.
+_SUMMED_MUON = Side(
+    "muon",
+    names={"lr": "lr", "momentum": "momentum", "nesterov": "nesterov", "ns_steps": "ns_steps"},
+    state={MOMENTUM: "momentum_buffer"},
+    summed=True,
+    fixed={"ns_coefficients": KELLER},
+    ignored=("adamw_betas", "adamw_eps"),
+    marks={"use_muon": True},
+)
+_BESIDE_IT = Side(
+    "adamw",
+    names={"lr": "lr", "betas": "adamw_betas", "eps": "adamw_eps"},
+    state={"exp_avg": "moment1", "exp_avg_sq": "moment2"},
+    step=STEP,
+    whole_steps=True,
+    ignored=("momentum", "nesterov", "ns_steps"),
+    marks={"use_muon": False},
+)
+
 _MOONLIGHT = Format(
     sides={
-        "muon": Side(
-            "muon",
-            names={
-                "lr": "lr",
-                "weight_decay": "wd",
-                "momentum": "momentum",
-                "nesterov": "nesterov",
-                "ns_steps": "ns_steps",
-            },
-            state={MOMENTUM: "momentum_buffer"},
-            summed=True,
-            fixed={"ns_coefficients": KELLER},
-            ignored=("adamw_betas", "adamw_eps"),
-            marks={"use_muon": True},
-        ),
-        "adamw": Side(
-            "adamw",
-            names={"lr": "lr", "weight_decay": "wd", "betas": "adamw_betas", "eps": "adamw_eps"},
-            state={"exp_avg": "moment1", "exp_avg_sq": "moment2"},
-            step=STEP,
-            whole_steps=True,
-            ignored=("momentum", "nesterov", "ns_steps"),
-            marks={"use_muon": False},
-        ),
+        "muon": replace(_SUMMED_MUON, names={**_SUMMED_MUON.names, "weight_decay": "wd"}),
+        "adamw": replace(_BESIDE_IT, names={**_BESIDE_IT.names, "weight_decay": "wd"}),
     },
     side_of=_moonlight_side,
     view=lambda group, shape: "matrix" if len(shape) == 2 else "flatten",
@@ -262,33 +260,15 @@ def _adamw_lr(side: str, group: Mapping[str, Any]) -> Mapping[str, Any]:
 
 _KELLER_2024 = Format(
     sides={
-        "muon": Side(
-            "muon",
-            names={
-                "lr": "lr",
-                "momentum": "momentum",
-                "nesterov": "nesterov",
-                "ns_steps": "ns_steps",
-            },
-            state={MOMENTUM: "momentum_buffer"},
-            summed=True,
-            fixed={"ns_coefficients": KELLER, "weight_decay": 0.0},
-            ignored=("adamw_lr_ratio", "adamw_betas", "adamw_eps", "adamw_wd"),
-            marks={"use_muon": True},
+        "muon": replace(
+            _SUMMED_MUON,
+            fixed={**_SUMMED_MUON.fixed, "weight_decay": 0.0},
+            ignored=(*_SUMMED_MUON.ignored, "adamw_lr_ratio", "adamw_wd"),
         ),
-        "adamw": Side(
-            "adamw",
-            names={
-                "lr": "lr",
-                "weight_decay": "adamw_wd",
-                "betas": "adamw_betas",
-                "eps": "adamw_eps",
-            },
-            state={"exp_avg": "moment1", "exp_avg_sq": "moment2"},
-            step=STEP,
-            whole_steps=True,
-            ignored=("adamw_lr_ratio", "momentum", "nesterov", "ns_steps"),
-            marks={"use_muon": False},
+        "adamw": replace(
+            _BESIDE_IT,
+            names={**_BESIDE_IT.names, "weight_decay": "adamw_wd"},
+            ignored=(*_BESIDE_IT.ignored, "adamw_lr_ratio"),
         ),
     },
     side_of=_moonlight_side,

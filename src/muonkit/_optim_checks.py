@@ -30,6 +30,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ADAMW_DTYPES = (*_DTYPES, torch.complex64, torch.complex128)
 
 
+def _dtypes(group: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
+    return _DTYPES if group["algorithm"] == "muon" else _ADAMW_DTYPES
+
+
 class Options:
     """The options of every group as they were last seen to make sense."""
 
@@ -97,7 +101,7 @@ def check_gradients(
     """
     anywhere = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     for group in groups:
-        dtypes = _DTYPES if group["algorithm"] == "muon" else _ADAMW_DTYPES
+        dtypes = _dtypes(group)
         for index, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
@@ -128,7 +132,7 @@ def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping
 
 
 def _is_number(count: Any) -> bool:
-    return count is None or isinstance(count, int | float)
+    return count is None or isinstance(count, (int, float))
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -141,7 +145,7 @@ def _refuse(
     grad = p.grad
     assert grad is not None
     for what, tensor in ((name, p), (f"the gradient of {name}", grad)):
-        if tensor.dtype not in (_DTYPES if group["algorithm"] == "muon" else _ADAMW_DTYPES):
+        if tensor.dtype not in _dtypes(group):
             raise ValueError(
                 f"{what} is {tensor.dtype}: only floating-point parameters of at least 16 bits are "
                 "trained; set its grad to None, or take it out of its group; nothing was changed"
@@ -158,15 +162,15 @@ def _refuse(
             f"{grad.device}: the parameter was changed after its backward pass; set its grad to "
             "None and take the backward pass again; nothing was changed"
         )
-    for key in state_shapes(p, group):
-        have = state[p].get(key)
-        if isinstance(have, torch.Tensor) and have.is_complex() != p.is_complex():
+    kept, shapes = state.get(p, {}), state_shapes(p, group)
+    for key in shapes:
+        moment = kept.get(key)
+        if isinstance(moment, torch.Tensor) and moment.is_complex() != p.is_complex():
             raise ValueError(
-                f"{name} is {p.dtype}, its {key} {have.dtype}: optimizer.reset_state([parameter]) "
-                "begins it anew; nothing was changed"
+                f"{name} is {p.dtype}, its {key} {moment.dtype}: "
+                "optimizer.reset_state([parameter]) begins it anew; nothing was changed"
             )
-    for key, shape in {**state_shapes(p, group), STEP: ()}.items():
-        kept = state.get(p, {})
+    for key, shape in {**shapes, STEP: ()}.items():
         if key in kept and (have := _shape(kept[key])) != shape:
             got = f"one of {tuple(have)}" if have is not None else f"{kept[key]!r:.40}"
             raise ValueError(

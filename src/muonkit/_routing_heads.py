@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 import torch.nn as nn
 
 from muonkit._routing_places import (
-    CONVS,
-    TRANSPOSED_CONVS,
     Models,
     name_set,
     weights,
@@ -240,28 +238,17 @@ class _Search:
 
     def _is_taken(self, node: Node) -> bool:
         """Whether a later part takes what this one gives."""
-        taken, given = node.widths
         branch = node
         for above in node.above():
             kids = above.main
-            later = kids[kids.index(branch) + 1 :] if branch in kids else []
-            for kid in later:
-                width = kid.takes
-                if (
-                    width != given
-                    or kid.serves
-                    or (_TWINS.fullmatch(branch.name) and _TWINS.fullmatch(kid.name))
-                    or (TOWER.fullmatch(branch.name) and given != taken and branch is not node)
-                ):
-                    continue
-                # Of two layers of one width only a name tells a chain from two heads, or that they
-                # are not of one kind: a convolution before a linear layer.
-                last = [each for each in node.below() if each.is_layer][-1:]
-                kinds = kid.is_layer and any(
-                    _is_convolution(kid) != _is_convolution(n) for n in last
-                )
-                if width != taken or kinds or _STRONG.fullmatch(kid.name):
-                    return True
+            leaves = (
+                branch is not node and TOWER.fullmatch(branch.name) and node.gives != node.takes
+            )
+            if branch in kids and not leaves:
+                for kid in kids[kids.index(branch) + 1 :]:
+                    twins = _TWINS.fullmatch(branch.name) and _TWINS.fullmatch(kid.name)
+                    if not twins and not kid.serves and _goes_into(node, kid):
+                        return True
             branch = above
         return False
 
@@ -345,7 +332,7 @@ def _doubt(model: Node, layers: list[Node]) -> str | None:
 def _features(layer: Node) -> str | None:
     """Why a last convolution gives features, if so: an output has fewer channels than it."""
     taken, given = layer.widths
-    if not isinstance(layer.module, (*CONVS, *TRANSPOSED_CONVS)) or taken is None or given is None:
+    if not layer.is_convolution or taken is None or given is None:
         return None
     if layer.name == "fc":
         return None  # a classifier of 1000 classes, on fewer channels (DLA)
@@ -459,6 +446,19 @@ def _is_parallel(kid: Node, head: Node, siblings: Sequence[Node]) -> bool:
     return alike and beside and not _is_normed(kid) and not _is_fed_on(kid, siblings)
 
 
+def _goes_into(node: Node, later: Node) -> bool:
+    """Whether a later part takes what `node` gives.
+
+    Of two that take the same width only a name tells a chain from two heads, or that they are not
+    of one kind: a convolution before a linear layer.
+    """
+    if later.takes != node.gives:
+        return False
+    last = next((each for each in reversed(list(node.below())) if each.is_layer), later)
+    other_kind = later.is_layer and later.is_convolution != last.is_convolution
+    return later.takes != node.takes or other_kind or _STRONG.fullmatch(later.name) is not None
+
+
 def _is_fed_on(kid: Node, siblings: Sequence[Node]) -> bool:
     given = kid.gives
     later = siblings[siblings.index(kid) + 1 :]
@@ -471,10 +471,6 @@ def _is_normed(kid: Node) -> bool:
     beside = list(kid.parent.kids.values())
     after = beside[beside.index(kid) + 1 :][:1]
     return any(map(_is_norm, after))
-
-
-def _is_convolution(node: Node) -> bool:
-    return isinstance(node.module, (*CONVS, *TRANSPOSED_CONVS))
 
 
 def _is_norm(node: Node) -> bool:

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from muonkit._routing_layout import UnknownLayout, fused_layout
 from muonkit._routing_numbers import number, widths_of
-from muonkit._routing_places import LORA, is_conv, is_depthwise, name_set
+from muonkit._routing_places import LORA, TRANSPOSED_CONVS, is_conv, is_depthwise, name_set
 from muonkit._routing_raw import is_learned_tokens, is_position, is_token_or_position, judge_raw
 from muonkit._routing_verdicts import Undecided, Verdict, adamw, is_vector, muon
 from muonkit._shards import WHOLE, flat_shard
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Undecided", "Verdict", "is_vector", "judge"]
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _GAINS = name_set("weight scale gamma g gain")
@@ -194,7 +193,7 @@ def _layer(site: Site, param: nn.Parameter) -> Verdict | None:
         return _stored_transposed(site, param, "Hugging Face Conv1D, stored in × out")
     if is_conv(owner):
         return _conv(site)
-    if isinstance(owner, _TRANSPOSED_CONVS):
+    if isinstance(owner, TRANSPOSED_CONVS):
         return _conv_transpose(owner)
     # The linear layers of graph libraries and the like say how wide they are.
     widths = widths_of(owner)

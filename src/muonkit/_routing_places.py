@@ -163,9 +163,14 @@ class Node:
     @functools.cached_property
     def is_layer(self) -> bool:
         """A layer of which one asks what it takes and gives: linear, or a convolution."""
-        if isinstance(self.module, (*CONVS, *TRANSPOSED_CONVS)):
+        if self.is_convolution:
             return not is_depthwise(self.module)
         return is_linear(self.module)
+
+    @property
+    def is_convolution(self) -> bool:
+        """A convolution, transposed ones among them."""
+        return isinstance(self.module, (*CONVS, *TRANSPOSED_CONVS))
 
     @functools.cached_property
     def layers(self) -> int:
