@@ -111,6 +111,8 @@ def test_two_separate_parts_by_two_axes_are_refused() -> None:
 def test_strides_are_dtensors(length: int, ranks: int, split: int) -> None:
     from torch.distributed.tensor.placement_types import _StridedShard
 
+    if length % (ranks * split) and torch.__version__.startswith("2.9."):
+        pytest.skip("torch 2.9 splits uneven lengths otherwise than fully_shard lays them")
     full = torch.arange(3 * length).view(3, length)
     shards, _ = _StridedShard(1, split_factor=split)._split_tensor(full, ranks, with_padding=False)
     placement = placed((ranks,), [(1, split)])
