@@ -2,18 +2,20 @@
 
     python benchmarks/gpu.py --json gpu.json
 
-Written without a GPU at hand: nothing in it was ever run on hardware, nor was the kernel. What can
-be tried without one was (`--device cpu`: every line below but CUDA's events and graphs, tiny sizes,
-the kernel replaced by plain products; its figures mean nothing).
+docs/performance.md has what it found on an H100. `--device cpu` tries it to its end without a GPU:
+tiny sizes, no events and graphs, the kernel replaced by plain products; those figures mean nothing.
 
 1. The kernel against float64, over sizes, layouts and dtypes.
 2. Its time against torch's general product (mm for one matrix, bmm for a batch) of the same
    operands. "Effective" TFLOP/s count a general product's FLOPs over the time taken. The limit is
    the longer of the FLOPs that a symmetric product needs over the best rate of torch's products
    measured here, and the bytes it must move over the rate of a copy measured here.
-3. A step of `muonkit.Muon` over GPT-2 small's 48 hidden matrices, against fused AdamW and
-   torch.optim.Muon. The limit is the FLOPs of the cheapest form over the rate of products.
-4. The step captured in a CUDA graph and replayed: the same weights as steps taken one by one.
+3. A step of `muonkit.Muon` over GPT-2 small's 48 hidden matrices and those of 4 layers of Llama 3.2
+   1B, against fused AdamW and torch.optim.Muon, as called and replayed from a CUDA graph. The limit
+   is the FLOPs of the cheapest form over the rate of products.
+4. A whole training step of GPT-2 small, 16 x 1024 tokens under bfloat16 autocast, with MuonW and
+   with fused AdamW.
+5. The step captured in a CUDA graph and replayed: the same weights as steps taken one by one.
 
 Times are medians with quartiles, each round in an order that rotates. Exits with 0 if all checks
 pass, 1 if one fails, 2 where there is no GPU that the kernel runs on: then it says so, in one line.
@@ -22,7 +24,10 @@ pass, 1 if one fails, 2 where there is no GPU that the kernel runs on: then it s
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -31,10 +36,11 @@ from pathlib import Path
 
 import torch
 from machine import facts, quartiles
-from sets import SETS, TINY, Entry, Workload, cheapest_flops
+from sets import SETS, TINY, Entry, cheapest_flops
 from torch import Tensor, nn
 
-from muonkit import Muon, kernels
+from muonkit import Muon, MuonW, kernels
+from muonkit.lab.models import GPT
 
 Task = Callable[[], object]
 
@@ -90,8 +96,12 @@ class Device:
         end_event.synchronize()
         return start_event.elapsed_time(end_event) / 1e3 / times
 
-    def compare(self, tasks: dict[str, Task]) -> dict[str, list[float]]:
-        """Seconds of every task in every round; a round runs all of them, in a rotating order."""
+    def compare(self, tasks: dict[str, Task], graphs: bool = False) -> dict[str, list[float]]:
+        """Seconds of every task in every round; a round runs all of them, in a rotating order.
+
+        Args:
+            graphs: replay each from a CUDA graph, so that the launches do not count.
+        """
         times = {}
         for name, task in tasks.items():
             for _ in range(2):
@@ -99,13 +109,27 @@ class Device:
             self.wait()
             # Long enough that the events' own time does not count: 2 ms.
             times[name] = max(1, min(200, round(2e-3 / max(self.seconds(task, 1), 1e-7))))
+            if graphs and not self.dry:
+                tasks = {**tasks, name: repeated(task, times[name])}
         seconds: dict[str, list[float]] = {name: [] for name in tasks}
         names = list(tasks)
         for number in range(self.rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                seconds[name].append(self.seconds(tasks[name], times[name]))
+                if graphs:
+                    seconds[name].append(self.seconds(tasks[name], 1) / times[name])
+                else:
+                    seconds[name].append(self.seconds(tasks[name], times[name]))
         return seconds
+
+
+def repeated(task: Task, times: int) -> Task:
+    """What replays so many calls of the task from one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            task()
+    return graph.replay
 
 
 # ---- 1. the kernel against float64
@@ -232,34 +256,84 @@ def time_product(
 
 
 def parameters(device: Device, entries: list[Entry]) -> list[nn.Parameter]:
-    load = Workload(entries)
-    made = [nn.Parameter(weight.to(device.torch, copy=True)) for weight in load.weights]
-    for parameter, gradient in zip(made, load.gradients, strict=True):
-        parameter.grad = gradient.to(device.torch, copy=True)
+    made = []
+    for seed, entry in enumerate(entries):
+        parameter = nn.Parameter(0.02 * device.randn(*entry.shape, seed=seed))
+        parameter.grad = device.randn(*entry.shape, seed=1000 + seed)
+        made.append(parameter)
     return made
 
 
-def time_steps(device: Device, rate: dict[str, float]) -> dict[str, object]:
-    entries = TINY["tiny"][:4] if device.dry else SETS["gpt2-small"]
-    optimizers = {
-        "muonkit.Muon": Muon(parameters(device, entries), lr=1e-3, ns_dtype="bfloat16"),
-        "torch.optim.Muon": torch.optim.Muon(parameters(device, entries), lr=1e-3),
-        "AdamW (fused)": torch.optim.AdamW(parameters(device, entries), lr=1e-3, fused=True),
-    }
-    seconds = device.compare({name: each.step for name, each in optimizers.items()})
+STEPPED = ("gpt2-small", "llama-1b")
+
+
+def time_steps(device: Device, rate: dict[str, float], name: str) -> dict[str, object]:
+    """Steps as they are called, and replayed from a CUDA graph: what the GPU alone takes."""
+    entries = TINY["tiny"][:4] if device.dry else SETS[name]
+    ours = Muon(parameters(device, entries), lr=1e-3, ns_dtype="bfloat16")
+    theirs = torch.optim.Muon(parameters(device, entries), lr=1e-3)
+    adamw = torch.optim.AdamW(parameters(device, entries), lr=1e-3, fused=True)
+    for group in adamw.param_groups:
+        group["capturable"] = not device.dry
+    optimizers = {"muonkit.Muon": ours, "torch.optim.Muon": theirs, "AdamW (fused)": adamw}
     limit = cheapest_flops(entries) / rate["bf16"]
-    rows = {}
-    for name, taken in seconds.items():
-        ratios = [t / o for t, o in zip(taken, seconds["muonkit.Muon"], strict=True)]
-        low, middle, high = quartiles(ratios)
-        median = statistics.median(taken)
-        rows[name] = {"seconds": taken, "times_muonkit": [low, middle, high]}
-        share = "" if "AdamW" in name else f", {limit / median:.0%} of the limit"
-        print(f"  {name:17} {median * 1e3:8.3f} ms, x{middle:.2f} [{low:.2f}, {high:.2f}]{share}")
-    return {"matrices": len(entries), "limit": limit, "rows": rows}
+    matrices = sum(math.prod(entry.shape) for entry in entries)
+    record: dict[str, object] = {"matrices": len(entries), "parameters": matrices, "limit": limit}
+    print(f"  {name}: {len(entries)} matrices, {matrices / 1e6:.0f} M; products alone "
+          f"{limit * 1e3:.3f} ms")  # fmt: skip
+    for how, graphs in (("called", False), ("replayed", True)):
+        seconds = device.compare({n: each.step for n, each in optimizers.items()}, graphs)
+        rows = {}
+        for each, taken in seconds.items():
+            ratios = [t / o for t, o in zip(taken, seconds["muonkit.Muon"], strict=True)]
+            low, middle, high = quartiles(ratios)
+            median = statistics.median(taken)
+            rows[each] = {"seconds": taken, "times_muonkit": [low, middle, high]}
+            share = "" if "AdamW" in each else f", {limit / median:.0%} of the limit"
+            print(f"    {how:8} {each:17} {median * 1e3:8.3f} ms, x{middle:.2f} "
+                  f"[{low:.2f}, {high:.2f}]{share}")  # fmt: skip
+        record[how] = rows
+    return record
 
 
-# ---- 4. a CUDA graph
+# ---- 4. a training step
+
+
+def time_training(device: Device) -> dict[str, object]:
+    """Forward, backward and step, as they are called."""
+    torch.manual_seed(0)
+    batch, context, sizes = (16, 1024, (50304, 1024, 768, 12, 12))
+    if device.dry:
+        batch, context, sizes = 2, 8, (64, 8, 16, 1, 2)
+    model = GPT(*sizes).to(device.torch)
+    trained = {"MuonW": model, "AdamW (fused)": copy.deepcopy(model)}
+    optimizers = {
+        "MuonW": MuonW(trained["MuonW"]),
+        "AdamW (fused)": torch.optim.AdamW(trained["AdamW (fused)"].parameters(), fused=True),
+    }
+    ids = torch.randint(sizes[0], (batch, context + 1), device=device.torch)
+
+    def step(name: str) -> None:
+        with torch.autocast(device.torch.type, torch.bfloat16):
+            scores = trained[name](ids[:, :-1]).flatten(0, 1)
+            loss = nn.functional.cross_entropy(scores, ids[:, 1:].flatten())
+        loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+
+    seconds = device.compare({name: functools.partial(step, name) for name in trained})
+    ratios = [m / a for m, a in zip(seconds["MuonW"], seconds["AdamW (fused)"], strict=True)]
+    found = {name: statistics.median(taken) * 1e3 for name, taken in seconds.items()}
+    low, middle, high = quartiles(ratios)
+    print("  " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.items())
+          + f": x{middle:.3f} [{low:.3f}, {high:.3f}]")  # fmt: skip
+    return {
+        "tokens": batch * context, "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": seconds, "times_adamw": [low, middle, high],
+    }  # fmt: skip
+
+
+# ---- 5. a CUDA graph
 
 
 def graph(device: Device) -> dict[str, object]:
@@ -296,6 +370,15 @@ def capture(optimizer: torch.optim.Optimizer) -> Task:
     return recorded.replay
 
 
+def rounded(value: object) -> object:
+    """Seconds and rates to five digits, so that a file of them can be read."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def missing_gpu() -> str | None:
     """Why this cannot run here, or None."""
     need = "it needs an NVIDIA GPU of compute capability 8.0 or ROCm, and Triton"
@@ -320,7 +403,9 @@ def main() -> int:
     device = Device(options.device, options.rounds)
     name = "dry run on the CPU" if device.dry else torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}\n1. the kernel against float64")
-    record: dict[str, object] = {**facts(), "device": name, "dry": device.dry}
+    record: dict[str, object] = {
+        "kind": "gpu", "machine": facts() | {"device": name}, "dry": device.dry,
+    }  # fmt: skip
     record["errors"] = worst = check(device)
     record["rates"] = rate = rates(device)
     shown = ", ".join(f"{key} {value / 1e12:.1f}" for key, value in rate.items() if key != "copy")
@@ -328,14 +413,16 @@ def main() -> int:
         f"2. symmetric products; torch's best: {shown} TFLOP/s; copy {rate['copy'] / 1e9:.0f} GB/s"
     )
     record["products"] = time_products(device, rate)
-    print("3. one step, GPT-2 small's 48 hidden matrices")
-    record["step"] = time_steps(device, rate)
-    print("4. the step in a CUDA graph")
+    print("3. one step over hidden matrices, as it is called and replayed from a CUDA graph")
+    record["steps"] = {name: time_steps(device, rate, name) for name in STEPPED}
+    print("4. a training step of GPT-2 small, 16 x 1024 tokens, bfloat16 autocast")
+    record["training"] = time_training(device)
+    print("5. the step in a CUDA graph")
     record["graph"] = captured = graph(device)
     good = bool(captured["equal"]) and all(row["good"] for row in worst.values())
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record | {"good": good}, indent=1) + "\n")
+        options.json.write_text(json.dumps(rounded(record | {"good": good}), indent=1) + "\n")
     print("all checks passed" if good else "A CHECK FAILED: see above")
     return 0 if good else 1
 

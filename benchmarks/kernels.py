@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-from muonkit.kernels._blocks import BLOCKS, UNALIGNED, Blocks
+from muonkit.kernels._blocks import BLOCKS, SMALLEST, UNALIGNED, Blocks
 
 # Triton's names: backend, architecture, threads in a warp.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -35,6 +36,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_90": ("cuda", 90, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# Bytes of shared memory that a program may have.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 # dtype and how it is multiplied. float32 in full precision has tensor cores on AMD only.
 PRODUCTS = {
     "bf16": ("bf16", "ieee"),
@@ -42,6 +45,7 @@ PRODUCTS = {
     "fp32": ("fp32", "ieee"),
     "tf32": ("fp32", "tf32"),
 }
+KINDS = {"bf16": "16 bits", "fp16": "16 bits", "fp32": "float32", "tf32": "tf32"}
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TENSOR_CORES = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "v_mfma": r"\bv_mfma"}
 
@@ -52,7 +56,7 @@ class Variant:
 
     product: str
     blocks: Blocks
-    aligned: bool
+    layout: str  # what is dense: "rows", "columns" (of a Gram matrix's L), or "any", nothing
     whole: bool
     with_D: bool
 
@@ -80,12 +84,24 @@ class Compiled:
 
 def variants() -> Iterator[Variant]:
     """All that can be compiled: what the table says, for each layout, with and without D."""
-    for product, (dtype, _) in PRODUCTS.items():
-        for aligned, table in ((True, BLOCKS), (False, UNALIGNED)):
-            for _, blocks in table[SIZES[dtype]]:
-                for whole in (True, False) if aligned else (False,):
-                    for with_D in (False, True):
-                        yield Variant(product, blocks, aligned, whole, with_D)
+    for product, kind in KINDS.items():
+        for blocks in sorted({SMALLEST[kind], *BLOCKS[kind]}):
+            for layout, whole, with_D in itertools.product(
+                ("rows", "columns"), (True, False), (False, True)
+            ):
+                yield Variant(product, blocks, layout, whole, with_D)
+        for blocks in sorted(set(UNALIGNED[kind])):
+            for with_D in (False, True):
+                yield Variant(product, blocks, "any", False, with_D)
+
+
+def is_used(target: str, variant: Variant) -> bool:
+    """float32 is multiplied in full precision on ROCm, whatever torch allows; on NVIDIA torch's own
+    products are faster there, and only calls from outside come, which are with dense rows.
+    """
+    if TARGETS[target][0] == "hip":
+        return variant.product != "tf32"
+    return variant.product != "fp32" or variant.layout != "columns"
 
 
 def compiled_code(target: str, variant: Variant) -> Any:
@@ -97,11 +113,15 @@ def compiled_code(target: str, variant: Variant) -> Any:
     from muonkit.kernels._triton import GROUP, kernel
 
     dtype, precision = PRODUCTS[variant.product]
+    blocks = variant.blocks
+    fit = SHARED[target] // (2 * blocks.tile * blocks.depth * SIZES[dtype])
+    stages = max(1, min(blocks.stages, fit))  # as `_blocks.choose` does
     constants = {
         "TILE": variant.blocks.tile,
         "DEPTH": variant.blocks.depth,
         "GROUP": GROUP,
-        "VECTOR": 16 // SIZES[dtype] if variant.aligned else 1,
+        "VECTOR": 1 if variant.layout == "any" else 16 // SIZES[dtype],
+        "TALL": variant.layout == "columns",
         "WHOLE": variant.whole,
         "PRECISION": precision,
     }
@@ -117,7 +137,7 @@ def compiled_code(target: str, variant: Variant) -> Any:
     return triton.compile(
         ASTSource(kernel, signature, constants),
         target=GPUTarget(*TARGETS[target]),
-        options={"num_warps": variant.blocks.warps, "num_stages": variant.blocks.stages},
+        options={"num_warps": variant.blocks.warps, "num_stages": stages},
     )
 
 
@@ -166,7 +186,7 @@ def worst(group: list[Compiled]) -> str:
     least = {name: min(each.instructions.get(name, 0) for each in group) for name in names}
     variant = group[0].variant
     return (
-        f"| {group[0].target} | {variant.product} | {'aligned' if variant.aligned else 'any'} "
+        f"| {group[0].target} | {variant.product} | {variant.layout} "
         f"| {variant.blocks.tile} × {variant.blocks.depth} | {variant.blocks.warps} "
         f"| {max(each.registers for each in group)} "
         f"| {max(each.shared_bytes for each in group) / 1024:.0f} "
@@ -178,7 +198,7 @@ def worst(group: list[Compiled]) -> str:
 def show(results: list[Compiled], every: bool) -> None:
     def key(each: Compiled) -> tuple[object, ...]:
         own = each.variant
-        return (each.target, own.product, own.aligned, own.blocks, *((own,) if every else ()))
+        return (each.target, own.product, own.layout, own.blocks, *((own,) if every else ()))
 
     print("| target | product | layout | tile × depth | warps | registers | shared KiB | spills "
           "| tensor-core instructions |")  # fmt: skip
@@ -233,8 +253,7 @@ def main() -> int:
         compile_variant(target, each)
         for target in options.target
         for each in wanted
-        # On ROCm float32 is multiplied in full precision, whatever torch allows.
-        if not (each.product == "tf32" and TARGETS[target][0] == "hip")
+        if is_used(target, each)
     ]
     print(f"Triton {triton.__version__}, torch {torch.__version__}: {len(wanted)} variants of the "
           f"kernel, for {', '.join(options.target)}\n")  # fmt: skip

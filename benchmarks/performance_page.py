@@ -2,9 +2,10 @@
 
     python benchmarks/performance_page.py docs/performance/*.json --page docs/performance.md
 
-The files are what step.py, errors.py and train_overhead.py write with --json; several of a kind go
-into one table. Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` everything is replaced; the
-text around it is written by hand. A block whose kind is not among the files stays as it is.
+The files are what step.py, errors.py, train_overhead.py, gpu.py and kernel_blocks.py write with
+--json; several of a kind go into one table. Between `<!-- begin: NAME -->` and `<!-- end: NAME -->`
+everything is replaced; the text around it is written by hand. A block whose kind is not among the
+files stays as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -192,12 +194,73 @@ def overhead_block(records: list[Record]) -> str:
     return machine_lines(records) + "\n\n" + table(head, rows)
 
 
+def gpu_line(record: Record) -> str:
+    m = record["machine"]
+    return f"`{m['command']}` on {m['device']}; torch {m['torch']}; {m['date']}."
+
+
+def gpu_step_block(records: list[Record]) -> str:
+    parts = []
+    for record in records:
+        rows = []
+        for name, found in record["steps"].items():
+            for optimizer in found["called"]:
+                row: list[object] = [f"{name}, {found['parameters'] / 1e6:.0f} M", optimizer]
+                for how in ("called", "replayed"):
+                    own = found[how][optimizer]
+                    middle = statistics.median(own["seconds"])
+                    row += [f"{middle * 1e3:.2f}", spread(own["times_muonkit"])]
+                share = found["limit"] / middle
+                rows.append([*row, "" if "AdamW" in optimizer else f"{share:.0%}"])
+        head = ["hidden matrices", "optimizer", "called, ms", "× ours"]
+        head += ["replayed, ms", "× ours", "of the limit"]
+        whole = record["training"]
+        ms = {n: statistics.median(taken) * 1e3 for n, taken in whole["seconds"].items()}
+        said = (
+            f"A whole training step of GPT-2 small ({whole['parameters'] / 1e6:.0f} M parameters, "
+            f"{whole['tokens']:,} tokens, bfloat16 autocast, not compiled): "
+            + ", ".join(f"{n} {taken:.1f} ms" for n, taken in ms.items())
+            + f"; ratio {spread(whole['times_adamw'], 3)}."
+        )
+        parts += [gpu_line(record), table(head, rows), said]
+    return "\n\n".join(parts)
+
+
+def gpu_products_block(records: list[Record]) -> str:
+    parts = []
+    for record in records:
+        rows = []
+        for row in record["rows"]:
+            batch, m, k = row["shape"]
+            seconds = row["seconds"]
+            if row["table"] not in seconds:
+                continue
+            rate = 2e-12 * batch * m * m * k
+            best = min((t, n) for n, t in seconds.items() if n != "torch")
+            kind = "XᵀX" if row["tall"] else "XXᵀ" if m != k else "aI + bA + cA²"
+            rows.append(
+                [
+                    f"{row['dtype']} {batch} × {m} × {k}",
+                    kind,
+                    f"{rate / seconds['torch']:.0f}",
+                    f"{rate / seconds[row['table']]:.0f}",
+                    f"{seconds['torch'] / seconds[row['table']]:.2f}",
+                    f"{rate / best[0]:.0f}",
+                ]
+            )
+        head = ["product", "of", "torch", "the kernel", "× torch", "best tried"]
+        parts += [gpu_line(record), table(head, rows)]
+    return "\n\n".join(parts)
+
+
 # block of the page -> kind of file it is made from, and how
 BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "step": ("step", step_block),
     "memory": ("step", memory_block),
     "errors": ("errors", errors_block),
     "overhead": ("overhead", overhead_block),
+    "gpu-step": ("gpu", gpu_step_block),
+    "gpu-products": ("kernel_blocks", gpu_products_block),
 }
 
 
@@ -229,7 +292,8 @@ def rewrite(page: str, records: list[Record]) -> str:
         if record.get("kind") not in kinds:
             raise ValueError(
                 f"got a file of kind {record.get('kind')!r}, expected one of {sorted(kinds)}: "
-                "give what step.py, errors.py and train_overhead.py write with --json"
+                "give what step.py, errors.py, train_overhead.py, gpu.py or kernel_blocks.py "
+                "write with --json"
             )
     for name, (kind, make) in BLOCKS.items():
         chosen = [record for record in records if record["kind"] == kind]

@@ -58,6 +58,7 @@ def moe(layers: int, experts: int, d: int, ffn: int) -> list[Entry]:
 SETS: dict[str, list[Entry]] = {
     "gpt2-small": gpt(12, 768),
     "llama": llama(4, 1024, 256, 2752),  # ffn / d = 2.7
+    "llama-1b": llama(4, 2048, 512, 8192),  # 4 of its 16 layers
     "vit-tiny": gpt(12, 192),  # timm's vit_tiny_patch16_224 has a GPT's hidden shapes
     "resnet-20": resnet20(),
     "4096": [Entry((4096, 4096))],

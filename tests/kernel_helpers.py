@@ -80,6 +80,12 @@ def cases() -> Iterator[Case]:
     # The largest tiles of the table, with a rest.
     yield Case("fp16", 1, 600, 192, gram=False, added=True, scalars=ALL)
     yield Case("bf16", 1, 520, 72)
+    # Dense columns: whole slices of k and not, tiles that end beyond m.
+    for dtype in DTYPES:
+        yield Case(dtype, 2, 40, 128, "transposed")
+        yield Case(dtype, 1, 264, 70, "transposed", scalars=ALL)
+        yield Case(dtype, 2, 72, 66, "transposed", added=True, scalars=ALL)
+    yield Case("bf16", 1, 144, 48, "transposed", tile=16)
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -214,7 +220,7 @@ def compute(case: Case) -> Tensor:
 
     own = _triton.choose
     if case.tile:
-        _triton.choose = lambda m, dtype, aligned: Blocks(case.tile, 16, 4, 3)
+        _triton.choose = lambda *asked: Blocks(case.tile, 16, 4, 3)
     try:
         return kernels.symmetric_product(*operands(case), *case.scalars)
     finally:
@@ -322,7 +328,7 @@ def unread() -> bool:
 
 def precisions() -> list[str]:
     """What float32 and bfloat16 are multiplied as: by default, with tf32 allowed, and refused."""
-    from muonkit.kernels._triton import precision
+    from muonkit.kernels import precision
 
     found = [precision(torch.float32)]
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -353,21 +359,23 @@ def compile_some() -> dict[str, object]:
 
     from muonkit.kernels._blocks import choose
 
-    large = choose(4096, torch.bfloat16, True)
-    aligned = benchmark.Variant("bf16", large, aligned=True, whole=False, with_D=True)
-    any_strides = benchmark.Variant("bf16", large, aligned=False, whole=False, with_D=True)
-    small = choose(4096, torch.bfloat16, False)
+    large = choose(8, 4096, 4096, "16 bits")
+    aligned = benchmark.Variant("bf16", large, "rows", whole=False, with_D=True)
+    any_strides = benchmark.Variant("bf16", large, "any", whole=False, with_D=True)
+    small = choose(8, 4096, 4096, "16 bits", aligned=False)
+    wide = choose(8, 4096, 16384, "16 bits")
     wanted = {
         "sm_80": ("sm_80", aligned),
         "sm_90": ("sm_90", aligned),
-        "any strides": ("sm_80", benchmark.Variant("bf16", small, False, False, True)),
+        "columns": ("sm_90", benchmark.Variant("bf16", wide, "columns", False, False)),
+        "any strides": ("sm_80", benchmark.Variant("bf16", small, "any", False, True)),
         "too large": ("sm_80", any_strides),
     }
     found: dict[str, object] = {}
     for name, (target, variant) in wanted.items():
         compiled = benchmark.compile_variant(target, variant)
         found[name] = {"fault": compiled.fault, "instructions": compiled.instructions}
-    for name in ("sm_80", "any strides"):
+    for name in ("sm_80", "columns", "any strides"):
         found[f"narrow offsets, {name}"] = narrow(
             benchmark.compiled_code(*wanted[name]).asm["ttir"]
         )
@@ -399,7 +407,7 @@ def specializations() -> int:
     base = torch.zeros(64)
     for integer, scalar, offset in ((1, 1.0, 0), (16, 0.0, 0), (17, -2.5, 1), (2**40, 1e30, 3)):
         tensors = [base[offset:]] * 4
-        bound = bind(*tensors, *[integer] * 11, *[scalar] * 3, 64, 32, 8, 1, False, "ieee")
+        bound = bind(*tensors, *[integer] * 11, *[scalar] * 3, 64, 32, 8, 1, False, False, "ieee")
         keys.add(str(bound[1]))
     return len(keys)
 

@@ -72,7 +72,10 @@ def test_float32_is_exact_unless_torch_allows_tf32() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("target", "instruction"), [("sm_80", "mma.sync"), ("sm_90", "wgmma")])
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("columns", "wgmma")],
+)
 def test_compiled_code_uses_tensor_cores_and_does_not_spill(target: str, instruction: str) -> None:
     found = compiled()[target]
     assert found["fault"] is None
@@ -87,7 +90,7 @@ def test_blocks_for_any_strides_do_not_spill_and_larger_ones_would() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["sm_80", "any strides"])
+@pytest.mark.parametrize("name", ["sm_80", "columns", "any strides"])
 def test_every_offset_is_64_bits_wide(name: str) -> None:
     assert compiled()[f"narrow offsets, {name}"] == []
 

@@ -7,7 +7,6 @@ decomposition and the polynomials evaluated in float64.
 from __future__ import annotations
 
 import itertools
-import platform
 import types
 from collections.abc import Iterator
 
@@ -16,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muonkit import _orthogonalize_dtype, orthogonalize
+from muonkit import _orthogonalize_dtype, _torch, orthogonalize
 from muonkit._orthogonalize_dtype import fastest_dtype
 from muonkit._torch import cpu_capabilities
 from muonkit.coefficients import SCHEDULES, resolve
@@ -370,7 +369,7 @@ def test_every_torch_is_asked_for_the_same(
 ) -> None:
     """torch.cpu.get_capabilities came with 2.11; before, other functions tell what is needed."""
     arm = machine == "aarch64"
-    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(_torch, "_MACHINE", machine)
     have = {"bf16": True} if arm else {"amx_bf16": True, "avx512_bf16": True}
     if young:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)

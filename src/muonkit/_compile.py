@@ -6,7 +6,7 @@ marks that they set. Tests hold that the marks still work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from muonkit._torch import CONSTANT_MARK, OUTSIDE_MARKS, never_begin_a_graph
 
-__all__ = ["constant_result", "graph_or_eager", "outside_graphs", "scheduled"]
+__all__ = ["constant_result", "copy_each_", "graph_or_eager", "outside_graphs", "scheduled"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +46,19 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
     function.__dict__.update(OUTSIDE_MARKS)
     never_begin_a_graph(function)
     return function
+
+
+def copy_each_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """`torch._foreach_copy_`, right in a graph too where the values were computed of the targets.
+
+    What such values are used for afterwards, torch 2.11's compiler computes once more on a GPU,
+    then of the targets' new contents: NorMuon's variance was averaged twice.
+    """
+    if torch.compiler.is_compiling():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+    else:
+        torch._foreach_copy_(list(targets), list(values))
 
 
 def scheduled(value: float | Tensor, like: Tensor) -> float | Tensor:

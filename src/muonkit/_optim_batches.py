@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from muonkit._compile import copy_each_
 from muonkit.plan import Item, make_batches
 from muonkit.scratch import scratch
 from muonkit.variants import VARIANTS
@@ -234,7 +235,7 @@ class LocalBatch:
         for part, whole in zip(self.parts, wholes, strict=True):
             if whole.variance is not None:
                 regions = part.state_block.to_regions(whole.variance)
-                torch._foreach_copy_(part.variances, list(regions.unbind()))
+                copy_each_(part.variances, regions.unbind())
         return Arrived(None)
 
     def _places(self, whole: Tensor) -> list[Tensor]:

@@ -123,8 +123,9 @@ def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping
     if group["algorithm"] == "muon" and group["variant"] == "plain":
         return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
     for key, wanted in state_shapes(p, group).items():
-        if key in state and (
-            _shape(state[key]) != wanted or state[key].is_complex() != p.is_complex()
+        # (torch 2.11 cannot compile that two shapes are *not* equal.)
+        if key in state and not (
+            _shape(state[key]) == wanted and state[key].is_complex() == p.is_complex()
         ):
             return False
     count = state.get(STEP)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from muonkit._compile import scheduled
+from muonkit._compile import copy_each_, scheduled
 from muonkit._groups import NS_OPTIONS, beta2_of, computed_dtype
 from muonkit._optim_batches import Arrived, stacked
 from muonkit.orthogonalize import orthogonalize_
@@ -95,7 +95,7 @@ def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
             if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
                 largest = torch.finfo(torch.float16).max
                 held = M.clamp(-largest, largest)
-            torch._foreach_copy_(momenta, held.unbind())
+            copy_each_(momenta, held.unbind())
             U = U.lerp_(M, kept) if nesterov else M
         # Nothing is computed in float64 for a momentum or gradient that is kept in it.
         most = torch.promote_types(dtype, torch.float32)
@@ -119,7 +119,7 @@ def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict
     """W <- W - lr * weight_decay * W - lr * scale * D."""
     for (params, rows, cols), updates in zip(standing, d, strict=True):
         lr, decay = (
-            value.to(params[0].device).reshape(()) if isinstance(value, Tensor) else value
+            _near(value, params[0]).reshape(()) if isinstance(value, Tensor) else value
             for value in (group["lr"], group["weight_decay"])
         )
         if isinstance(decay, Tensor) or decay != 0:
@@ -130,6 +130,11 @@ def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict
                 _add_(params, params, -lr * decay)
         scale = scale_factor(group["adjust_lr_fn"], rows, cols)
         _add_(params, updates, -lr * scale)
+
+
+def _near(value: Tensor, like: Tensor) -> Tensor:
+    """On the device of another; a GPU is not waited for, unless what it knows is needed here."""
+    return value.to(like.device, non_blocking=like.device.type == "cuda")
 
 
 def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -> None:

@@ -79,6 +79,10 @@ def never_begin_a_graph(function: Callable[..., object]) -> None:
         return
 
 
+# Asked here: torch 2.11 cannot compile the question.
+_MACHINE = platform.machine().lower()
+
+
 def cpu_capabilities() -> dict[str, bool]:
     """What decides in which dtype this CPU multiplies fastest, by torch's names.
 
@@ -87,7 +91,7 @@ def cpu_capabilities() -> dict[str, bool]:
     - "onednn_acl": this torch has oneDNN with the Arm Compute Library, whose products use BFMMLA
       (those of a torch without it, on macOS, do not).
     """
-    arm = platform.machine().lower() in ("aarch64", "arm64")
+    arm = _MACHINE in ("aarch64", "arm64")
     ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has it
     if ask is not None:
         have = ask()

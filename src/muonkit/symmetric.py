@@ -22,8 +22,9 @@ __all__ = ["KERNEL", "block_count", "general_product", "method", "symmetric_prod
 KERNEL = 0
 
 # The smallest block of rows in plain torch; with smaller ones the products lose more of their rate
-# than they save. Measured on a CPU (docs/performance.md); a guess on a GPU without the kernel.
-_SMALLEST_BLOCK = {"cpu": 96}
+# than they save. Measured on a CPU, and on an H100 in float32 (docs/performance.md); a guess in 16
+# bits on a GPU without the kernel, and elsewhere.
+_SMALLEST_BLOCK = {"cpu": 96, "cuda": 256}
 _SMALLEST_BLOCK_ELSEWHERE = 1024
 # Two blocks save a quarter of a product, about what cutting and mirroring cost for small ones.
 _FEWEST_BLOCKS = 4
@@ -34,9 +35,11 @@ def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
 
     The cost is (b + 1) / 2b of the general product's, exactly so where b divides m.
     """
-    if kernels.available(device) and dtype in kernels.DTYPES:
-        return max(1, -(-m // kernels.tile(m, dtype)))
+    if kernels.pays(m, dtype, device):
+        return kernels.row_blocks(m, dtype)
     smallest = _SMALLEST_BLOCK.get(device.type, _SMALLEST_BLOCK_ELSEWHERE)
+    if device.type == "cuda" and dtype.itemsize == 2:
+        smallest = _SMALLEST_BLOCK_ELSEWHERE
     blocks = 1
     while m >= 2 * smallest * blocks:
         blocks *= 2
@@ -49,7 +52,7 @@ def method(X: Tensor) -> int:
     """
     if torch.is_grad_enabled() and X.requires_grad:
         return 1
-    if kernels.available(X.device) and X.dtype in kernels.DTYPES:
+    if kernels.pays(X.shape[-2], X.dtype, X.device):
         return KERNEL
     return block_count(X.shape[-2], X.dtype, X.device)
 
@@ -84,8 +87,9 @@ def symmetric_product(
     if blocks is None:
         blocks = method(L if L.requires_grad else R)
     if blocks == KERNEL:
-        # Row-major: its other variants are slower.
-        rows = L.contiguous()
+        # Dense rows, or of a Gram matrix in 16 bits dense columns: its other variants are slower.
+        tall = R is L and L.dtype.itemsize == 2 and L.mT.is_contiguous()
+        rows = L if tall else L.contiguous()
         other = rows if R is L else R.contiguous()
         return kernels.symmetric_product(rows, other, D, alpha, beta, gamma)
     D = None if beta == 0 else D

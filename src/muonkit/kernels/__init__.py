@@ -12,9 +12,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from muonkit.kernels._blocks import choose
+from muonkit.kernels._blocks import FEWEST_ROWS, choose, kind_of
 
-__all__ = ["DTYPES", "available", "symmetric_product", "tile"]
+__all__ = ["DTYPES", "available", "pays", "precision", "row_blocks", "symmetric_product"]
 
 # What the kernel multiplies, always with sums in float32. Not float64: sums would lose it.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,9 +41,29 @@ def _gpu_available(index: int | None) -> bool:
     return True
 
 
-def tile(m: int, dtype: torch.dtype) -> int:
-    """Rows and columns of the tiles in which a dense `(m, m)` product of this dtype is computed."""
-    return choose(m, dtype, True).tile
+def pays(m: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `symmetric_product` can run here, and is faster than torch's own products, for C of m
+    rows: from 256 rows on, and on NVIDIA in 16 bits or tf32 (docs/performance.md has the times).
+    """
+    if m < FEWEST_ROWS or dtype not in DTYPES or not available(device):
+        return False
+    return dtype.itemsize == 2 or torch.version.hip is not None or precision(dtype) == "tf32"
+
+
+def row_blocks(m: int, dtype: torch.dtype) -> int:
+    """In how many blocks of rows many dense `(m, m)` products are computed where the kernel runs;
+    1 where they are too small for it.
+    """
+    if m < FEWEST_ROWS:
+        return 1
+    return -(-m // choose(m, m, m, kind_of(dtype, precision(dtype))).tile)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are taken: exact, unless torch was told that tf32 is good enough."""
+    # ROCm knows tf32 on some chips only, and refuses it on the others: exact everywhere.
+    allowed = dtype == torch.float32 and torch.version.hip is None
+    return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def symmetric_product(
@@ -59,7 +79,8 @@ def symmetric_product(
 
     Args:
         L, R: `(B, m, k)`, any strides, of one dtype of `DTYPES` and on one device that is
-            `available`. Rows that are dense and begin at multiples of 16 bytes are fastest.
+            `available`. Rows that are dense and begin at multiples of 16 bytes are fastest; so are
+            the columns of L where R is L, in 16 bits.
         D: `(B, m, m)` of the same dtype, or None. As in `torch.baddbmm`, it is not read where beta
             is 0.
 
@@ -75,7 +96,8 @@ def symmetric_product(
     if C.numel():
         from muonkit.kernels._triton import launch
 
-        launch(L, R, D if beta != 0 else None, C, alpha, beta, gamma)
+        scalars = (alpha, beta, gamma)
+        launch(L, R, D if beta != 0 else None, C, scalars, precision(L.dtype))
     return C
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muonkit.kernels._blocks import choose, tile_count
+from muonkit.kernels._blocks import choose, kind_of, tile_count
 
 __all__ = ["GROUP", "kernel", "launch", "tile_of"]
 
@@ -85,6 +86,7 @@ def kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     VECTOR: tl.constexpr,
+    TALL: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -92,7 +94,8 @@ def kernel(
 
     VECTOR: elements in 16 bytes where rows are dense and sizes, strides and addresses are multiples
         of 16 bytes; else 1: nothing is assumed.
-    WHOLE: k is a multiple of DEPTH, so nothing is masked in the loop.
+    TALL: not the rows of L and R but their columns are dense, and begin there.
+    WHOLE: k is a multiple of DEPTH, so no column is masked in the loop.
     """
     T = tl.cdiv(m, TILE)
     tiles = T * (T + 1) // 2
@@ -109,30 +112,50 @@ def kernel(
         # Says what the host has checked: addresses advance by 16 bytes, so loads and stores may be
         # as wide. Dividing and multiplying leaves the value and shows the factor to the compiler.
         L, R, C = tl.multiple_of(L, 16), tl.multiple_of(R, 16), tl.multiple_of(C, 16)
-        m, k = m // VECTOR * VECTOR, k // VECTOR * VECTOR
-        row_L, row_R = row_L // VECTOR * VECTOR, row_R // VECTOR * VECTOR
-        col_L, col_R, col_D = 1, 1, 1
+        m = m // VECTOR * VECTOR
+        if TALL:
+            col_L, col_R = col_L // VECTOR * VECTOR, col_R // VECTOR * VECTOR
+            row_L, row_R = 1, 1
+        else:
+            k = k // VECTOR * VECTOR
+            row_L, row_R = row_L // VECTOR * VECTOR, row_R // VECTOR * VECTOR
+            col_L, col_R = 1, 1
         if D is not None:
             D = tl.multiple_of(D, 16)
+            col_D = 1
             row_D = row_D // VECTOR * VECTOR
 
     rows = i * TILE + tl.arange(0, TILE)
     cols = j * TILE + tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH).to(tl.int64)
-    # Beyond the last row the last one is read again: its products are not stored.
-    at_L = L + tl.minimum(rows, m - 1)[:, None] * row_L + depth[None, :] * col_L
-    at_R = R + tl.minimum(cols, m - 1)[:, None] * row_R + depth[None, :] * col_R
     total = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for start in range(0, k, DEPTH):
-        if WHOLE:
-            left, right = tl.load(at_L), tl.load(at_R)
-        else:
-            exists = depth[None, :] < k - start
-            left = tl.load(at_L, mask=exists, other=0.0)
-            right = tl.load(at_R, mask=exists, other=0.0)
-        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
-        at_L += DEPTH * col_L
-        at_R += DEPTH * col_R
+    if TALL:
+        at_L = L + depth[:, None] * col_L + rows[None, :]
+        at_R = R + depth[:, None] * col_R + cols[None, :]
+        for start in range(0, k, DEPTH):
+            exists_L, exists_R = rows[None, :] < m, cols[None, :] < m
+            if not WHOLE:
+                exists = depth[:, None] < k - start
+                exists_L, exists_R = exists & exists_L, exists & exists_R
+            left = tl.load(at_L, mask=exists_L, other=0.0)
+            right = tl.load(at_R, mask=exists_R, other=0.0)
+            total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+            at_L += DEPTH * col_L
+            at_R += DEPTH * col_R
+    else:
+        # Beyond the last row the last one is read again: its products are not stored.
+        at_L = L + tl.minimum(rows, m - 1)[:, None] * row_L + depth[None, :] * col_L
+        at_R = R + tl.minimum(cols, m - 1)[:, None] * row_R + depth[None, :] * col_R
+        for start in range(0, k, DEPTH):
+            if WHOLE:
+                left, right = tl.load(at_L), tl.load(at_R)
+            else:
+                exists = depth[None, :] < k - start
+                left = tl.load(at_L, mask=exists, other=0.0)
+                right = tl.load(at_R, mask=exists, other=0.0)
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+            at_L += DEPTH * col_L
+            at_R += DEPTH * col_R
 
     value = alpha * total
     inside = (rows[:, None] < m) & (cols[None, :] < m)
@@ -152,7 +175,12 @@ def kernel(
 
 
 def launch(
-    L: Tensor, R: Tensor, D: Tensor | None, C: Tensor, alpha: float, beta: float, gamma: float
+    L: Tensor,
+    R: Tensor,
+    D: Tensor | None,
+    C: Tensor,
+    scalars: tuple[float, float, float],
+    precision: str,
 ) -> None:
     """Fill C, a contiguous `(B, m, m)`, on its device's current stream; nothing is allocated.
 
@@ -161,10 +189,13 @@ def launch(
     """
     batch, m, k = L.shape
     vector = 16 // L.dtype.itemsize
-    given = (L, R, C) if D is None else (L, R, D, C)
-    if k % vector or not all(_aligned(tensor, vector) for tensor in given):
+    results = (C,) if D is None else (D, C)
+    tall = R is L and not _aligned(L, vector) and _aligned(L.mT, vector)
+    if not tall and not (_aligned(L, vector) and _aligned(R, vector)):
         vector = 1
-    blocks = choose(m, L.dtype, aligned=vector > 1)
+    elif m % vector or not all(_aligned(tensor, vector) for tensor in results):
+        vector, tall = 1, False
+    blocks = choose(batch, m, k, kind_of(L.dtype, precision), vector > 1, _shared(L.device))
     programs = batch * tile_count(m, blocks.tile)
     if programs > MOST_PROGRAMS:
         raise ValueError(
@@ -172,7 +203,7 @@ def launch(
             f"{MOST_PROGRAMS}: split the batch"
         )
     strides = [*L.stride(), *R.stride(), *((0, 0, 0) if D is None else D.stride())]
-    arguments: list[Any] = [L, R, D, C, m, k, *strides, float(alpha), float(beta), float(gamma)]
+    arguments: list[Any] = [L, R, D, C, m, k, *strides, *map(float, scalars)]
     with torch.cuda.device_of(L):
         kernel[(programs,)](
             *arguments,
@@ -180,25 +211,28 @@ def launch(
             DEPTH=blocks.depth,
             GROUP=GROUP,
             VECTOR=vector,
+            TALL=tall,
             WHOLE=vector > 1 and k % blocks.depth == 0,
-            PRECISION=precision(L.dtype),
+            PRECISION=precision,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
 
 
+@functools.cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have on this device."""
+    if device.type != "cuda":
+        return 2**30  # Triton's interpreter
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
+
+
 def _aligned(tensor: Tensor, vector: int) -> bool:
-    """Whether every row is dense and begins at a multiple of 16 bytes; vector: elements in 16."""
+    """Whether every row is dense, from one multiple of 16 bytes (`vector` elements) to another."""
     # The stride of a dimension of size 1 is arbitrary, and never used.
     batch, row, col = (
         s if n > 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True)
     )
     dense = col == 1 and row % vector == 0 and batch % vector == 0
-    return dense and tensor.shape[1] % vector == 0 and tensor.data_ptr() % 16 == 0
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are taken: exact, unless torch was told that tf32 is good enough."""
-    # ROCm knows tf32 on some chips only, and refuses it on the others: exact everywhere.
-    allowed = dtype == torch.float32 and torch.version.hip is None
-    return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return dense and tensor.shape[2] % vector == 0 and tensor.data_ptr() % 16 == 0

@@ -129,7 +129,7 @@ def flops_of(rows: int, cols: int, device: str) -> int:
         blocks = block_count(m, torch.float32, torch.device("cpu"))
     else:
         # The simulated GPU has the kernel, whatever this machine has.
-        blocks = -(-m // kernels.tile(m, torch.bfloat16))
+        blocks = kernels.row_blocks(m, torch.bfloat16)
     restarts = choose_form("auto", m, n, triples, itemsize, blocks).restarts
     return product_flops(m, n, triples, restarts, blocks)
 
