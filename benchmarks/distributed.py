@@ -78,7 +78,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import muonkit
-import muonkit.scratch
+from muonkit.newton_schulz import scratch
 
 WIRES = ("float32", "bfloat16")
 # Four layers: a multiple of 2 and of 4 ranks, as GPT-2's twelve are, so that a round robin is as
@@ -201,7 +201,7 @@ def count(runner: Runner) -> None:
     Raises:
         RuntimeError: muonkit sends something else than its plan says.
     """
-    kept, muonkit.scratch.KEPT_BYTES = muonkit.scratch.KEPT_BYTES, 0  # it would hide from the count
+    kept, scratch.KEPT_BYTES = scratch.KEPT_BYTES, 0  # it would hide from the count
     activities = [torch.profiler.ProfilerActivity.CPU]
     dist.barrier()
     try:
@@ -211,7 +211,7 @@ def count(runner: Runner) -> None:
         ):
             runner.made.step()
     finally:
-        muonkit.scratch.KEPT_BYTES = kept
+        scratch.KEPT_BYTES = kept
     runner.sent, runner.peak = counter.sent, machine.peak_bytes(profiler)
     if isinstance(runner.made, muonkit.Muon):
         plan = runner.made.plan()

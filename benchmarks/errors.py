@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from muonkit import orthogonalize
-from muonkit.coefficients import SCHEDULES, resolve
-from muonkit.forms import FORMS
+from muonkit.newton_schulz.coefficients import SCHEDULES, resolve
+from muonkit.newton_schulz.forms import FORMS
 
 LARGEST = 1.5  # no singular value may be above
 TIMES_STANDARD = 2.0  # in 16 bits, no form may be further away than this many times `standard`

@@ -39,8 +39,9 @@ from machine import facts, quartiles
 from sets import SETS, TINY, Entry, cheapest_flops
 from torch import Tensor, nn
 
-from muonkit import Muon, MuonW, kernels
+from muonkit import Muon, MuonW
 from muonkit.lab.models import GPT
+from muonkit.newton_schulz import triton as kernels
 
 Task = Callable[[], object]
 

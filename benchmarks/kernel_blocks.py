@@ -3,10 +3,10 @@
     python benchmarks/kernel_blocks.py --json kernel_blocks.json
 
 For every size of matrix: the time of every candidate over that of the fastest, and of torch's
-general product (bmm). `muonkit.kernels._blocks` holds what was chosen from it. All candidates are
-compiled first, by several processes into Triton's cache; what does not compile for want of shared
-memory or registers is left out. Every candidate's result is compared with float64. Times
-are of replayed CUDA graphs: without the launches.
+general product (bmm). `muonkit.newton_schulz.triton.blocks` holds what was chosen from it. All
+candidates are compiled first, by several processes into Triton's cache; what does not compile for
+want of shared memory or registers is left out. Every candidate's result is compared with float64.
+Times are of replayed CUDA graphs: without the launches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gpu import Device, missing_gpu, rounded
 from machine import facts
 from torch import Tensor
 
-from muonkit.kernels._blocks import Blocks, choose, kind_of, tile_count
-from muonkit.symmetric import symmetric_product
+from muonkit.newton_schulz.symmetric import symmetric_product
+from muonkit.newton_schulz.triton.blocks import Blocks, choose, kind_of, tile_count
 
 # (matrices, m, k): as many as a step takes together, and single ones, as a rank may own.
 SHAPES = [
@@ -61,8 +61,8 @@ NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
 def product(X: Tensor, D: Tensor | None, blocks: Blocks, group: int) -> Tensor:
     """X X^T, or with D: 2 X X^T - 4.8 D + 3.4 I; X (B, m, k), dense or the transposed of it."""
-    from muonkit.kernels import precision
-    from muonkit.kernels._triton import kernel
+    from muonkit.newton_schulz.triton import precision
+    from muonkit.newton_schulz.triton.symmetric_kernel import kernel
 
     batch, m, k = X.shape
     C = torch.empty((batch, m, m), dtype=X.dtype, device=X.device)

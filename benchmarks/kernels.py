@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from muonkit.kernels._blocks import BLOCKS, SMALLEST, UNALIGNED, Blocks
+from muonkit.newton_schulz.triton.blocks import BLOCKS, SMALLEST, UNALIGNED, Blocks
 
 # Triton's names: backend, architecture, threads in a warp.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -52,7 +52,9 @@ TENSOR_CORES = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "v_m
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel, as `muonkit.kernels._triton.launch` would ask for it."""
+    """One compiled kernel, as `muonkit.newton_schulz.triton.symmetric_kernel.launch` would ask for
+    it.
+    """
 
     product: str
     blocks: Blocks
@@ -110,7 +112,7 @@ def compiled_code(target: str, variant: Variant) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from muonkit.kernels._triton import GROUP, kernel
+    from muonkit.newton_schulz.triton.symmetric_kernel import GROUP, kernel
 
     dtype, precision = PRODUCTS[variant.product]
     blocks = variant.blocks

@@ -24,7 +24,7 @@ import torch
 from sets import SETS, TINY, Entry, Workload
 from step import state_bytes
 
-import muonkit.scratch
+import muonkit.newton_schulz.scratch
 from muonkit import Muon
 
 MIB = 2**20
@@ -48,13 +48,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def peak(optimizer: Muon) -> int:
     """The most bytes that a step holds at a time beyond what it found; nothing is kept for it."""
-    kept, muonkit.scratch.KEPT_BYTES = muonkit.scratch.KEPT_BYTES, 0
+    kept, muonkit.newton_schulz.scratch.KEPT_BYTES = muonkit.newton_schulz.scratch.KEPT_BYTES, 0
     activities = [torch.profiler.ProfilerActivity.CPU]
     try:
         with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             optimizer.step()
     finally:
-        muonkit.scratch.KEPT_BYTES = kept
+        muonkit.newton_schulz.scratch.KEPT_BYTES = kept
     return machine.peak_bytes(profiler)
 
 

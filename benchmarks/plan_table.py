@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
-from muonkit.lab._plan_costs import Simulation, of_stage
-from muonkit.lab._plan_layouts import choose_layout, parse_mesh, place
-from muonkit.lab._plan_schemes import lower_bound
 from muonkit.lab.plan import assumptions, balance
+from muonkit.lab.plan_costs import Simulation, of_stage
+from muonkit.lab.plan_layouts import choose_layout, parse_mesh, place
+from muonkit.lab.plan_schemes import lower_bound
 from muonkit.lab.shapes import MODELS
 
 RANKS = (8, 64, 512, 4096)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from muonkit import View
-from muonkit.coefficients import KELLER
-from muonkit.forms import FORMS, product_flops
+from muonkit.newton_schulz.coefficients import KELLER
+from muonkit.newton_schulz.forms import FORMS, product_flops
 
 STEPS = 5  # iterations, in every count below
 KELLER_STEPS = (KELLER,) * STEPS

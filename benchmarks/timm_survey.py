@@ -32,12 +32,12 @@ import torch
 from torch import nn
 
 import muonkit
-from muonkit.routing import route
+from muonkit.routing.routes import route
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from muonkit.routing import Route
+    from muonkit.routing.routes import Route
 
 # Reasons that need no second look: AdamW's for a matrix, and Muon's.
 _CLEAR = re.compile(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from muonkit import MuonW
-from muonkit.plan import StepPlan
+from muonkit.distributed.plan import StepPlan
 
 
 def average_gradients(model: nn.Module, dp: dist.ProcessGroup) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from muonkit.routing import route
+from muonkit.routing.routes import route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from muonkit.routing import Route, Routes
+    from muonkit.routing.routes import Route, Routes
 
 ROOT = Path(__file__).parents[1]
 TABLES = Path(__file__).parent / "routing_tables"

@@ -26,8 +26,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distributed_zoo as zoo
 from distributed_helpers import counted_collectives
 from muonkit import Muon
-from muonkit import _optim_step as muon_module
-from muonkit._optim_schedule import gradients
+from muonkit import step as muon_module
+from muonkit.distributed.step_plan import gradients
 from muonkit.views import blocks_of
 
 # Large steps: whatever goes wrong is to be seen in the parameters. Products in float32 on every

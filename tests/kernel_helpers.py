@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from muonkit import kernels
+from muonkit.newton_schulz import triton as kernels
 
 HERE = Path(__file__)
 
@@ -215,8 +215,8 @@ def patch_interpreter() -> None:
 
 
 def compute(case: Case) -> Tensor:
-    from muonkit.kernels import _triton
-    from muonkit.kernels._blocks import Blocks
+    from muonkit.newton_schulz.triton import _triton
+    from muonkit.newton_schulz.triton.blocks import Blocks
 
     own = _triton.choose
     if case.tile:
@@ -276,7 +276,7 @@ def order() -> dict[str, bool]:
     import triton
     import triton.language as tl
 
-    from muonkit.kernels._triton import GROUP, row_of, tile_of
+    from muonkit.newton_schulz.triton.symmetric_kernel import GROUP, row_of, tile_of
 
     @triton.jit
     def tiles(numbers, T, i_out, j_out, GROUP: tl.constexpr, SIZE: tl.constexpr):
@@ -328,7 +328,7 @@ def unread() -> bool:
 
 def precisions() -> list[str]:
     """What float32 and bfloat16 are multiplied as: by default, with tf32 allowed, and refused."""
-    from muonkit.kernels import precision
+    from muonkit.newton_schulz.triton import precision
 
     found = [precision(torch.float32)]
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -357,7 +357,7 @@ def compile_some() -> dict[str, object]:
     sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
     import kernels as benchmark
 
-    from muonkit.kernels._blocks import choose
+    from muonkit.newton_schulz.triton.blocks import choose
 
     large = choose(8, 4096, 4096, "16 bits")
     aligned = benchmark.Variant("bf16", large, "rows", whole=False, with_D=True)
@@ -399,7 +399,7 @@ def specializations() -> int:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from muonkit.kernels._triton import kernel
+    from muonkit.newton_schulz.triton.symmetric_kernel import kernel
 
     backend = make_backend(GPUTarget("cuda", 80, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)

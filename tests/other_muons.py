@@ -1,7 +1,7 @@
 """The Muons that `muonkit.convert` knows, written anew from their equations, as short as they go.
 
 Products are in float32 (theirs are in bfloat16), so that a conversion is compared to rounding. What
-is kept, and what options are called, is as in the sources that muonkit/_convert_formats.py names.
+is kept, and what options are called, is as in the sources that muonkit/convert/formats.py names.
 """
 
 from __future__ import annotations

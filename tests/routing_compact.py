@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from muonkit.routing import Route, Routes
+    from muonkit.routing.routes import Route, Routes
 
 REVIEWED = Path(__file__).parent / "routing_reviewed"
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
@@ -129,7 +129,7 @@ def main() -> None:
     """Write all tables as `route` gives them now."""
     import zoo_own
     import zoo_transformers
-    from muonkit.routing import route
+    from muonkit.routing.routes import route
 
     builds: list[tuple[str, Iterable[str], Callable[[str], nn.Module]]] = [
         ("own", zoo_own.MODELS, zoo_own.build),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from muonkit.routing import Route, route
+from muonkit.routing.routes import Route, route
 
 D = 8
 

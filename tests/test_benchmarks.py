@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import warm
-from muonkit.coefficients import SCHEDULES
+from muonkit.newton_schulz.coefficients import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muonkit.coefficients import KELLER, SCHEDULES, resolve
+from muonkit.newton_schulz.coefficients import KELLER, SCHEDULES, resolve
 
 
 def scalar_map(name: str, s: torch.Tensor, steps: int = 5) -> torch.Tensor:

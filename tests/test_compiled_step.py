@@ -14,11 +14,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from muonkit import Muon, MuonW
-from muonkit._groups import EXCHANGE_DTYPES, NONFINITE, REPLICAS
-from muonkit.coefficients import KELLER, SCHEDULES
-from muonkit.forms import FORMS
+from muonkit.groups import EXCHANGE_DTYPES, NONFINITE, REPLICAS
+from muonkit.newton_schulz.coefficients import KELLER, SCHEDULES
+from muonkit.newton_schulz.forms import FORMS
+from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
 from muonkit.options import OPTION_KEYS
-from muonkit.orthogonalize import NS_DTYPES
 from muonkit.scale import SCALES
 from muonkit.variants import VARIANTS
 from optim_helpers import parameter
@@ -229,7 +229,7 @@ def test_a_closure_is_called_as_it_is() -> None:
 
 
 WHERE = [
-    ("muonkit._optim_step", "orthogonalize_"),
+    ("muonkit.step", "orthogonalize_"),
     ("muonkit.optim", "ensure_state"),
     ("muonkit.optim", "adamw_step_"),
 ]

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed_helpers import Cases, Ranks, ranks_of, run, shared_folder
-from muonkit import Muon, MuonW, _optim_dtypes, _orthogonalize_dtype
+from muonkit import Muon, MuonW
+from muonkit.distributed import rank_dtypes as _optim_dtypes
+from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 
 CASES = Cases()
 

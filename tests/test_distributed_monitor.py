@@ -17,7 +17,7 @@ import distributed_measures as measures
 import distributed_zoo as zoo
 from distributed_helpers import Cases, Ranks, ranks_of, shared_folder
 from muonkit import Monitor, Muon
-from muonkit._diagnostics_sample import KINDS
+from muonkit.monitor.sample import KINDS
 
 CASES = Cases()
 

@@ -27,8 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed_measures as measures
 import distributed_zoo as zoo
 from distributed_helpers import Cases, Ranks, ranks_of, run
-from muonkit import Muon, MuonW, RoutingError, _optim_layout, _orthogonalize_dtype, route
-from muonkit.plan import MACHINES
+from muonkit import Muon, MuonW, RoutingError, route
+from muonkit.distributed import layout as _optim_layout
+from muonkit.distributed.plan import MACHINES
+from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 
 CASES = Cases()
 

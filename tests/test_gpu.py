@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from muonkit import Monitor, Muon, MuonW, kernels
-from muonkit.coefficients import SCHEDULES
-from muonkit.forms import FORMS
-from muonkit.orthogonalize import orthogonalize
+from muonkit import Monitor, Muon, MuonW
+from muonkit.newton_schulz import triton as kernels
+from muonkit.newton_schulz.coefficients import SCHEDULES
+from muonkit.newton_schulz.forms import FORMS
+from muonkit.newton_schulz.orthogonalizer import orthogonalize
+from muonkit.newton_schulz.symmetric import symmetric_product
 from muonkit.scale import SCALES
-from muonkit.symmetric import symmetric_product
 from muonkit.variants import VARIANTS
 from optim_helpers import VIEWED, mlp
 

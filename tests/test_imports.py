@@ -18,28 +18,44 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "muonkit"
 
 # High to low. A module imports from the layers below its own, or from its own where that closes no
-# circle. `muonkit` is the package's __init__: the public names, which nothing below may import.
-# `scale` is a leaf since the routing table prints the scale of each parameter. A private helper
-# `_NAME_...` is part of NAME; one of another name has its place here.
+# circle. A room is a module, or a folder with all that is in it; of `distributed` every file is.
+# `muonkit` is the package's __init__: the public names, which nothing below may import. `scale` is
+# low since the routing table prints the scale of each parameter.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lab", "_cli", "__main__"),
     ("muonkit",),
-    ("integrations", "diagnostics"),
-    ("optim", "mup", "_groups", "convert"),
-    ("routing", "plan", "exchange", "variants", "orthogonalize", "adamw"),
-    ("views", "placement", "coefficients", "forms", "symmetric", "scale"),
-    ("kernels", "scratch", "_compile", "_text", "options"),
-    ("_torch", "_shards"),
+    ("integrations", "monitor", "convert"),
+    ("muonw", "mup", "distributed.ddp_hook"),
+    ("optim",),
+    ("distributed.step_plan", "distributed.rank_dtypes", "state", "settle", "saved", "checks"),
+    ("distributed.sharded", "gradients", "step"),
+    ("distributed.layout",),
+    ("groups",),
+    ("routing", "batching", "adamw"),
+    ("distributed.plan", "distributed.exchange", "variants"),
+    ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
+    ("distributed", "distributed.placement", "newton_schulz", "options", "scale", "views"),
+    ("_compile", "_shards", "_text"),
+    ("_torch",),
 )
+BY_FILE = ("distributed",)
 HEIGHT = {room: -index for index, rooms in enumerate(LAYERS) for room in rooms}
 
 # Rooms that may use packages beyond torch and the standard library; the lab extra brings the lab's,
 # and an integration is for those who have its framework. The kernels' Triton comes with torch.
 FREE_ROOMS = frozenset({"lab", "_cli", "integrations"})
-EXTRA_PACKAGES = {"kernels": frozenset({"triton"})}
+EXTRA_PACKAGES = {"newton_schulz": frozenset({"triton"})}
 
 # Placement and plan are plain arithmetic, so that 4,096 ranks are simulated without a tensor.
-TORCHLESS_ROOMS = frozenset({"plan", "placement", "forms"})
+TORCHLESS = frozenset(
+    {
+        *(f"muonkit.distributed.{name}" for name in ("plan", "plan_batches", "placement")),
+        *(f"muonkit.distributed.{name}" for name in ("machines", "transfers")),
+        "muonkit.newton_schulz.forms",
+    }
+)
+# A folder that knows of nothing else of ours but what talks to torch.
+ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_torch"})}
 
 # torch alone loads about two thousand modules; ours are a few dozen at most, standard library's
 # included, which is what keeps `import muonkit` under a tenth of a second on top of it.
@@ -59,11 +75,12 @@ def read_sources(root: Path) -> dict[str, str]:
 
 def room_of(module: str) -> str:
     """The name that stands in LAYERS: `muonkit.lab.data` -> `lab`, `muonkit` -> `muonkit`,
-    `muonkit._routing_tables` -> `routing`.
+    `muonkit.distributed.plan` -> `distributed.plan`.
     """
-    name = module.split(".")[1] if "." in module else module
-    owner = name.removeprefix("_").partition("_")[0]
-    return owner if name.startswith(f"_{owner}_") and owner in HEIGHT else name
+    parts = module.split(".")[1:]
+    if not parts:
+        return module
+    return ".".join(parts[:2]) if parts[0] in BY_FILE else parts[0]
 
 
 def _package_of(module: str, sources: Sources) -> str:
@@ -119,8 +136,10 @@ def _arrows(graph: Mapping[str, set[str]]) -> Iterator[str]:
                 extra = EXTRA_PACKAGES.get(room, frozenset())
                 if not known and room not in FREE_ROOMS and package not in extra:
                     yield f"{module} imports {target}: the core depends on torch alone"
-                if room in TORCHLESS_ROOMS and package == "torch":
-                    yield f"{module} imports {target}: {room} is plain Python, without torch"
+                if module in TORCHLESS and package == "torch":
+                    yield f"{module} imports {target}: it is plain Python, without torch"
+            elif room in ALONE and room_of(target) not in ALONE[room]:
+                yield f"{module} imports {target}: {room} knows of nothing else of ours"
             elif HEIGHT.get(room_of(target), -99) > HEIGHT.get(room, 99):
                 yield f"{module} imports {target}, which stands in a higher layer"
 
@@ -151,7 +170,7 @@ def _circles(graph: Mapping[str, set[str]]) -> Iterator[str]:
 
 def _distributed_orthogonalize(graph: Mapping[str, set[str]]) -> Iterator[str]:
     for start in graph:
-        if room_of(start) != "orthogonalize":
+        if room_of(start) != "newton_schulz":
             continue
         # What `_torch` imports inside a function is a name of torch's for those who call that.
         for module in sorted(_inside_graph(graph, start) - {"muonkit._torch"}):
@@ -187,12 +206,14 @@ PACKAGE = {"muonkit": "", "muonkit.views": "import torch", "muonkit.lab": "", "m
         ("muonkit.optim", "importlib.import_module('muonkit.lab')", "higher layer"),
         ("muonkit.optim", "import numpy as np", "torch alone"),
         ("muonkit.views", "import triton", "torch alone"),
-        ("muonkit.plan", "import torch", "without torch"),
-        ("muonkit.placement", "from torch import Tensor", "without torch"),
-        ("muonkit.orthogonalize", "from torch import distributed", "whole matrices only"),
-        ("muonkit.orthogonalize", "import torch.distributed as dist", "whole matrices only"),
-        ("muonkit._views_parse", "import muonkit.optim", "higher layer"),
-        ("muonkit._plan_cost", "import torch", "without torch"),
+        ("muonkit.distributed.plan", "import torch", "without torch"),
+        ("muonkit.distributed.placement", "from torch import Tensor", "without torch"),
+        ("muonkit.newton_schulz.x", "from torch import distributed", "whole matrices only"),
+        ("muonkit.newton_schulz.x", "import torch.distributed as dist", "whole matrices only"),
+        ("muonkit.newton_schulz.forms", "import torch", "without torch"),
+        ("muonkit.newton_schulz.x", "from muonkit.views import View", "nothing else of ours"),
+        ("muonkit.distributed.plan", "import muonkit.distributed.layout", "higher layer"),
+        ("muonkit.routing.judge", "from muonkit.groups import x", "higher layer"),
         ("muonkit._helpers", "", "has no layer"),
         ("muonkit.surprise", "", "has no layer"),
         ("muonkit.lab.cli", "from ..surprise import x", "has no layer"),
@@ -211,23 +232,23 @@ def test_a_planted_violation_is_found(module: str, source: str, complaint: str) 
 def test_a_circle_in_one_layer_is_found() -> None:
     sources = {
         **PACKAGE,
-        "muonkit.plan": "from muonkit import exchange",
-        "muonkit.exchange": "from muonkit.routing import route",
-        "muonkit.routing": "from muonkit.plan import Plan",
+        "muonkit.state": "from muonkit import checks",
+        "muonkit.checks": "from muonkit.settle import settle",
+        "muonkit.settle": "from muonkit.state import State",
     }
     assert len(violations(sources)) == 3
-    sources["muonkit.routing"] = "from muonkit.views import View"
+    sources["muonkit.settle"] = "from muonkit.views import View"
     assert violations(sources) == []
 
 
-def test_orthogonalize_may_not_reach_distributed_by_another_module() -> None:
+def test_newton_schulz_may_not_reach_distributed_by_another_module() -> None:
     sources = {
         **PACKAGE,
-        "muonkit.orthogonalize": "from muonkit.symmetric import product",
-        "muonkit.symmetric": "from torch.distributed import ProcessGroup",
+        "muonkit.newton_schulz.orthogonalizer": "import muonkit._compile",
+        "muonkit._compile": "from torch.distributed import ProcessGroup",
     }
     (found,) = violations(sources)
-    assert "by muonkit.symmetric" in found
+    assert "by muonkit._compile" in found
 
 
 def test_what_is_allowed_is_not_reported() -> None:
@@ -235,8 +256,8 @@ def test_what_is_allowed_is_not_reported() -> None:
         **PACKAGE,
         "muonkit": "from muonkit.optim import Muon",
         "muonkit.optim": "import math\nimport torch\nfrom . import views",
-        "muonkit.exchange": "import torch.distributed as dist",
-        "muonkit.kernels": "import triton",
+        "muonkit.distributed.exchange": "import torch.distributed as dist",
+        "muonkit.newton_schulz.triton": "import triton",
         "muonkit.lab.cli": "import typer\nfrom muonkit import Muon\nfrom . import data",
         "muonkit.lab.data": "import numpy",
     }
@@ -272,7 +293,7 @@ def test_every_public_name_is_listed_by_dir() -> None:
         "import sys, muonkit\n"
         "missing = set(muonkit.__all__) - set(dir(muonkit))\n"
         "assert not missing, missing\n"
-        "assert 'muonkit.diagnostics' not in sys.modules\n"
+        "assert 'muonkit.monitor.monitor' not in sys.modules\n"
         "assert all(getattr(muonkit, name) is not None for name in muonkit.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -23,9 +23,9 @@ from torch import nn
 
 from muonkit import Monitor, Muon, MuonW
 from muonkit.integrations._flat import histograms, scalars
-from muonkit.integrations.tensorboard import TensorBoard
-from muonkit.integrations.trackio import Trackio
-from muonkit.integrations.wandb import WandB
+from muonkit.monitor.trackers.tensorboard import TensorBoard
+from muonkit.monitor.trackers.trackio import Trackio
+from muonkit.monitor.trackers.wandb import WandB
 from optim_helpers import parameter, set_gradients
 
 
@@ -173,7 +173,7 @@ def test_trackio_is_called_as_its_documentation_says(monkeypatch: pytest.MonkeyP
 TRACKIO = """
 import json, sys
 from test_integrations import sampled, scalars
-from muonkit.integrations.trackio import Trackio
+from muonkit.monitor.trackers.trackio import Trackio
 samples = sampled(Trackio(project="muonkit", name="one"))
 from trackio.sqlite_storage import SQLiteStorage
 rows = SQLiteStorage.get_logs("muonkit", "one")
@@ -217,8 +217,8 @@ def test_no_tracker_is_imported_before_its_sink_is_made() -> None:
     import subprocess
 
     code = (
-        "import sys; import muonkit.integrations.tensorboard, muonkit.integrations.wandb, "
-        "muonkit.integrations.trackio; "
+        "import sys; import muonkit.monitor.trackers.tensorboard, muonkit.monitor.trackers.wandb, "
+        "muonkit.monitor.trackers.trackio; "
         "print(sorted({'tensorboard', 'wandb', 'trackio'} & set(sys.modules)))"
     )
     shown = subprocess.run(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernel_helpers import DTYPES, allowed, cases, compiled, interpreted
-from muonkit import kernels
+from muonkit.newton_schulz import triton as kernels
 
 NO_TRITON = importlib.util.find_spec("triton") is None
 needs_triton = pytest.mark.skipif(NO_TRITON, reason="Triton is not installed (Linux only)")

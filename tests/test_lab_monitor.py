@@ -24,7 +24,7 @@ from torch import nn
 
 import muonkit
 import warm
-from muonkit.lab import _monitor_plots as plots
+from muonkit.lab import monitor_plots as plots
 from muonkit.lab.cli import main
 from muonkit.lab.data import digits
 from muonkit.lab.errors import LabError

@@ -18,17 +18,18 @@ import pytest
 import torch
 from torch import nn
 
-from muonkit import Muon, _optim_layout
-from muonkit._plan_ways import alike
-from muonkit.lab._plan_costs import Simulation, elements, flops_of, of_stage
-from muonkit.lab._plan_layouts import LAYOUTS, choose_layout, parse_mesh, place
-from muonkit.lab._plan_schemes import lower_bound, schemes, seconds
+from muonkit import Muon
+from muonkit.distributed import layout as _optim_layout
+from muonkit.distributed.placement import replicated
+from muonkit.distributed.plan import Matrix, Stored, make_plan
+from muonkit.distributed.transfers import alike
 from muonkit.lab.cli import main
 from muonkit.lab.errors import LabError
 from muonkit.lab.plan import assumptions, balance, forecast, peak, summary
+from muonkit.lab.plan_costs import Simulation, elements, flops_of, of_stage
+from muonkit.lab.plan_layouts import LAYOUTS, choose_layout, parse_mesh, place
+from muonkit.lab.plan_schemes import lower_bound, schemes, seconds
 from muonkit.lab.shapes import MODELS, ModelShape, find_model
-from muonkit.placement import replicated
-from muonkit.plan import Matrix, Stored, make_plan
 
 DENSE = ModelShape(
     "dense",

@@ -13,7 +13,7 @@ import torch
 
 from muonkit.lab.errors import LabError
 from muonkit.lab.shapes import MODELS, ModelShape, ParameterShape, find_model
-from muonkit.routing import route
+from muonkit.routing.routes import route
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from muonkit import Muon
-from muonkit._orthogonalize_dtype import resolve_dtype
+from muonkit.newton_schulz.dtypes import resolve_dtype
 
 TESTS = Path(__file__).parent
 VARIABLE = "MUONKIT_TEST_CPU"

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from muonkit import Monitor, Muon, MuonW
-from muonkit import _diagnostics_spectra as measured
-from muonkit._diagnostics_sample import _square
-from muonkit.scratch import scratch
+from muonkit.monitor import spectra as measured
+from muonkit.monitor.sample import _square
+from muonkit.newton_schulz.scratch import scratch
 from optim_helpers import mlp, parameter, set_gradients, train
 
 VARIANTS = ("plain", "normuon", "adamuon")

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from muonkit import Monitor, Muon, MuonW, orthogonalize
-from muonkit._diagnostics_sample import KINDS
-from muonkit._diagnostics_sinks import JsonLines
-from muonkit._diagnostics_spectra import LEVELS, orthogonality_error, spectra
+from muonkit.monitor.sample import KINDS
+from muonkit.monitor.sinks import JsonLines
+from muonkit.monitor.spectra import LEVELS, orthogonality_error, spectra
 from optim_helpers import VIEWED, mlp, momentum_of, parameter, set_gradients, train
 from readme_blocks import ROOT, python_sections, read_blocks
 
@@ -264,7 +264,7 @@ def test_spectra_of_a_stack_are_those_of_its_matrices(monkeypatch: pytest.Monkey
     A = parameter(5, 6, 9).detach()
     expected = torch.stack([measures(a) for a in A])
     torch.testing.assert_close(spectra(A), expected)
-    monkeypatch.setattr("muonkit._diagnostics_spectra.CHUNK_BYTES", 6 * 9 * 8 * 2)
+    monkeypatch.setattr("muonkit.monitor.spectra.CHUNK_BYTES", 6 * 9 * 8 * 2)
     torch.testing.assert_close(spectra(A), expected)
 
 
@@ -370,7 +370,7 @@ def test_nobody_listens_between_samples(monkeypatch: pytest.MonkeyPatch) -> None
     p = parameter(4, 3)
     optimizer = Muon([p])
     made: list[Any] = []
-    from muonkit import diagnostics
+    from muonkit.monitor import monitor as diagnostics
 
     class Counted(diagnostics.Sampler):
         def __init__(self, *args: Any) -> None:
@@ -760,7 +760,7 @@ def test_a_reader_in_the_same_process_does_not_cost_the_lock(tmp_path: Path) -> 
     """Not for a moment, and before any line is written."""
     sink = JsonLines(tmp_path / "run.jsonl")
     sink.path.read_bytes()  # closing any handle of the file drops a lock of the process
-    code = f"from muonkit._diagnostics_sinks import JsonLines; JsonLines({str(sink.path)!r})"
+    code = f"from muonkit.monitor.sinks import JsonLines; JsonLines({str(sink.path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "a monitor of another process writes to" in done.stderr
     sink.close()
@@ -929,7 +929,7 @@ def test_without_a_spectrum_among_the_fields_none_is_computed(
     def refuse(*_: Any) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr("muonkit._diagnostics_sample.spectra", refuse)
+    monkeypatch.setattr("muonkit.monitor.sample.spectra", refuse)
     p = parameter(4, 3)
     optimizer = Muon([p])
     set_gradients([p])
@@ -1070,7 +1070,7 @@ def test_a_sample_costs_no_more_for_a_matrix_where_there_are_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By count: a parameter's places are looked up as often for 4 experts as for 64."""
-    from muonkit import _diagnostics_records as records
+    from muonkit.monitor import records
 
     counts = []
     real = records.matrices_of

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from muonkit import Muon, MuonW, Rule, mup, route
-from muonkit.coefficients import SCHEDULES
 from muonkit.lab.models import GPT
-from muonkit.routing import RoutingError
+from muonkit.newton_schulz.coefficients import SCHEDULES
+from muonkit.routing.routes import RoutingError
 from muonkit.views import blocks_of
 from optim_helpers import VIEWED, parameter
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from muonkit import Muon, MuonW
-from muonkit.orthogonalize import orthogonalize_
+from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from optim_helpers import mlp, momentum_of, parameter, set_gradients, train
 
 # --- living with the rest of PyTorch ----------------------------------------------------------
@@ -392,7 +392,7 @@ def test_deepcopy_and_pickle() -> None:
 def test_pitfall_26_accumulation_orthogonalizes_once_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import muonkit._optim_step as module
+    import muonkit.step as module
 
     calls: list[int] = []
 

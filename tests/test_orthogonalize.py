@@ -15,12 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muonkit import _orthogonalize_dtype, _torch, orthogonalize
-from muonkit._orthogonalize_dtype import fastest_dtype
+from muonkit import _torch, orthogonalize
 from muonkit._torch import cpu_capabilities
-from muonkit.coefficients import SCHEDULES, resolve
-from muonkit.forms import FORMS
-from muonkit.orthogonalize import NS_DTYPES, choose, resolve_dtype
+from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
+from muonkit.newton_schulz.coefficients import SCHEDULES, resolve
+from muonkit.newton_schulz.dtypes import fastest_dtype
+from muonkit.newton_schulz.forms import FORMS
+from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose, resolve_dtype
 
 NAMES = [*SCHEDULES, "svd"]
 # Relative error (Frobenius) of one orthogonalization against float64 on well-conditioned input.
@@ -34,7 +35,7 @@ TOLERANCE = {
     torch.bfloat16: 1.2e-1,
 }
 # The Gram form's share of it: within a segment rounding errors grow up to the limits in
-# muonkit.forms, which were chosen so that it is at most this many times off as far.
+# muonkit.newton_schulz.forms, which were chosen so that it is at most this many times off as far.
 GRAM = {torch.float64: 25, torch.float32: 25, torch.float16: 2, torch.bfloat16: 2}
 STRICT = {name for name in NAMES if resolve(name).strict}
 IMPLEMENTATIONS = [

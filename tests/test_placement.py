@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from muonkit.placement import (
+from muonkit.distributed.placement import (
     Axis,
     Box,
     Placement,

@@ -11,9 +11,8 @@ from typing import Any
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from muonkit._plan_ways import Way
-from muonkit.placement import Axis, Placement, box_size, replicated, shared_out, whole
-from muonkit.plan import (
+from muonkit.distributed.placement import Axis, Placement, box_size, replicated, shared_out, whole
+from muonkit.distributed.plan import (
     Machine,
     Matrix,
     Plan,
@@ -25,6 +24,7 @@ from muonkit.plan import (
     make_own,
     make_plan,
 )
+from muonkit.distributed.transfers import Way
 
 CAPS = [1, 300, 1 << 30]
 

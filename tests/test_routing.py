@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from muonkit.routing import RoutingError, Rule, route
+from muonkit.routing.routes import RoutingError, Rule, route
 from routing_helpers import Body, D, Holder, by_name, got, raw
 
 # -- vectors --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import architectures
-from muonkit.routing import route
+from muonkit.routing.routes import route
 
 if TYPE_CHECKING:
     from torch import nn

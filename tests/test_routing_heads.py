@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from muonkit import Muon, MuonW, Rule, route
-from muonkit.routing import RoutingError
+from muonkit.routing.routes import RoutingError
 from routing_helpers import D, Holder, by_name, raw
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from torch import nn
 
-from muonkit.routing import RoutingError, Rule, route
+from muonkit.routing.routes import RoutingError, Rule, route
 from routing_helpers import Body, D, Holder, by_name, got, raw
 
 if TYPE_CHECKING:

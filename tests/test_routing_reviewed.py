@@ -13,7 +13,7 @@ import pytest
 import routing_compact
 import zoo_own
 import zoo_transformers
-from muonkit.routing import Route, route
+from muonkit.routing.routes import Route, route
 
 if TYPE_CHECKING:
     from torch import nn

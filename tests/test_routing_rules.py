@@ -14,7 +14,7 @@ from torch import nn
 
 from muonkit import Muon, MuonW
 from muonkit.options import OF_ALGORITHM
-from muonkit.routing import Route, Routes, RoutingError, Rule, route
+from muonkit.routing.routes import Route, Routes, RoutingError, Rule, route
 from muonkit.scale import scale_factor
 
 D = 8

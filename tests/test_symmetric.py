@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from muonkit.scratch import KEPT_BYTES, scratch
-from muonkit.symmetric import block_count, symmetric_product
+from muonkit.newton_schulz.scratch import KEPT_BYTES, scratch
+from muonkit.newton_schulz.symmetric import block_count, symmetric_product
 
 SHAPES = [(1, 1, 1), (1, 16, 16), (3, 17, 40), (2, 48, 5), (1, 64, 200), (2, 101, 33)]
 BLOCKS = [1, 2, 4, 8]

@@ -31,8 +31,8 @@ try:
     import torch
 
     from muonkit import orthogonalize
-    from muonkit.coefficients import SCHEDULES, resolve
-    from muonkit.forms import choose_form, product_flops
+    from muonkit.newton_schulz.coefficients import SCHEDULES, resolve
+    from muonkit.newton_schulz.forms import choose_form, product_flops
 except ModuleNotFoundError as missing:
     raise SystemExit(f'{missing}: pip install "muonkit[tutorial]"') from None
 
@@ -278,7 +278,9 @@ for dtype in (torch.float32, torch.bfloat16):
         naive_errors[dtype, label] = naive
         name = str(dtype).removeprefix("torch.")
         print(f"{name:9} {label:18} {standard:9.1e} {naive:12.1e} {restarted:12.1e}")
-        assert restarted < 3 * standard + 5e-4  # muonkit.forms: 5e-4 in float32, twice in 16 bits
+        assert (
+            restarted < 3 * standard + 5e-4
+        )  # muonkit.newton_schulz.forms: 5e-4 in float32, twice in 16 bits
 assert not naive_errors[torch.bfloat16, "rank 24 of 48"] < 1  # useless, or not even finite
 
 # %% [markdown]

@@ -31,7 +31,7 @@ try:
     from torch import nn
 
     from muonkit import Muon, orthogonalize
-    from muonkit.coefficients import resolve
+    from muonkit.newton_schulz.coefficients import resolve
 except ModuleNotFoundError as missing:
     raise SystemExit(f'{missing}: pip install "muonkit[tutorial]"') from None
 print("torch", torch.__version__)

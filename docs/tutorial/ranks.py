@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from muonkit import MuonW
-from muonkit.plan import StepPlan
+from muonkit.distributed.plan import StepPlan
 
 STEPS, BATCH, VOCABULARY, WIDTH = 3, 16, 48, 32
 # float32 products on every machine: in bfloat16, "auto" on some, layouts agree to 3e-4 only.

@@ -9,14 +9,15 @@ Muon trains the hidden weight matrices along an orthogonalized momentum, AdamW t
 
 from typing import TYPE_CHECKING, Any
 
-from muonkit._optim_hook import ddp_reduce_scatter_hook
-from muonkit.optim import Muon, MuonW
-from muonkit.orthogonalize import orthogonalize
-from muonkit.routing import Route, Routes, RoutingError, Rule, route
+from muonkit.distributed.ddp_hook import ddp_reduce_scatter_hook
+from muonkit.muonw import MuonW
+from muonkit.newton_schulz.orthogonalizer import orthogonalize
+from muonkit.optim import Muon
+from muonkit.routing.routes import Route, Routes, RoutingError, Rule, route
 from muonkit.views import View
 
 if TYPE_CHECKING:
-    from muonkit.diagnostics import Monitor
+    from muonkit.monitor.monitor import Monitor
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`Monitor` is imported when it is asked for: a training without it does not pay for it."""
     if name == "Monitor":
-        from muonkit.diagnostics import Monitor
+        from muonkit.monitor.monitor import Monitor
 
         return Monitor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

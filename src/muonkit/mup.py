@@ -27,17 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from muonkit import routing
-from muonkit._routing_judge import Undecided, is_vector, judge
-from muonkit._routing_places import LORA, unwrap
-from muonkit._routing_survey import survey
-from muonkit.routing import Routes, RoutingError
+from muonkit.routing.judge import Undecided, is_vector, judge
+from muonkit.routing.places import LORA, unwrap
+from muonkit.routing.routes import Routes, RoutingError
+from muonkit.routing.survey import survey
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from muonkit._routing_survey import Survey
-    from muonkit.routing import Route, Rule
+    from muonkit.routing.routes import Route, Rule
+    from muonkit.routing.survey import Survey
 
 __all__ = ["DECAYS", "INITS", "RULES", "TIED", "Powers", "coordinates", "init_", "roles", "route"]
 

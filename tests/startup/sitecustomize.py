@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import Any
 
 VARIABLE = "MUONKIT_TEST_CPU"
-_MODULE = "muonkit._orthogonalize_dtype"
+_MODULE = "muonkit.newton_schulz.dtypes"
 
 
 def answer(module: Any, dtype: str) -> None:
-    """Make `muonkit._orthogonalize_dtype` find AMX, or no units for bfloat16 at all."""
+    """Make `muonkit.newton_schulz.dtypes` find AMX, or no units for bfloat16 at all."""
     names = ("amx_bf16", "avx512_bf16", "arm_bf16", "onednn_acl")
     found = {name: name == "amx_bf16" and dtype == "bfloat16" for name in names}
     module.cpu_capabilities = lambda: found

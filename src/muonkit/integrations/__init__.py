@@ -4,7 +4,7 @@ Trainers: `transformers`, `accelerate`, `lightning`, `timm`. Trackers, as sinks 
 `muonkit.Monitor`: `tensorboard`, `wandb`, `trackio`::
 
     from muonkit import Monitor
-    from muonkit.integrations.tensorboard import TensorBoard
+    from muonkit.monitor.trackers.tensorboard import TensorBoard
 
     monitor = Monitor(optimizer, every=100, to=TensorBoard("runs/one"))
 

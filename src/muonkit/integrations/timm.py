@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from muonkit.optim import MuonW
-from muonkit.routing import Route, Routes, route
+from muonkit.muonw import MuonW
+from muonkit.routing.routes import Route, Routes, route
 from muonkit.scale import ROUTED
 
 __all__ = ["register"]

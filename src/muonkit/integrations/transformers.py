@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from muonkit.diagnostics import Monitor
 from muonkit.integrations._trainers import consolidate, rank_0_has_a_part, unwrapped
-from muonkit.optim import MuonW
+from muonkit.monitor.monitor import Monitor
+from muonkit.muonw import MuonW
 
 __all__ = ["ConsolidateBeforeSave", "MonitorCallback", "MuonWFactory", "muonw"]
 

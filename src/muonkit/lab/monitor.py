@@ -114,7 +114,7 @@ def _text(value: float | None) -> str:
 def draw(recording: Recording, title: str) -> dict[str, bytes]:
     """The pictures as PNG, by file name."""
     # Here, because it brings matplotlib, which takes a second that no error should wait for.
-    from muonkit.lab import _monitor_plots as plots
+    from muonkit.lab import monitor_plots as plots
 
     return {
         "monitor-layers.png": plots.heat_maps(recording, title),

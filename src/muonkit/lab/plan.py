@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from muonkit.lab._plan_costs import Assumptions, Vector
-from muonkit.lab._plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
-from muonkit.lab._plan_schemes import Scheme, schemes, seconds
+from muonkit.distributed.plan import MACHINES, Machine, machine
 from muonkit.lab.errors import LabError
+from muonkit.lab.plan_costs import Assumptions, Vector
+from muonkit.lab.plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
+from muonkit.lab.plan_schemes import Scheme, schemes, seconds
 from muonkit.lab.shapes import ModelShape, find_model
 from muonkit.lab.store import write_atomically, write_json
-from muonkit.plan import MACHINES, Machine, machine
 from muonkit.variants import VARIANTS
 
 __all__ = ["Forecast", "assumptions", "forecast", "show", "summary", "write"]
 
-#: Bytes/s of a rank's memory: half of what data sheets say, as `muonkit.plan.MACHINES`.
+#: Bytes/s of a rank's memory: half of what data sheets say, as `muonkit.distributed.plan.MACHINES`.
 MEMORY = {"cpu": 1e10, "cuda": 1.7e12}
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}

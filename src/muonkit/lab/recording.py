@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muonkit._text import shortened
-from muonkit.lab import _recording_lines as lines
+from muonkit.lab import recording_lines as lines
 from muonkit.lab.errors import LabError
 from muonkit.lab.files import check_folder
 from muonkit.lab.saved import check_recording

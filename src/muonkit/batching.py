@@ -1,0 +1,333 @@
+"""Batches of the step: pieces of parameters, put together as whole matrices and taken apart.
+
+A batch gives the step what its elementwise parts work on (`living`, `standing`), and the way
+between these and whole matrices (`to_owners`, `to_params`). Here are those of parameters that are
+whole on this rank, for which the way is the identity; `_optim_shared` has the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from muonkit._compile import copy_each_
+from muonkit.distributed.plan import Item, make_batches
+from muonkit.newton_schulz.scratch import scratch
+from muonkit.variants import VARIANTS
+from muonkit.views import Block, blocks_of, row_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from muonkit.distributed.placement import Box
+
+__all__ = [
+    "Arrived",
+    "Arriving",
+    "Batch",
+    "Entry",
+    "Living",
+    "LocalBatch",
+    "Source",
+    "Standing",
+    "Whole",
+    "join",
+    "make",
+    "place",
+    "planned",
+    "stacked",
+]
+
+T = TypeVar("T", covariant=True)
+
+
+class Arriving(Protocol[T]):
+    """What an exchange delivers."""
+
+    def wait(self) -> T: ...
+
+
+class Arrived(Generic[T]):
+    """Nothing had to travel."""
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+
+    def wait(self) -> T:
+        return self._value
+
+
+class Entry(NamedTuple):
+    """What a rank has of a parameter that has a gradient, each as a plain tensor.
+
+    Attributes:
+        param, grad, momentum: of one shape.
+        variance: the variant's state, None where it keeps none.
+        steps: how often the variant's state was updated, this time included.
+        copies: the mesh axes along which ranks compute the same. Only equal ones share a batch:
+            padding and companions change the last bits, and copies must not drift apart.
+    """
+
+    param: Tensor
+    grad: Tensor
+    momentum: Tensor
+    variance: Tensor | None = None
+    steps: Tensor | None = None
+    copies: tuple[int, ...] = ()
+
+
+class Source(NamedTuple):
+    """Which matrix one of a stack is.
+
+    Attributes:
+        param: that it is of: the optimizer's, or this rank's part of it (`Entry.param`).
+        box: where it lies in that.
+        rows, cols: of the matrix; in the stack it may be padded.
+    """
+
+    param: Tensor
+    box: Box
+    rows: int
+    cols: int
+
+
+class Living(NamedTuple):
+    """Pieces of one shape whose momentum lives on this rank; `dtype` is the parameters'."""
+
+    grads: list[Tensor]
+    momenta: list[Tensor]
+    dtype: torch.dtype
+
+
+class Standing(NamedTuple):
+    """Pieces of parameters that this rank stores, of matrices of one shape."""
+
+    params: list[Tensor]
+    rows: int
+    cols: int
+
+
+class Whole(NamedTuple):
+    """Whole matrices of one shape, to be orthogonalized or orthogonalized, with what the variant
+    keeps of them.
+
+    Attributes:
+        matrices: `(N, rows, cols)`, a view without padding.
+        variance: `(N, rows, 1)`, `(N, rows, cols)` or None, written to in place.
+        steps: `(N, 1, 1)` or None.
+    """
+
+    matrices: Tensor
+    variance: Tensor | None
+    steps: Tensor | None
+
+
+class Batch(Protocol):
+    """What the step needs of a batch. Law: `to_params(to_owners(u))` is `u`."""
+
+    @property
+    def living(self) -> Sequence[Living]: ...
+    @property
+    def standing(self) -> Sequence[Standing]: ...
+
+    def to_owners(self, u: Sequence[Tensor]) -> Arriving[Sequence[Tensor]]:
+        """For each `living` a stack `(N, *shape)` -> the matrices that this rank computes, in
+        `(B, m, n)` of their own memory, padded with zeros where shapes were joined.
+        """
+        ...
+
+    def gathered(self, tensors: Sequence[Tensor]) -> Arriving[Sequence[Tensor]]:
+        """As `to_owners`, of any tensors that lie as the momentum: to be read, in full precision,
+        and without the variant's state.
+        """
+        ...
+
+    def weights(self) -> Sequence[list[Tensor]]:
+        """For each `living`, what there is of the parameters where the momentum lives."""
+        ...
+
+    def sources(self) -> Sequence[Sequence[Source]]:
+        """Which matrices `to_owners` gives, in its order; equal shapes side by side."""
+        ...
+
+    def wholes(self, o: Sequence[Tensor]) -> Sequence[Whole]:
+        """The same matrices without padding, by shape, with the variant's state."""
+        ...
+
+    def keep(self, wholes: Sequence[Whole]) -> Arriving[None]:
+        """The variant's state, as `wholes` has it now, back to where it lives."""
+        ...
+
+    def to_params(self, o: Sequence[Tensor]) -> Arriving[Sequence[list[Tensor]]]:
+        """The inverse of `to_owners`: for each `standing`, what belongs to each piece."""
+        ...
+
+
+class _Part(NamedTuple):
+    """Regions of one geometry, each `block.batch` matrices, with what belongs to them."""
+
+    block: Block
+    state_block: Block
+    origins: list[tuple[Tensor, Block]]  # of each region: the parameter, and where in it
+    params: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor]
+    variances: list[Tensor]
+    steps: list[Tensor]
+
+
+class LocalBatch:
+    """Regions that are whole on this rank: what one call orthogonalizes.
+
+    Args:
+        rows, cols: of every matrix; smaller ones are padded with zeros.
+    """
+
+    def __init__(self, rows: int, cols: int, parts: list[_Part]) -> None:
+        self.rows, self.cols, self.parts = rows, cols, parts
+        self.living = [Living(p.grads, p.momenta, p.params[0].dtype) for p in parts]
+        self.standing = [Standing(p.params, p.block.rows, p.block.cols) for p in parts]
+
+    def to_owners(self, u: Sequence[Tensor]) -> Arrived[list[Tensor]]:
+        return Arrived([join(self, u)])
+
+    def gathered(self, tensors: Sequence[Tensor]) -> Arrived[list[Tensor]]:
+        return self.to_owners(tensors)
+
+    def weights(self) -> list[list[Tensor]]:
+        return [part.params for part in self.parts]
+
+    def sources(self) -> list[list[Source]]:
+        return [
+            [
+                Source(param, box, block.rows, block.cols)
+                for part in self.parts
+                for param, block in part.origins
+                for box in block.boxes()
+            ]
+        ]
+
+    def wholes(self, o: Sequence[Tensor]) -> list[Whole]:
+        wholes = []
+        for part, matrices in zip(self.parts, self._places(o[0]), strict=True):
+            variance = steps = None
+            if part.variances:
+                variance = part.state_block.to_matrices(torch.stack(part.variances))
+            if part.steps:
+                steps = torch.stack(part.steps).repeat_interleave(part.block.batch)
+                steps = steps.to(matrices.device).reshape(-1, 1, 1)
+            wholes.append(Whole(matrices, variance, steps))
+        return wholes
+
+    def to_params(self, o: Sequence[Tensor]) -> Arrived[list[list[Tensor]]]:
+        return Arrived(
+            [
+                list(part.block.to_regions(matrices).unbind())
+                for part, matrices in zip(self.parts, self._places(o[0]), strict=True)
+            ]
+        )
+
+    def keep(self, wholes: Sequence[Whole]) -> Arrived[None]:
+        """Write the variant's state back to where it lives."""
+        for part, whole in zip(self.parts, wholes, strict=True):
+            if whole.variance is not None:
+                regions = part.state_block.to_regions(whole.variance)
+                copy_each_(part.variances, regions.unbind())
+        return Arrived(None)
+
+    def _places(self, whole: Tensor) -> list[Tensor]:
+        """For each part, where its matrices `(N * batch, rows, cols)` are in the whole."""
+        places = []
+        start = 0
+        for part in self.parts:
+            stop = start + len(part.params) * part.block.batch
+            some = whole if len(self.parts) == 1 else whole[start:stop]
+            places.append(place(some, part.block.rows, part.block.cols))
+            start = stop
+        return places
+
+
+def place(whole: Tensor, rows: int, cols: int) -> Tensor:
+    """Where `rows` x `cols` matrices are in padded ones `(N, m, n)`: tall ones transposed."""
+    if (rows, cols) == tuple(whole.shape[1:]):
+        return whole
+    return whole[:, :cols, :rows].mT if rows > cols else whole[:, :rows, :cols]
+
+
+def planned(
+    params: Sequence[Tensor], group: dict[str, Any], copies: Sequence[tuple[int, ...]] | None = None
+) -> list[tuple[int, int, list[tuple[int, Block, Block]]]]:
+    """Rows, columns, and (index of the parameter, block, block of the variant's state) of every
+    batch.
+    """
+    # Plain loops: torch.compile cannot trace comprehensions that nest.
+    items: list[Item] = []
+    blocks: list[tuple[int, Block, Block]] = []
+    by_rows = VARIANTS[group["variant"]].state == "rows"
+    for index, p in enumerate(params):
+        shape = tuple(p.shape)
+        whole = blocks_of(group["view"], shape)
+        of_state = row_blocks(group["view"], shape) if by_rows else whole
+        for block, rows in zip(whole, of_state, strict=True):
+            if block.batch * block.rows * block.cols:
+                key = (p.dtype, p.device, copies[index] if copies else ())
+                size = block.batch, block.rows, block.cols
+                items.append(Item(key, p.device.type, *size, p.element_size()))
+                blocks.append((index, block, rows))
+    batches = make_batches(tuple(items), group["bytes_in_flight"])
+    return [(b.rows, b.cols, [blocks[i] for i in b.positions]) for b in batches]
+
+
+def make(entries: Sequence[Entry], group: dict[str, Any]) -> list[LocalBatch]:
+    """The batches of a step over these parameters."""
+    batches = []
+    copies = [entry.copies for entry in entries]
+    for rows, cols, blocks in planned([entry.param for entry in entries], group, copies):
+        parts: dict[tuple[Any, ...], _Part] = {}
+        for index, block, state_block in blocks:
+            entry = entries[index]
+            shape = block.shape, block.batch, block.rows, block.cols, block.transposed
+            geometry = *shape, entry.grad.dtype
+            if geometry not in parts:
+                parts[geometry] = _Part(block, state_block, [], [], [], [], [], [])
+            part = parts[geometry]
+            part.origins.append((entry.param, block))
+            part.params.append(block.region(entry.param))
+            part.grads.append(block.region(entry.grad))
+            part.momenta.append(block.region(entry.momentum))
+            if entry.variance is not None:
+                part.variances.append(state_block.region(entry.variance))
+            if entry.steps is not None:
+                part.steps.append(entry.steps)
+        batches.append(LocalBatch(rows, cols, list(parts.values())))
+    return batches
+
+
+def join(batch: LocalBatch, stacks: Sequence[Tensor]) -> Tensor:
+    """The parts' regions, stacked `(N, *region shape)`, as one `(B, rows, cols)`."""
+    matrices = [
+        part.block.to_matrices(stack) for part, stack in zip(batch.parts, stacks, strict=True)
+    ]
+    if all(m.shape[1:] == (batch.rows, batch.cols) for m in matrices):
+        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    count, dtype = 0, matrices[0].dtype
+    for m in matrices:
+        count += len(m)
+        dtype = torch.promote_types(dtype, m.dtype)  # parts differ where gradients do
+    whole = matrices[0].new_zeros(count, batch.rows, batch.cols, dtype=dtype)
+    for m, where in zip(matrices, batch._places(whole), strict=True):
+        where.copy_(m)
+    return whole
+
+
+def stacked(tensors: list[Tensor], alone: bool) -> Tensor:
+    """A copy of the tensors; of one stack at a time the memory is scratch."""
+    first = tensors[0]
+    plain = type(first) in (torch.Tensor, torch.nn.Parameter)
+    if not alone or torch.compiler.is_compiling() or not plain:
+        return torch.stack(tensors)
+    shape = (len(tensors), *first.shape)
+    return torch.stack(tensors, out=scratch("update", shape, first.dtype, first.device))

@@ -1,0 +1,535 @@
+"""Parameters that several ranks share: their plan, and the batches of a step over it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from muonkit.batching import Arrived, Living, Source, Standing, Whole, place
+from muonkit.distributed.exchange import Pending, move
+from muonkit.distributed.layout import Layout
+from muonkit.distributed.placement import Axis, Box, Placement, box_size, replicated, slices
+from muonkit.distributed.plan import (
+    Errand,
+    Item,
+    Job,
+    Matrix,
+    Plan,
+    Stored,
+    cheaper_repeated,
+    default_cap,
+    machine,
+    make_batches,
+    make_own,
+    make_plan,
+)
+from muonkit.groups import computed_dtype, flops_of, momentum_dtype
+from muonkit.variants import VARIANTS
+from muonkit.views import Block, blocks_of, row_blocks, row_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from muonkit.batching import Entry
+    from muonkit.distributed.exchange import Domain
+    from muonkit.distributed.layout import Layouts
+
+__all__ = ["Param", "Share", "own_plan", "state_placement"]
+
+
+def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
+    """What the update of a parameter is computed in, and travels in unless it is told otherwise."""
+    most = torch.promote_types(p.dtype, torch.float32)
+    dtype = computed_dtype(grad_dtype, momentum_dtype(group, p))
+    return most if dtype.itemsize > most.itemsize else dtype
+
+
+def state_placement(
+    layout: Layout, shape: tuple[int, ...], state_shape: tuple[int, ...]
+) -> Placement:
+    """Where the variant's state lives: as the momentum, and repeated along the mesh axes that cut
+    a dim of which the state has one value only.
+    """
+    axes = tuple(
+        Axis(None) if axis.dim is not None and state_shape[axis.dim] != shape[axis.dim] else axis
+        for axis in layout.lives.axes
+    )
+    return layout.lives._replace(axes=axes)
+
+
+def repeated_axes(
+    layout: Layout, group: Mapping[str, Any], domain: Domain, flops: int, size: int
+) -> tuple[int, ...]:
+    """The mesh axes along which a group's matrices are computed again rather than shared out.
+
+    Along `process_group`'s axis they are always shared out; along axes that a placement replicates
+    as `replicas` says, "auto" by cost. Where state is shared out, the work is too.
+
+    Args:
+        flops, size: of all matrices of this layout; size in bytes on the way.
+    """
+    implied = layout.implied
+    known = (*layout.given, *implied)
+    axes = tuple(axis for axis in layout.lives.copies() if axis not in known)
+    choice = group["replicas"]
+    if not axes or choice == "split":
+        return implied
+    both = tuple(sorted((*axes, *implied)))
+    rates = machine(domain.device.type, domain.node)
+    if choice == "recompute" or cheaper_repeated(rates, layout.stored, axes, flops, size):
+        return both
+    return implied
+
+
+class Param(NamedTuple):
+    """A parameter: its number in the group, its name, itself, and its gradient's dtype."""
+
+    number: int
+    name: str
+    p: Tensor
+    grad_dtype: torch.dtype
+
+
+_ALONE = Layout(replicated(1), replicated(1), (), (), None, 0, alone=True)
+
+
+class _Source(NamedTuple):
+    """One matrix: the parameter that it is of, and how it lies there."""
+
+    param: int
+    block: Block
+    state_block: Block
+
+
+class _Part(NamedTuple):
+    """A box of a matrix that this rank has, and where it lies in the rank's own tensor."""
+
+    matrix: int
+    box: Box
+    cut: tuple[slice, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of a tensor; a view of its memory."""
+        return tensor[self.cut]
+
+
+class _Bucket:
+    """One bucket of the plan, and this rank's part in it; the same in every step."""
+
+    def __init__(self, share: Share, jobs: tuple[Job, ...]) -> None:
+        plan, me = share.plan, share.domain.position
+        self.jobs = jobs
+        self.inbound, self.outbound = plan.inbound(jobs, me), plan.outbound(jobs, me)
+        self.state: tuple[Errand, Errand] | None = None
+        if plan.has_state:
+            self.state = plan.state_inbound(jobs, me), plan.state_outbound(jobs, me)
+        self.moves = {
+            (inward, state): plan.moves(jobs, inward, state)
+            for inward in (True, False)
+            for state in ((False, True) if plan.has_state else (False,))
+        }
+        self.turns = {
+            state: plan.turns(jobs, share.cap, state)
+            for state in ((False, True) if plan.has_state else (False,))
+        }
+        self.living: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
+        self.standing: dict[tuple[int, int], list[_Part]] = {}
+        for job in jobs:
+            source = share.sources[job.matrix]
+            for part in share.parts(job.matrix, "lives"):
+                shape = [b - a for a, b in part.box]
+                key = (*shape, share.grad_dtypes[source.param])
+                self.living.setdefault(key, []).append(part)
+            for part in share.parts(job.matrix, "stored"):
+                shape_of = source.block.rows, source.block.cols
+                self.standing.setdefault(shape_of, []).append(part)
+        self.stacked = {
+            (part.matrix, part.box): (stack, k)
+            for stack, members in enumerate(self.living.values())
+            for k, part in enumerate(members)
+        }
+        self.batches = self._batches(share, [job.matrix for job in jobs if me in job.owners])
+
+    def _batches(self, share: Share, owned: list[int]) -> list[tuple[int, int, list[int]]]:
+        """Rows, columns and matrices of what is computed together, equal shapes side by side."""
+        blocks = {matrix: share.sources[matrix].block for matrix in owned}
+        kind = share.domain.device.type
+        # Copies that are computed again elsewhere must come out the same to the bit: matrices of
+        # other ranks' choice do not share their batch.
+        items = [
+            Item(share.tensor(matrix).repeat, kind, 1, b.rows, b.cols, share.dtype.itemsize)
+            for matrix, b in blocks.items()
+        ]
+        return [
+            (
+                batch.rows,
+                batch.cols,
+                sorted(
+                    (owned[i] for i in batch.positions),
+                    key=lambda matrix: (blocks[matrix].rows, blocks[matrix].cols, matrix),
+                ),
+            )
+            for batch in make_batches(tuple(items), share.group["bytes_in_flight"])
+        ]
+
+
+class Share:
+    """The shared parameters of one group with updates of one dtype, planned.
+
+    Args:
+        params: of equal dtypes.
+        loads: FLOPs that each rank has already; added to.
+    """
+
+    def __init__(
+        self,
+        layouts: Layouts,
+        group: dict[str, Any],
+        params: Sequence[Param],
+        loads: list[int],
+    ) -> None:
+        assert layouts.domain is not None
+        self.domain: Domain = layouts.domain
+        self.group = group
+        self.params = {param.number: param.p for param in params}
+        self.grad_dtypes = {param.number: param.grad_dtype for param in params}
+        self.dtype = update_dtype(params[0].p, params[0].grad_dtype, group)
+        chosen = group["exchange_dtype"]
+        self.wire = self.dtype if chosen == "auto" else getattr(torch, chosen)
+        tensors, matrices, self.sources = _describe(layouts, group, params)
+        tensors = self._repeat(tensors, matrices, [layouts[param.p] for param in params])
+        kind = self.domain.device.type
+        self.cap: int = group["bytes_in_flight"] or default_cap(kind)
+        size = self.domain.size
+        self.state_dtype = torch.promote_types(params[0].p.dtype, torch.float32)
+        self.plan: Plan = make_plan(
+            size, tensors, matrices, self.wire.itemsize, self.cap, loads, self.state_dtype.itemsize
+        )
+        self._state_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
+        self.buckets = [_Bucket(self, jobs) for jobs in self.plan.buckets]
+
+    def _repeat(
+        self, tensors: list[Stored], matrices: list[Matrix], layouts: list[Layout]
+    ) -> list[Stored]:
+        """The tensors, told along which axes they are computed again."""
+        costs: dict[Layout, list[int]] = {}
+        for matrix in matrices:
+            cost = costs.setdefault(layouts[matrix.tensor], [0, 0])
+            cost[0] += matrix.flops
+            cost[1] += box_size(matrix.box) * self.wire.itemsize
+        return [
+            tensor._replace(
+                repeat=repeated_axes(layout, self.group, self.domain, *costs.get(layout, (0, 0)))
+            )
+            for tensor, layout in zip(tensors, layouts, strict=True)
+        ]
+
+    def tensor(self, matrix: int) -> Stored:
+        """The parameter that a matrix is of."""
+        return self.plan.tensors[self.plan.matrices[matrix].tensor]
+
+    def parts(self, matrix: int, where: str) -> list[_Part]:
+        """What this rank has of a matrix, in what it has of the parameter ("stored"), or of the
+        momentum ("lives").
+        """
+        tensor, me = self.tensor(matrix), self.domain.position
+        placement: Placement = getattr(tensor, where)
+        boxes = placement.parts(tensor.shape, me, self.plan.matrices[matrix].box)
+        return [_Part(matrix, box, placement.slices(tensor.shape, me, box)) for box in boxes]
+
+    def living_piece(self, part: _Part, stored: Tensor) -> Tensor:
+        """Of a rank's part of a parameter what lies where its momentum lives."""
+        planned = self.tensor(part.matrix)
+        return stored[planned.stored.slices(planned.shape, self.domain.position, part.box)]
+
+    def state_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
+        """A box of the variant's state, of this rank's own tensor of it."""
+        if (matrix, box) not in self._state_cuts:
+            planned = self.tensor(matrix)
+            assert planned.state_lives is not None
+            self._state_cuts[matrix, box] = planned.state_lives.slices(
+                planned.state_shape, self.domain.position, box
+            )
+        return tensor[self._state_cuts[matrix, box]]
+
+    def batches(self, entries: Mapping[int, Entry]) -> list[SharedBatch]:
+        """Those of a step; entries by index in the group."""
+        return [SharedBatch(self, bucket, entries) for bucket in self.buckets]
+
+
+def own_plan(
+    layouts: Layouts, group: dict[str, Any], params: Sequence[Param], loads: list[int]
+) -> Plan:
+    """What every rank computes of its own, among the ranks that share others.
+
+    Without what lies on other ranks than these: of that only some of them know.
+    """
+    spread = [
+        param
+        for param in params
+        if layouts.domain is None or not (layouts.get(param.p) or _ALONE).alone
+    ]
+    tensors, matrices, _ = _describe(layouts, group, spread)
+    return make_own(len(loads), tensors, matrices, loads)
+
+
+def _describe(
+    layouts: Layouts, group: dict[str, Any], params: Sequence[Param]
+) -> tuple[list[Stored], list[Matrix], list[_Source]]:
+    """Parameters and their matrices as the plan knows them, and where each matrix is from."""
+    kept, view = VARIANTS[group["variant"]].state, group["view"]
+    tensors: list[Stored] = []
+    matrices: list[Matrix] = []
+    sources: list[_Source] = []
+    for number, (index, name, p, _) in enumerate(params):
+        shape, layout = tuple(p.shape), layouts.get(p) or _ALONE
+        device = p.device if layouts.domain is None else layouts.domain.device
+        tensor = Stored(name, shape, layout.stored, layout.lives)
+        if kept != "none":
+            like = row_shape(view, shape) if kept == "rows" else shape
+            lives = state_placement(layout, shape, like)
+            tensor = tensor._replace(state_shape=like, state_lives=lives)
+        tensors.append(tensor)
+        for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
+            if not block.batch * block.rows * block.cols:
+                continue
+            flops = flops_of(group, block.rows, block.cols, p.dtype, device)
+            of = row_block if kept == "rows" else block
+            for box, state in zip(block.boxes(), of.boxes(), strict=True):
+                sources.append(_Source(index, block, of))
+                matrices.append(Matrix(number, box, flops, None if kept == "none" else state))
+    return tensors, matrices, sources
+
+
+class SharedBatch:
+    """A bucket of matrices that several ranks have parts of.
+
+    The momentum's pieces go to the owners, the results to everywhere where the parameter is
+    stored; each way is one exchange, and the variant's state has its own.
+    """
+
+    def __init__(self, share: Share, bucket: _Bucket, entries: Mapping[int, Entry]) -> None:
+        self.share, self.bucket, self.entries = share, bucket, entries
+        self.living = [
+            Living(
+                [part.of(self._entry(part.matrix).grad) for part in members],
+                [part.of(self._entry(part.matrix).momentum) for part in members],
+                share.params[share.sources[members[0].matrix].param].dtype,
+            )
+            for members in bucket.living.values()
+        ]
+        self.standing = [
+            Standing([part.of(self._entry(part.matrix).param) for part in members], *shape)
+            for shape, members in bucket.standing.items()
+        ]
+        self._variances: dict[int, Tensor] = {}  # of the matrices that this rank owns
+        self._stacks: list[tuple[list[int], Tensor]] = []  # the same, as `wholes` gave them out
+
+    def _entry(self, matrix: int) -> Entry:
+        return self.entries[self.share.sources[matrix].param]
+
+    def to_owners(self, u: Sequence[Tensor]) -> _Arriving:
+        whole = self._rooms()
+        on_its_way = [self._inward(u, whole, self.share.wire)]
+        if self.bucket.state is not None:
+            on_its_way.append(self._fetch_state(self.bucket.state[0]))
+        return _Arriving(on_its_way, whole)
+
+    def gathered(self, tensors: Sequence[Tensor]) -> _Arriving:
+        whole = self._rooms()
+        return _Arriving([self._inward(tensors, whole, self.share.dtype)], whole)
+
+    def weights(self) -> list[list[Tensor]]:
+        return [
+            [self.share.living_piece(part, self._entry(part.matrix).param) for part in members]
+            for members in self.bucket.living.values()
+        ]
+
+    def sources(self) -> list[list[Source]]:
+        return [[self._source(matrix) for matrix in members] for *_, members in self.bucket.batches]
+
+    def _source(self, matrix: int) -> Source:
+        number, block, _ = self.share.sources[matrix]
+        box = self.share.plan.matrices[matrix].box
+        return Source(self.share.params[number], box, block.rows, block.cols)
+
+    def _inward(self, u: Sequence[Tensor], whole: Sequence[Tensor], dtype: torch.dtype) -> Pending:
+        """Stacks of pieces that live here, to the owners' rooms."""
+        parts = self._parts(whole)
+        errand = self.bucket.inbound
+        pieces = [stack.unbind() for stack in u]
+        outgoing = []
+        for position, matrix, box in errand.sends:
+            stack, k = self.bucket.stacked[matrix, box]
+            outgoing.append((position, pieces[stack][k]))
+        incoming = [
+            (position, parts[matrix][self._inside(matrix, box)])
+            for position, matrix, box in errand.receives
+        ]
+        return self._move(outgoing, incoming, dtype, inward=True, state=False)
+
+    def _rooms(self) -> list[Tensor]:
+        """Room for the matrices that this rank owns, zero where they are padded."""
+        rooms = []
+        for rows, cols, members in self.bucket.batches:
+            blocks = [self.share.sources[matrix].block for matrix in members]
+            padded = any((b.rows, b.cols) != (rows, cols) for b in blocks)
+            make = torch.zeros if padded else torch.empty
+            device = self.share.domain.device
+            rooms.append(make(len(members), rows, cols, dtype=self.share.dtype, device=device))
+        return rooms
+
+    def _parts(self, whole: Sequence[Tensor]) -> dict[int, Tensor]:
+        """For each matrix that this rank owns, its place, in the shape of its box."""
+        parts = {}
+        for (_, _, members), matrices in zip(self.bucket.batches, whole, strict=True):
+            for matrix, padded in zip(members, torch.split(matrices, 1), strict=True):
+                block = self.share.sources[matrix].block
+                logical = place(padded, block.rows, block.cols)[0]
+                stored = logical.mT if block.transposed else logical
+                box = self.share.plan.matrices[matrix].box
+                parts[matrix] = stored.view([b - a for a, b in box])
+        return parts
+
+    def _inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
+        return slices(box, self.share.plan.matrices[matrix].box)
+
+    def _fetch_state(self, errand: Errand) -> Pending:
+        """Of the owned matrices' variance, in the stored orientation."""
+        for _, matrix, _ in errand.receives:
+            if matrix not in self._variances:
+                state = self.share.plan.matrices[matrix].state_box
+                assert state is not None
+                self._variances[matrix] = torch.empty(
+                    [b - a for a, b in state],
+                    dtype=self.share.state_dtype,
+                    device=self.share.domain.device,
+                )
+        outgoing, incoming = self._state_parcels(errand)
+        return self._move(outgoing, incoming, self.share.state_dtype, inward=True, state=True)
+
+    def _state_parcels(
+        self, errand: Errand, back: bool = False
+    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
+        """What is sent and received of the variance: from where it lives to the owner, or back."""
+        at_home, at_owner = (
+            (errand.receives, errand.sends) if back else (errand.sends, errand.receives)
+        )
+        home = []
+        for position, matrix, box in at_home:
+            variance = self._entry(matrix).variance
+            assert variance is not None
+            home.append((position, self.share.state_piece(matrix, box, variance)))
+        owner = []
+        for position, matrix, box in at_owner:
+            state = self.share.plan.matrices[matrix].state_box
+            assert state is not None
+            owner.append((position, self._variances[matrix][slices(box, state)]))
+        return (owner, home) if back else (home, owner)
+
+    def wholes(self, o: Sequence[Tensor]) -> list[Whole]:
+        wholes = []
+        for (_, _, members), matrices in zip(self.bucket.batches, o, strict=True):
+            start = 0
+            while start < len(members):
+                block = self.share.sources[members[start]].block
+                stop = start + 1
+                while stop < len(members) and _alike(
+                    self.share.sources[members[stop]].block, block
+                ):
+                    stop += 1
+                some = members[start:stop]
+                variance = torch.stack([self._logical_state(matrix) for matrix in some])
+                steps = [self._entry(matrix).steps for matrix in some]
+                count = None
+                if steps[0] is not None:
+                    count = torch.stack([s for s in steps if s is not None])
+                    count = count.to(matrices.device).reshape(-1, 1, 1)
+                whole = place(matrices[start:stop], block.rows, block.cols)
+                wholes.append(Whole(whole, variance, count))
+                self._stacks.append((some, variance))
+                start = stop
+        return wholes
+
+    def _logical_state(self, matrix: int) -> Tensor:
+        """`(rows, 1)` or `(rows, cols)`."""
+        block = self.share.sources[matrix].state_block
+        return block.to_matrices(self._variances[matrix])[0]
+
+    def keep(self, wholes: Sequence[Whole]) -> Pending | Arrived[None]:
+        """Send the variant's state back to everywhere where it lives."""
+        assert self.bucket.state is not None
+        for some, variance in self._stacks:
+            for matrix, rows in zip(some, variance.unbind(), strict=True):
+                self._logical_state(matrix).copy_(rows)
+        outgoing, incoming = self._state_parcels(self.bucket.state[1], back=True)
+        return self._move_out(outgoing, incoming, self.share.state_dtype, state=True)
+
+    def to_params(self, o: Sequence[Tensor]) -> _Arriving:
+        parts = self._parts(o)
+        errand = self.bucket.outbound
+        outgoing = [
+            (position, parts[matrix][self._inside(matrix, box)])
+            for position, matrix, box in errand.sends
+        ]
+        pieces: dict[tuple[int, Box], Tensor] = {
+            (matrix, box): torch.empty(
+                [b - a for a, b in box],
+                dtype=self.share.dtype,
+                device=self._entry(matrix).param.device,
+            )
+            for _, matrix, box in errand.receives
+        }
+        incoming = [(position, pieces[matrix, box]) for position, matrix, box in errand.receives]
+        pending = self._move_out(outgoing, incoming, self.share.wire, state=False)
+        updates = [
+            [pieces[part.matrix, part.box] for part in members]
+            for members in self.bucket.standing.values()
+        ]
+        return _Arriving([pending], updates)
+
+    def _move_out(
+        self,
+        outgoing: list[tuple[int, Tensor]],
+        incoming: list[tuple[int, Tensor]],
+        dtype: torch.dtype,
+        state: bool,
+    ) -> Pending:
+        """In several turns where an owner's copies for all others would not fit in the cap; the
+        last of them is on its way when this returns.
+        """
+        turns = self.bucket.turns[state]
+        for number in range(turns - 1):
+            self._move(outgoing, incoming, dtype, False, state, (number, turns)).wait()
+        return self._move(outgoing, incoming, dtype, False, state, (turns - 1, turns))
+
+    def _move(
+        self,
+        outgoing: list[tuple[int, Tensor]],
+        incoming: list[tuple[int, Tensor]],
+        dtype: torch.dtype,
+        inward: bool,
+        state: bool,
+        turn: tuple[int, int] = (0, 1),
+    ) -> Pending:
+        together = self.bucket.moves[inward, state]
+        return move(self.share.domain, outgoing, incoming, dtype, together, turn)
+
+
+class _Arriving:
+    """Several exchanges, and what is there when they are complete."""
+
+    def __init__(self, pending: Sequence[Pending], value: Any) -> None:
+        self._pending, self._value = pending, value
+
+    def wait(self) -> Any:
+        for pending in self._pending:
+            pending.wait()
+        return self._value
+
+
+def _alike(one: Block, other: Block) -> bool:
+    return (one.rows, one.cols) == (other.rows, other.cols)

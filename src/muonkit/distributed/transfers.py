@@ -1,0 +1,155 @@
+"""Ways: what is planned for, and between which ranks each matrix goes. Pure Python, no tensors."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from muonkit.distributed.placement import (
+    Box,
+    Interval,
+    Placement,
+    Where,
+    box_size,
+    cells,
+    pieces,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["Matrix", "Stored", "Way", "alike"]
+
+
+class Stored(NamedTuple):
+    """A parameter, as far as the plan needs to know it.
+
+    Attributes:
+        name: for messages.
+        shape: the logical one.
+        stored: where the parameter lies.
+        lives: where its momentum lies: within `stored`, on the same mesh.
+        repeat: mesh axes along which the same is computed again, rather than shared out and sent.
+        state_shape, state_lives: of the variant's state, where it keeps one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: Placement
+    lives: Placement
+    repeat: tuple[int, ...] = ()
+    state_shape: tuple[int, ...] = ()
+    state_lives: Placement | None = None
+
+
+class Matrix(NamedTuple):
+    """One matrix of a parameter.
+
+    Attributes:
+        tensor: the parameter's index.
+        box: of the parameter, which holds it.
+        flops: that it costs to orthogonalize.
+        state_box: of the variant's state, which belongs to it.
+    """
+
+    tensor: int
+    box: Box
+    flops: int
+    state_box: Box | None = None
+
+
+class Way(NamedTuple):
+    """One way of a matrix: between its owner and the ranks on which its parts lie.
+
+    To the owner `axes` are those along which the momentum has copies: the copy that has the owner's
+    own place among them is sent. Back they are those along which the work is repeated: every owner
+    serves its own repetition.
+
+    Attributes:
+        place: where the tensor lies whose box it is.
+        shape: of the tensor.
+        axes: mesh axes along which an owner deals with ranks of its own coordinates only.
+    """
+
+    place: Placement
+    shape: tuple[int, ...]
+    box: Box
+    axes: tuple[int, ...]
+
+    def others(self, owner: int) -> list[tuple[int, Box]]:
+        """Who exchanges which part of the box with this owner."""
+        parts = pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
+        return [(position, piece.box) for piece in parts for position in piece.positions]
+
+    def parts(self, position: int) -> tuple[Box, ...]:
+        """What the rank at this position has of the box."""
+        return self.place.parts(self.shape, position, self.box)
+
+    def counts(self, position: int, owner: int) -> bool:
+        """Whether this owner deals with the rank at this position, if that has a part."""
+        return not self.axes or (
+            self.place.where(position, self.axes) == self.place.where(owner, self.axes)
+        )
+
+    def sizes(self, where: Where) -> Mapping[int, int]:
+        """The elements that each of an owner's others has; the owner's coordinates are `where`."""
+        return _sizes(self.place, self.shape, self.box, where)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _sizes(place: Placement, shape: tuple[int, ...], box: Box, where: Where) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    for part, positions in pieces(place, shape, box, where):
+        for position in positions:
+            sizes[position] = sizes.get(position, 0) + box_size(part)
+    return sizes
+
+
+def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix], inward: bool = True) -> list[int]:
+    """For each matrix, the first one whose parts lie on the same ranks, in the same sizes: of an
+    equal parameter, and elsewhere at most along dims that nothing cuts, or within what one rank
+    has of a dim (experts of a stack).
+
+    Args:
+        inward: parts of the momentum, which are also in equal parts where parameters are stored;
+            False: parts of the parameters only.
+    """
+    kinds: dict[Stored, int] = {}
+    kind = [kinds.setdefault(tensor._replace(name=""), len(kinds)) for tensor in tensors]
+    extents = [_Extents(t.lives if inward else t.stored, t.shape) for t in kinds]
+    of_state = [_Extents(t.state_lives, t.state_shape) for t in kinds]
+    first: dict[tuple[Any, ...], int] = {}
+    known: dict[tuple[int, Box, Box | None], int] = {}
+    like = []
+    for i, (tensor, box, _, state_box) in enumerate(matrices):
+        k = kind[tensor]
+        same = known.get((k, box, state_box))
+        if same is None:
+            key = (k, *extents[k].of(box), *of_state[k].of(state_box or ()))
+            same = known[k, box, state_box] = first.setdefault(key, i)
+        like.append(same)
+    return like
+
+
+class _Extents:
+    """What matters of a box for how its parts lie: for each dim its length, and in which of the
+    intervals it is that the dim is cut in; where it is in several, from where to where.
+
+    Where a tensor is stored it is cut in the intervals in which it lives, or in unions of them.
+    """
+
+    def __init__(self, place: Placement | None, shape: tuple[int, ...]) -> None:
+        self._starts: list[list[int]] = []
+        for dim, length in enumerate(shape if place is not None else ()):
+            assert place is not None
+            self._starts.append([start for (start, _), _ in cells(place, length, dim)])
+
+    def of(self, box: Box) -> list[Interval]:
+        return [self._extent(dim, *interval) for dim, interval in enumerate(box)]
+
+    def _extent(self, dim: int, start: int, stop: int) -> Interval:
+        starts = self._starts[dim]
+        first, last = (bisect.bisect_right(starts, at) for at in (start, stop - 1))
+        # Negative, so that it is no interval.
+        return (-first, stop - start) if first == last else (start, stop)

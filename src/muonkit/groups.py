@@ -1,0 +1,583 @@
+"""Param groups: completed with defaults, and refused with the remedy when they make no sense."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from muonkit._shards import WHOLE, flat_shard
+from muonkit._text import shown
+from muonkit.batching import planned
+from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, check_choice, choose
+from muonkit.options import ADAMW, MUON, OF_ALGORITHM
+from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
+from muonkit.variants import check_variant
+from muonkit.views import View, blocks_of, row_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from muonkit.newton_schulz.orthogonalizer import Choice
+
+__all__ = [
+    "MOMENTUM",
+    "NS_OPTIONS",
+    "STEP",
+    "VARIANCE",
+    "adopt_momentum",
+    "beta2_of",
+    "complete_group",
+    "computed_dtype",
+    "describe_group",
+    "drop_foreign_keys",
+    "flops_of",
+    "momentum_dtype",
+    "own_names",
+    "parameter_names",
+    "products_of",
+    "refuse_eps",
+    "refuse_half_named",
+    "refuse_held",
+    "refuse_unknown",
+    "separate_lr",
+    "state_shapes",
+    "unused_name",
+    "validate_defaults",
+    "validate_group",
+    "validate_options",
+    "warn_of_eps",
+]
+
+# What `orthogonalize` takes from a group, in its order.
+NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
+
+# The keys of the state; AdamW's are torch's.
+MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
+
+# torch.optim.Muon's default, kept for its signature.
+EPS = 1e-7
+
+ALGORITHMS = ("muon", "adamw")
+NONFINITE = ("propagate", "skip", "raise")
+
+# What `Optimizer.add_param_group` fills into every group, and a group of this algorithm has not.
+_ADAMW_DEFAULTS = {
+    "lr": "adamw_lr",
+    "betas": "adamw_betas",
+    "eps": "adamw_eps",
+    "weight_decay": "adamw_wd",
+}
+_FOREIGN_KEYS = {
+    "muon": tuple(_ADAMW_DEFAULTS.values()),
+    "adamw": (*_ADAMW_DEFAULTS.values(), *MUON),
+}
+# What no group of this algorithm may say: nobody would read it.
+_UNREAD_KEYS = {
+    "muon": (*_FOREIGN_KEYS["muon"], *ADAMW),
+    "adamw": (*_FOREIGN_KEYS["adamw"], "view"),
+}
+_DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
+EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
+REPLICAS = ("auto", "recompute", "split")
+# What `MuonW` passes on to `Muon`, beside the arguments that it names itself.
+_NAMED = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
+_OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
+_MUONW_OPTIONS = (
+    *(key for key in MUON if key not in _NAMED),
+    *("process_group", "zero", "maximize", "nonfinite"),
+)
+
+
+def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the group with its algorithm, view and AdamW's own defaults filled in.
+
+    Muon's defaults are left to `Optimizer.add_param_group`.
+
+    Raises:
+        ValueError: unknown or contradictory algorithm; an AdamW group whose lr would be Muon's in
+            units that mean nothing to it.
+        TypeError: not a dict with parameters.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a param group is a dict with 'params', got {group!r:.80}")
+    group = {**group, "params": _listed(group["params"])}
+    if "use_muon" in group:  # Keller Jordan's spelling
+        said = "muon" if group["use_muon"] else "adamw"
+        if group.setdefault("algorithm", said) != said:
+            raise ValueError(
+                f"a group says use_muon={group['use_muon']} and algorithm={group['algorithm']!r}; "
+                "give one of them"
+            )
+    if not group.pop("decay", True):  # routing's spelling
+        decay = group.setdefault("weight_decay", 0.0)
+        if isinstance(decay, Tensor) or decay != 0:
+            raise ValueError(f"a group says decay=False and weight_decay={decay}; give one of them")
+    algorithm = group.setdefault("algorithm", "muon")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
+    _refuse_unread(group)
+    if algorithm == "muon":
+        warn_of_eps(group)
+        group["view"] = str(View.parse(group.get("view", "matrix")))
+        for key in _DTYPE_KEYS:
+            if key in group:
+                group[key] = str(group[key]).removeprefix("torch.")
+        return group
+    no_lr = "lr" not in group and defaults["adamw_lr"] is None
+    if no_lr and defaults["adjust_lr_fn"] not in ADAMW_UNITS:
+        units = " or ".join(repr(name) for name in SCALES if name in ADAMW_UNITS)
+        raise ValueError(
+            "an AdamW group has no lr of its own, and Muon's is in other units unless "
+            f"adjust_lr_fn is {units}; add 'lr' to the group or give adamw_lr"
+        )
+    for key, name in _ADAMW_DEFAULTS.items():
+        if defaults[name] is not None:
+            group.setdefault(key, defaults[name])
+    return group
+
+
+def _refuse_unread(group: dict[str, Any]) -> None:
+    """Refuse options of the other algorithm, which would be dropped.
+
+    Raises:
+        ValueError: there is one.
+    """
+    algorithm = group["algorithm"]
+    unread = [key for key in _UNREAD_KEYS[algorithm] if key in group]
+    if unread:
+        other = "adamw" if algorithm == "muon" else "muon"
+        has = ", ".join(key for key in OF_ALGORITHM[algorithm] if key != "eps" or other == "muon")
+        raise ValueError(
+            f"a group of {algorithm} got {', '.join(map(repr, unread))}, which it does not read: "
+            f"it has {has}; take it out, or say 'algorithm': {other!r}"
+        )
+
+
+def refuse_half_named(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a group that names some of its parameters, or that has names where the others have
+    none, or none where they have.
+
+    Raises:
+        ValueError: as `Optimizer.add_param_group`, with its first words.
+    """
+    if not group["params"]:
+        return
+    named = [isinstance(item, tuple) for item in group["params"]]
+    remedy = (
+        "give all groups their parameters as (name, parameter), as model.named_parameters() has "
+        "them, or none"
+    )
+    if any(named) and not all(named):
+        raise ValueError(
+            "all optimizer params should be with/without names: a param group has names for "
+            f"{sum(named)} of its {len(named)} parameters; {remedy}"
+        )
+    has = all(named) or "param_names" in group
+    if groups and has != ("param_names" in groups[0]):
+        ours = "names" if has else "no names"
+        theirs = "none" if has else "some"
+        raise ValueError(
+            "all optimizer param groups should be with/without names: a param group has "
+            f"{ours}, and the optimizer's others have {theirs}; {remedy}"
+        )
+
+
+def warn_of_eps(options: dict[str, Any]) -> None:
+    """Warn of an eps for Muon, which has no effect."""
+    eps = options.get("eps", EPS)
+    if isinstance(eps, int | float) and eps >= 0 and eps != EPS:  # others are refused
+        warnings.warn(
+            f"eps={options['eps']} has no effect on Muon, whose update does not depend on the "
+            "gradient's scale; AdamW's is adamw_eps, or eps in its groups",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _listed(params: Any) -> list[Any]:
+    if isinstance(params, set):
+        raise TypeError(
+            "parameters need an order that is the same every time: give a list, not a set"
+        )
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def drop_foreign_keys(group: dict[str, Any]) -> None:
+    """Take out what `Optimizer.add_param_group` filled in for the other algorithm."""
+    for key in _FOREIGN_KEYS[group["algorithm"]]:
+        group.pop(key, None)
+
+
+def refuse_held(group: Any, groups: list[dict[str, Any]]) -> None:
+    """Refuse a group with a parameter that another group has: a layer that was frozen, for one.
+
+    Raises:
+        ValueError: there is one.
+    """
+    given = group.get("params", ()) if isinstance(group, dict) else ()
+    items = (
+        [given] if isinstance(given, Tensor) else given if isinstance(given, list | tuple) else ()
+    )
+    added = {id(item[1] if isinstance(item, tuple) else item) for item in items}
+    for other in groups:
+        for name, p in zip(parameter_names(other), other["params"], strict=True):
+            if id(p) in added:
+                raise ValueError(
+                    f"some parameters appear in more than one parameter group: {name} is in "
+                    f"{other['name']!r} already, which trains it as soon as it has a gradient, "
+                    "also where it was frozen until now; nothing need be added"
+                )
+
+
+def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | None = None) -> None:
+    """Give every group a tensor lr of its own.
+
+    Schedulers fill a tensor lr group by group: shared between groups, it would be scaled once for
+    each, or be the last group's.
+    """
+    for number, group in enumerate(groups):
+        rest = [*groups[:number], *groups[number + 1 :], *(others or ())]
+        if isinstance(group["lr"], Tensor) and any(group["lr"] is g["lr"] for g in rest):
+            group["lr"] = group["lr"].clone()
+
+
+def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """A name for the group that none of the others has: what a framework's learning-rate monitor
+    shows, and wants to be unique. Its own, if it has one.
+
+    Raises:
+        TypeError: its own is no string.
+    """
+    taken = {other["name"] for other in others}
+    name = group.get("name")
+    if name is None:
+        name = group["algorithm"]
+        if name == "muon" and group["view"] != "matrix":
+            name += f" {group['view']}"
+        decay = group["weight_decay"]
+        if name == "adamw" and not isinstance(decay, Tensor) and decay == 0:
+            name += " no decay"
+    elif not isinstance(name, str):
+        raise TypeError(f"a param group's name is a string, got {name!r:.80}")
+    numbered = (name, *(f"{name} {number}" for number in range(2, len(others) + 3)))
+    return next(each for each in numbered if each not in taken)
+
+
+def adopt_momentum(groups: list[dict[str, Any]]) -> None:
+    """OneCycleLR and CyclicLR cycle the momentum of every group of an optimizer that has one: for
+    AdamW's that is beta1, as these schedulers have it for torch's AdamW.
+    """
+    for group in groups:
+        betas = group.get("betas")
+        if (
+            group["algorithm"] == "adamw"
+            and "momentum" in group
+            and isinstance(betas, tuple | list)
+        ):
+            group["betas"] = (group.pop("momentum"), *betas[1:])
+
+
+def refuse_unknown(options: dict[str, Any]) -> None:
+    """Refuse keyword arguments that `MuonW` has not, with the name it has for AdamW's.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name in options:
+        if name not in _MUONW_OPTIONS:
+            own = _ADAMW_DEFAULTS.get(name)
+            has = ("lr", "weight_decay", *_NAMED, "rules", "heads", "undecided", "decay_1d")
+            if own:
+                remedy = f"AdamW's is called {own}"
+            elif name in _OF_TORCH:
+                remedy = "nothing stands for it here, leave it out"
+            else:
+                every = (*has, "adamw_params", *_ADAMW_DEFAULTS.values(), *_MUONW_OPTIONS)
+                remedy = f"it has {', '.join(every)}"
+            raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
+
+
+def refuse_eps(eps: Any) -> None:
+    """Refuse an eps given to `MuonW`, which was meant for AdamW.
+
+    Raises:
+        TypeError: it is another one than torch.optim.Muon's default.
+    """
+    if isinstance(eps, int | float) and eps >= 0 and eps != EPS:  # others are refused as such
+        raise TypeError(
+            f"MuonW got eps={eps!r}, which has no effect on Muon; AdamW's is called adamw_eps"
+        )
+
+
+def validate_defaults(defaults: dict[str, Any]) -> None:
+    """Refuse constructor arguments out of range, before there is a group.
+
+    Raises:
+        ValueError, TypeError: as `validate_group`.
+    """
+    validate_group({**defaults, "algorithm": "muon", "params": []})
+    adamw = {key: defaults[name] for key, name in _ADAMW_DEFAULTS.items()}
+    given = {key: value for key, value in adamw.items() if value is not None}
+    if isinstance(defaults["weight_decay"], Tensor):
+        given.setdefault("weight_decay", 0.0)  # a group that takes Muon's is refused when it comes
+    validate_group({**defaults, **given, "algorithm": "adamw", "params": []})
+
+
+def validate_group(group: dict[str, Any]) -> None:
+    """Refuse options out of range, and parameters that the group's algorithm cannot train.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as documented in `Muon`.
+    """
+    validate_options(group)
+    for name, p in zip(parameter_names(group), group["params"], strict=True):
+        _validate_parameter(name, p, group)
+
+
+# A graph looks at these: classes stand in tuples, since torch 2.9's graphs have no `int | float`.
+def validate_options(group: dict[str, Any]) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        ValueError, TypeError: there is one.
+    """
+    _validate_keys(group)
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    # The first words are torch.optim.Muon's.
+    _validate_number("Learning rate", lr)
+    decay = group["weight_decay"]
+    if isinstance(decay, Tensor) and (group["algorithm"] == "adamw" or decay.numel() != 1):
+        raise TypeError(
+            "weight decay is a number, or a 1-element tensor for Muon's groups, but is: "
+            f"{decay!r}; AdamW's own is adamw_wd"
+        )
+    _validate_number("weight decay", decay)
+    _validate_number("eps", group["eps"])
+    if group["nonfinite"] not in NONFINITE:
+        options = ", ".join(map(repr, NONFINITE))
+        raise ValueError(f"unknown nonfinite {group['nonfinite']!r}; it is one of {options}")
+    for key in ("maximize", "nesterov", "cautious"):
+        if key in group and not isinstance(group[key], (bool, int)):
+            raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
+    if group["algorithm"] == "adamw":
+        betas: Any = group.get("betas")
+        two = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not two or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas should be two numbers in [0, 1) but are: {betas}")
+        return
+    _validate_number("momentum", group["momentum"], below=1.0)
+    scale_factor(group["adjust_lr_fn"], 1, 1)
+    check_choice(*(group[key] for key in NS_OPTIONS))
+    if group["momentum_dtype"] not in ("auto", *NS_DTYPES):
+        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
+        raise ValueError(
+            f"unknown momentum_dtype {group['momentum_dtype']!r}; it is one of {options}"
+        )
+    check_variant(group["variant"])
+    if group["variant_beta2"] is not None:
+        _validate_number("variant_beta2", group["variant_beta2"], below=1.0)
+    for key, accepted in (("exchange_dtype", EXCHANGE_DTYPES), ("replicas", REPLICAS)):
+        if group[key] not in accepted:
+            listed = ", ".join(map(repr, accepted))
+            raise ValueError(f"unknown {key} {group[key]!r}; it is one of {listed}")
+    cap = group["bytes_in_flight"]
+    if isinstance(cap, bool) or not isinstance(cap, (Integral, type(None))):
+        raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
+    if cap is not None and cap < 1:
+        raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
+
+
+def _validate_keys(group: dict[str, Any]) -> None:
+    """Refuse a group whose algorithm was changed, or whose options were deleted, after it was made.
+
+    Raises:
+        ValueError: an option is missing.
+    """
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
+    for key in OF_ALGORITHM[group["algorithm"]]:
+        if key not in group:
+            raise ValueError(
+                f"a group of {group['algorithm']} has no {key!r}: put it back; for another "
+                "algorithm make the optimizer anew"
+            )
+
+
+def _choose(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> Choice:
+    coefficients, steps, form, ns_dtype = (group[key] for key in NS_OPTIONS)
+    return choose(coefficients, steps, form, ns_dtype, dtype, device, rows, cols)
+
+
+def flops_of(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """FLOPs of one matrix of this shape."""
+    m, n = sorted((rows, cols))
+    # The exact factor has no product of ours; an SVD takes about 20 times m^2 n.
+    return _choose(group, rows, cols, dtype, device).flops or 20 * m * m * n
+
+
+def products_of(
+    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The products of matrices of this shape in words, every "auto" replaced."""
+    choice = _choose(group, rows, cols, dtype, device)
+    blocks = f" in {choice.blocks} blocks" if choice.blocks > 1 else ""
+    return f"{choice.form} in {str(choice.dtype).removeprefix('torch.')}{blocks}"
+
+
+def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
+    # A float is asked nothing that would make it a constant of a graph.
+    a_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    if not a_number or isinstance(value, (str, bytes)):
+        raise TypeError(f"{what} should be a number but is: {value!r}")
+    if not 0.0 <= value < below:  # also false for NaN
+        upper = f" and < {below:g}" if below < math.inf else ""
+        raise ValueError(f"{what} should be >= 0{upper} but is: {value}")
+
+
+def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
+    shape = tuple(p.shape)
+    if p.is_complex() and group["algorithm"] == "muon":
+        raise RuntimeError(
+            f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "
+            "AdamW trains it ('algorithm': 'adamw' in its group, Rule(name, algorithm='adamw')); "
+            "Rule(name, algorithm='ignore') leaves it out"
+        )
+    if p.is_complex():
+        return
+    if not p.is_floating_point() or p.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} of shape {shape} is {p.dtype}: only floating-point parameters of at least 16 "
+            "bits are trained; leave it out, or make it a buffer"
+        )
+    if p.layout != torch.strided:
+        raise RuntimeError(
+            f"Muon does not support sparse parameters: {name} has layout {p.layout}; "
+            "make it dense, or train it with torch.optim.SparseAdam"
+        )
+    flat = flat_shard(p)
+    # What AdamW does to a vector of parameters it does to each; ZeRO-3's hold nothing yet.
+    if flat is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
+        raise ValueError(f"{name} of shape {shape} is {flat}. {WHOLE}")
+    if group["algorithm"] == "muon":
+        if p.ndim != 2 and group["view"] == "matrix":
+            hint = (
+                f"train it with AdamW, unless it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}"
+                if p.ndim < 2
+                else "give its group a view: 'flatten' (convolution), 'experts' (E x m x n)"
+            )
+            raise ValueError(
+                "Muon only supports 2D parameters without a view whereas we found a parameter "
+                f"with size: {shape} ({name}); {hint}"
+            )
+        try:
+            blocks_of(group["view"], shape)
+        except ValueError as error:
+            hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
+            raise ValueError(f"{name}: {error}{hint}") from None
+
+
+def beta2_of(group: Mapping[str, Any]) -> float:
+    """The weight of the past in the variant's state."""
+    given: float | None = group["variant_beta2"]
+    default = check_variant(group["variant"]).beta2
+    return given if given is not None else (default or 0.0)
+
+
+def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors that are kept for a parameter, beside the count of its steps: their logical
+    shapes.
+    """
+    shape = tuple(p.shape)
+    if group["algorithm"] == "adamw":
+        return {"exp_avg": shape, "exp_avg_sq": shape}
+    kept = check_variant(group["variant"]).state
+    if kept == "none":
+        return {MOMENTUM: shape}
+    rows = row_shape(group["view"], shape) if kept == "rows" else shape
+    return {MOMENTUM: shape, VARIANCE: rows}
+
+
+def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
+    """The dtype that the momentum of this parameter is kept in."""
+    return NS_DTYPES.get(group["momentum_dtype"], p.dtype)
+
+
+def computed_dtype(grad: torch.dtype, momentum: torch.dtype) -> torch.dtype:
+    """The dtype that the momentum is computed in: float16 has not the range for it."""
+    dtype = torch.promote_types(grad, momentum)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def parameter_names(group: Mapping[str, Any]) -> list[str]:
+    """A name for every parameter of the group, to be shown: see `muonkit._text`.
+
+    Raises:
+        ValueError: as `own_names`.
+    """
+    return [shown(name) for name in own_names(group)]
+
+
+def own_names(group: Mapping[str, Any]) -> list[str]:
+    """A name for every parameter of the group, as it is.
+
+    Raises:
+        ValueError: parameters were taken out of the group, or put in, and their names were not.
+    """
+    names, count = group.get("param_names"), len(group["params"])
+    if not names:
+        return [f"parameter {i}" for i in range(count)]
+    if len(names) != count:
+        raise ValueError(
+            f"a param group has {count} parameters and {len(names)} names: change its 'params' and "
+            "'param_names' (and the optimizer's state) together, or leave them and set the "
+            "parameter's requires_grad_(False) and grad = None"
+        )
+    return list(names)
+
+
+def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `Muon.describe` for one group; frozen parameters are not counted."""
+    params = [p for p in group["params"] if p.requires_grad]
+    if group["algorithm"] == "adamw":
+        return [{"group": number, "algorithm": "adamw", "parameters": len(params)}]
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for batch_rows, batch_cols, blocks in planned(params, group):
+        for index, block, _ in blocks:
+            p = params[index]
+            choice = _choose(group, batch_rows, batch_cols, p.dtype, p.device)
+            scale = scale_factor(group["adjust_lr_fn"], block.rows, block.cols)
+            row = rows.setdefault(
+                (block.rows, block.cols, p.dtype, p.device, batch_rows, batch_cols),
+                {
+                    "group": number,
+                    "algorithm": "muon",
+                    "view": group["view"],
+                    "matrices": 0,
+                    "rows": block.rows,
+                    "cols": block.cols,
+                    "computed_as": (batch_rows, batch_cols),
+                    "ns_steps": "svd" if choice.exact else len(choice.triples),
+                    "ns_form": choice.form,
+                    "restarts": choice.restarts,
+                    "blocks": choice.blocks,
+                    "gflop": choice.flops / 1e9,
+                    "ns_dtype": str(choice.dtype),
+                    "ns_dtype_reason": choice.dtype_reason,
+                    "momentum_dtype": str(momentum_dtype(group, p)),
+                    "scale": scale,
+                    "lr": float(group["lr"]) * scale,
+                },
+            )
+            row["matrices"] += block.batch
+    return list(rows.values())

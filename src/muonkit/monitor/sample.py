@@ -1,0 +1,228 @@
+"""One sample: what is measured in a step, on every rank, and put together.
+
+Whole matrices are measured by the rank that computes them; what AdamW trains by every rank where
+its state lives, as sums of squares that count every entry once. Then all ranks have all numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from muonkit.batching import place
+from muonkit.distributed.exchange import together
+from muonkit.distributed.layout import is_dtensor, local
+from muonkit.gradients import local_gradient
+from muonkit.monitor.spectra import measurable, norms, orthogonality_error, spectra
+from muonkit.scale import scale_factor
+from muonkit.views import blocks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from muonkit.batching import Batch, Source
+    from muonkit.distributed.placement import Box
+    from muonkit.optim import Muon
+
+__all__ = ["KINDS", "Key", "Sampler", "global_rank", "matrices_of"]
+
+KINDS = ("gradient", "momentum", "update", "weight")
+
+
+class Key(NamedTuple):
+    """A matrix: the group's number, the parameter's in the group, its own in the parameter."""
+
+    group: int
+    param: int
+    number: int
+
+
+def matrices_of(group: Mapping[str, Any], p: Tensor) -> list[tuple[Box, int, int]]:
+    """Where every matrix of a parameter lies in it, with its rows and columns, in order."""
+    return [
+        (box, block.rows, block.cols)
+        for block in blocks_of(group["view"], tuple(p.shape))
+        if block.batch * block.rows * block.cols
+        for box in block.boxes()
+    ]
+
+
+class _Names:
+    """Which matrix a batch's source is: the same name on all ranks."""
+
+    def __init__(self, optimizer: Muon) -> None:
+        self._known: dict[int, tuple[int, int, dict[Box, int]]] = {}
+        self._parts: dict[int, Tensor] = {}  # DTensors, by this rank's own tensor
+        self._layouts = optimizer._layouts
+        for g, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"] if group["algorithm"] == "muon" else ()):
+                index = {box: k for k, (box, _, _) in enumerate(matrices_of(group, p))}
+                self._known[id(p)] = self._known[id(local(p))] = g, i, index
+                if is_dtensor(p):
+                    self._parts[id(local(p))] = p
+
+    def key(self, source: Source) -> Key:
+        g, i, index = self._known[id(source.param)]
+        p, box = self._parts.get(id(source.param)), source.box
+        if p is not None:
+            layout = self._layouts[p]
+            box = layout.stored.origin(tuple(p.shape), layout.at, box)
+        return Key(g, i, index[box])
+
+
+class Sampler:
+    """What the step tells (`muonkit.step.Observer`), measured.
+
+    Args:
+        kinds: of which tensors the singular values are taken.
+    """
+
+    def __init__(self, optimizer: Muon, kinds: Sequence[str]) -> None:
+        self._optimizer, self._kinds = optimizer, kinds
+        disable: Any = torch.compiler.disable
+        self.call: Callable[..., Any] = disable(lambda step, closure: step(closure))
+        self._names: _Names | None = None
+        self._measured: list[tuple[list[Key], str, Tensor]] = []
+        self._batch: tuple[list[list[Source]], dict[str, Any], list[Tensor]] | None = None
+        self._rates: dict[int, tuple[float, float]] = {}  # lr and decay of every group
+        # By the parameter, which stays itself where groups change; it is kept, as is its id.
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    # --- Muon's matrices ------------------------------------------------------------------------
+
+    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+        if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
+            self._names = _Names(self._optimizer)
+        sources = [list(some) for some in batch.sources()]
+        momenta = [torch.stack(living.momenta) for living in batch.living]
+        self._measure("momentum", sources, batch.gathered(momenta).wait())
+        grads = [torch.stack(living.grads) for living in batch.living]
+        self._measure("gradient", sources, batch.gathered(grads).wait())
+        weights = [torch.stack(some) for some in batch.weights()]
+        whole = list(batch.gathered(weights).wait())
+        self._measure("weight", sources, whole)
+        self._batch = sources, group, whole
+
+    def orthogonalized(self, o: Sequence[Tensor]) -> None:
+        assert self._batch is not None
+        for keys, matrices in self._runs(self._batch[0], o):
+            self._measured.append((keys, "error", orthogonality_error(matrices)[:, None]))
+
+    def after(self, o: Sequence[Tensor]) -> None:
+        assert self._batch is not None
+        sources, group, weights = self._batch
+        self._batch = None
+        self._measure("update", sources, o)
+        for (keys, updates), (_, W) in zip(
+            self._runs(sources, o), self._runs(sources, weights), strict=True
+        ):
+            decayed = W * (updates * W > 0) if group["cautious"] else W
+            norm, _ = norms(decayed)
+            rows, cols = updates.shape[-2:]
+            lr, decay = float(group["lr"]), float(group["weight_decay"])
+            scale = scale_factor(group["adjust_lr_fn"], rows, cols)
+            applied = torch.stack([norm * (lr * decay), torch.full_like(norm, lr * scale)], -1)
+            self._measured.append((keys, "applied", applied))
+
+    def _measure(self, kind: str, sources: list[list[Source]], stacks: Sequence[Tensor]) -> None:
+        for keys, matrices in self._runs(sources, stacks):
+            norm, broken = norms(matrices)
+            self._measured.append((keys, kind, torch.stack([norm, broken.to(norm)], -1)))
+            if kind in self._kinds:
+                self._measured.append((keys, f"{kind} spectrum", spectra(matrices)))
+
+    def _runs(
+        self, sources: list[list[Source]], stacks: Sequence[Tensor]
+    ) -> Iterator[tuple[list[Key], Tensor]]:
+        """Matrices of one shape, without padding, and which they are."""
+        names = self._names
+        assert names is not None
+        for some, stack in zip(sources, stacks, strict=True):
+            start = 0
+            while start < len(some):
+                rows, cols = some[start][2:]
+                stop = start
+                while stop < len(some) and some[stop][2:] == (rows, cols):
+                    stop += 1
+                keys = [names.key(source) for source in some[start:stop]]
+                yield keys, place(stack[start:stop], rows, cols)
+                start = stop
+
+    # --- AdamW's parameters ---------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before the step: what the decay of AdamW's parameters will act on."""
+        for _, p, _ in self._adamw():
+            mine = self._optimizer._layouts.part(p, local(p))
+            self._weights[id(p)] = p, _square(mine)
+
+    def end(self) -> None:
+        """After the step: the rest of them."""
+        layouts = self._optimizer._layouts
+        for key, p, group in self._adamw():
+            state = self._optimizer.state.get(p)
+            if p.grad is None or not state:
+                continue
+            grad = layouts.part(p, local_gradient(p))
+            first, second = local(state["exp_avg"]), local(state["exp_avg_sq"])
+            update = _adamw_update(first, second, float(state["step"]), group)
+            tensors = grad, first, update, layouts.part(p, local(p))
+            squares = [_square(t) for t in tensors[:3]]
+            broken = [(~t.isfinite()).sum() for t in tensors]
+            _, weight = self._weights.get(id(p), (p, squares[0].new_tensor(math.nan)))
+            numbers = torch.stack([t.to(weight) for t in (*squares, weight, *broken)])
+            self._measured.append(([Key(*key, 0)], "adamw", numbers[None] / self._copies(p)))
+
+    def _adamw(self) -> Iterator[tuple[tuple[int, int], Tensor, dict[str, Any]]]:
+        for g, group in enumerate(self._optimizer.param_groups):
+            if group["algorithm"] == "adamw":
+                for i, p in enumerate(group["params"]):
+                    yield (g, i), p, group
+
+    def _copies(self, p: Any) -> int:
+        """How many ranks have each entry of what the state is for."""
+        layouts = self._optimizer._layouts
+        return 1 if layouts.domain is None else layouts.copies(p, of_state=True)
+
+    # --- together -------------------------------------------------------------------------------
+
+    def gather(self) -> list[tuple[int, list[tuple[Key, str, list[float]]]]]:
+        """What every rank measured, by its rank; all of them call this."""
+        mine = [
+            (key, kind, numbers)
+            for keys, kind, values in self._measured
+            for key, numbers in zip(keys, values.tolist(), strict=True)
+        ]
+        domain = self._optimizer._layouts.domain
+        if domain is None:
+            return [(global_rank(), mine)]
+        together(domain, "a Monitor's sample")
+        everyone: list[Any] = [None] * domain.size
+        torch.distributed.all_gather_object(everyone, mine, group=domain.control)
+        ranks = torch.distributed.get_process_group_ranks(domain.group)
+        return list(zip(ranks, everyone, strict=True))
+
+
+def global_rank() -> int:
+    dist = torch.distributed
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _square(t: Tensor) -> Tensor:
+    t = torch.view_as_real(t) if t.is_complex() else t
+    norm: Tensor = torch.linalg.vector_norm(measurable(t), dtype=torch.float64)
+    return norm.square()
+
+
+def _adamw_update(m: Tensor, v: Tensor, step: float, group: Mapping[str, Any]) -> Tensor:
+    """lr m^ / (√v^ + ε), as torch's adamw applies it, from the state after the step."""
+    if m.is_complex():
+        m, v = torch.view_as_real(m), torch.view_as_real(v)
+    beta1, beta2 = group["betas"]
+    dtype = torch.promote_types(m.dtype, torch.float32)
+    root = v.to(dtype).div(1 - beta2**step).sqrt_().add_(group["eps"])
+    return m.to(dtype).div(root).mul_(float(group["lr"]) / (1 - beta1**step))

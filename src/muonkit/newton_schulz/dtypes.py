@@ -1,0 +1,154 @@
+"""The dtype of the matrix products: what `ns_dtype` stands for on a device, and why.
+
+"auto" is the dtype that is measured to be fastest on a kind of hardware, not the one that a flag of
+it promises:
+
+- x86 with AVX-512's bf16 instructions and no AMX: float32. Measured on such a Xeon, one thread,
+  768 x 768 matrices: 146 GFLOP/s in float32, 83 in bfloat16; a whole step took 1.7 to 2.4 times as
+  long in bfloat16.
+- x86 with neither: float32. Measured with AVX2: bfloat16 takes about 100 times as long.
+- x86 with AMX: bfloat16. Not measured by us; a core's tiles do 512 multiply-adds of bfloat16 a
+  cycle, its AVX-512 units 32 of float32.
+- Arm with BFMMLA and a torch with the Arm Compute Library (its Linux wheels): bfloat16. Not
+  measured by us; published for Graviton 3 (pytorch/pytorch#91763): BERT is 1.9 times as fast with
+  products in bfloat16. A torch without that library (macOS) does not use BFMMLA: float32.
+- CUDA from Ampere (8.0) on, ROCm and XPU: bfloat16, by matrix units that float32 has not got.
+  Before Ampere it is emulated: float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from muonkit._torch import cpu_capabilities
+
+if TYPE_CHECKING:
+    from muonkit.newton_schulz.coefficients import Iterations
+
+__all__ = [
+    "NS_DTYPES",
+    "Fastest",
+    "dtype_reason",
+    "fastest_dtype",
+    "products_dtype",
+    "resolve_dtype",
+]
+
+NS_DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def products_dtype(
+    ns_dtype: str | torch.dtype,
+    input_dtype: torch.dtype,
+    device: torch.device,
+    iterations: Iterations,
+) -> torch.dtype:
+    """The dtype that these iterations are computed in.
+
+    The exact factor has no products to choose a dtype for: it is decomposed in at least float32.
+
+    Raises:
+        ValueError: as `resolve_dtype`.
+    """
+    dtype = resolve_dtype(ns_dtype, input_dtype, device, iterations.strict)
+    if iterations.exact:
+        return torch.promote_types(torch.promote_types(input_dtype, torch.float32), dtype)
+    return dtype
+
+
+def resolve_dtype(
+    ns_dtype: str | torch.dtype,
+    input_dtype: torch.dtype,
+    device: torch.device,
+    strict: bool = False,
+) -> torch.dtype:
+    """The dtype of the matrix products that `ns_dtype` stands for on this device.
+
+    Args:
+        strict: the schedule diverges in 16 bits (`Schedule.strict`).
+
+    Raises:
+        ValueError: not a dtype of `NS_DTYPES` nor "auto", or one too coarse for the schedule.
+    """
+    name = str(ns_dtype).removeprefix("torch.")
+    if name in NS_DTYPES:
+        dtype = NS_DTYPES[name]
+        if strict and dtype.itemsize == 2:
+            # Measured: singular values of 1,000 and more from a random matrix in bf16.
+            raise ValueError(
+                f"this schedule has no safety factor and diverges in {name}: use "
+                "'polar_express_1.01', 'polar_express_1.02' or 'polar_express_1.05', "
+                "or ns_dtype='float32'"
+            )
+        return dtype
+    if name != "auto":
+        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
+        raise ValueError(f"unknown ns_dtype {ns_dtype!r}; it is one of {options}")
+    if input_dtype == torch.float64:
+        return torch.float64  # whoever keeps float64 weights asked for its precision
+    if strict:
+        return torch.float32
+    return fastest_dtype(device.type, device.index).dtype
+
+
+def dtype_reason(
+    ns_dtype: str | torch.dtype,
+    input_dtype: torch.dtype,
+    device: torch.device,
+    iterations: Iterations,
+) -> str:
+    """Why `products_dtype` is what it is."""
+    if iterations.exact:
+        return "svd: the input's dtype, float32 at least"
+    if str(ns_dtype) != "auto":
+        return "given"
+    if input_dtype == torch.float64:
+        return "auto: the input's"
+    if iterations.strict:
+        return "auto: the schedule has no safety factor and diverges in 16 bits"
+    return f"auto: {fastest_dtype(device.type, device.index).reason}"
+
+
+class Fastest(NamedTuple):
+    """The dtype that a device multiplies matrices fastest in, of bfloat16 and float32, and why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+@functools.lru_cache(maxsize=64)
+def fastest_dtype(device_type: str, index: int | None) -> Fastest:
+    """What "auto" is on this device; see the module."""
+    if device_type == "cpu":
+        return _fastest_on_cpu()
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        if major >= 8:  # also true of every ROCm GPU with bf16 MFMA
+            return Fastest(torch.bfloat16, "this GPU multiplies bfloat16 natively")
+        return Fastest(torch.float32, f"this GPU ({major}.{minor}) emulates bfloat16")
+    if device_type == "xpu":
+        return Fastest(torch.bfloat16, "this GPU multiplies bfloat16 natively")
+    return Fastest(torch.float32, f"nothing is known of bfloat16 products on {device_type!r}")
+
+
+def _fastest_on_cpu() -> Fastest:
+    have = cpu_capabilities()
+    if have["amx_bf16"]:
+        return Fastest(torch.bfloat16, "this CPU has AMX")
+    if have["arm_bf16"]:
+        if have["onednn_acl"]:
+            return Fastest(torch.bfloat16, "this CPU has BFMMLA")
+        return Fastest(
+            torch.float32, "this CPU has BFMMLA, but this torch no Arm Compute Library to use it"
+        )
+    if have["avx512_bf16"]:
+        return Fastest(torch.float32, "this CPU has avx512_bf16 but no AMX: bfloat16 is slower")
+    return Fastest(torch.float32, "this CPU has no units for bfloat16")

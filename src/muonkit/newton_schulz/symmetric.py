@@ -1,0 +1,194 @@
+"""Symmetric products at half the cost: only what lies on or below the diagonal is computed.
+
+On CUDA and ROCm one Triton kernel does it (`muonkit.newton_schulz.triton`); everywhere else blocks
+of rows in plain torch: halve the matrix until a block is small, compute the blocks on and below the
+diagonal, mirror the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from muonkit.newton_schulz import triton as kernels
+from muonkit.newton_schulz.scratch import scratch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["KERNEL", "block_count", "general_product", "method", "symmetric_product"]
+
+KERNEL = 0
+
+# The smallest block of rows in plain torch; with smaller ones the products lose more of their rate
+# than they save. Measured on a CPU, and on an H100 in float32 (docs/performance.md); a guess in 16
+# bits on a GPU without the kernel, and elsewhere.
+_SMALLEST_BLOCK = {"cpu": 96, "cuda": 256}
+_SMALLEST_BLOCK_ELSEWHERE = 1024
+# Two blocks save a quarter of a product, about what cutting and mirroring cost for small ones.
+_FEWEST_BLOCKS = 4
+
+
+def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
+    """In how many blocks of rows a symmetric `(m, m)` product is computed on this device.
+
+    The cost is (b + 1) / 2b of the general product's, exactly so where b divides m.
+    """
+    if kernels.pays(m, dtype, device):
+        return kernels.row_blocks(m, dtype)
+    smallest = _SMALLEST_BLOCK.get(device.type, _SMALLEST_BLOCK_ELSEWHERE)
+    if device.type == "cuda" and dtype.itemsize == 2:
+        smallest = _SMALLEST_BLOCK_ELSEWHERE
+    blocks = 1
+    while m >= 2 * smallest * blocks:
+        blocks *= 2
+    return blocks if blocks >= _FEWEST_BLOCKS else 1
+
+
+def method(X: Tensor) -> int:
+    """How symmetric products of `(B, m, k)` tensors like X are computed: `KERNEL`, or in how many
+    blocks; 1 is the general product, which alone can be differentiated.
+    """
+    if torch.is_grad_enabled() and X.requires_grad:
+        return 1
+    if kernels.pays(X.shape[-2], X.dtype, X.device):
+        return KERNEL
+    return block_count(X.shape[-2], X.dtype, X.device)
+
+
+def symmetric_product(
+    L: Tensor,
+    R: Tensor,
+    D: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    blocks: int | None = None,
+    name: str | None = None,
+) -> Tensor:
+    """alpha L R^T + beta D + gamma I, which the caller knows to be symmetric.
+
+    It is for a Gram matrix (R is L) and for products of polynomials in one Gram matrix, which
+    commute. What is computed of a result that is not symmetric, is not said.
+
+    Args:
+        L: `(B, m, k)`.
+        R: L itself, or symmetric, `(B, m, m)`.
+        D: `(B, m, m)`, symmetric; None for beta = 0.
+        blocks: what `method` says, where it was asked before.
+        name: take the result's memory from `muonkit.newton_schulz.scratch` under this name, which
+            none of L, R and D has; for a result that is not differentiated.
+
+    Returns:
+        `(B, m, m)`.
+    """
+    if blocks is None:
+        blocks = method(L if L.requires_grad else R)
+    if blocks == KERNEL:
+        # Dense rows, or of a Gram matrix in 16 bits dense columns: its other variants are slower.
+        tall = R is L and L.dtype.itemsize == 2 and L.mT.is_contiguous()
+        rows = L if tall else L.contiguous()
+        other = rows if R is L else R.contiguous()
+        return kernels.symmetric_product(rows, other, D, alpha, beta, gamma)
+    D = None if beta == 0 else D
+    if blocks == 1:
+        return general_product(L, R, D, alpha=alpha, beta=beta, gamma=gamma, name=name)
+    C = _blocked(L, R, alpha, blocks, name)
+    if D is not None:
+        C.add_(D, alpha=beta)
+    if gamma:
+        C.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return C
+
+
+def general_product(
+    L: Tensor,
+    R: Tensor,
+    D: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    name: str | None = None,
+) -> Tensor:
+    """`symmetric_product` by torch's own product, whole: for those who know that they want that of
+    many small ones, of which the choices would take longer than the products.
+    """
+    right = L.mT if R is L else R
+    if name is not None:
+        C = _empty(name, (L.shape[0], L.shape[1], right.shape[2]), L)
+        # beta = 0: what C holds is not read.
+        torch.baddbmm(C if D is None else D, L, right, beta=beta, alpha=alpha, out=C)
+    elif D is not None:
+        C = torch.baddbmm(D, L, right, beta=beta, alpha=alpha)
+    else:
+        C = torch.bmm(L, right)
+        C = C if alpha == 1 else C * alpha
+    if gamma:
+        C.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return C
+
+
+def _blocked(L: Tensor, R: Tensor, alpha: float, blocks: int, name: str | None) -> Tensor:
+    """The blocks on the diagonal, all in one batch; then, for every block size up to half of the
+    matrix, the blocks below it: halves of a matrix, halves of the halves, ... in one batch each.
+    """
+    B, m, _ = L.shape
+    padded = m + -m % blocks
+    if padded != m:
+        L, R = (torch.nn.functional.pad(t, (0, 0, 0, padded - m)) for t in (L, R))
+    C = _empty(name, (B, padded, padded), L)
+    h = padded // blocks
+    _store(C, _products(L, R, alpha, h, h, 0, 0), h, 0, 0)
+    while h < padded:
+        T = _products(L, R, alpha, h, 2 * h, h, 0)
+        _store(C, T, 2 * h, h, 0)
+        _store(C, T.mT, 2 * h, 0, h)
+        h *= 2
+    return C if padded == m else C[:, :m, :m].contiguous()
+
+
+# `as_strided` throughout, one operation where views would take four: there are many small ones.
+
+
+def _products(L: Tensor, R: Tensor, alpha: float, h: int, step: int, row: int, col: int) -> Tensor:
+    """For j = 0, 1, ...: alpha times h rows of L from row + j step, times h rows of R, transposed,
+    from col + j step; `(B, J, h, h)`.
+    """
+    B, m, k = L.shape
+    J = m // step
+    count = B * J
+    if B == 1 or (L.stride(0) == m * L.stride(1) and R.stride(0) == m * R.stride(1)):
+        # A contiguous result: torch hands all of the batch to BLAS at once, which spreads it over
+        # the threads. beta = 0: what T holds is not read.
+        T = _empty("block", (count, h, h), L)
+        _, rows, cols = L.stride()
+        lower = L.as_strided(
+            (count, h, k), (step * rows, rows, cols), L.storage_offset() + row * rows
+        )
+        _, rows, cols = R.stride()
+        upper = R.as_strided(
+            (count, k, h), (step * rows, cols, rows), R.storage_offset() + col * rows
+        )
+        torch.baddbmm(T, lower, upper, beta=0, alpha=alpha, out=T)
+        return T.view(B, J, h, h)
+    T = _empty("block", (B, J, h, h), L)
+    for j in range(0, m, step):
+        lower, upper = L[:, row + j : row + j + h], R[:, col + j : col + j + h]
+        T[:, j // step] = torch.bmm(lower, upper.mT).mul_(alpha)
+    return T
+
+
+def _store(C: Tensor, T: Tensor, step: int, row: int, col: int) -> None:
+    """The j-th block of T to C at (row, col) + j (step, step)."""
+    batch, rows, cols = C.stride()
+    strides = (batch, step * (rows + cols), rows, cols)
+    C.as_strided(T.shape, strides, C.storage_offset() + row * rows + col * cols).copy_(T)
+
+
+def _empty(name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if name is None:
+        return like.new_empty(shape)
+    return scratch(name, shape, like.dtype, like.device)

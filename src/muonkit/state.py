@@ -1,0 +1,243 @@
+"""The optimizer's state: made at construction, in logical shapes, and fetched for a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muonkit._torch import whole_tensor
+from muonkit.distributed.layout import is_a_part, is_dtensor, local
+from muonkit.distributed.sharded import state_placement
+from muonkit.gradients import lies_elsewhere
+from muonkit.groups import (
+    MOMENTUM,
+    STEP,
+    VARIANCE,
+    momentum_dtype,
+    parameter_names,
+    state_shapes,
+)
+from muonkit.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from muonkit.distributed.layout import Layouts
+    from muonkit.distributed.placement import Placement
+    from muonkit.gradients import Work
+
+__all__ = ["adopt_state", "carried_state", "check_parts", "ensure_state"]
+
+
+class _Kept(NamedTuple):
+    """One tensor that is kept for a parameter: its dtype, logical shape and placement (None where
+    the parameter is this rank's own).
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    lives: Placement | None
+
+
+def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]]:
+    """The tensors that are kept for a parameter."""
+    if group["algorithm"] == "adamw":
+        return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
+    if VARIANTS[group["variant"]].state == "none":
+        return [(MOMENTUM, momentum_dtype(group, p))]
+    most = torch.promote_types(p.dtype, torch.float32)
+    return [(MOMENTUM, momentum_dtype(group, p)), (VARIANCE, most)]
+
+
+def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts) -> _Kept:
+    shape, layout = state_shapes(p, group)[key], layouts.get(p)
+    lives = None if layout is None else state_placement(layout, tuple(p.shape), shape)
+    return _Kept(key, dtype, shape, lives)
+
+
+def _own_shapes(
+    p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> dict[str, tuple[int, ...]]:
+    """The shape of what this rank has of every tensor that is kept for a parameter."""
+    shapes = {}
+    for key, dtype in _dtypes(p, group):
+        _, _, shape, lives = _kept(key, dtype, p, group, layouts)
+        shapes[key] = shape if lives is None else tuple(lives.local_shape(shape, layouts[p].at))
+    return shapes
+
+
+def check_parts(work: Work, state: Mapping[Any, Mapping[str, Any]], layouts: Layouts) -> None:
+    """Compare what this rank has of every parameter, its gradient and its state, where it may have
+    a part of them: before kernels walk these, and before anything is sent. (Of a gradient that is
+    yet to be redistributed, torch makes the part.)
+
+    Raises:
+        ValueError: they do not lie alike.
+    """
+    if not layouts:
+        return
+    for group, params in work:
+        for p in params:
+            if layouts.get(p) is None:
+                continue
+            which = p, group.get("variant")
+            if which not in layouts.state_shapes:
+                layouts.state_shapes[which] = _own_shapes(p, group, layouts)
+            wanted = layouts.state_shapes[which]
+            kept = state.get(p, {})
+            has = {key: local(kept[key]).shape for key in wanted if key in kept}
+            if not lies_elsewhere(p):
+                grad: Any = p.grad
+                has["gradient"] = local(grad).shape
+                wanted = {**wanted, "gradient": tuple(local(p).shape)}
+            for what, shape in has.items():
+                if shape != wanted[what]:
+                    raise ValueError(
+                        f"this rank has {tuple(shape)} of the {what} of {_name_of(p, group)}, and "
+                        f"should have {tuple(wanted[what])}: it does not lie as its parameter. "
+                        "Load the state with load_state_dict, or begin it anew with "
+                        "optimizer.reset_state([parameter]); nothing was changed"
+                    )
+
+
+def _name_of(p: Tensor, group: Mapping[str, Any]) -> str:
+    names = zip(parameter_names(group), group["params"], strict=True)
+    return next(name for name, q in names if p is q)
+
+
+def ensure_state(
+    state: dict[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> None:
+    """Make what is missing, and follow a parameter that was moved or cast since the last step.
+
+    No copies where all is in place.
+    """
+    adamw = group["algorithm"] == "adamw"
+    device, was_meta = p.device, False
+    for key, dtype in _dtypes(p, group):
+        have = state.get(key)
+        if have is None or (have.is_meta and not p.is_meta):
+            was_meta = was_meta or have is not None
+            state[key] = _zeros(_kept(key, dtype, p, group, layouts), p, layouts, preserve=adamw)
+        elif have.is_complex() != dtype.is_complex:
+            continue  # a step refuses it; half of the state would be lost
+        elif have.dtype != dtype or have.device != device or _is_frozen(have):
+            state[key] = have.to(device, dtype, copy=True)
+    if adamw or VARIANTS[group["variant"]].state != "none":
+        count: Any = state.get(STEP)
+        count = 0.0 if count is None or was_meta else count
+        if adamw and p.is_meta:  # torch's AdamW reads its count in Python, as it does its own
+            device = torch.device("cpu")
+        kept = isinstance(count, Tensor) and not count.is_meta
+        if not kept or count.device != device or count.dtype != torch.float32:
+            count = 0.0 if isinstance(count, Tensor) and count.is_meta else count
+            # A checkpoint may be of an optimizer that counts its steps in a number or in int64.
+            state[STEP] = torch.as_tensor(count, dtype=torch.float32, device=device)
+        elif _is_frozen(count):
+            state[STEP] = count.clone()
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Whether it was made under `torch.inference_mode()`, and this is outside of it: then it may
+    not be written to. Inside of a graph there is no such state: the step before made it anew.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def carried_state(
+    before: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> dict[str, Any]:
+    """The state of a parameter that another stood for until now, or that was laid out otherwise:
+    the same values, in the layout that it has now. What lies right is not copied.
+    """
+    state = dict(before)
+    for key, dtype in _dtypes(p, group):
+        have = state.get(key)
+        if have is None:
+            continue
+        if have.is_meta and not p.is_meta:
+            del state[key]
+            state.pop(STEP, None)  # which counted a dry run
+            continue
+        kept = _kept(key, dtype, p, group, layouts)
+        if is_dtensor(have) or kept.lives is not None:
+            state[key] = _moved(
+                have.to(p.device, dtype), _zeros(kept, p, layouts), kept, layouts, p
+            )
+    return state
+
+
+def adopt_state(
+    state: dict[str, Any],
+    saved: Mapping[str, Any],
+    p: Tensor,
+    group: Mapping[str, Any],
+    layouts: Layouts,
+) -> None:
+    """After loading: what torch has cast to the parameter's dtype, in its own again; what was saved
+    under another layout, in this one.
+
+    Args:
+        saved: as it was before torch loaded it.
+    """
+    for key, dtype in _dtypes(p, group):
+        if key not in saved:
+            continue
+        kept = _kept(key, dtype, p, group, layouts)
+        loaded = state[kept.key]
+        # A hook may have changed it: then it is as the hook wants it.
+        exact = saved[kept.key]
+        sharded = is_dtensor(exact) or is_dtensor(loaded)
+        if kept.dtype != loaded.dtype and (sharded or _same(exact.to(loaded), loaded)):
+            loaded = exact.to(p.device, kept.dtype, copy=True)
+        if is_dtensor(loaded) or kept.lives is not None:
+            loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)
+        state[kept.key] = loaded
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values; NaN is NaN."""
+    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> Tensor:
+    if kept.lives is None and kept.shape == tuple(p.shape):
+        # AdamW's fused kernel wants its moments in the parameter's own strides; else row-major
+        # whatever these are: the state is in logical shape.
+        form = torch.preserve_format if preserve else torch.contiguous_format
+        return torch.zeros_like(p, dtype=kept.dtype, memory_format=form)
+    if kept.lives is None:
+        return torch.zeros(kept.shape, dtype=kept.dtype, device=p.device)
+    return layouts.new_state(p, kept.dtype, kept.shape, kept.lives)
+
+
+def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
+    """The same values, laid out as `like`."""
+    if is_dtensor(tensor) and not is_a_part(tensor):
+        tensor = local(tensor)
+    if is_dtensor(tensor) and is_dtensor(like) and _spread(tensor) == _spread(like):
+        if tensor.device_mesh is like.device_mesh:  # type: ignore[attr-defined]
+            return tensor
+        # An unpickled mesh has not our process groups.
+        local(like).copy_(local(tensor))
+        return like
+    if is_dtensor(tensor):
+        tensor = whole_tensor(tensor)
+    if not is_dtensor(like):
+        return tensor
+    # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.
+    assert kept.lives is not None
+    at, whole = layouts[p].at, tuple(tensor.shape)
+    for box in kept.lives.parts(whole, at, tuple((0, n) for n in whole)):
+        inside = kept.lives.slices(whole, at, box)
+        local(like)[inside].copy_(tensor[tuple(slice(a, b) for a, b in box)])
+    return like
+
+
+def _spread(tensor: Any) -> tuple[Any, Any]:
+    return tensor.device_mesh, tensor.placements

@@ -1,0 +1,151 @@
+"""The step itself: the algorithm, on one batch of matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from muonkit._compile import copy_each_, scheduled
+from muonkit.batching import Arrived, stacked
+from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype
+from muonkit.newton_schulz.orthogonalizer import orthogonalize_
+from muonkit.scale import scale_factor
+from muonkit.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from muonkit.batching import Arriving, Batch, Living, Standing
+
+__all__ = ["Observer", "muon_step"]
+
+
+class Observer(Protocol):
+    """Who is told of the whole matrices of a batch, on the rank that computes them.
+
+    All ranks have one, or none: it may exchange in `before`. It writes to nothing that it is given.
+    """
+
+    def call(self, step: Callable[..., Any], closure: Any) -> Any:
+        """Take the step, outside of torch.compile's graphs: what follows has no place in one."""
+        ...
+
+    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+        """What is about to be orthogonalized; momentum is new, parameters are as they were."""
+        ...
+
+    def orthogonalized(self, o: Sequence[Tensor]) -> None:
+        """The same batch, before the variant."""
+        ...
+
+    def after(self, o: Sequence[Tensor]) -> None:
+        """What is about to be applied."""
+        ...
+
+
+def muon_step(
+    batch: Batch, group: dict[str, Any], observer: Observer | None = None
+) -> Iterator[None]:
+    """The algorithm. It pauses while what it sent is on its way, so that others go on meanwhile."""
+    u = batch.to_owners(_momentum_(batch.living, group))  # elementwise, where the state lives
+    yield
+    whole = u.wait()
+    if observer is not None:
+        observer.before(batch, group, whole)
+    o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in whole]  # whole matrices
+    if observer is not None:
+        observer.orthogonalized(o)
+    kept = _vary_(batch, o, group)
+    if observer is not None:
+        observer.after(o)
+    d = batch.to_params(o)
+    yield
+    _apply_(batch.standing, d.wait(), group)
+    kept.wait()
+
+
+def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
+    """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
+
+    Returns U, stacked, in memory of its own; gradients are never written to.
+    """
+    mu, nesterov = group["momentum"], group["nesterov"]
+    stacks = []
+    for grads, momenta, dtype in living:
+        U = stacked(grads, alone=len(living) == 1)
+        U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
+        # Taken from one before it is rounded to the momentum's dtype.
+        kept: Any = scheduled(mu, U)
+        new: Any = scheduled(1 - mu, U)
+        if group["maximize"]:
+            U.neg_()
+        directions = U.unbind()
+        if U.dtype == momenta[0].dtype:
+            torch._foreach_lerp_(momenta, directions, new)
+            if nesterov:
+                torch._foreach_lerp_(directions, momenta, kept)
+            else:
+                torch._foreach_copy_(directions, momenta)
+        else:
+            # The momentum is kept in fewer bits than it is computed in.
+            M = torch.stack(momenta).to(U.dtype).lerp_(U, new)
+            held = M
+            if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
+                largest = torch.finfo(torch.float16).max
+                held = M.clamp(-largest, largest)
+            copy_each_(momenta, held.unbind())
+            U = U.lerp_(M, kept) if nesterov else M
+        # Nothing is computed in float64 for a momentum or gradient that is kept in it.
+        most = torch.promote_types(dtype, torch.float32)
+        stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
+    return stacks
+
+
+def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Arriving[None]:
+    """The variant, on whole matrices without padding; its state then goes back where it lives."""
+    variant = VARIANTS[group["variant"]]
+    if variant.state == "none":
+        return Arrived(None)
+    wholes = batch.wholes(o)
+    for whole in wholes:
+        steps = 0 if whole.steps is None else whole.steps
+        variant.apply_(whole.matrices, whole.variance, beta2_of(group), steps)
+    return batch.keep(wholes)
+
+
+def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict[str, Any]) -> None:
+    """W <- W - lr * weight_decay * W - lr * scale * D."""
+    for (params, rows, cols), updates in zip(standing, d, strict=True):
+        lr, decay = (
+            _near(value, params[0]).reshape(()) if isinstance(value, Tensor) else value
+            for value in (group["lr"], group["weight_decay"])
+        )
+        if isinstance(decay, Tensor) or decay != 0:
+            if group["cautious"]:
+                shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
+                _add_(params, shrinking, -lr * decay)
+            else:
+                _add_(params, params, -lr * decay)
+        scale = scale_factor(group["adjust_lr_fn"], rows, cols)
+        _add_(params, updates, -lr * scale)
+
+
+def _near(value: Tensor, like: Tensor) -> Tensor:
+    """On the device of another; a GPU is not waited for, unless what it knows is needed here."""
+    return value.to(like.device, non_blocking=like.device.type == "cuda")
+
+
+def _add_(params: list[Tensor], tensors: list[Tensor], factor: float | Tensor) -> None:
+    """params += factor * tensors, with the factor in full precision.
+
+    (`_foreach_mul_` by a float would round it to the parameters' dtype: in bf16, 1 - 0.002 becomes
+    1 - 0.0039. The sum is rounded to it all the same: bf16 weights lose small decays.)
+    """
+    factor = scheduled(factor, params[0])
+    if isinstance(factor, Tensor):
+        # A tensor as alpha would be read back to the host; multiplying keeps it on the device.
+        torch._foreach_add_(params, torch._foreach_mul(tensors, factor))
+    else:
+        torch._foreach_add_(params, tensors, alpha=factor)
