@@ -15,7 +15,7 @@ from torch import nn
 
 from distributed_helpers import Cases, Ranks, ranks_of, run, shared_folder
 from muonkit import Muon, MuonW
-from muonkit.distributed import rank_dtypes as _optim_dtypes
+from muonkit.distributed import rank_dtypes
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 
 CASES = Cases()
@@ -85,13 +85,13 @@ def mixed_nodes_are_told_before_anything_is_written(compiled: bool) -> None:
 @CASES.on(2, compiled=[False, True])
 def equal_nodes_step_and_ask_once(compiled: bool) -> None:
     requests = []
-    through = _optim_dtypes._try
+    through = rank_dtypes._try
 
     def counting(ask: Any, *arguments: Any) -> Any:
         requests.append(ask)
         return through(ask, *arguments)
 
-    _optim_dtypes._try = counting
+    rank_dtypes._try = counting
     try:
         # A shape that no other case has, where ranks have told different dtypes.
         optimizer = Muon([nn.Parameter(torch.ones(11 + compiled, 3))], lr=0.1)
@@ -106,7 +106,7 @@ def equal_nodes_step_and_ask_once(compiled: bool) -> None:
         stepped(optimizer, 3)
         assert not requests
     finally:
-        _optim_dtypes._try = through
+        rank_dtypes._try = through
 
 
 @CASES.on(2)

@@ -28,7 +28,7 @@ import distributed_measures as measures
 import distributed_zoo as zoo
 from distributed_helpers import Cases, Ranks, ranks_of, run
 from muonkit import Muon, MuonW, RoutingError, route
-from muonkit.distributed import layout as _optim_layout
+from muonkit.distributed import layout as layouts
 from muonkit.distributed.plan import MACHINES
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 
@@ -193,14 +193,14 @@ def goes_on_after_ranks_disagreed() -> None:
 def plans_by_one_ranks_word_for_the_size_of_nodes() -> None:
     """Nodes of unequal size: by rank 0's it is cheaper to compute again, by the others' to send."""
     size = [2, 4, 4, 4][dist.get_rank()]
-    _optim_layout._nodes.clear()  # other cases have asked
+    layouts._nodes.clear()  # other cases have asked
     rates = mock.patch.dict(MACHINES, {"cpu": (1e9, 1.0, 0.1)})
     with rates, mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(size)}):
         model, optimizer = measures.make("hsdp")
         measures.train(model, optimizer, last=1)
     repeats = {tensor.repeat for plan in optimizer.plan().plans for tensor in plan.tensors}
     assert (0,) in repeats
-    _optim_layout._nodes.clear()
+    layouts._nodes.clear()
 
 
 @CASES.on(2)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from muonkit import Monitor, Muon, MuonW
-from muonkit.integrations._flat import histograms, scalars
+from muonkit.monitor.trackers.flat import histograms, scalars
 from muonkit.monitor.trackers.tensorboard import TensorBoard
 from muonkit.monitor.trackers.trackio import Trackio
 from muonkit.monitor.trackers.wandb import WandB

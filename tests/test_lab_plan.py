@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from muonkit import Muon
-from muonkit.distributed import layout as _optim_layout
 from muonkit.distributed.placement import replicated
 from muonkit.distributed.plan import Matrix, Stored, make_plan
 from muonkit.distributed.transfers import alike
@@ -172,7 +171,7 @@ def real_traffic(
         if all(axis.dim is None for axis in lay.stored.axes) and len(lay.stored.mesh) == 1:
             params.append((label, p, nn.Parameter(torch.zeros(p.shape))))
             continue
-        placements = _optim_layout.dtensor_placements(lay.stored.axes)
+        placements = dtensor_placements(lay.stored.axes)
         on = [i for i in range(len(lay.stored.mesh)) if i not in lay.implied]
         if len(on) < len(lay.stored.mesh):
             placements = [placements[i] for i in on]

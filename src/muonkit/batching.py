@@ -2,7 +2,7 @@
 
 A batch gives the step what its elementwise parts work on (`living`, `standing`), and the way
 between these and whole matrices (`to_owners`, `to_params`). Here are those of parameters that are
-whole on this rank, for which the way is the identity; `_optim_shared` has the others.
+whole on this rank, for which the way is the identity; `distributed.sharded` has the others.
 """
 
 from __future__ import annotations

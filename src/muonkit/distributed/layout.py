@@ -94,7 +94,7 @@ class Layouts:
         self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
-        # For a parameter and its variant, see `_optim_state.check_parts`.
+        # For a parameter and its variant, see `state.check_parts`.
         self.state_shapes: dict[tuple[Tensor, str | None], dict[str, tuple[int, ...]]] = {}
 
     def anew(self) -> Layouts:

@@ -1,12 +1,5 @@
-"""What other packages need of muonkit beyond `MuonW(model)`, one file for each.
+"""What trainers need of muonkit beyond `MuonW(model)`, one file for each.
 
-Trainers: `transformers`, `accelerate`, `lightning`, `timm`. Trackers, as sinks of a
-`muonkit.Monitor`: `tensorboard`, `wandb`, `trackio`::
-
-    from muonkit import Monitor
-    from muonkit.monitor.trackers.tensorboard import TensorBoard
-
-    monitor = Monitor(optimizer, every=100, to=TensorBoard("runs/one"))
-
-A trainer's package is imported by its file, a tracker when its sink is made, and neither before.
+`transformers`, `accelerate`, `lightning`, `timm`; a trainer's package is imported by its file and
+not before. Sinks of a `muonkit.Monitor` for trackers are in `muonkit.monitor.trackers`.
 """

@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from muonkit.integrations._flat import scalars
 from muonkit.integrations._trainers import unwrapped
 from muonkit.monitor.monitor import Monitor
+from muonkit.monitor.trackers.flat import scalars
 
 __all__ = ["MonitorCallback"]
 

@@ -1,1 +1,11 @@
-"""Sinks of a Monitor for experiment trackers, each for those who have its package."""
+"""Sinks of a `muonkit.Monitor` for experiment trackers: `tensorboard`, `wandb`, `trackio`.
+
+::
+
+    from muonkit import Monitor
+    from muonkit.monitor.trackers.tensorboard import TensorBoard
+
+    monitor = Monitor(optimizer, every=100, to=TensorBoard("runs/one"))
+
+A tracker's package is imported when its sink is made, and not before.
+"""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from muonkit.integrations._flat import histograms, load, scalars
+from muonkit.monitor.trackers.flat import histograms, load, scalars
 
 __all__ = ["TensorBoard"]
 

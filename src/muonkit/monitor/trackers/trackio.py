@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from muonkit.integrations._flat import histograms, load, scalars
+from muonkit.monitor.trackers.flat import histograms, load, scalars
 
 __all__ = ["Trackio"]
 
