@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from muonkit import Muon
+from muonkit.distributed.layout import dtensor_placements
 from muonkit.distributed.placement import replicated
 from muonkit.distributed.plan import Matrix, Stored, make_plan
 from muonkit.distributed.transfers import alike
