@@ -1,4 +1,4 @@
-"""Print how far muonkit is from the references: the figures that the README quotes.
+"""Print how far muonkit is from the references: the figures that docs/migrate.md quotes.
 
     python benchmarks/parity.py
 

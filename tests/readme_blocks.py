@@ -127,14 +127,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def run_program(program: str, folder: Path, page: str = "README.md") -> None:
+def run_program(program: str, folder: Path, page: str = "README.md") -> str:
     """Run a section of `page` in a process of its own, in `folder`.
+
+    Returns:
+        what it printed.
 
     Raises:
         AssertionError: it failed; with its output.
     """
     done = warm.run(["-c", _RUN_PROGRAM, page], input=program, cwd=folder, env=environment())
     assert done.returncode == 0, f"{page}, python:\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 def commands(block: Block) -> list[str]:

@@ -1,8 +1,9 @@
 """The README's Python blocks and commands are run as they are printed.
 
-Each section's Python blocks are one program, in a process and an empty folder of its own; commands
-run in order, block by block. A block that cannot be run, or not at its full length, says so in the
-line above it (the directions are in `readme_blocks.read_blocks`).
+Each section's Python blocks are one program, in a process and an empty folder of its own, and print
+what the section's text blocks show; commands run in order, block by block. A block that cannot be
+run, or not at its full length, says so in the line above it (the directions are in
+`readme_blocks.read_blocks`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def test_the_readme_has_python_and_commands() -> None:
 
 @pytest.mark.parametrize("section", PROGRAMS, ids=lambda title: re.sub(r"\W+", "-", title))
 def test_python(section: str, folder: Path) -> None:
-    run_program(PROGRAMS[section], folder)
+    printed = run_program(PROGRAMS[section], folder)
+    for block in BLOCKS:
+        if block.section == section and block.language == "text":
+            assert block.text in printed, f"line {block.line}: this is what it prints:\n{printed}"
 
 
 @pytest.mark.parametrize("block", SHELL_BLOCKS, ids=lambda block: f"line-{block.line}")

@@ -236,8 +236,8 @@ show("GPT", tuned(gpt, gpt_data, grids, 12 if QUICK else 150))
 # - the time of the optimizer a few percent of the whole (Moonlight: 1 to 3% of forward and
 #   backward).
 #
-# The lab's own tables, three seeds, every learning rate swept, are in the README: `muonkit compare`
-# prints them anew on your machine.
+# The lab's own tables, five seeds, every learning rate and decay swept, are in
+# [Evidence](../evidence.md): `muonkit compare` prints them anew on your machine.
 #
 # ## What to remember
 #
