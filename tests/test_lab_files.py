@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import stat
 import sys
 from collections import Counter
