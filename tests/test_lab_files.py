@@ -12,8 +12,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import stat
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
