@@ -22,6 +22,9 @@ from muonkit.coefficients import SCHEDULES, resolve
 from muonkit.forms import FORMS
 from muonkit.orthogonalize import NS_DTYPES, choose, resolve_dtype
 
+# Every schedule with every form, dtype and shape is 1,900 cases: see tests/sampling.py.
+pytestmark = pytest.mark.sampled
+
 NAMES = [*SCHEDULES, "svd"]
 # Relative error (Frobenius) of one orthogonalization against float64 on well-conditioned input.
 # fp32: 5 iterations of products with unit round-off 6e-8, amplified by slopes up to 8 per step.
@@ -90,6 +93,7 @@ def distance(X: torch.Tensor, Y: torch.Tensor) -> float:
     return ((X.double() - Y.double()).norm() / Y.double().norm()).item()
 
 
+@pytest.mark.sampled(3)  # among these every schedule, form and dtype together
 @every_implementation
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
 def test_equals_the_exact_polynomial(
