@@ -93,7 +93,7 @@ def distance(X: torch.Tensor, Y: torch.Tensor) -> float:
     return ((X.double() - Y.double()).norm() / Y.double().norm()).item()
 
 
-@pytest.mark.sampled(3)  # among these every schedule, form and dtype together
+@pytest.mark.sampled(4)  # whole: schedule, form, dtype and shape
 @every_implementation
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
 def test_equals_the_exact_polynomial(
