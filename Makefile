@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-oldest lint types unit format demo docs tutorial lock clean
+.PHONY: help setup test test-all test-oldest lint types unit format demo docs tutorial lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -45,6 +45,9 @@ $(STAMP): $(LOCK) pyproject.toml
 	@touch $@
 
 test: lint types unit ## everything a change has to pass
+
+test-all: ## make test with every case of the products that it samples (tests/sampling.py)
+	MUONKIT_TEST_ALL=1 $(MAKE) test
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -24,11 +24,30 @@ if "MUONKIT_TEST_CPU" in os.environ:  # see the file that is imported, here and 
     sys.modules.pop("sitecustomize", None)  # the system's own, which has run
     import sitecustomize  # noqa: F401
 
+import pytest
 import torch
 from hypothesis import settings
+
+import sampling
 
 torch.set_num_threads(1)
 
 # The same examples on every run, and no deadline: a machine that is busy is not a failure.
 settings.register_profile("muonkit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("muonkit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", f"{sampling.MARK}(together=2): a product of cases in part, see tests/sampling.py"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m: a case that they name runs
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[sampling.COLLECTED] = list(items)
+    if not sampling.is_whole():
+        kept = sampling.sampled_items(items)
+        kept_ones = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept_ones])
+        items[:] = kept

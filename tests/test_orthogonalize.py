@@ -23,6 +23,9 @@ from muonkit.newton_schulz.dtypes import fastest_dtype
 from muonkit.newton_schulz.forms import FORMS
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose, resolve_dtype
 
+# Every schedule with every form, dtype and shape is 1,900 cases: see tests/sampling.py.
+pytestmark = pytest.mark.sampled
+
 NAMES = [*SCHEDULES, "svd"]
 # Relative error (Frobenius) of one orthogonalization against float64 on well-conditioned input.
 # fp32: 5 iterations of products with unit round-off 6e-8, amplified by slopes up to 8 per step.
@@ -91,6 +94,7 @@ def distance(X: torch.Tensor, Y: torch.Tensor) -> float:
     return ((X.double() - Y.double()).norm() / Y.double().norm()).item()
 
 
+@pytest.mark.sampled(4)  # whole: schedule, form, dtype and shape
 @every_implementation
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
 def test_equals_the_exact_polynomial(
