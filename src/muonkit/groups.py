@@ -14,7 +14,7 @@ from muonkit._shards import WHOLE, flat_shard
 from muonkit._text import shown
 from muonkit.batching import planned
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, check_choice, choose
-from muonkit.options import ADAMW, MUON, OF_ALGORITHM
+from muonkit.options import ADAMW, DEFAULTS, FILLS, MUON, OF_ALGORITHM
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
 from muonkit.variants import check_variant
 from muonkit.views import View, blocks_of, row_shape
@@ -43,8 +43,8 @@ __all__ = [
     "refuse_eps",
     "refuse_half_named",
     "refuse_held",
-    "refuse_unknown",
     "separate_lr",
+    "spell_dtypes_",
     "state_shapes",
     "unused_name",
     "validate_defaults",
@@ -60,22 +60,13 @@ NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
 
 # torch.optim.Muon's default, kept for its signature.
-EPS = 1e-7
+EPS = DEFAULTS["eps"]
 
 ALGORITHMS = ("muon", "adamw")
 NONFINITE = ("propagate", "skip", "raise")
 
 # What `Optimizer.add_param_group` fills into every group, and a group of this algorithm has not.
-_ADAMW_DEFAULTS = {
-    "lr": "adamw_lr",
-    "betas": "adamw_betas",
-    "eps": "adamw_eps",
-    "weight_decay": "adamw_wd",
-}
-_FOREIGN_KEYS = {
-    "muon": tuple(_ADAMW_DEFAULTS.values()),
-    "adamw": (*_ADAMW_DEFAULTS.values(), *MUON),
-}
+_FOREIGN_KEYS = {"muon": tuple(FILLS.values()), "adamw": (*FILLS.values(), *MUON)}
 # What no group of this algorithm may say: nobody would read it.
 _UNREAD_KEYS = {
     "muon": (*_FOREIGN_KEYS["muon"], *ADAMW),
@@ -84,13 +75,6 @@ _UNREAD_KEYS = {
 _DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
 EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
 REPLICAS = ("auto", "recompute", "split")
-# What `MuonW` passes on to `Muon`, beside the arguments that it names itself.
-_NAMED = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
-_OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
-_MUONW_OPTIONS = (
-    *(key for key in MUON if key not in _NAMED),
-    *("process_group", "zero", "maximize", "nonfinite"),
-)
 
 
 def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +108,7 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
     if algorithm == "muon":
         warn_of_eps(group)
         group["view"] = str(View.parse(group.get("view", "matrix")))
-        for key in _DTYPE_KEYS:
-            if key in group:
-                group[key] = str(group[key]).removeprefix("torch.")
+        spell_dtypes_(group)
         return group
     no_lr = "lr" not in group and defaults["adamw_lr"] is None
     if no_lr and defaults["adjust_lr_fn"] not in ADAMW_UNITS:
@@ -135,7 +117,7 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
             "an AdamW group has no lr of its own, and Muon's is in other units unless "
             f"adjust_lr_fn is {units}; add 'lr' to the group or give adamw_lr"
         )
-    for key, name in _ADAMW_DEFAULTS.items():
+    for key, name in FILLS.items():
         if defaults[name] is not None:
             group.setdefault(key, defaults[name])
     return group
@@ -156,6 +138,13 @@ def _refuse_unread(group: dict[str, Any]) -> None:
             f"a group of {algorithm} got {', '.join(map(repr, unread))}, which it does not read: "
             f"it has {has}; take it out, or say 'algorithm': {other!r}"
         )
+
+
+def spell_dtypes_(options: dict[str, Any]) -> None:
+    """`torch.float32` as "float32", which JSON and checkpoints can hold."""
+    for key in _DTYPE_KEYS:
+        if key in options:
+            options[key] = str(options[key]).removeprefix("torch.")
 
 
 def refuse_half_named(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -282,26 +271,6 @@ def adopt_momentum(groups: list[dict[str, Any]]) -> None:
             group["betas"] = (group.pop("momentum"), *betas[1:])
 
 
-def refuse_unknown(options: dict[str, Any]) -> None:
-    """Refuse keyword arguments that `MuonW` has not, with the name it has for AdamW's.
-
-    Raises:
-        TypeError: there is one.
-    """
-    for name in options:
-        if name not in _MUONW_OPTIONS:
-            own = _ADAMW_DEFAULTS.get(name)
-            has = ("lr", "weight_decay", *_NAMED, "rules", "heads", "undecided", "decay_1d")
-            if own:
-                remedy = f"AdamW's is called {own}"
-            elif name in _OF_TORCH:
-                remedy = "nothing stands for it here, leave it out"
-            else:
-                every = (*has, "adamw_params", *_ADAMW_DEFAULTS.values(), *_MUONW_OPTIONS)
-                remedy = f"it has {', '.join(every)}"
-            raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
-
-
 def refuse_eps(eps: Any) -> None:
     """Refuse an eps given to `MuonW`, which was meant for AdamW.
 
@@ -321,7 +290,7 @@ def validate_defaults(defaults: dict[str, Any]) -> None:
         ValueError, TypeError: as `validate_group`.
     """
     validate_group({**defaults, "algorithm": "muon", "params": []})
-    adamw = {key: defaults[name] for key, name in _ADAMW_DEFAULTS.items()}
+    adamw = {key: defaults[name] for key, name in FILLS.items()}
     given = {key: value for key, value in adamw.items() if value is not None}
     if isinstance(defaults["weight_decay"], Tensor):
         given.setdefault("weight_decay", 0.0)  # a group that takes Muon's is refused when it comes

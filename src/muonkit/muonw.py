@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from muonkit.groups import refuse_eps, refuse_unknown
+from muonkit.groups import refuse_eps
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.optim import Muon
+from muonkit.options import FILLS, OPTIONS
 from muonkit.routing.routes import Routes, Rule, is_models, route
 from muonkit.scale import ROUTED
 
@@ -92,7 +94,7 @@ class MuonW(Muon):
         heads: Iterable[str | nn.Module] | None = None,
         **options: Any,
     ) -> None:
-        refuse_unknown(options)
+        _refuse_unknown(options)
         refuse_eps(eps)
         if isinstance(model, nn.Module | Routes) or is_models(model):
             if adamw_params is not None:
@@ -150,6 +152,28 @@ class MuonW(Muon):
                 "'algorithm': 'muon' or 'adamw' in the group"
             )
         super().add_param_group(param_group)
+
+
+# Arguments of torch.optim.AdamW that nothing here stands for.
+_OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Refuse keyword arguments that nobody has, with the name that AdamW's have here.
+
+    Raises:
+        TypeError: there is one.
+    """
+    own = [name for name in inspect.signature(MuonW).parameters if name not in ("model", "options")]
+    has = [*own, *(row.name for row in OPTIONS if row.name not in own)]
+    for name in options.keys() - set(has):
+        if name in FILLS:
+            remedy = f"AdamW's is called {FILLS[name]}"
+        elif name in _OF_TORCH:
+            remedy = "nothing stands for it here, leave it out"
+        else:
+            remedy = f"it has {', '.join(each for each in has if each != 'eps')}"
+        raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
 
 
 def _routes(

@@ -51,12 +51,14 @@ from muonkit.groups import (
     refuse_half_named,
     refuse_held,
     separate_lr,
+    spell_dtypes_,
     unused_name,
     validate_defaults,
     validate_group,
     warn_of_eps,
 )
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
+from muonkit.options import DEFAULTS, OF_ALGORITHM
 from muonkit.saved import merge_saved, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
@@ -85,16 +87,6 @@ _SCALES = (
     "scaler.update(), take the smallest, scale = torch.tensor(scaler.get_scale()); "
     "dist.all_reduce(scale, dist.ReduceOp.MIN); scaler.update(scale.item())"
 )
-
-# Options that older pickles and state dicts lack.
-_LATER_OPTIONS = {
-    "momentum_dtype": "auto",
-    "bytes_in_flight": None,
-    "variant": "plain",
-    "variant_beta2": None,
-    "exchange_dtype": "auto",
-    "replicas": "auto",
-}
 
 # Schedules that are kept: one for each set of parameters that had gradients lately.
 _MOST_SCHEDULES = 8
@@ -239,31 +231,9 @@ class Muon(Optimizer):
         adamw_eps: float = 1e-8,
         adamw_wd: float | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "ns_form": ns_form,
-            "ns_dtype": str(ns_dtype).removeprefix("torch."),
-            "momentum_dtype": str(momentum_dtype).removeprefix("torch."),
-            "bytes_in_flight": bytes_in_flight,
-            "variant": variant,
-            "variant_beta2": variant_beta2,
-            "exchange_dtype": str(exchange_dtype).removeprefix("torch."),
-            "replicas": replicas,
-            "maximize": maximize,
-            "cautious": cautious,
-            "nonfinite": nonfinite,
-            "adamw_lr": adamw_lr,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "adamw_wd": adamw_wd,
-        }
+        arguments = locals()
+        defaults = {name: arguments[name] for name in DEFAULTS}
+        spell_dtypes_(defaults)
         if isinstance(params, nn.Module):  # not iterable, or its parts are
             raise TypeError(
                 f"Muon takes parameters, and got a module ({type(params).__name__}), which is not "
@@ -386,8 +356,8 @@ class Muon(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:  # pickled before these existed
             if group["algorithm"] == "muon":
-                for key, value in _LATER_OPTIONS.items():
-                    group.setdefault(key, value)
+                for key in OF_ALGORITHM["muon"]:
+                    group.setdefault(key, DEFAULTS[key])
         if "_layouts" not in self.__dict__:  # load_state_dict of torch comes here too
             self._settle_all(Layouts(), {p: p for p in self.state})
 

@@ -14,7 +14,7 @@ from muonkit.distributed.plan import Plan, StepPlan, Stored, default_cap, make_g
 from muonkit.distributed.sharded import Param, Share, own_plan
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import parameter_names, products_of
-from muonkit.options import OPTION_KEYS
+from muonkit.options import OPTION_KEYS, PLANNING
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -35,21 +35,6 @@ __all__ = [
     "products_fact",
     "schedule_key",
 ]
-
-# What of a group a plan depends on.
-_PLANNING = (
-    "algorithm",
-    "view",
-    "variant",
-    "ns_coefficients",
-    "ns_steps",
-    "ns_form",
-    "ns_dtype",
-    "momentum_dtype",
-    "exchange_dtype",
-    "replicas",
-    "bytes_in_flight",
-)
 
 
 class Gradient(NamedTuple):
@@ -88,7 +73,7 @@ def schedule_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple
     """Equal keys, equal schedules (of one optimizer)."""
     return tuple(
         (
-            tuple(repr(group.get(key)) for key in _PLANNING),
+            tuple(repr(group.get(key)) for key in PLANNING),
             tuple(map(id, group["params"])),
             tuple(has.items()),
         )
