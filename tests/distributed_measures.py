@@ -242,10 +242,10 @@ def check_identity(model: nn.Module, optimizer: Muon) -> None:
     schedule = optimizer._schedule(gradients(optimizer.param_groups))
     own, shared = optimizer._batches(work, schedule)
     for _, batch in [*shared, *own]:
-        stacks = [torch.stack(living.grads) for living in batch.living]
+        stacks = [torch.stack(momentum_shards.grads) for momentum_shards in batch.momentum_shards]
         owned = batch.to_owners(stacks).wait()
         back = batch.to_params(owned).wait()
-        for (params, rows, cols), pieces in zip(batch.standing, back, strict=True):
+        for (params, rows, cols), pieces in zip(batch.param_shards, back, strict=True):
             for p, piece in zip(params, pieces, strict=True):
                 assert torch.equal(p, piece), (rows, cols)
 

@@ -24,7 +24,7 @@ from muonkit.distributed.plan import (
     make_own,
     make_plan,
 )
-from muonkit.distributed.transfers import Way
+from muonkit.distributed.transfers import Direction
 
 CAPS = [1, 300, 1 << 30]
 
@@ -75,14 +75,16 @@ def test_every_matrix_has_one_owner_in_every_repetition_who_stores_a_part(
 ) -> None:
     ranks, tensors, matrices = given_
     plan = make_plan(ranks, tensors, matrices, 4, cap)
-    assert sorted(job.matrix for job in plan.jobs()) == list(range(len(matrices)))
-    for matrix, owners in plan.jobs():
+    assert sorted(assignment.matrix for assignment in plan.assignments()) == list(
+        range(len(matrices))
+    )
+    for matrix, owners in plan.assignments():
         tensor, box = tensors[matrices[matrix].tensor], matrices[matrix].box
         repetitions = math.prod(tensor.lives.mesh[axis] for axis in tensor.repeat)
         assert len({tensor.lives.where(owner, tensor.repeat) for owner in owners}) == repetitions
         assert len(owners) == repetitions
         for owner in owners:
-            way = Way(tensor.lives, tensor.shape, box, tensor.lives.copies())
+            way = Direction(tensor.lives, tensor.shape, box, tensor.lives.copies())
             assert owner in [at for at, _ in way.others(owner)]
 
 
@@ -96,13 +98,13 @@ def test_what_one_rank_sends_another_receives_in_the_same_order(
         for way in ("inbound", "outbound", "state_inbound", "state_outbound"):
             if way.startswith("state") and not plan.has_state:
                 continue
-            errands = [getattr(plan, way)(bucket, me) for me in range(plan.ranks)]
+            rank_transfers = [getattr(plan, way)(bucket, me) for me in range(plan.ranks)]
             for me, other in itertools.product(range(plan.ranks), repeat=2):
-                sent = [(m, box) for at, m, box in errands[me].sends if at == other]
-                received = [(m, box) for at, m, box in errands[other].receives if at == me]
+                sent = [(m, box) for at, m, box in rank_transfers[me].sends if at == other]
+                received = [(m, box) for at, m, box in rank_transfers[other].recvs if at == me]
                 assert sent == received
             local = all(
-                at == me for me, e in enumerate(errands) for at, _, _ in (*e.sends, *e.receives)
+                at == me for me, e in enumerate(rank_transfers) for at, _, _ in (*e.sends, *e.recvs)
             )
             inward, state = way.endswith("inbound"), way.startswith("state")
             assert plan.moves(bucket, inward, state) == (not local)
@@ -115,18 +117,20 @@ def test_owners_get_all_of_a_matrix_and_parameters_all_of_the_result(
 ) -> None:
     ranks, tensors, matrices = given_
     plan = make_plan(*given_, 4, 1 << 30)
-    jobs = list(plan.jobs())
-    for matrix, owners in jobs:
+    assignments = list(plan.assignments())
+    for matrix, owners in assignments:
         number, box, _, _ = matrices[matrix]
         tensor = tensors[number]
         for owner in owners:
-            parts = Way(tensor.lives, tensor.shape, box, tensor.lives.copies()).others(owner)
+            parts = Direction(tensor.lives, tensor.shape, box, tensor.lives.copies()).others(owner)
             assert covered([part for _, part in parts], box) == covered([box], box)
         # Every rank gets what it stores of the matrix, from exactly one owner.
         got = [
             (position, part)
             for owner in owners
-            for position, part in Way(tensor.stored, tensor.shape, box, tensor.repeat).others(owner)
+            for position, part in Direction(tensor.stored, tensor.shape, box, tensor.repeat).others(
+                owner
+            )
         ]
         for position in range(ranks):
             mine = tuple(part for at, part in got if at == position)
@@ -134,16 +138,16 @@ def test_owners_get_all_of_a_matrix_and_parameters_all_of_the_result(
 
 
 def counted(plan: Plan) -> Traffic:
-    """What the errands of all ranks add up to."""
+    """What the rank_transfers of all ranks add up to."""
     total = Traffic(*([0] * plan.ranks for _ in Traffic._fields))
     for bucket in plan.buckets:
         for me in range(plan.ranks):
-            for way, errand, itemsize in plan.errands(bucket, me):
+            for way, transfers, itemsize in plan.rank_transfers(bucket, me):
                 inward = way == "to_owners"
                 sent = total.sent_in if inward else total.sent_out
                 received = total.received_in if inward else total.received_out
-                for column, parcels in ((sent, errand.sends), (received, errand.receives)):
-                    column[me] += sum(box_size(b) * itemsize for at, _, b in parcels if at != me)
+                for column, some in ((sent, transfers.sends), (received, transfers.recvs)):
+                    column[me] += sum(box_size(b) * itemsize for at, _, b in some if at != me)
         for matrix, owners in bucket:
             for owner in owners:
                 total.flops[owner] += plan.matrices[matrix].flops
@@ -212,7 +216,7 @@ def test_buckets_are_under_the_cap_or_one_matrix(
             tensor = plan.tensors[number]
             for owner in owners:
                 owned[owner] += box_size(box) * 4
-                way = Way(tensor.stored, tensor.shape, box, tensor.repeat)
+                way = Direction(tensor.stored, tensor.shape, box, tensor.repeat)
                 for at, part in way.others(owner):
                     stored[at] += box_size(part) * 4
         assert len(bucket) == 1 or max([*owned.values(), *stored.values()]) <= cap
@@ -268,7 +272,7 @@ def test_what_others_have_to_do_already_is_counted() -> None:
     loads = [10, 0]
     tensors = [Stored(name, (1, 1), at, at) for name in "abc"]
     plan = make_plan(2, tensors, [Matrix(i, ((0, 1), (0, 1)), 4) for i in range(3)], 4, 99, loads)
-    assert [job.owners for job in plan.jobs()] == [(1,), (1,), (1,)]
+    assert [assignment.owners for assignment in plan.assignments()] == [(1,), (1,), (1,)]
     assert loads == [10, 12]
 
 
@@ -276,7 +280,7 @@ def test_equal_loads_go_to_the_lowest_position_in_the_order_given() -> None:
     at = replicated(3)
     tensors = [Stored(str(i), (1, 1), at, at) for i in range(6)]
     plan = make_plan(3, tensors, [Matrix(i, ((0, 1), (0, 1)), 7) for i in range(6)], 4, 1 << 20)
-    assert [(job.matrix, *job.owners) for job in plan.jobs()] == [
+    assert [(assignment.matrix, *assignment.owners) for assignment in plan.assignments()] == [
         (0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (5, 2),
     ]  # fmt: skip
 
@@ -313,7 +317,7 @@ def test_a_gather_brings_every_rank_what_it_stores(
             parts = [
                 box
                 for bucket in plan.buckets
-                for _, matrix, box in plan.outbound(bucket, me).receives
+                for _, matrix, box in plan.outbound(bucket, me).recvs
                 if plan.matrices[matrix].tensor == number
             ]
             own = tensor.stored.parts(tensor.shape, me, whole(tensor.shape))
@@ -338,7 +342,7 @@ def test_what_is_whole_where_it_lies_never_moves(
     traffic = plan.traffic()
     assert traffic.flops == loads
     assert not any((*traffic.sent_in, *traffic.sent_out, *traffic.received_in))
-    for matrix, owners in plan.jobs():
+    for matrix, owners in plan.assignments():
         tensor, box = alone[own[matrix].tensor], own[matrix].box
         has = [p for p in range(ranks) if tensor.lives.parts(tensor.shape, p, box)]
         assert sorted(owners) == has

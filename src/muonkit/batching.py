@@ -1,17 +1,18 @@
 """Batches of the step: pieces of parameters, put together as whole matrices and taken apart.
 
-A batch gives the step what its elementwise parts work on (`living`, `standing`), and the way
-between these and whole matrices (`to_owners`, `to_params`). Here are those of parameters that are
-whole on this rank, for which the way is the identity; `distributed.sharded` has the others.
+A batch gives the step what its elementwise parts work on (`momentum_shards`, `param_shards`), and
+turns these into whole matrices and back (`to_owners`, `to_params`). Here are the batches of
+parameters that are whole on this rank, where nothing is sent; `distributed.sharded` has the others.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from muonkit._compile import copy_each_
+from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan import Item, make_batches
 from muonkit.newton_schulz.scratch import scratch
 from muonkit.variants import VARIANTS
@@ -25,15 +26,13 @@ if TYPE_CHECKING:
     from muonkit.distributed.placement import Box
 
 __all__ = [
-    "Arrived",
-    "Arriving",
     "Batch",
-    "Entry",
-    "Living",
     "LocalBatch",
-    "Source",
-    "Standing",
-    "Whole",
+    "LocalParam",
+    "MatrixRef",
+    "MatrixStack",
+    "MomentumShards",
+    "ParamShards",
     "join",
     "make",
     "place",
@@ -41,26 +40,8 @@ __all__ = [
     "stacked",
 ]
 
-T = TypeVar("T", covariant=True)
 
-
-class Arriving(Protocol[T]):
-    """What an exchange delivers."""
-
-    def wait(self) -> T: ...
-
-
-class Arrived(Generic[T]):
-    """Nothing had to travel."""
-
-    def __init__(self, value: T) -> None:
-        self._value = value
-
-    def wait(self) -> T:
-        return self._value
-
-
-class Entry(NamedTuple):
+class LocalParam(NamedTuple):
     """What a rank has of a parameter that has a gradient, each as a plain tensor.
 
     Attributes:
@@ -79,11 +60,11 @@ class Entry(NamedTuple):
     copies: tuple[int, ...] = ()
 
 
-class Source(NamedTuple):
+class MatrixRef(NamedTuple):
     """Which matrix one of a stack is.
 
     Attributes:
-        param: that it is of: the optimizer's, or this rank's part of it (`Entry.param`).
+        param: that it is of: the optimizer's, or this rank's part of it (`LocalParam.param`).
         box: where it lies in that.
         rows, cols: of the matrix; in the stack it may be padded.
     """
@@ -94,15 +75,15 @@ class Source(NamedTuple):
     cols: int
 
 
-class Living(NamedTuple):
-    """Pieces of one shape whose momentum lives on this rank; `dtype` is the parameters'."""
+class MomentumShards(NamedTuple):
+    """Pieces of one shape whose momentum is kept on this rank; `dtype` is the parameters'."""
 
     grads: list[Tensor]
     momenta: list[Tensor]
     dtype: torch.dtype
 
 
-class Standing(NamedTuple):
+class ParamShards(NamedTuple):
     """Pieces of parameters that this rank stores, of matrices of one shape."""
 
     params: list[Tensor]
@@ -110,7 +91,7 @@ class Standing(NamedTuple):
     cols: int
 
 
-class Whole(NamedTuple):
+class MatrixStack(NamedTuple):
     """Whole matrices of one shape, to be orthogonalized or orthogonalized, with what the variant
     keeps of them.
 
@@ -129,40 +110,40 @@ class Batch(Protocol):
     """What the step needs of a batch. Law: `to_params(to_owners(u))` is `u`."""
 
     @property
-    def living(self) -> Sequence[Living]: ...
+    def momentum_shards(self) -> Sequence[MomentumShards]: ...
     @property
-    def standing(self) -> Sequence[Standing]: ...
+    def param_shards(self) -> Sequence[ParamShards]: ...
 
-    def to_owners(self, u: Sequence[Tensor]) -> Arriving[Sequence[Tensor]]:
-        """For each `living` a stack `(N, *shape)` -> the matrices that this rank computes, in
-        `(B, m, n)` of their own memory, padded with zeros where shapes were joined.
+    def to_owners(self, u: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
+        """Takes a stack `(N, *shape)` for each of `momentum_shards`, and gives the matrices that
+        this rank computes: `(B, m, n)` in memory of their own, zeros where shapes were joined.
         """
         ...
 
-    def gathered(self, tensors: Sequence[Tensor]) -> Arriving[Sequence[Tensor]]:
+    def gathered(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
         """As `to_owners`, of any tensors that lie as the momentum: to be read, in full precision,
         and without the variant's state.
         """
         ...
 
     def weights(self) -> Sequence[list[Tensor]]:
-        """For each `living`, what there is of the parameters where the momentum lives."""
+        """For each of `momentum_shards`, the parameters' values in the same places."""
         ...
 
-    def sources(self) -> Sequence[Sequence[Source]]:
+    def sources(self) -> Sequence[Sequence[MatrixRef]]:
         """Which matrices `to_owners` gives, in its order; equal shapes side by side."""
         ...
 
-    def wholes(self, o: Sequence[Tensor]) -> Sequence[Whole]:
+    def stacks(self, o: Sequence[Tensor]) -> Sequence[MatrixStack]:
         """The same matrices without padding, by shape, with the variant's state."""
         ...
 
-    def keep(self, wholes: Sequence[Whole]) -> Arriving[None]:
-        """The variant's state, as `wholes` has it now, back to where it lives."""
+    def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
+        """The variant's state, as `stacks` has it now, back to where it lives."""
         ...
 
-    def to_params(self, o: Sequence[Tensor]) -> Arriving[Sequence[list[Tensor]]]:
-        """The inverse of `to_owners`: for each `standing`, what belongs to each piece."""
+    def to_params(self, o: Sequence[Tensor]) -> Pending[Sequence[list[Tensor]]]:
+        """The inverse of `to_owners`: for each of `param_shards`, what belongs to each piece."""
         ...
 
 
@@ -188,30 +169,32 @@ class LocalBatch:
 
     def __init__(self, rows: int, cols: int, parts: list[_Part]) -> None:
         self.rows, self.cols, self.parts = rows, cols, parts
-        self.living = [Living(p.grads, p.momenta, p.params[0].dtype) for p in parts]
-        self.standing = [Standing(p.params, p.block.rows, p.block.cols) for p in parts]
+        self.momentum_shards = [
+            MomentumShards(p.grads, p.momenta, p.params[0].dtype) for p in parts
+        ]
+        self.param_shards = [ParamShards(p.params, p.block.rows, p.block.cols) for p in parts]
 
-    def to_owners(self, u: Sequence[Tensor]) -> Arrived[list[Tensor]]:
-        return Arrived([join(self, u)])
+    def to_owners(self, u: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        return Pending([join(self, u)])
 
-    def gathered(self, tensors: Sequence[Tensor]) -> Arrived[list[Tensor]]:
+    def gathered(self, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
         return self.to_owners(tensors)
 
     def weights(self) -> list[list[Tensor]]:
         return [part.params for part in self.parts]
 
-    def sources(self) -> list[list[Source]]:
+    def sources(self) -> list[list[MatrixRef]]:
         return [
             [
-                Source(param, box, block.rows, block.cols)
+                MatrixRef(param, box, block.rows, block.cols)
                 for part in self.parts
                 for param, block in part.origins
                 for box in block.boxes()
             ]
         ]
 
-    def wholes(self, o: Sequence[Tensor]) -> list[Whole]:
-        wholes = []
+    def stacks(self, o: Sequence[Tensor]) -> list[MatrixStack]:
+        stacks = []
         for part, matrices in zip(self.parts, self._places(o[0]), strict=True):
             variance = steps = None
             if part.variances:
@@ -219,24 +202,24 @@ class LocalBatch:
             if part.steps:
                 steps = torch.stack(part.steps).repeat_interleave(part.block.batch)
                 steps = steps.to(matrices.device).reshape(-1, 1, 1)
-            wholes.append(Whole(matrices, variance, steps))
-        return wholes
+            stacks.append(MatrixStack(matrices, variance, steps))
+        return stacks
 
-    def to_params(self, o: Sequence[Tensor]) -> Arrived[list[list[Tensor]]]:
-        return Arrived(
+    def to_params(self, o: Sequence[Tensor]) -> Pending[list[list[Tensor]]]:
+        return Pending(
             [
                 list(part.block.to_regions(matrices).unbind())
                 for part, matrices in zip(self.parts, self._places(o[0]), strict=True)
             ]
         )
 
-    def keep(self, wholes: Sequence[Whole]) -> Arrived[None]:
+    def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
         """Write the variant's state back to where it lives."""
-        for part, whole in zip(self.parts, wholes, strict=True):
+        for part, whole in zip(self.parts, stacks, strict=True):
             if whole.variance is not None:
                 regions = part.state_block.to_regions(whole.variance)
                 copy_each_(part.variances, regions.unbind())
-        return Arrived(None)
+        return Pending(None)
 
     def _places(self, whole: Tensor) -> list[Tensor]:
         """For each part, where its matrices `(N * batch, rows, cols)` are in the whole."""
@@ -281,7 +264,7 @@ def planned(
     return [(b.rows, b.cols, [blocks[i] for i in b.positions]) for b in batches]
 
 
-def make(entries: Sequence[Entry], group: dict[str, Any]) -> list[LocalBatch]:
+def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatch]:
     """The batches of a step over these parameters."""
     batches = []
     copies = [entry.copies for entry in entries]

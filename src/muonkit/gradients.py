@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from muonkit.distributed.layout import Layouts
 
 __all__ = [
+    "GradientCheck",
     "Scaled",
-    "Verdict",
     "Work",
     "clip_gradients_",
     "forget_scaler",
@@ -66,7 +66,7 @@ def warn_if_idle(work: Work) -> None:
         )
 
 
-class Verdict(NamedTuple):
+class GradientCheck(NamedTuple):
     """Whether the step may take place.
 
     Attributes:
@@ -94,7 +94,7 @@ class Verdict(NamedTuple):
         return vote == 0
 
 
-def judge(work: Work) -> Verdict:
+def judge(work: Work) -> GradientCheck:
     """This rank's verdict, by the policies of the groups that are checked.
 
     Waits once per device, and not at all where every group propagates.
@@ -108,13 +108,13 @@ def judge(work: Work) -> Verdict:
     ]
     checked = [(policy, name, grad) for policy, name, grad in checked if grad.numel()]
     if not checked:
-        return Verdict(0, [])
+        return GradientCheck(0, [])
     finite = _are_finite([grad for _, _, grad in checked])
     broken = [
         (policy, name) for (policy, name, _), ok in zip(checked, finite, strict=True) if not ok
     ]
     vote = max((2 if policy == "raise" else 1 for policy, _ in broken), default=0)
-    return Verdict(vote, [name for _, name in broken])
+    return GradientCheck(vote, [name for _, name in broken])
 
 
 def _are_finite(grads: Sequence[Tensor]) -> list[bool]:

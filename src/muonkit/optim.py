@@ -16,21 +16,21 @@ from torch.optim import Optimizer
 
 from muonkit._compile import graph_or_eager, outside_graphs
 from muonkit.adamw import adamw_step_
-from muonkit.batching import Entry, make
+from muonkit.batching import LocalParam, make
 from muonkit.checks import Options, check_gradients
 from muonkit.distributed.exchange import agree, announce, run_overlapped
 from muonkit.distributed.layout import Layouts, local
 from muonkit.distributed.rank_dtypes import look_at_others, post
 from muonkit.distributed.step_plan import (
-    Schedule,
+    PlannedStep,
     gradients,
     options_facts,
     plan_alone,
+    plan_key,
     products_fact,
-    schedule_key,
 )
 from muonkit.gradients import (
-    Verdict,
+    GradientCheck,
     clip_gradients_,
     forget_scaler,
     judge,
@@ -89,7 +89,7 @@ _SCALES = (
 )
 
 # Schedules that are kept: one for each set of parameters that had gradients lately.
-_MOST_SCHEDULES = 8
+_MOST_PLANS = 8
 
 _PRODUCTS = (
     "ns_dtype='auto' and ns_form='auto' are what is fast on each rank's own hardware: on machines "
@@ -325,7 +325,7 @@ class Muon(Optimizer):
         self._layouts = layouts
         # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
         self._step_supports_amp_scaling = layouts.domain is not None
-        self._schedules: dict[tuple[Any, ...], Schedule] = {}
+        self._planned_steps: dict[tuple[Any, ...], PlannedStep] = {}
         self._options = Options()
         # In one order on all ranks: what gathers a state dict goes by it.
         held = [p for group in self.param_groups for p in group["params"]]
@@ -500,7 +500,7 @@ class Muon(Optimizer):
         verdict = judge(with_gradients(self.param_groups))
         return self._takes_place(verdict, verdict.vote)
 
-    def _takes_place(self, verdict: Verdict, vote: int) -> bool:
+    def _takes_place(self, verdict: GradientCheck, vote: int) -> bool:
         taken = verdict.may_step(vote)
         if not taken:
             self.skipped_steps += 1
@@ -518,7 +518,7 @@ class Muon(Optimizer):
         work = with_gradients(self.param_groups)
         # Whatever can be refused is, before the first write.
         planned = [
-            (group, make([self._entry(p, group) for p in params], group))
+            (group, make([self._local_param(p, group) for p in params], group))
             for group, params in work
             if group["algorithm"] == "muon"
         ]
@@ -547,13 +547,13 @@ class Muon(Optimizer):
             self._step_alone()
             return
         with self._telling("step"):
-            schedule = self._schedule(gradients(self.param_groups))
+            planned = self._planned_step(gradients(self.param_groups))
             scaled = scaled_by(self)
-            verdict = judge(work) if scaled is None else Verdict(int(scaled.overflow), [])
-        vote = self._agree(schedule, verdict.vote, scaled)
+            verdict = judge(work) if scaled is None else GradientCheck(int(scaled.overflow), [])
+        vote = self._agree(planned, verdict.vote, scaled)
         if not self._takes_place(verdict, vote):
             return
-        own, shared = self._batches(work, schedule)
+        own, shared = self._batches(work, planned)
         adamw = self._adamw(work)
         if scaled is not None:
             scaled.unscale_(work)
@@ -561,7 +561,7 @@ class Muon(Optimizer):
         for group, entries in adamw:
             adamw_step_(*entries, group)
         tasks = [muon_step(batch, group, self._observer) for group, batch in shared]
-        tasks += [task for gather in schedule.gathers for task in gather.tasks()]
+        tasks += [task for gather in planned.gathers for task in gather.tasks()]
         run_overlapped(tasks, depth=3)
         for group, batch in own:
             for _ in muon_step(batch, group, self._observer):
@@ -604,7 +604,7 @@ class Muon(Optimizer):
         present = gradients(self.param_groups, all_of_them=True)
         if self._layouts.domain is None:
             return plan_alone(self._layouts, self.param_groups, present)
-        return self._schedule(present).plan
+        return self._planned_step(present).plan
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
         """Scale the gradients of all parameters, in place, so that their 2-norm is at most
@@ -623,28 +623,29 @@ class Muon(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 
-    def _agree(self, schedule: Schedule, vote: int, scaled: Scaled | None) -> int:
+    def _agree(self, planned: PlannedStep, vote: int, scaled: Scaled | None) -> int:
         """The vote of all ranks, which have to be about to do the same."""
         assert self._layouts.domain is not None
-        facts = [*options_facts(self.param_groups), *schedule.facts.items()]
+        facts = [*options_facts(self.param_groups), *planned.facts.items()]
         if scaled is not None:
             facts.insert(0, (_SCALE, repr(scaled.scale)))
         remedies = {products_fact(number): _PRODUCTS for number in range(len(self.param_groups))}
         remedies |= {_SCALE: _SCALES, "": _DISAGREE}
         return agree(self._layouts.domain, facts, remedies, vote)
 
-    def _schedule(self, present: Present) -> Schedule:
-        key = schedule_key(self.param_groups, present)
-        schedule = self._schedules.pop(key, None)
-        if schedule is None:
-            if len(self._schedules) == _MOST_SCHEDULES:
-                self._schedules.pop(next(iter(self._schedules)))  # the one not used for longest
-            schedule = Schedule(self._layouts, self.param_groups, present)
-        self._schedules[key] = schedule
-        return schedule
+    def _planned_step(self, present: Present) -> PlannedStep:
+        key = plan_key(self.param_groups, present)
+        planned = self._planned_steps.pop(key, None)
+        if planned is None:
+            if len(self._planned_steps) == _MOST_PLANS:
+                longest_ago = next(iter(self._planned_steps))
+                del self._planned_steps[longest_ago]
+            planned = PlannedStep(self._layouts, self.param_groups, present)
+        self._planned_steps[key] = planned
+        return planned
 
     def _batches(
-        self, work: Work, schedule: Schedule
+        self, work: Work, planned: PlannedStep
     ) -> tuple[list[tuple[dict[str, Any], Batch]], list[tuple[dict[str, Any], Batch]]]:
         """(group, batch) of Muon's parameters that are this rank's own, and of those it shares."""
         own: list[tuple[dict[str, Any], Batch]] = []
@@ -653,14 +654,14 @@ class Muon(Optimizer):
             if group["algorithm"] == "adamw":
                 continue
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            entries = {i: self._entry(p, group) for i, p in zip(indices, params, strict=True)}
-            mine = [entries[i] for i in schedule.own[number]]
+            entries = {i: self._local_param(p, group) for i, p in zip(indices, params, strict=True)}
+            mine = [entries[i] for i in planned.own[number]]
             own += [(group, batch) for batch in make(mine, group)]
-            for share in schedule.shares[number]:
-                shared += [(group, batch) for batch in share.batches(entries)]
+            for sharded in planned.sharded_groups[number]:
+                shared += [(group, batch) for batch in sharded.batches(entries)]
         return own, shared
 
-    def _entry(self, p: Tensor, group: dict[str, Any]) -> Entry:
+    def _local_param(self, p: Tensor, group: dict[str, Any]) -> LocalParam:
         """What this rank has of a parameter of Muon's."""
         state = self.state[p]
         ensure_state(state, p, group, self._layouts)
@@ -668,8 +669,8 @@ class Muon(Optimizer):
         layout = self._layouts.get(p)
         copies = () if layout is None else layout.stored.copies()
         if VARIANTS[group["variant"]].state == "none":
-            return Entry(local(p), grad, momentum, copies=copies)
-        return Entry(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
+            return LocalParam(local(p), grad, momentum, copies=copies)
+        return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
     def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
         """Of AdamW's parameters what this rank's state is for: parameters, gradients, state."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from muonkit._compile import copy_each_, scheduled
-from muonkit.batching import Arrived, stacked
+from muonkit.batching import stacked
+from muonkit.distributed.exchange import Pending
 from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from muonkit.scale import scale_factor
@@ -17,7 +18,7 @@ from muonkit.variants import VARIANTS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from muonkit.batching import Arriving, Batch, Living, Standing
+    from muonkit.batching import Batch, MomentumShards, ParamShards
 
 __all__ = ["Observer", "muon_step"]
 
@@ -49,7 +50,9 @@ def muon_step(
     batch: Batch, group: dict[str, Any], observer: Observer | None = None
 ) -> Iterator[None]:
     """The algorithm. It pauses while what it sent is on its way, so that others go on meanwhile."""
-    u = batch.to_owners(_momentum_(batch.living, group))  # elementwise, where the state lives
+    u = batch.to_owners(
+        _momentum_(batch.momentum_shards, group)
+    )  # elementwise, where the state lives
     yield
     whole = u.wait()
     if observer is not None:
@@ -62,19 +65,19 @@ def muon_step(
         observer.after(o)
     d = batch.to_params(o)
     yield
-    _apply_(batch.standing, d.wait(), group)
+    _apply_(batch.param_shards, d.wait(), group)
     kept.wait()
 
 
-def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
+def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
     """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
 
     Returns U, stacked, in memory of its own; gradients are never written to.
     """
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
-    for grads, momenta, dtype in living:
-        U = stacked(grads, alone=len(living) == 1)
+    for grads, momenta, dtype in momentum_shards:
+        U = stacked(grads, alone=len(momentum_shards) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
         # Taken from one before it is rounded to the momentum's dtype.
         kept: Any = scheduled(mu, U)
@@ -103,21 +106,23 @@ def _momentum_(living: Sequence[Living], group: dict[str, Any]) -> list[Tensor]:
     return stacks
 
 
-def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Arriving[None]:
+def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Pending[None]:
     """The variant, on whole matrices without padding; its state then goes back where it lives."""
     variant = VARIANTS[group["variant"]]
     if variant.state == "none":
-        return Arrived(None)
-    wholes = batch.wholes(o)
-    for whole in wholes:
+        return Pending(None)
+    stacks = batch.stacks(o)
+    for whole in stacks:
         steps = 0 if whole.steps is None else whole.steps
         variant.apply_(whole.matrices, whole.variance, beta2_of(group), steps)
-    return batch.keep(wholes)
+    return batch.keep(stacks)
 
 
-def _apply_(standing: Sequence[Standing], d: Sequence[list[Tensor]], group: dict[str, Any]) -> None:
+def _apply_(
+    param_shards: Sequence[ParamShards], d: Sequence[list[Tensor]], group: dict[str, Any]
+) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D."""
-    for (params, rows, cols), updates in zip(standing, d, strict=True):
+    for (params, rows, cols), updates in zip(param_shards, d, strict=True):
         lr, decay = (
             _near(value, params[0]).reshape(()) if isinstance(value, Tensor) else value
             for value in (group["lr"], group["weight_decay"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
 
-__all__ = ["Domain", "Pending", "agree", "announce", "move", "run_overlapped", "together"]
+__all__ = [
+    "Domain",
+    "Exchange",
+    "Pending",
+    "agree",
+    "announce",
+    "move",
+    "run_overlapped",
+    "together",
+]
 
 
 class Domain(NamedTuple):
@@ -45,11 +54,34 @@ class Domain(NamedTuple):
     node: int
 
 
-class Pending:
-    """An exchange on its way; `wait` completes it.
+T = TypeVar("T", covariant=True)
+
+
+class Pending(Generic[T]):
+    """What exchanges deliver: `wait` completes them and returns it.
 
     Until then nobody may write to what is sent, or read what is received.
+
+    Args:
+        value: what is there afterwards; at once, where nothing has to travel.
+        exchanges: to complete first, in order.
     """
+
+    def __init__(self, value: T, exchanges: Sequence[Exchange] = ()) -> None:
+        self._value, self._exchanges = value, exchanges
+
+    def wait(self) -> T:
+        """Raises:
+        RuntimeError: as `Exchange.wait`.
+        """
+        for exchange in self._exchanges:
+            exchange.wait()
+        self._exchanges = ()
+        return self._value
+
+
+class Exchange:
+    """One exchange on its way."""
 
     def __init__(self, work: Work | None, buffers: tuple[Tensor, ...], arrived: Sequence[Any]):
         self._work = work
@@ -88,7 +120,7 @@ def move(
     dtype: torch.dtype,
     together: bool = True,
     turn: tuple[int, int] = (0, 1),
-) -> Pending:
+) -> Exchange:
     """Start to send tensors to other positions, and to receive theirs.
 
     Args:
@@ -106,7 +138,7 @@ def move(
     if own_into and number == 0:
         torch._foreach_copy_(own_into, own_from)
     if not together:
-        return Pending(None, (), ())
+        return Exchange(None, (), ())
     sent = [(to, tensor) for to, tensor in outgoing if to != me and (to - me) % turns == number]
     received = [
         (source, tensor)
@@ -129,7 +161,7 @@ def move(
     except RuntimeError as error:
         raise RuntimeError(_BROKEN) from error
     into = [tensor for _, tensor in received]
-    return Pending(work, (send, receive), list(zip(into, chunks, strict=True)))
+    return Exchange(work, (send, receive), list(zip(into, chunks, strict=True)))
 
 
 def _buffer(

@@ -17,24 +17,24 @@ from typing import TYPE_CHECKING, NamedTuple
 from muonkit.distributed.machines import MACHINES, Machine, cheaper_repeated, machine
 from muonkit.distributed.placement import Box, Where, box_size, pieces, whole
 from muonkit.distributed.plan_batches import Item, PlannedBatch, default_cap, make_batches
-from muonkit.distributed.transfers import Matrix, Stored, Way, alike
+from muonkit.distributed.transfers import Direction, Matrix, Stored, alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "MACHINES",
-    "Errand",
+    "Assignment",
     "Item",
-    "Job",
     "Machine",
     "Matrix",
-    "Parcel",
     "Plan",
     "PlannedBatch",
     "StepPlan",
     "Stored",
     "Traffic",
+    "Transfer",
+    "Transfers",
     "cheaper_repeated",
     "default_cap",
     "machine",
@@ -45,14 +45,14 @@ __all__ = [
 ]
 
 
-class Job(NamedTuple):
+class Assignment(NamedTuple):
     """A matrix (by its index) and the ranks that compute it: one, or one in every repetition."""
 
     matrix: int
     owners: tuple[int, ...]
 
 
-class Parcel(NamedTuple):
+class Transfer(NamedTuple):
     """A box of the matrix `matrix`, to or from the rank at `position`."""
 
     position: int
@@ -60,15 +60,15 @@ class Parcel(NamedTuple):
     box: Box
 
 
-class Errand(NamedTuple):
+class Transfers(NamedTuple):
     """One rank's part of an exchange: what it sends, and what it receives, its own included.
 
-    Both are in order of positions, and for each position in order of jobs: the order in which the
-    other side has it too.
+    Both are in order of positions, and for each position in order of assignments: the order in
+    which the other side has it too.
     """
 
-    sends: tuple[Parcel, ...]
-    receives: tuple[Parcel, ...]
+    sends: tuple[Transfer, ...]
+    recvs: tuple[Transfer, ...]
 
 
 class Traffic(NamedTuple):
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
     Attributes:
         ranks: how many positions there are.
         tensors, matrices: what is planned for.
-        buckets: jobs that are exchanged together, in order.
+        buckets: assignments that are exchanged together, in order.
         itemsize: bytes per element on the way.
         state_itemsize: the same of the variant's state.
         inward: whether there is a way to the owners; False where they have all they need.
@@ -114,31 +114,33 @@ class Plan(NamedTuple):
     ranks: int
     tensors: tuple[Stored, ...]
     matrices: tuple[Matrix, ...]
-    buckets: tuple[tuple[Job, ...], ...]
+    buckets: tuple[tuple[Assignment, ...], ...]
     itemsize: int
     state_itemsize: int = 4
     inward: bool = True
 
-    def jobs(self) -> Iterable[Job]:
-        return (job for bucket in self.buckets for job in bucket)
+    def assignments(self) -> Iterable[Assignment]:
+        return (assignment for bucket in self.buckets for assignment in bucket)
 
-    def inbound(self, bucket: Sequence[Job], me: int) -> Errand:
+    def inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
         """Momentum, from where it lives to the owners."""
-        return self._errand(bucket, me, inward=True)
+        return self._transfers_of(bucket, me, inward=True)
 
-    def outbound(self, bucket: Sequence[Job], me: int) -> Errand:
+    def outbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
         """Results, from the owners to where the parameters are stored."""
-        return self._errand(bucket, me, inward=False)
+        return self._transfers_of(bucket, me, inward=False)
 
-    def state_inbound(self, bucket: Sequence[Job], me: int) -> Errand:
+    def state_inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
         """The variant's state, to the owners; boxes are in the state's coordinates."""
-        return self._errand(bucket, me, inward=True, state=True)
+        return self._transfers_of(bucket, me, inward=True, state=True)
 
-    def state_outbound(self, bucket: Sequence[Job], me: int) -> Errand:
+    def state_outbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
         """The variant's state, from the owners to everywhere where it lives."""
-        return self._errand(bucket, me, inward=False, state=True)
+        return self._transfers_of(bucket, me, inward=False, state=True)
 
-    def errands(self, bucket: Sequence[Job], me: int) -> Iterator[tuple[str, Errand, int]]:
+    def rank_transfers(
+        self, bucket: Sequence[Assignment], me: int
+    ) -> Iterator[tuple[str, Transfers, int]]:
         """All ways of a bucket: "to_owners" or "to_params", this rank's part, bytes per element."""
         if self.inward:
             yield "to_owners", self.inbound(bucket, me), self.itemsize
@@ -147,25 +149,27 @@ class Plan(NamedTuple):
             yield "to_owners", self.state_inbound(bucket, me), self.state_itemsize
             yield "to_params", self.state_outbound(bucket, me), self.state_itemsize
 
-    def _errand(self, bucket: Sequence[Job], me: int, inward: bool, state: bool = False) -> Errand:
-        sends: list[Parcel] = []
-        receives: list[Parcel] = []
-        mine, theirs = (sends, receives) if inward else (receives, sends)
-        for job in bucket:
-            way = self._way(job.matrix, inward, state)
+    def _transfers_of(
+        self, bucket: Sequence[Assignment], me: int, inward: bool, state: bool = False
+    ) -> Transfers:
+        sends: list[Transfer] = []
+        recvs: list[Transfer] = []
+        mine, theirs = (sends, recvs) if inward else (recvs, sends)
+        for assignment in bucket:
+            way = self._way(assignment.matrix, inward, state)
             parts = way.parts(me)
-            for owner in job.owners:
+            for owner in assignment.owners:
                 if way.counts(me, owner):
-                    mine += [Parcel(owner, job.matrix, part) for part in parts]
+                    mine += [Transfer(owner, assignment.matrix, part) for part in parts]
                 if me == owner:
-                    theirs += [Parcel(p, job.matrix, box) for p, box in way.others(owner)]
-        # Stable: for each position in order of jobs, and of a matrix's parts.
-        return Errand(
-            tuple(sorted(sends, key=lambda parcel: parcel.position)),
-            tuple(sorted(receives, key=lambda parcel: parcel.position)),
+                    theirs += [Transfer(p, assignment.matrix, box) for p, box in way.others(owner)]
+        # Stable: for each position in order of assignments, and of a matrix's parts.
+        return Transfers(
+            tuple(sorted(sends, key=lambda transfer: transfer.position)),
+            tuple(sorted(recvs, key=lambda transfer: transfer.position)),
         )
 
-    def _way(self, matrix: int, inward: bool, state: bool) -> Way:
+    def _way(self, matrix: int, inward: bool, state: bool) -> Direction:
         """Of a matrix, or of the variant's state that belongs to it, to its owner or back."""
         number, box, _, state_box = self.matrices[matrix]
         tensor = self.tensors[number]
@@ -174,17 +178,17 @@ class Plan(NamedTuple):
             assert tensor.state_lives is not None
             assert state_box is not None
             shape, box, place = tensor.state_shape, state_box, tensor.state_lives
-        return Way(place, shape, box, place.copies() if inward else tensor.repeat)
+        return Direction(place, shape, box, place.copies() if inward else tensor.repeat)
 
-    def moves(self, bucket: Sequence[Job], inward: bool, state: bool = False) -> bool:
+    def moves(self, bucket: Sequence[Assignment], inward: bool, state: bool = False) -> bool:
         """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
         return any(
-            {at for at, _ in self._way(job.matrix, inward, state).others(owner)} != {owner}
-            for job in bucket
-            for owner in job.owners
+            {at for at, _ in self._way(assignment.matrix, inward, state).others(owner)} != {owner}
+            for assignment in bucket
+            for owner in assignment.owners
         )
 
-    def turns(self, bucket: Sequence[Job], cap: int, state: bool = False) -> int:
+    def turns(self, bucket: Sequence[Assignment], cap: int, state: bool = False) -> int:
         """In how many turns the way out of a bucket has to be taken, so that no rank's buffer is
         larger than the cap: an owner has as many copies in it as it sends.
         """
@@ -212,7 +216,7 @@ class Plan(NamedTuple):
                 from one rank to another.
         """
         total = Traffic(*([0] * self.ranks for _ in Traffic._fields))
-        for matrix, owners in self.jobs():
+        for matrix, owners in self.assignments():
             flops = self.matrices[matrix].flops
             for owner in owners:
                 total.flops[owner] += flops
@@ -235,7 +239,7 @@ class Plan(NamedTuple):
         """How many matrices of each kind every owner has; a kind by its first matrix."""
         like = alike(self.tensors, self.matrices, inward)
         kinds: dict[int, dict[int, int]] = {}
-        for matrix, owners in self.jobs():
+        for matrix, owners in self.assignments():
             count = kinds.setdefault(like[matrix], {})
             for owner in owners:
                 count[owner] = count.get(owner, 0) + 1
@@ -245,13 +249,13 @@ class Plan(NamedTuple):
         self,
         total: Traffic,
         matrix: int,
-        jobs: dict[int, int],
+        assignments: dict[int, int],
         inward: bool,
         state: bool,
         node: int,
     ) -> None:
-        """Add the bytes of one way of all jobs of a kind, by owner; they are alike for all owners
-        who deal with the same ranks.
+        """Add the bytes that all assignments of a kind send in one direction, by owner; they are
+        alike for all owners who deal with the same ranks.
         """
         there, here = (
             (total.sent_in, total.received_in) if inward else (total.received_out, total.sent_out)
@@ -259,16 +263,16 @@ class Plan(NamedTuple):
         way = self._way(matrix, inward, state)
         itemsize = self.state_itemsize if state else self.itemsize
         partners: dict[Where, list[int]] = {}
-        for owner in jobs:
+        for owner in assignments:
             partners.setdefault(way.place.where(owner, way.axes), []).append(owner)
         for where, owners in partners.items():
             sizes = way.sizes(where)
             together, of_node = sum(sizes.values()), _by_node(sizes, node)
-            count, in_node = 0, _by_node({owner: jobs[owner] for owner in owners}, node)
+            count, in_node = 0, _by_node({owner: assignments[owner] for owner in owners}, node)
             for owner in owners:
-                count += jobs[owner]
+                count += assignments[owner]
                 away = together - of_node.get(owner // node, 0)
-                here[owner] += away * jobs[owner] * itemsize
+                here[owner] += away * assignments[owner] * itemsize
             for position, size in sizes.items():
                 there[position] += size * (count - in_node.get(position // node, 0)) * itemsize
 
@@ -298,9 +302,9 @@ class StepPlan(NamedTuple):
         sent: dict[str, dict[int, int]] = {"to_owners": {}, "to_params": {}, "adamw": {}}
         for plan in self.plans:
             for bucket in plan.buckets:
-                for way, errand, itemsize in plan.errands(bucket, position):
+                for way, transfers, itemsize in plan.rank_transfers(bucket, position):
                     name = way if plan.inward else "adamw"
-                    for at, _, box in errand.sends:
+                    for at, _, box in transfers.sends:
                         if at != position and box_size(box):
                             to = sent[name]
                             to[at] = to.get(at, 0) + box_size(box) * itemsize
@@ -333,7 +337,7 @@ def make_plan(
     like = alike(tensors, matrices)
     heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     heap_of: dict[int, list[tuple[int, int]]] = {}
-    jobs = []
+    assignments = []
     for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].flops, i)):
         tensor = tensors[matrices[i].tensor]
         heap = heap_of.get(like[i])
@@ -346,8 +350,8 @@ def make_plan(
         owners = tensor.lives.twins(owner, tensor.repeat) if tensor.repeat else (owner,)
         for position in owners:
             loads[position] += matrices[i].flops
-        jobs.append(Job(i, owners))
-    buckets = _fill(jobs, tensors, matrices, itemsize, cap, like)
+        assignments.append(Assignment(i, owners))
+    buckets = _fill(assignments, tensors, matrices, itemsize, cap, like)
     return Plan(ranks, tuple(tensors), tuple(matrices), buckets, itemsize, state_itemsize)
 
 
@@ -359,15 +363,15 @@ def make_own(
     Args:
         loads: FLOPs that each rank has already; added to.
     """
-    jobs = []
+    assignments = []
     for i, matrix in enumerate(matrices):
         tensor = tensors[matrix.tensor]
         for piece in pieces(tensor.lives, tensor.shape, matrix.box):
-            jobs.append(Job(i, piece.positions))
+            assignments.append(Assignment(i, piece.positions))
             for position in piece.positions:
                 loads[position] += matrix.flops
     alone = tuple(tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors)
-    return Plan(ranks, alone, tuple(matrices), (tuple(jobs),), 0)
+    return Plan(ranks, alone, tuple(matrices), (tuple(assignments),), 0)
 
 
 def make_gather(
@@ -381,7 +385,7 @@ def make_gather(
             None is all in one.
     """
     matrices: list[Matrix] = []
-    buckets: list[list[Job]] = [[]]
+    buckets: list[list[Assignment]] = [[]]
     busy = 0
     alone = [tensor._replace(repeat=tensor.lives.copies()) for tensor in tensors]
     for i, tensor in enumerate(alone):
@@ -400,7 +404,7 @@ def make_gather(
             for box, at in parts:
                 part = _kth(box, k, cuts)
                 if box_size(part):
-                    buckets[-1].append(Job(len(matrices), at))
+                    buckets[-1].append(Assignment(len(matrices), at))
                     matrices.append(Matrix(i, part, 0))
     filled = tuple(tuple(bucket) for bucket in buckets if bucket)
     return Plan(ranks, tuple(alone), tuple(matrices), filled, itemsize, inward=False)
@@ -441,31 +445,31 @@ def _lightest(heap: list[tuple[int, int]], loads: list[int]) -> int:
 
 
 def _fill(
-    jobs: Sequence[Job],
+    assignments: Sequence[Assignment],
     tensors: Sequence[Stored],
     matrices: Sequence[Matrix],
     itemsize: int,
     cap: int,
     like: Sequence[int],
-) -> tuple[tuple[Job, ...], ...]:
-    """Jobs in buckets, in their order: no rank owns, or receives, more than the cap of one."""
-    buckets: list[list[Job]] = []
+) -> tuple[tuple[Assignment, ...], ...]:
+    """Assignments in buckets, in order: no rank owns, or receives, more than the cap of one."""
+    buckets: list[list[Assignment]] = []
     busy: dict[int, int] = {}
     stored = 0
     weights: dict[int, tuple[int, int]] = {}
-    for job in jobs:
-        kind = like[job.matrix]
+    for assignment in assignments:
+        kind = like[assignment.matrix]
         if kind not in weights:
             tensor = tensors[matrices[kind].tensor]
-            weights[kind] = _weights(tensor, matrices[kind].box, job.owners[0])
+            weights[kind] = _weights(tensor, matrices[kind].box, assignment.owners[0])
         size, part = (n * itemsize for n in weights[kind])
-        most = max(busy.get(owner, 0) for owner in job.owners) + size
+        most = max(busy.get(owner, 0) for owner in assignment.owners) + size
         if not buckets or max(most, stored + part) > cap:
             buckets.append([])
             busy, stored, most = {}, 0, size
-        buckets[-1].append(job)
+        buckets[-1].append(assignment)
         stored += part
-        for owner in job.owners:
+        for owner in assignment.owners:
             busy[owner] = busy.get(owner, 0) + size
     return tuple(tuple(bucket) for bucket in buckets)
 
@@ -474,6 +478,6 @@ def _weights(tensor: Stored, box: Box, owner: int) -> tuple[int, int]:
     """Elements of a box, which its owner has whole, and of the largest part that a rank stores;
     every owner's are equal. (An owner's copies for all others do not count: they go in turns.)
     """
-    way = Way(tensor.stored, tensor.shape, box, tensor.repeat)
+    way = Direction(tensor.stored, tensor.shape, box, tensor.repeat)
     sizes = way.sizes(tensor.stored.where(owner, tensor.repeat)).values()
     return box_size(box), max(sizes, default=0)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from muonkit.batching import Arrived, Living, Source, Standing, Whole, place
-from muonkit.distributed.exchange import Pending, move
+from muonkit.batching import MatrixRef, MatrixStack, MomentumShards, ParamShards, place
+from muonkit.distributed.exchange import Exchange, Pending, move
 from muonkit.distributed.layout import Layout
 from muonkit.distributed.placement import Axis, Box, Placement, box_size, replicated, slices
 from muonkit.distributed.plan import (
-    Errand,
+    Assignment,
     Item,
-    Job,
     Matrix,
     Plan,
     Stored,
+    Transfers,
     cheaper_repeated,
     default_cap,
     machine,
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from muonkit.batching import Entry
+    from muonkit.batching import LocalParam
     from muonkit.distributed.exchange import Domain
     from muonkit.distributed.layout import Layouts
 
-__all__ = ["Param", "Share", "own_plan", "state_placement"]
+__all__ = ["Param", "ShardedGroup", "own_plan", "state_placement"]
 
 
 def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
@@ -96,7 +96,7 @@ class Param(NamedTuple):
 _ALONE = Layout(replicated(1), replicated(1), (), (), None, 0, alone=True)
 
 
-class _Source(NamedTuple):
+class _MatrixRef(NamedTuple):
     """One matrix: the parameter that it is of, and how it lies there."""
 
     param: int
@@ -119,48 +119,50 @@ class _Part(NamedTuple):
 class _Bucket:
     """One bucket of the plan, and this rank's part in it; the same in every step."""
 
-    def __init__(self, share: Share, jobs: tuple[Job, ...]) -> None:
-        plan, me = share.plan, share.domain.position
-        self.jobs = jobs
-        self.inbound, self.outbound = plan.inbound(jobs, me), plan.outbound(jobs, me)
-        self.state: tuple[Errand, Errand] | None = None
+    def __init__(self, sharded: ShardedGroup, assignments: tuple[Assignment, ...]) -> None:
+        plan, me = sharded.plan, sharded.domain.position
+        self.assignments = assignments
+        self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
+        self.state: tuple[Transfers, Transfers] | None = None
         if plan.has_state:
-            self.state = plan.state_inbound(jobs, me), plan.state_outbound(jobs, me)
+            self.state = plan.state_inbound(assignments, me), plan.state_outbound(assignments, me)
         self.moves = {
-            (inward, state): plan.moves(jobs, inward, state)
+            (inward, state): plan.moves(assignments, inward, state)
             for inward in (True, False)
             for state in ((False, True) if plan.has_state else (False,))
         }
         self.turns = {
-            state: plan.turns(jobs, share.cap, state)
+            state: plan.turns(assignments, sharded.cap, state)
             for state in ((False, True) if plan.has_state else (False,))
         }
-        self.living: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
-        self.standing: dict[tuple[int, int], list[_Part]] = {}
-        for job in jobs:
-            source = share.sources[job.matrix]
-            for part in share.parts(job.matrix, "lives"):
+        self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
+        self.param_shards: dict[tuple[int, int], list[_Part]] = {}
+        for assignment in assignments:
+            source = sharded.sources[assignment.matrix]
+            for part in sharded.parts(assignment.matrix, "lives"):
                 shape = [b - a for a, b in part.box]
-                key = (*shape, share.grad_dtypes[source.param])
-                self.living.setdefault(key, []).append(part)
-            for part in share.parts(job.matrix, "stored"):
+                key = (*shape, sharded.grad_dtypes[source.param])
+                self.momentum_shards.setdefault(key, []).append(part)
+            for part in sharded.parts(assignment.matrix, "stored"):
                 shape_of = source.block.rows, source.block.cols
-                self.standing.setdefault(shape_of, []).append(part)
+                self.param_shards.setdefault(shape_of, []).append(part)
         self.stacked = {
             (part.matrix, part.box): (stack, k)
-            for stack, members in enumerate(self.living.values())
+            for stack, members in enumerate(self.momentum_shards.values())
             for k, part in enumerate(members)
         }
-        self.batches = self._batches(share, [job.matrix for job in jobs if me in job.owners])
+        self.batches = self._batches(
+            sharded, [assignment.matrix for assignment in assignments if me in assignment.owners]
+        )
 
-    def _batches(self, share: Share, owned: list[int]) -> list[tuple[int, int, list[int]]]:
+    def _batches(self, sharded: ShardedGroup, owned: list[int]) -> list[tuple[int, int, list[int]]]:
         """Rows, columns and matrices of what is computed together, equal shapes side by side."""
-        blocks = {matrix: share.sources[matrix].block for matrix in owned}
-        kind = share.domain.device.type
+        blocks = {matrix: sharded.sources[matrix].block for matrix in owned}
+        kind = sharded.domain.device.type
         # Copies that are computed again elsewhere must come out the same to the bit: matrices of
         # other ranks' choice do not share their batch.
         items = [
-            Item(share.tensor(matrix).repeat, kind, 1, b.rows, b.cols, share.dtype.itemsize)
+            Item(sharded.tensor(matrix).repeat, kind, 1, b.rows, b.cols, sharded.dtype.itemsize)
             for matrix, b in blocks.items()
         ]
         return [
@@ -172,11 +174,11 @@ class _Bucket:
                     key=lambda matrix: (blocks[matrix].rows, blocks[matrix].cols, matrix),
                 ),
             )
-            for batch in make_batches(tuple(items), share.group["bytes_in_flight"])
+            for batch in make_batches(tuple(items), sharded.group["bytes_in_flight"])
         ]
 
 
-class Share:
+class ShardedGroup:
     """The shared parameters of one group with updates of one dtype, planned.
 
     Args:
@@ -198,7 +200,7 @@ class Share:
         self.grad_dtypes = {param.number: param.grad_dtype for param in params}
         self.dtype = update_dtype(params[0].p, params[0].grad_dtype, group)
         chosen = group["exchange_dtype"]
-        self.wire = self.dtype if chosen == "auto" else getattr(torch, chosen)
+        self.comm_dtype = self.dtype if chosen == "auto" else getattr(torch, chosen)
         tensors, matrices, self.sources = _describe(layouts, group, params)
         tensors = self._repeat(tensors, matrices, [layouts[param.p] for param in params])
         kind = self.domain.device.type
@@ -206,10 +208,16 @@ class Share:
         size = self.domain.size
         self.state_dtype = torch.promote_types(params[0].p.dtype, torch.float32)
         self.plan: Plan = make_plan(
-            size, tensors, matrices, self.wire.itemsize, self.cap, loads, self.state_dtype.itemsize
+            size,
+            tensors,
+            matrices,
+            self.comm_dtype.itemsize,
+            self.cap,
+            loads,
+            self.state_dtype.itemsize,
         )
         self._state_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
-        self.buckets = [_Bucket(self, jobs) for jobs in self.plan.buckets]
+        self.buckets = [_Bucket(self, assignments) for assignments in self.plan.buckets]
 
     def _repeat(
         self, tensors: list[Stored], matrices: list[Matrix], layouts: list[Layout]
@@ -219,7 +227,7 @@ class Share:
         for matrix in matrices:
             cost = costs.setdefault(layouts[matrix.tensor], [0, 0])
             cost[0] += matrix.flops
-            cost[1] += box_size(matrix.box) * self.wire.itemsize
+            cost[1] += box_size(matrix.box) * self.comm_dtype.itemsize
         return [
             tensor._replace(
                 repeat=repeated_axes(layout, self.group, self.domain, *costs.get(layout, (0, 0)))
@@ -240,7 +248,7 @@ class Share:
         boxes = placement.parts(tensor.shape, me, self.plan.matrices[matrix].box)
         return [_Part(matrix, box, placement.slices(tensor.shape, me, box)) for box in boxes]
 
-    def living_piece(self, part: _Part, stored: Tensor) -> Tensor:
+    def momentum_piece(self, part: _Part, stored: Tensor) -> Tensor:
         """Of a rank's part of a parameter what lies where its momentum lives."""
         planned = self.tensor(part.matrix)
         return stored[planned.stored.slices(planned.shape, self.domain.position, part.box)]
@@ -255,9 +263,9 @@ class Share:
             )
         return tensor[self._state_cuts[matrix, box]]
 
-    def batches(self, entries: Mapping[int, Entry]) -> list[SharedBatch]:
+    def batches(self, entries: Mapping[int, LocalParam]) -> list[ShardedBatch]:
         """Those of a step; entries by index in the group."""
-        return [SharedBatch(self, bucket, entries) for bucket in self.buckets]
+        return [ShardedBatch(self, bucket, entries) for bucket in self.buckets]
 
 
 def own_plan(
@@ -278,12 +286,12 @@ def own_plan(
 
 def _describe(
     layouts: Layouts, group: dict[str, Any], params: Sequence[Param]
-) -> tuple[list[Stored], list[Matrix], list[_Source]]:
+) -> tuple[list[Stored], list[Matrix], list[_MatrixRef]]:
     """Parameters and their matrices as the plan knows them, and where each matrix is from."""
     kept, view = VARIANTS[group["variant"]].state, group["view"]
     tensors: list[Stored] = []
     matrices: list[Matrix] = []
-    sources: list[_Source] = []
+    sources: list[_MatrixRef] = []
     for number, (index, name, p, _) in enumerate(params):
         shape, layout = tuple(p.shape), layouts.get(p) or _ALONE
         device = p.device if layouts.domain is None else layouts.domain.device
@@ -299,146 +307,148 @@ def _describe(
             flops = flops_of(group, block.rows, block.cols, p.dtype, device)
             of = row_block if kept == "rows" else block
             for box, state in zip(block.boxes(), of.boxes(), strict=True):
-                sources.append(_Source(index, block, of))
+                sources.append(_MatrixRef(index, block, of))
                 matrices.append(Matrix(number, box, flops, None if kept == "none" else state))
     return tensors, matrices, sources
 
 
-class SharedBatch:
+class ShardedBatch:
     """A bucket of matrices that several ranks have parts of.
 
     The momentum's pieces go to the owners, the results to everywhere where the parameter is
     stored; each way is one exchange, and the variant's state has its own.
     """
 
-    def __init__(self, share: Share, bucket: _Bucket, entries: Mapping[int, Entry]) -> None:
-        self.share, self.bucket, self.entries = share, bucket, entries
-        self.living = [
-            Living(
+    def __init__(
+        self, sharded: ShardedGroup, bucket: _Bucket, entries: Mapping[int, LocalParam]
+    ) -> None:
+        self.sharded, self.bucket, self.entries = sharded, bucket, entries
+        self.momentum_shards = [
+            MomentumShards(
                 [part.of(self._entry(part.matrix).grad) for part in members],
                 [part.of(self._entry(part.matrix).momentum) for part in members],
-                share.params[share.sources[members[0].matrix].param].dtype,
+                sharded.params[sharded.sources[members[0].matrix].param].dtype,
             )
-            for members in bucket.living.values()
+            for members in bucket.momentum_shards.values()
         ]
-        self.standing = [
-            Standing([part.of(self._entry(part.matrix).param) for part in members], *shape)
-            for shape, members in bucket.standing.items()
+        self.param_shards = [
+            ParamShards([part.of(self._entry(part.matrix).param) for part in members], *shape)
+            for shape, members in bucket.param_shards.items()
         ]
         self._variances: dict[int, Tensor] = {}  # of the matrices that this rank owns
-        self._stacks: list[tuple[list[int], Tensor]] = []  # the same, as `wholes` gave them out
+        self._stacks: list[tuple[list[int], Tensor]] = []  # the same, as `stacks` gave them out
 
-    def _entry(self, matrix: int) -> Entry:
-        return self.entries[self.share.sources[matrix].param]
+    def _entry(self, matrix: int) -> LocalParam:
+        return self.entries[self.sharded.sources[matrix].param]
 
-    def to_owners(self, u: Sequence[Tensor]) -> _Arriving:
-        whole = self._rooms()
-        on_its_way = [self._inward(u, whole, self.share.wire)]
+    def to_owners(self, u: Sequence[Tensor]) -> Pending[Any]:
+        whole = self._owner_buffers()
+        on_its_way = [self._inward(u, whole, self.sharded.comm_dtype)]
         if self.bucket.state is not None:
             on_its_way.append(self._fetch_state(self.bucket.state[0]))
-        return _Arriving(on_its_way, whole)
+        return Pending(whole, on_its_way)
 
-    def gathered(self, tensors: Sequence[Tensor]) -> _Arriving:
-        whole = self._rooms()
-        return _Arriving([self._inward(tensors, whole, self.share.dtype)], whole)
+    def gathered(self, tensors: Sequence[Tensor]) -> Pending[Any]:
+        whole = self._owner_buffers()
+        return Pending(whole, [self._inward(tensors, whole, self.sharded.dtype)])
 
     def weights(self) -> list[list[Tensor]]:
         return [
-            [self.share.living_piece(part, self._entry(part.matrix).param) for part in members]
-            for members in self.bucket.living.values()
+            [self.sharded.momentum_piece(part, self._entry(part.matrix).param) for part in members]
+            for members in self.bucket.momentum_shards.values()
         ]
 
-    def sources(self) -> list[list[Source]]:
+    def sources(self) -> list[list[MatrixRef]]:
         return [[self._source(matrix) for matrix in members] for *_, members in self.bucket.batches]
 
-    def _source(self, matrix: int) -> Source:
-        number, block, _ = self.share.sources[matrix]
-        box = self.share.plan.matrices[matrix].box
-        return Source(self.share.params[number], box, block.rows, block.cols)
+    def _source(self, matrix: int) -> MatrixRef:
+        number, block, _ = self.sharded.sources[matrix]
+        box = self.sharded.plan.matrices[matrix].box
+        return MatrixRef(self.sharded.params[number], box, block.rows, block.cols)
 
-    def _inward(self, u: Sequence[Tensor], whole: Sequence[Tensor], dtype: torch.dtype) -> Pending:
-        """Stacks of pieces that live here, to the owners' rooms."""
+    def _inward(self, u: Sequence[Tensor], whole: Sequence[Tensor], dtype: torch.dtype) -> Exchange:
+        """Stacks of this rank's pieces of the momentum, to the owners' buffers."""
         parts = self._parts(whole)
-        errand = self.bucket.inbound
+        transfers = self.bucket.inbound
         pieces = [stack.unbind() for stack in u]
         outgoing = []
-        for position, matrix, box in errand.sends:
+        for position, matrix, box in transfers.sends:
             stack, k = self.bucket.stacked[matrix, box]
             outgoing.append((position, pieces[stack][k]))
         incoming = [
             (position, parts[matrix][self._inside(matrix, box)])
-            for position, matrix, box in errand.receives
+            for position, matrix, box in transfers.recvs
         ]
         return self._move(outgoing, incoming, dtype, inward=True, state=False)
 
-    def _rooms(self) -> list[Tensor]:
+    def _owner_buffers(self) -> list[Tensor]:
         """Room for the matrices that this rank owns, zero where they are padded."""
-        rooms = []
+        buffers = []
         for rows, cols, members in self.bucket.batches:
-            blocks = [self.share.sources[matrix].block for matrix in members]
+            blocks = [self.sharded.sources[matrix].block for matrix in members]
             padded = any((b.rows, b.cols) != (rows, cols) for b in blocks)
             make = torch.zeros if padded else torch.empty
-            device = self.share.domain.device
-            rooms.append(make(len(members), rows, cols, dtype=self.share.dtype, device=device))
-        return rooms
+            device = self.sharded.domain.device
+            buffers.append(make(len(members), rows, cols, dtype=self.sharded.dtype, device=device))
+        return buffers
 
     def _parts(self, whole: Sequence[Tensor]) -> dict[int, Tensor]:
         """For each matrix that this rank owns, its place, in the shape of its box."""
         parts = {}
         for (_, _, members), matrices in zip(self.bucket.batches, whole, strict=True):
             for matrix, padded in zip(members, torch.split(matrices, 1), strict=True):
-                block = self.share.sources[matrix].block
+                block = self.sharded.sources[matrix].block
                 logical = place(padded, block.rows, block.cols)[0]
                 stored = logical.mT if block.transposed else logical
-                box = self.share.plan.matrices[matrix].box
+                box = self.sharded.plan.matrices[matrix].box
                 parts[matrix] = stored.view([b - a for a, b in box])
         return parts
 
     def _inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
-        return slices(box, self.share.plan.matrices[matrix].box)
+        return slices(box, self.sharded.plan.matrices[matrix].box)
 
-    def _fetch_state(self, errand: Errand) -> Pending:
+    def _fetch_state(self, transfers: Transfers) -> Exchange:
         """Of the owned matrices' variance, in the stored orientation."""
-        for _, matrix, _ in errand.receives:
+        for _, matrix, _ in transfers.recvs:
             if matrix not in self._variances:
-                state = self.share.plan.matrices[matrix].state_box
+                state = self.sharded.plan.matrices[matrix].state_box
                 assert state is not None
                 self._variances[matrix] = torch.empty(
                     [b - a for a, b in state],
-                    dtype=self.share.state_dtype,
-                    device=self.share.domain.device,
+                    dtype=self.sharded.state_dtype,
+                    device=self.sharded.domain.device,
                 )
-        outgoing, incoming = self._state_parcels(errand)
-        return self._move(outgoing, incoming, self.share.state_dtype, inward=True, state=True)
+        outgoing, incoming = self._state_transfers(transfers)
+        return self._move(outgoing, incoming, self.sharded.state_dtype, inward=True, state=True)
 
-    def _state_parcels(
-        self, errand: Errand, back: bool = False
+    def _state_transfers(
+        self, transfers: Transfers, back: bool = False
     ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
         """What is sent and received of the variance: from where it lives to the owner, or back."""
         at_home, at_owner = (
-            (errand.receives, errand.sends) if back else (errand.sends, errand.receives)
+            (transfers.recvs, transfers.sends) if back else (transfers.sends, transfers.recvs)
         )
         home = []
         for position, matrix, box in at_home:
             variance = self._entry(matrix).variance
             assert variance is not None
-            home.append((position, self.share.state_piece(matrix, box, variance)))
+            home.append((position, self.sharded.state_piece(matrix, box, variance)))
         owner = []
         for position, matrix, box in at_owner:
-            state = self.share.plan.matrices[matrix].state_box
+            state = self.sharded.plan.matrices[matrix].state_box
             assert state is not None
             owner.append((position, self._variances[matrix][slices(box, state)]))
         return (owner, home) if back else (home, owner)
 
-    def wholes(self, o: Sequence[Tensor]) -> list[Whole]:
-        wholes = []
+    def stacks(self, o: Sequence[Tensor]) -> list[MatrixStack]:
+        stacks = []
         for (_, _, members), matrices in zip(self.bucket.batches, o, strict=True):
             start = 0
             while start < len(members):
-                block = self.share.sources[members[start]].block
+                block = self.sharded.sources[members[start]].block
                 stop = start + 1
                 while stop < len(members) and _alike(
-                    self.share.sources[members[stop]].block, block
+                    self.sharded.sources[members[stop]].block, block
                 ):
                     stop += 1
                 some = members[start:stop]
@@ -449,47 +459,48 @@ class SharedBatch:
                     count = torch.stack([s for s in steps if s is not None])
                     count = count.to(matrices.device).reshape(-1, 1, 1)
                 whole = place(matrices[start:stop], block.rows, block.cols)
-                wholes.append(Whole(whole, variance, count))
+                stacks.append(MatrixStack(whole, variance, count))
                 self._stacks.append((some, variance))
                 start = stop
-        return wholes
+        return stacks
 
     def _logical_state(self, matrix: int) -> Tensor:
         """`(rows, 1)` or `(rows, cols)`."""
-        block = self.share.sources[matrix].state_block
+        block = self.sharded.sources[matrix].state_block
         return block.to_matrices(self._variances[matrix])[0]
 
-    def keep(self, wholes: Sequence[Whole]) -> Pending | Arrived[None]:
-        """Send the variant's state back to everywhere where it lives."""
+    def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
+        """Send the variant's state back to everywhere where it is kept."""
         assert self.bucket.state is not None
         for some, variance in self._stacks:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
                 self._logical_state(matrix).copy_(rows)
-        outgoing, incoming = self._state_parcels(self.bucket.state[1], back=True)
-        return self._move_out(outgoing, incoming, self.share.state_dtype, state=True)
+        outgoing, incoming = self._state_transfers(self.bucket.state[1], back=True)
+        exchange = self._move_out(outgoing, incoming, self.sharded.state_dtype, state=True)
+        return Pending(None, [exchange])
 
-    def to_params(self, o: Sequence[Tensor]) -> _Arriving:
+    def to_params(self, o: Sequence[Tensor]) -> Pending[Any]:
         parts = self._parts(o)
-        errand = self.bucket.outbound
+        transfers = self.bucket.outbound
         outgoing = [
             (position, parts[matrix][self._inside(matrix, box)])
-            for position, matrix, box in errand.sends
+            for position, matrix, box in transfers.sends
         ]
         pieces: dict[tuple[int, Box], Tensor] = {
             (matrix, box): torch.empty(
                 [b - a for a, b in box],
-                dtype=self.share.dtype,
+                dtype=self.sharded.dtype,
                 device=self._entry(matrix).param.device,
             )
-            for _, matrix, box in errand.receives
+            for _, matrix, box in transfers.recvs
         }
-        incoming = [(position, pieces[matrix, box]) for position, matrix, box in errand.receives]
-        pending = self._move_out(outgoing, incoming, self.share.wire, state=False)
+        incoming = [(position, pieces[matrix, box]) for position, matrix, box in transfers.recvs]
+        exchange = self._move_out(outgoing, incoming, self.sharded.comm_dtype, state=False)
         updates = [
             [pieces[part.matrix, part.box] for part in members]
-            for members in self.bucket.standing.values()
+            for members in self.bucket.param_shards.values()
         ]
-        return _Arriving([pending], updates)
+        return Pending(updates, [exchange])
 
     def _move_out(
         self,
@@ -497,7 +508,7 @@ class SharedBatch:
         incoming: list[tuple[int, Tensor]],
         dtype: torch.dtype,
         state: bool,
-    ) -> Pending:
+    ) -> Exchange:
         """In several turns where an owner's copies for all others would not fit in the cap; the
         last of them is on its way when this returns.
         """
@@ -514,21 +525,9 @@ class SharedBatch:
         inward: bool,
         state: bool,
         turn: tuple[int, int] = (0, 1),
-    ) -> Pending:
+    ) -> Exchange:
         together = self.bucket.moves[inward, state]
-        return move(self.share.domain, outgoing, incoming, dtype, together, turn)
-
-
-class _Arriving:
-    """Several exchanges, and what is there when they are complete."""
-
-    def __init__(self, pending: Sequence[Pending], value: Any) -> None:
-        self._pending, self._value = pending, value
-
-    def wait(self) -> Any:
-        for pending in self._pending:
-            pending.wait()
-        return self._value
+        return move(self.sharded.domain, outgoing, incoming, dtype, together, turn)
 
 
 def _alike(one: Block, other: Block) -> bool:

@@ -1,4 +1,4 @@
-"""The schedule of a step over several ranks: what is this rank's own, what is shared, and the facts
+"""The planned of a step over several ranks: what is this rank's own, what is shared, and the facts
 in which all ranks have to agree before anything is sent.
 """
 
@@ -11,7 +11,7 @@ import torch
 from muonkit.distributed.exchange import move
 from muonkit.distributed.layout import cuts_experts_only, is_whole, local
 from muonkit.distributed.plan import Plan, StepPlan, Stored, default_cap, make_gather
-from muonkit.distributed.sharded import Param, Share, own_plan
+from muonkit.distributed.sharded import Param, ShardedGroup, own_plan
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import parameter_names, products_of
 from muonkit.options import OPTION_KEYS, PLANNING
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from muonkit.distributed.layout import Layout, Layouts
-    from muonkit.distributed.plan import Errand
+    from muonkit.distributed.plan import Transfers
 
 __all__ = [
     "Gather",
+    "PlannedStep",
     "Present",
-    "Schedule",
     "gradients",
     "options_facts",
     "plan_alone",
+    "plan_key",
     "products_fact",
-    "schedule_key",
 ]
 
 
@@ -69,8 +69,8 @@ def _gradient(p: Any) -> Gradient:
     return Gradient(grad.dtype, None if grad.layout == torch.strided else grad.layout)
 
 
-def schedule_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple[Any, ...]:
-    """Equal keys, equal schedules (of one optimizer)."""
+def plan_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple[Any, ...]:
+    """Equal keys, equal planned steps (of one optimizer)."""
     return tuple(
         (
             tuple(repr(group.get(key)) for key in PLANNING),
@@ -122,7 +122,7 @@ def _shown(value: Any) -> str:
     return repr(value.item()) if value.device.type == "cpu" else "a tensor"
 
 
-class Schedule:
+class PlannedStep:
     """The plans of one step.
 
     Attributes:
@@ -138,7 +138,7 @@ class Schedule:
     ) -> None:
         assert layouts.domain is not None
         self.own: list[list[int]] = []
-        self.shares: list[list[Share]] = []
+        self.sharded_groups: list[list[ShardedGroup]] = []
         self.gathers: list[Gather] = []
         self.facts: dict[str, str] = resolved_facts(layouts, groups)
         loads = [0] * layouts.domain.size
@@ -148,7 +148,7 @@ class Schedule:
         for number, (group, has) in enumerate(zip(groups, present, strict=True)):
             own, shared = self._sort(layouts, number, group, has)
             self.own.append([param.number for param in own if param.number in has])
-            self.shares.append([])
+            self.sharded_groups.append([])
             if group["algorithm"] == "adamw":
                 self.gathers += [Gather(layouts, params, cap) for params in shared]
                 continue
@@ -156,9 +156,11 @@ class Schedule:
             # has.
             trained = [param for param in own if param.p.requires_grad]
             plans.append(own_plan(layouts, group, trained, loads))
-            self.shares[-1] += [Share(layouts, group, params, loads) for params in shared]
-        exchanged = [share.plan for shares in self.shares for share in shares]
-        for number, shares in enumerate(self.shares):
+            self.sharded_groups[-1] += [
+                ShardedGroup(layouts, group, params, loads) for params in shared
+            ]
+        exchanged = [share.plan for shares in self.sharded_groups for share in shares]
+        for number, shares in enumerate(self.sharded_groups):
             if shares:
                 again = {tensor.repeat for share in shares for tensor in share.plan.tensors} - {()}
                 along = f"computed again along mesh axes {sorted(again)}" if again else "shared out"
@@ -253,19 +255,19 @@ class Gather:
         self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize, cap)
         me = self.domain.position
         self._errands = [
-            (self.plan.outbound(jobs, me), self.plan.moves(jobs, inward=False))
-            for jobs in self.plan.buckets
+            (self.plan.outbound(assignments, me), self.plan.moves(assignments, inward=False))
+            for assignments in self.plan.buckets
         ]
 
     def tasks(self) -> list[Iterator[None]]:
         """Of a step in which this rank's parts are updated already."""
-        return [self._task(errand, moves) for errand, moves in self._errands]
+        return [self._task(transfers, moves) for transfers, moves in self._errands]
 
-    def _task(self, errand: Errand, moves: bool) -> Iterator[None]:
+    def _task(self, transfers: Transfers, moves: bool) -> Iterator[None]:
         me = self.domain.position
         outgoing, incoming = (
-            [(at, self._piece(matrix, box)) for at, matrix, box in parcels if at != me]
-            for parcels in (errand.sends, errand.receives)
+            [(at, self._piece(matrix, box)) for at, matrix, box in transfers if at != me]
+            for transfers in (transfers.sends, transfers.recvs)
         )
         pending = move(self.domain, outgoing, incoming, self.dtype, moves)
         yield

@@ -19,7 +19,7 @@ from muonkit.distributed.placement import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Matrix", "Stored", "Way", "alike"]
+__all__ = ["Direction", "Matrix", "Stored", "alike"]
 
 
 class Stored(NamedTuple):
@@ -59,7 +59,7 @@ class Matrix(NamedTuple):
     state_box: Box | None = None
 
 
-class Way(NamedTuple):
+class Direction(NamedTuple):
     """One way of a matrix: between its owner and the ranks on which its parts lie.
 
     To the owner `axes` are those along which the momentum has copies: the copy that has the owner's

@@ -30,7 +30,7 @@ from muonkit.distributed.plan import (
     make_own,
     make_plan,
 )
-from muonkit.distributed.transfers import Way, alike
+from muonkit.distributed.transfers import Direction, alike
 from muonkit.lab.plan_layouts import Lay, Mesh
 from muonkit.lab.shapes import ModelShape, ParameterShape
 from muonkit.newton_schulz import triton as kernels
@@ -377,7 +377,7 @@ def _buckets(plan: Plan, assume: Assumptions) -> Iterator[tuple[Vector, Vector]]
     likes = [alike(plan.tensors, plan.matrices, inward) for inward in (True, False)]
     cap, both = default_cap(assume.device), assume.itemsize + plan.itemsize
     known: dict[tuple[int, Where, bool], _Lying] = {}
-    kinds: dict[int, tuple[int, int, tuple[tuple[int, bool, Way], ...]]] = {}
+    kinds: dict[int, tuple[int, int, tuple[tuple[int, bool, Direction], ...]]] = {}
     for bucket in plan.buckets:
         counts: dict[tuple[int, Where, bool], int] = {}
         living, standing, owned, sent, work = np.zeros((5, plan.ranks))
@@ -421,12 +421,12 @@ def _lying(sizes: Mapping[int, int]) -> _Lying:
     return _Lying(np.array(list(sizes)), np.array(list(sizes.values())), sum(sizes.values()))
 
 
-def _way(plan: Plan, matrix: int, inward: bool) -> Way:
+def _way(plan: Plan, matrix: int, inward: bool) -> Direction:
     number, box, _, _ = plan.matrices[matrix]
     tensor = plan.tensors[number]
     if inward:
-        return Way(tensor.lives, tensor.shape, box, tensor.lives.copies())
-    return Way(tensor.stored, tensor.shape, box, tensor.repeat)
+        return Direction(tensor.lives, tensor.shape, box, tensor.lives.copies())
+    return Direction(tensor.stored, tensor.shape, box, tensor.repeat)
 
 
 def workspace(box: Box, assume: Assumptions) -> int:
@@ -441,7 +441,7 @@ def _own_batch(plan: Plan, assume: Assumptions) -> Vector:
     most = np.zeros(plan.ranks)
     every = np.zeros(plan.ranks)
     by_tensor: dict[int, Vector] = {}
-    for matrix, owners in plan.jobs():
+    for matrix, owners in plan.assignments():
         tensor, box, _, _ = plan.matrices[matrix]
         mine = by_tensor.setdefault(tensor, np.zeros(plan.ranks))
         mine[list(owners)] += box_size(box) * assume.itemsize

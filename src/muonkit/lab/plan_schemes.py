@@ -160,7 +160,7 @@ def lower_bound(plans: Sequence[Plan], ranks: int) -> tuple[float, str]:
         if not plan.inward:  # AdamW's
             continue
         own = not plan.itemsize
-        for matrix, owners in plan.jobs():
+        for matrix, owners in plan.assignments():
             cost = plan.matrices[matrix].flops
             flops += [cost] * len(owners)
             if own:

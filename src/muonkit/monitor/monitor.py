@@ -14,7 +14,7 @@ from muonkit._text import shown
 from muonkit.groups import parameter_names
 from muonkit.monitor.records import (
     FIELDS,
-    Traffic,
+    TrafficRecords,
     chosen,
     groups_of,
     header_of,
@@ -145,7 +145,7 @@ class Monitor:
         self._owned = list(self._sinks)
         self._sampler: Sampler | None = None
         self._skipped = 0
-        self._traffic = Traffic(optimizer)
+        self._traffic = TrafficRecords(optimizer)
         self._know()
         disable: Any = torch.compiler.disable  # a compiled step calls these as they are
         self._hooks = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from muonkit.distributed.step_plan import gradients, plan_alone, schedule_key
+from muonkit.distributed.step_plan import gradients, plan_alone, plan_key
 from muonkit.groups import parameter_names
 from muonkit.monitor.sample import KINDS, Key, matrices_of
 from muonkit.monitor.spectra import SPECTRUM
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIELDS",
-    "Traffic",
+    "TrafficRecords",
     "chosen",
     "groups_of",
     "header_of",
@@ -257,7 +257,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class Traffic:
+class TrafficRecords:
     """What a step computes and sends on every rank, by the plan of what has a gradient."""
 
     def __init__(self, optimizer: Muon) -> None:
@@ -271,7 +271,7 @@ class Traffic:
         optimizer = self._optimizer
         present = gradients(optimizer.param_groups)
         # With the shapes: a parameter that was replaced may have the memory, and the id, of the old
-        key = schedule_key(optimizer.param_groups, present), structure(optimizer)
+        key = plan_key(optimizer.param_groups, present), structure(optimizer)
         if self._known[0] != key:
             self._known = key, self._count(rank, present)
         return self._known[1]
@@ -282,7 +282,7 @@ class Traffic:
             ranks, plan = [rank], plan_alone(layouts, groups, present)
         else:
             ranks = torch.distributed.get_process_group_ranks(layouts.domain.group)
-            plan = self._optimizer._schedule(present).plan
+            plan = self._optimizer._planned_step(present).plan
         traffic = plan.traffic()
         return [
             {

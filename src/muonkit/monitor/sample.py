@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from muonkit.batching import Batch, Source
+    from muonkit.batching import Batch, MatrixRef
     from muonkit.distributed.placement import Box
     from muonkit.optim import Muon
 
@@ -65,7 +65,7 @@ class _Names:
                 if is_dtensor(p):
                     self._parts[id(local(p))] = p
 
-    def key(self, source: Source) -> Key:
+    def key(self, source: MatrixRef) -> Key:
         g, i, index = self._known[id(source.param)]
         p, box = self._parts.get(id(source.param)), source.box
         if p is not None:
@@ -87,7 +87,7 @@ class Sampler:
         self.call: Callable[..., Any] = disable(lambda step, closure: step(closure))
         self._names: _Names | None = None
         self._measured: list[tuple[list[Key], str, Tensor]] = []
-        self._batch: tuple[list[list[Source]], dict[str, Any], list[Tensor]] | None = None
+        self._batch: tuple[list[list[MatrixRef]], dict[str, Any], list[Tensor]] | None = None
         self._rates: dict[int, tuple[float, float]] = {}  # lr and decay of every group
         # By the parameter, which stays itself where groups change; it is kept, as is its id.
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
@@ -98,9 +98,9 @@ class Sampler:
         if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
             self._names = _Names(self._optimizer)
         sources = [list(some) for some in batch.sources()]
-        momenta = [torch.stack(living.momenta) for living in batch.living]
+        momenta = [torch.stack(shards.momenta) for shards in batch.momentum_shards]
         self._measure("momentum", sources, batch.gathered(momenta).wait())
-        grads = [torch.stack(living.grads) for living in batch.living]
+        grads = [torch.stack(shards.grads) for shards in batch.momentum_shards]
         self._measure("gradient", sources, batch.gathered(grads).wait())
         weights = [torch.stack(some) for some in batch.weights()]
         whole = list(batch.gathered(weights).wait())
@@ -128,7 +128,7 @@ class Sampler:
             applied = torch.stack([norm * (lr * decay), torch.full_like(norm, lr * scale)], -1)
             self._measured.append((keys, "applied", applied))
 
-    def _measure(self, kind: str, sources: list[list[Source]], stacks: Sequence[Tensor]) -> None:
+    def _measure(self, kind: str, sources: list[list[MatrixRef]], stacks: Sequence[Tensor]) -> None:
         for keys, matrices in self._runs(sources, stacks):
             norm, broken = norms(matrices)
             self._measured.append((keys, kind, torch.stack([norm, broken.to(norm)], -1)))
@@ -136,7 +136,7 @@ class Sampler:
                 self._measured.append((keys, f"{kind} spectrum", spectra(matrices)))
 
     def _runs(
-        self, sources: list[list[Source]], stacks: Sequence[Tensor]
+        self, sources: list[list[MatrixRef]], stacks: Sequence[Tensor]
     ) -> Iterator[tuple[list[Key], Tensor]]:
         """Matrices of one shape, without padding, and which they are."""
         names = self._names
