@@ -118,7 +118,7 @@ def judge(work: Work) -> GradientCheck:
 
 
 def _are_finite(grads: Sequence[Tensor]) -> list[bool]:
-    """Of each gradient, whether all of it is finite; waits once per device."""
+    """Whether each gradient is finite in all its entries; waits once per device."""
     answers = [False] * len(grads)
     for device in {grad.device for grad in grads}:
         here = [i for i, grad in enumerate(grads) if grad.device == device]

@@ -673,7 +673,7 @@ class Muon(Optimizer):
         return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
     def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
-        """Of AdamW's parameters what this rank's state is for: parameters, gradients, state."""
+        """The parts of AdamW's parameters that this rank updates: values, gradients, states."""
         own, grads, states = [], [], []
         for p in params:
             ensure_state(self.state[p], p, group, self._layouts)

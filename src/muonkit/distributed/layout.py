@@ -45,9 +45,9 @@ class Layout(NamedTuple):
     Attributes:
         stored, lives: of the parameter and of its state.
         given: the mesh axis of `process_group`, where the tensor is repeated along it.
-        implied: mesh axes of which the tensor knows nothing: it is on a smaller mesh, or plain,
-            beside others on the whole one (what a tensor parallel plan leaves out). Each place
-            along them trains its own copy, as it would without the others.
+        implied: mesh axes that are missing from this parameter's own mesh (it is on a smaller
+            mesh, or plain, as what a tensor parallel plan leaves out). Each rank along them keeps
+            and trains an independent copy.
         mesh: of `lives`; None where the state is a plain tensor.
         at: this rank's position among those of `stored`.
         alone: whether these are positions of the parameter's own mesh: its matrices are whole where
@@ -163,7 +163,7 @@ class Layouts:
             )
 
     def positions(self, mesh: DeviceMesh) -> range | tuple[int, ...]:
-        """Of the mesh's ranks, in row-major order."""
+        """The positions of the mesh's ranks, in row-major order."""
         order = {rank: position for position, rank in enumerate(self._ranks)}
         positions = tuple(order[rank] for rank in _ranks(mesh))
         together = range(len(positions))

@@ -70,7 +70,7 @@ class Placement(NamedTuple):
     positions: range | tuple[int, ...]
 
     def coordinates(self, position: int) -> tuple[int, ...]:
-        """Of the rank at this position, along each mesh axis."""
+        """The coordinates of the rank at this position, one for each mesh axis."""
         index = _indices(self.positions)[position]
         coordinates = []
         for size in reversed(self.mesh):
@@ -211,10 +211,10 @@ def replicated(count: int) -> Placement:
 
 @functools.lru_cache(maxsize=4096)
 def shared_out(placement: Placement, shape: tuple[int, ...], axes: tuple[int, ...]) -> Placement:
-    """The same, but of what the ranks along these axes all had, each keeps a part (ZeRO).
+    """Shard the replicated tensor over these mesh axes (ZeRO).
 
-    Cut on the first dim where every rank's part is one rectangle of what it had; as it was where
-    there is none (a scalar, or parts that do not nest).
+    It is cut on the first dim on which every rank's part is one rectangle of what it had. Where
+    there is no such dim (a scalar, or parts that do not nest) the placement is returned as it was.
     """
     for dim, length in enumerate(shape):
         after = [1] * len(placement.mesh)  # what cuts this dim to the right of each mesh axis

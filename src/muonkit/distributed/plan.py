@@ -170,7 +170,7 @@ class Plan(NamedTuple):
         )
 
     def _way(self, matrix: int, inward: bool, state: bool) -> Direction:
-        """Of a matrix, or of the variant's state that belongs to it, to its owner or back."""
+        """How a matrix, or the variant's state that belongs to it, goes to its owner or back."""
         number, box, _, state_box = self.matrices[matrix]
         tensor = self.tensors[number]
         shape, place = tensor.shape, tensor.lives if inward else tensor.stored
@@ -475,8 +475,9 @@ def _fill(
 
 
 def _weights(tensor: Stored, box: Box, owner: int) -> tuple[int, int]:
-    """Elements of a box, which its owner has whole, and of the largest part that a rank stores;
-    every owner's are equal. (An owner's copies for all others do not count: they go in turns.)
+    """The size of a box, which its owner has whole, and of the largest part of it that a rank
+    stores. Both are the same for every owner of the box. (The buffers from which an owner sends to
+    all others are not counted: they are filled and sent in chunks.)
     """
     way = Direction(tensor.stored, tensor.shape, box, tensor.repeat)
     sizes = way.sizes(tensor.stored.where(owner, tensor.repeat)).values()

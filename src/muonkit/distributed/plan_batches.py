@@ -143,7 +143,7 @@ def _extra_flops(classes: list[_Class], items: tuple[Item, ...]) -> int:
 
 
 def _flops(m: int, n: int) -> int:
-    """Of five iterations on one matrix, in the standard form: more than any other."""
+    """FLOPs of five iterations on one matrix in the standard form, the costliest one."""
     return 20 * m * m * n + 10 * m**3
 
 

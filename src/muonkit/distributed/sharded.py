@@ -249,7 +249,7 @@ class ShardedGroup:
         return [_Part(matrix, box, placement.slices(tensor.shape, me, box)) for box in boxes]
 
     def momentum_piece(self, part: _Part, stored: Tensor) -> Tensor:
-        """Of a rank's part of a parameter what lies where its momentum lives."""
+        """The piece of this rank's shard of a parameter that lies where its momentum is kept."""
         planned = self.tensor(part.matrix)
         return stored[planned.stored.slices(planned.shape, self.domain.position, part.box)]
 
@@ -408,7 +408,7 @@ class ShardedBatch:
         return slices(box, self.sharded.plan.matrices[matrix].box)
 
     def _fetch_state(self, transfers: Transfers) -> Exchange:
-        """Of the owned matrices' variance, in the stored orientation."""
+        """Receive the owned matrices' variance, in the stored orientation."""
         for _, matrix, _ in transfers.recvs:
             if matrix not in self._variances:
                 state = self.sharded.plan.matrices[matrix].state_box

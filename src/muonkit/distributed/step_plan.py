@@ -254,20 +254,20 @@ class Gather:
         cap = cap or default_cap(self.domain.device.type)
         self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize, cap)
         me = self.domain.position
-        self._errands = [
+        self._transfers = [
             (self.plan.outbound(assignments, me), self.plan.moves(assignments, inward=False))
             for assignments in self.plan.buckets
         ]
 
     def tasks(self) -> list[Iterator[None]]:
-        """Of a step in which this rank's parts are updated already."""
-        return [self._task(transfers, moves) for transfers, moves in self._errands]
+        """The exchanges of a step, after this rank has updated its own parts."""
+        return [self._task(transfers, moves) for transfers, moves in self._transfers]
 
     def _task(self, transfers: Transfers, moves: bool) -> Iterator[None]:
         me = self.domain.position
         outgoing, incoming = (
-            [(at, self._piece(matrix, box)) for at, matrix, box in transfers if at != me]
-            for transfers in (transfers.sends, transfers.recvs)
+            [(at, self._piece(matrix, box)) for at, matrix, box in some if at != me]
+            for some in (transfers.sends, transfers.recvs)
         )
         pending = move(self.domain, outgoing, incoming, self.dtype, moves)
         yield

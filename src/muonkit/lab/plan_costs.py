@@ -93,7 +93,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one step, for every rank. Bytes, FLOPs; nothing in seconds.
+    """What one step costs every rank, in bytes and FLOPs; nothing is in seconds.
 
     Attributes:
         flops: of the products.
@@ -161,7 +161,7 @@ def of_stage(model: ModelShape, stage: int, stages: int) -> list[tuple[str, Para
 
 @lru_cache(maxsize=256)
 def elements(placement: Placement, shape: tuple[int, ...]) -> Vector:
-    """Of a tensor, what every rank has."""
+    """How many elements of a tensor every rank has."""
     have = np.ones(placement.mesh)
     for dim, length in enumerate(shape):
         axes = [i for i, axis in enumerate(placement.axes) if axis.dim == dim]
@@ -294,7 +294,7 @@ def _state_placement(lay: Lay, shape: tuple[int, ...], like: tuple[int, ...]) ->
 def matrices_of(
     view: str, shape: tuple[int, ...], variant: str, device: str
 ) -> list[tuple[Box, int, Box | None]]:
-    """Of every matrix of a parameter: its box, its FLOPs, and the box of the variant's state."""
+    """Every matrix of a parameter: its box, its FLOPs, and the box of its variant's state."""
     kept = VARIANTS[variant].state
     found: list[tuple[Box, int, Box | None]] = []
     for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
@@ -380,7 +380,7 @@ def _buckets(plan: Plan, assume: Assumptions) -> Iterator[tuple[Vector, Vector]]
     kinds: dict[int, tuple[int, int, tuple[tuple[int, bool, Direction], ...]]] = {}
     for bucket in plan.buckets:
         counts: dict[tuple[int, Where, bool], int] = {}
-        living, standing, owned, sent, work = np.zeros((5, plan.ranks))
+        momenta, params, owned, sent, work = np.zeros((5, plan.ranks))
         for matrix, owners in bucket:
             kind = likes[0][matrix]
             if kind not in kinds:
@@ -403,9 +403,9 @@ def _buckets(plan: Plan, assume: Assumptions) -> Iterator[tuple[Vector, Vector]]
                     if not inward:
                         sent[owner] += known[key].total * plan.itemsize
         for key, count in counts.items():
-            (living if key[2] else standing)[known[key].positions] += count * known[key].sizes
-        inward_bytes = (living + owned) * both
-        outward_bytes = owned * assume.itemsize + np.minimum(sent, cap) + standing * both
+            (momenta if key[2] else params)[known[key].positions] += count * known[key].sizes
+        inward_bytes = (momenta + owned) * both
+        outward_bytes = owned * assume.itemsize + np.minimum(sent, cap) + params * both
         yield np.maximum(inward_bytes, outward_bytes), work
 
 

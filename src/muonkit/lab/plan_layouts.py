@@ -85,7 +85,7 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """Of one stage."""
+        """The number of ranks in one pipeline stage."""
         return prod(size for _, size in self.axes)
 
     def __str__(self) -> str:

@@ -197,7 +197,7 @@ def _adamw(model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assum
 
 @lru_cache(maxsize=4096)
 def _share_between(placement: Placement, axes: tuple[int, ...], node: int) -> float:
-    """Of what a rank gets in an all-gather along mesh axes, the share that crosses nodes.
+    """The share of what a rank receives in an all-gather along mesh axes that crosses nodes.
 
     A node gets everything once, each of its ranks a part, which they pass on within it.
     """
@@ -260,7 +260,7 @@ def _all_gather(
 
 @dataclass(frozen=True)
 class _Work:
-    """Of all matrices of one parameter; transient is in bytes, with the gathered parameter."""
+    """The work on one parameter; `transient` is in bytes, the gathered parameter included."""
 
     matrices: int
     flops: int

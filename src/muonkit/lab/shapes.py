@@ -87,7 +87,7 @@ class ParameterShape:
 
     @property
     def elements(self) -> int:
-        """Of all of them together."""
+        """The number of elements of all of them together."""
         return self.count * prod(self.shape)
 
     @property
@@ -137,7 +137,7 @@ class ModelShape:
         return _BUILDERS[self.architecture](self.config)
 
     def elements(self, algorithm: str | None = None) -> int:
-        """Of all parameters, or of those of one algorithm ("muon" or "adamw")."""
+        """The number of elements of all parameters, or of one algorithm's ("muon", "adamw")."""
         return sum(p.elements for p in self.parameters if algorithm in (None, p.algorithm))
 
 

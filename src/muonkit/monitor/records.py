@@ -113,7 +113,7 @@ def header_of(optimizer: Muon) -> Record:
 
 
 def _names(g: int, group: Mapping[str, Any]) -> list[str]:
-    """Of a group's parameters; unlike those of other groups' even where nobody gave names."""
+    """Names of a group's parameters, different from other groups' even where none were given."""
     names = parameter_names(group)
     return names if group.get("param_names") else [f"{name} of group {g}" for name in names]
 

@@ -49,8 +49,8 @@ def measurable(A: Tensor) -> Tensor:
 
 
 def norms(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a stack `(N, m, n)` the Frobenius norms and the numbers of entries that are not finite,
-    each `(N,)`; a norm is NaN where there is one.
+    """The Frobenius norms of a stack `(N, m, n)`, and how many entries of each matrix are not
+    finite: both `(N,)`. A norm is NaN where there is such an entry.
     """
     found, counts = [], []
     for chunk in _chunks(A):
@@ -63,14 +63,14 @@ def norms(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spectra(A: Tensor) -> Tensor:
-    """Of a stack `(N, m, n)`: `(N, len(SPECTRUM) + LEVELS)`, NaN where a matrix is zero or not
-    finite.
+    """The spectra of a stack `(N, m, n)`, as `(N, len(SPECTRUM) + LEVELS)`: NaN where a matrix is
+    zero or not finite.
     """
     return torch.cat([_spectra(chunk) for chunk in _chunks(A)])
 
 
 def orthogonality_error(A: Tensor) -> Tensor:
-    """Of a stack `(N, m, n)`: `(N,)`, NaN where a matrix is not finite."""
+    """The errors of a stack `(N, m, n)`, as `(N,)`: NaN where a matrix is not finite."""
     errors = []
     for chunk in _chunks(A):
         gram = _gram(chunk.double())
@@ -120,7 +120,7 @@ def _scaled(A: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram(X: Tensor) -> Tensor:
-    """Of the short side."""
+    """The Gram matrix of the shorter side."""
     return X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X
 
 

@@ -71,7 +71,7 @@ def symmetric_product(
     """alpha L R^T + beta D + gamma I, which the caller knows to be symmetric.
 
     It is for a Gram matrix (R is L) and for products of polynomials in one Gram matrix, which
-    commute. What is computed of a result that is not symmetric, is not said.
+    commute. The result is undefined unless the product is symmetric.
 
     Args:
         L: `(B, m, k)`.
