@@ -423,3 +423,21 @@ def test_gram_in_bf16_keeps_a_out_of_what_it_rounds() -> None:
         ratios.append(far["gram"] / far["standard"])
     # Measured 1.1 to 1.2; with a rounded on the diagonal of P 1.3 to 1.45.
     assert max(ratios) < 1.25, ratios
+
+
+@pytest.mark.parametrize("name", sorted(STRICT - {"svd"}))
+def test_rounding_cannot_push_a_strict_schedules_input_above_one(name: str) -> None:
+    for dtype in ("float32", "float64"):
+        kind = getattr(torch, dtype)
+        choice = choose(name, 5, "auto", dtype, kind, torch.device("cpu"), 8, 8)
+        assert choice.margin >= 1 + 3 * torch.finfo(kind).eps
+
+
+def test_float16_has_its_own_three_more_bits() -> None:
+    """Not the error of bfloat16, which its tolerance above would let through."""
+    G = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalize(G.double())
+    half, brain = (
+        float((orthogonalize(G, ns_dtype=name) - exact).norm()) for name in ("float16", "bfloat16")
+    )
+    assert half < brain / 4
