@@ -239,10 +239,10 @@ def check_identity(model: nn.Module, optimizer: Muon) -> None:
     for p in model.parameters():
         p.grad = p.detach().clone()
     work = [(group, group["params"]) for group in optimizer.param_groups]
-    schedule = optimizer._schedule(gradients(optimizer.param_groups))
-    own, shared = optimizer._batches(work, schedule)
+    planned = optimizer._planned_step(gradients(optimizer.param_groups))
+    own, shared = optimizer._batches(work, planned)
     for _, batch in [*shared, *own]:
-        stacks = [torch.stack(momentum_shards.grads) for momentum_shards in batch.momentum_shards]
+        stacks = [torch.stack(shards.grads) for shards in batch.momentum_shards]
         owned = batch.to_owners(stacks).wait()
         back = batch.to_params(owned).wait()
         for (params, rows, cols), pieces in zip(batch.param_shards, back, strict=True):

@@ -144,7 +144,7 @@ def a_plan_that_cannot_be_made_is_told() -> None:
     with pytest.MonkeyPatch.context() as patch:
         if mine:
             patch.setattr(
-                "muonkit.optim.Schedule", lambda *_: (_ for _ in ()).throw(KeyError("it"))
+                "muonkit.optim.PlannedStep", lambda *_: (_ for _ in ()).throw(KeyError("it"))
             )
         error, message = (KeyError, "it") if mine else (RuntimeError, "refused: 'it' on rank 1")
         with pytest.raises(error, match=message):

@@ -126,10 +126,10 @@ def draw(parameter):
         stored = {rank: tensor.stored.box(tensor.shape, rank) for rank in range(N)}
         lives = {rank: tensor.lives.box(tensor.shape, rank) for rank in range(N)}
         owner = {
-            rank: plan.matrices[job.matrix].box
-            for job in plan.jobs()
-            for rank in job.owners
-            if plan.matrices[job.matrix].tensor == number
+            rank: plan.matrices[matrix].box
+            for matrix, owners in plan.assignments()
+            for rank in owners
+            if plan.matrices[matrix].tensor == number
         }
         for ax, boxes in zip(row, (stored, lives, owner), strict=True):
             rectangles(ax, tensor.shape, boxes)
@@ -166,23 +166,23 @@ def part(box):
 def narrate(name, rank):
     plan = muon_plan(seen[name])
 
-    def of(parcels):
-        """Parcels to or from others, in words."""
-        named = [(plan.tensors[plan.matrices[p.matrix].tensor].name, p) for p in parcels]
-        return [f"{n} {part(p.box)}, rank {p.position}" for n, p in named if p.position != rank]
+    def of(transfers):
+        """Transfers to or from others, in words."""
+        named = [(plan.tensors[plan.matrices[t.matrix].tensor].name, t) for t in transfers]
+        return [f"{n} {part(t.box)}, rank {t.position}" for n, t in named if t.position != rank]
 
     (bucket,) = plan.buckets  # larger models have several, one under way while another is computed
     there, back = plan.inbound(bucket, rank), plan.outbound(bucket, rank)
-    own = [plan.tensors[plan.matrices[job.matrix].tensor] for job in bucket if rank in job.owners]
+    own = [plan.tensors[plan.matrices[i].tensor] for i, owners in bucket if rank in owners]
     lives = [f"{t.name} {part(t.lives.box(t.shape, rank))}" for t in plan.tensors]
     stored = [f"{t.name} {part(t.stored.box(t.shape, rank))}" for t in plan.tensors]
     for title, lines in {
         "1. momentum of": lives,
         "2. momentum out, to": of(there.sends),
-        "   momentum in, from": of(there.receives),
+        "   momentum in, from": of(there.recvs),
         "3. orthogonalizes": [f"{t.name} {t.shape[0]} x {t.shape[1]}, whole" for t in own],
         "4. results out, to": of(back.sends),
-        "   results in, from": of(back.receives),
+        "   results in, from": of(back.recvs),
         "5. updates": stored,
     }.items():
         print(f"{title:22}" + "; ".join(lines or ["nothing"]))
