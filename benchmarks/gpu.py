@@ -104,23 +104,22 @@ class Device:
             graphs: replay each from a CUDA graph, so that the launches do not count.
         """
         times = {}
+        graphs = graphs and not self.dry
         for name, task in tasks.items():
             for _ in range(2):
                 task()  # compiles, allocates, tunes
             self.wait()
             # Long enough that the events' own time does not count: 2 ms.
             times[name] = max(1, min(200, round(2e-3 / max(self.seconds(task, 1), 1e-7))))
-            if graphs and not self.dry:
+            if graphs:
                 tasks = {**tasks, name: repeated(task, times[name])}
         seconds: dict[str, list[float]] = {name: [] for name in tasks}
         names = list(tasks)
         for number in range(self.rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                if graphs:
-                    seconds[name].append(self.seconds(tasks[name], 1) / times[name])
-                else:
-                    seconds[name].append(self.seconds(tasks[name], times[name]))
+                calls = 1 if graphs else times[name]  # of a graph that has all of them
+                seconds[name].append(self.seconds(tasks[name], calls) * calls / times[name])
         return seconds
 
 

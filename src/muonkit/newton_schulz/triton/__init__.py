@@ -43,7 +43,8 @@ def _gpu_available(index: int | None) -> bool:
 
 def pays(m: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `symmetric_product` can run here, and is faster than torch's own products, for C of m
-    rows: from 256 rows on, and on NVIDIA in 16 bits or tf32 (docs/performance.md has the times).
+    rows, its launch included: from 256 rows on, and on NVIDIA in 16 bits or tf32
+    (docs/performance.md has the times).
     """
     if m < FEWEST_ROWS or dtype not in DTYPES or not available(device):
         return False

@@ -25,8 +25,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Below, torch's own product takes no longer (and its launch a third of the time), although it
-# computes both halves. On an H100, as all of this file: docs/performance.md has the table.
+# Below, a launch takes the CPU longer than what it saves on the GPU. On an H100, as all of this
+# file: docs/performance.md has the times.
 FEWEST_ROWS = 256
 
 # For every kind of product: for small matrices, and for those of which many tiles can be computed
