@@ -29,7 +29,7 @@ import distributed_zoo as zoo
 from distributed_helpers import Cases, Ranks, ranks_of, run
 from muonkit import Muon, MuonW, RoutingError, route
 from muonkit.distributed import layout as layouts
-from muonkit.distributed.plan import MACHINES
+from muonkit.distributed.machines import MACHINES
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 
 CASES = Cases()
