@@ -55,7 +55,7 @@ TORCHLESS = frozenset(
     }
 )
 # A folder that knows of nothing else of ours but what talks to torch.
-ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_torch"})}
+ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_text", "_torch"})}
 
 # torch alone loads about two thousand modules; ours are a few dozen at most, standard library's
 # included, which is what keeps `import muonkit` under a tenth of a second on top of it.

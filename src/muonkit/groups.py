@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from muonkit._shards import WHOLE, flat_shard
-from muonkit._text import shown
+from muonkit._text import shown, unknown
 from muonkit.batching import planned
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, check_choice, choose
 from muonkit.options import ADAMW, DEFAULTS, FILLS, MUON, OF_ALGORITHM
@@ -103,7 +103,7 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
             raise ValueError(f"a group says decay=False and weight_decay={decay}; give one of them")
     algorithm = group.setdefault("algorithm", "muon")
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
+        raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
     _refuse_unread(group)
     if algorithm == "muon":
         warn_of_eps(group)
@@ -330,8 +330,7 @@ def validate_options(group: dict[str, Any]) -> None:
     _validate_number("weight decay", decay)
     _validate_number("eps", group["eps"])
     if group["nonfinite"] not in NONFINITE:
-        options = ", ".join(map(repr, NONFINITE))
-        raise ValueError(f"unknown nonfinite {group['nonfinite']!r}; it is one of {options}")
+        raise ValueError(unknown("nonfinite", group["nonfinite"], NONFINITE))
     for key in ("maximize", "nesterov", "cautious"):
         if key in group and not isinstance(group[key], (bool, int)):
             raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
@@ -345,17 +344,13 @@ def validate_options(group: dict[str, Any]) -> None:
     scale_factor(group["adjust_lr_fn"], 1, 1)
     check_choice(*(group[key] for key in NS_OPTIONS))
     if group["momentum_dtype"] not in ("auto", *NS_DTYPES):
-        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
-        raise ValueError(
-            f"unknown momentum_dtype {group['momentum_dtype']!r}; it is one of {options}"
-        )
+        raise ValueError(unknown("momentum_dtype", group["momentum_dtype"], ["auto", *NS_DTYPES]))
     check_variant(group["variant"])
     if group["variant_beta2"] is not None:
         _validate_number("variant_beta2", group["variant_beta2"], below=1.0)
     for key, accepted in (("exchange_dtype", EXCHANGE_DTYPES), ("replicas", REPLICAS)):
         if group[key] not in accepted:
-            listed = ", ".join(map(repr, accepted))
-            raise ValueError(f"unknown {key} {group[key]!r}; it is one of {listed}")
+            raise ValueError(unknown(key, group[key], accepted))
     cap = group["bytes_in_flight"]
     if isinstance(cap, bool) or not isinstance(cap, (Integral, type(None))):
         raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
@@ -370,7 +365,7 @@ def _validate_keys(group: dict[str, Any]) -> None:
         ValueError: an option is missing.
     """
     if group["algorithm"] not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
+        raise ValueError(unknown("algorithm", group["algorithm"], ALGORITHMS))
     for key in OF_ALGORITHM[group["algorithm"]]:
         if key not in group:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from muonkit._text import meant
 from muonkit.groups import refuse_eps
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.optim import Muon
@@ -172,7 +173,9 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
         elif name in _OF_TORCH:
             remedy = "nothing stands for it here, leave it out"
         else:
-            remedy = f"it has {', '.join(each for each in has if each != 'eps')}"
+            hint = meant(name, has)
+            it = f"{hint} It" if hint else "it"
+            remedy = f"{it} has {', '.join(each for each in has if each != 'eps')}"
         raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
 
 

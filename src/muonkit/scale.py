@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from muonkit._text import unknown
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -66,7 +68,7 @@ def scale_factor(name: str | None, rows: int, cols: int) -> float:
     if function is None:
         # torch.optim.Muon's words first: this is its error for the same mistake.
         raise ValueError(
-            f"Adjust learning rate function {name} is not supported; "
-            f"adjust_lr_fn is one of {', '.join(map(repr, SCALES))}, or None for 'original'"
+            f"Adjust learning rate function {name} is not supported: "
+            + unknown("adjust_lr_fn", name, SCALES, ", or None for 'original'")
         )
     return function(rows, cols)

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from muonkit._text import unknown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -102,6 +104,5 @@ def check_variant(name: str) -> Variant:
         ValueError: not a key of `VARIANTS`.
     """
     if not isinstance(name, str) or name not in VARIANTS:
-        options = ", ".join(map(repr, VARIANTS))
-        raise ValueError(f"unknown variant {name!r}; it is one of {options}")
+        raise ValueError(unknown("variant", name, VARIANTS))
     return VARIANTS[name]

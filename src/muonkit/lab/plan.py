@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from muonkit.distributed.plan import MACHINES, Machine, machine
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import LabError, unknown
 from muonkit.lab.plan_costs import Assumptions, Vector
 from muonkit.lab.plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
 from muonkit.lab.plan_schemes import Scheme, schemes, seconds
@@ -78,7 +78,7 @@ def assumptions(
         ("choice of replicas", replicas, ("auto", "recompute", "split")),
     ):
         if got not in options:
-            raise LabError(f"unknown {what} {got!r}: choose from {', '.join(options)}")
+            raise unknown(what, got, options)
     memory = given.pop("memory", MEMORY[device])
     flops, intra, inter, _ = machine(device, node)
     links = Machine(

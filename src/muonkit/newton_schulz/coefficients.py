@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from typing import TypeAlias
 
 from muonkit._compile import constant_result
+from muonkit._text import unknown
 
 __all__ = ["KELLER", "SCHEDULES", "SVD", "Coefficients", "Iterations", "Schedule", "resolve"]
 
@@ -230,10 +231,8 @@ def _named(name: str, steps: int) -> Iterations:
         return Iterations((), exact=True)
     schedule = SCHEDULES.get(name)
     if schedule is None:
-        options = ", ".join(map(repr, [*SCHEDULES, SVD]))
-        raise ValueError(
-            f"unknown ns_coefficients {name!r}; it is one of {options}, or (a, b, c) triples"
-        )
+        also = ", or (a, b, c) triples"
+        raise ValueError(unknown("ns_coefficients", name, [*SCHEDULES, SVD], also))
     table = schedule.table
     if schedule.tail is None:
         if steps not in (DEFAULT_STEPS, len(table)):

@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from muonkit._shards import WHOLE, flat_model
-from muonkit._text import shown
+from muonkit._text import shown, unknown
 from muonkit.routing.judge import Undecided, Verdict, is_vector, judge
 from muonkit.routing.places import Models, Site, unwrap
 from muonkit.routing.remedies import UNDECIDED, Open, open_message, warning_message
@@ -287,9 +287,9 @@ def route(
     if isinstance(heads, str | nn.Module):
         raise TypeError("heads is a list of modules or names: put the one in brackets")
     if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(map(repr, SCALES))}")
+        raise ValueError(unknown("scale", scale, SCALES))
     if undecided not in ("raise", "adamw"):
-        raise ValueError(f"unknown undecided {undecided!r}; one of 'raise', 'adamw'")
+        raise ValueError(unknown("undecided", undecided, ("raise", "adamw")))
     if flat := flat_model(model):
         raise RoutingError(f"{type(model).__name__}: {flat}. {WHOLE}")
     facts = survey(unwrap(model), None if heads is None else list(heads))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch.nn as nn
 
+from muonkit._text import unknown
 from muonkit.options import OF_ALGORITHM
 from muonkit.routing.remedies import unmatched_message
 from muonkit.views import View
@@ -68,10 +69,9 @@ class Rule:
         if isinstance(self.match, type) and not issubclass(self.match, nn.Module):
             raise TypeError(f"Rule.match: {self.match.__name__} is no nn.Module class")
         if self.algorithm not in (None, "muon", "adamw", "ignore"):
-            raise RoutingError(
-                f"{self} has algorithm={self.algorithm!r}, expected 'muon', 'adamw' or 'ignore'; "
-                "to freeze a parameter call requires_grad_(False)"
-            )
+            freeze = "; to freeze a parameter call requires_grad_(False)"
+            told = unknown("algorithm", self.algorithm, ("muon", "adamw", "ignore"), freeze)
+            raise RoutingError(f"{self}: {told}")
         if self.algorithm == "ignore" and (self.view or self.decay is not None or self.options):
             raise RoutingError(
                 f"{self} leaves its parameters out, and says how they are trained: drop "
@@ -86,12 +86,9 @@ class Rule:
                 View.parse(self.view)
             except ValueError as error:
                 raise RoutingError(f"{self}: {error}") from error
-        unknown = sorted(self.options.keys() - _OPTIONS - _RESERVED)
-        if unknown:
-            raise RoutingError(
-                f"{self} has options {unknown}, which no param group has; they are "
-                f"{', '.join(sorted(_OPTIONS))}"
-            )
+        foreign = sorted(self.options.keys() - _OPTIONS - _RESERVED)
+        if foreign:
+            raise RoutingError(f"{self}: {unknown('option', foreign[0], sorted(_OPTIONS))}")
         reserved = sorted(_RESERVED.intersection(self.options))
         if reserved:
             raise RoutingError(
