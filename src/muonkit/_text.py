@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["meant", "shortened", "shown", "unknown"]
+__all__ = ["meant", "one_of", "shortened", "shown", "unknown"]
 
 
 def unknown(what: str, got: object, options: Iterable[object], also: str = "") -> str:
@@ -22,6 +22,12 @@ def unknown(what: str, got: object, options: Iterable[object], also: str = "") -
     hint = meant(got, known)
     it = f": {hint} It" if hint else "; it"
     return f"unknown {what} {got!r:.80}{it} is one of {', '.join(map(repr, known))}{also}"
+
+
+def one_of(options: Iterable[str]) -> str:
+    """ "auto, float32 or bfloat16"."""
+    *most, last = options
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def meant(got: object, options: Iterable[str]) -> str:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from torch.optim.optimizer import ParamsT
 
-    from muonkit.newton_schulz.coefficients import Coefficients
+    from muonkit.newton_schulz.coefficients import Coefficients, Schedule
+    from muonkit.scale import Scale
 
 __all__ = ["MuonW"]
 
@@ -79,10 +80,10 @@ class MuonW(Muon):
         weight_decay: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = KELLER,
+        ns_coefficients: Coefficients | Schedule = KELLER,
         eps: float = 1e-7,
         ns_steps: int = DEFAULT_STEPS,
-        adjust_lr_fn: str | None = None,
+        adjust_lr_fn: str | Scale | None = None,
         *,
         rules: Rule | Iterable[Rule] | None = (),
         adamw_params: ParamsT | None = None,
@@ -182,7 +183,7 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
 def _routes(
     model: nn.Module | Mapping[str, nn.Module] | Routes,
     rules: Sequence[Rule],
-    scale: str | None,
+    scale: str | Scale | None,
     decay_1d: bool,
     undecided: str,
     heads: Iterable[str | nn.Module] | None,

@@ -25,7 +25,7 @@ from muonkit.distributed.plan import (
     make_plan,
 )
 from muonkit.groups import computed_dtype, flops_of, momentum_dtype
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 from muonkit.views import Block, blocks_of, row_blocks, row_shape
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def _describe(
     layouts: Layouts, group: dict[str, Any], params: Sequence[Param]
 ) -> tuple[list[Stored], list[Matrix], list[_MatrixRef]]:
     """Parameters and their matrices as the plan knows them, and where each matrix is from."""
-    kept, view = VARIANTS[group["variant"]].state, group["view"]
+    kept, view = variant_of(group["variant"]).state, group["view"]
     tensors: list[Stored] = []
     matrices: list[Matrix] = []
     sources: list[_MatrixRef] = []

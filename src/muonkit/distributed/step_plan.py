@@ -14,7 +14,7 @@ from muonkit.distributed.plan import Plan, StepPlan, Stored, default_cap, make_g
 from muonkit.distributed.sharded import Param, ShardedGroup, own_plan
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import parameter_names, products_of
-from muonkit.options import OPTION_KEYS, PLANNING
+from muonkit.options import OPTION_KEYS, PLANNING, spelled
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def products_fact(number: int) -> str:
 
 def _shown(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
-        return repr(value)
+        return repr(spelled(value) if callable(value) else value)
     # Reading it from another device would wait for all that is queued there.
     return repr(value.item()) if value.device.type == "cpu" else "a tensor"
 

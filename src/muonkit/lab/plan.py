@@ -20,7 +20,7 @@ from muonkit.lab.plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
 from muonkit.lab.plan_schemes import Scheme, schemes, seconds
 from muonkit.lab.shapes import ModelShape, find_model
 from muonkit.lab.store import write_atomically, write_json
-from muonkit.variants import VARIANTS
+from muonkit.options import CHOICES
 
 __all__ = ["Forecast", "assumptions", "forecast", "show", "summary", "write"]
 
@@ -73,9 +73,9 @@ def assumptions(
     for what, got, options in (
         ("device", device, MACHINES),
         ("dtype", dtype, _ITEMSIZES),
-        ("exchange dtype", exchange_dtype, ("auto", *_ITEMSIZES)),
-        ("variant", variant, VARIANTS),
-        ("choice of replicas", replicas, ("auto", "recompute", "split")),
+        ("exchange dtype", exchange_dtype, CHOICES["exchange_dtype"]),
+        ("variant", variant, CHOICES["variant"]),
+        ("choice of replicas", replicas, CHOICES["replicas"]),
     ):
         if got not in options:
             raise unknown(what, got, options)

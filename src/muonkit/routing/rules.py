@@ -43,7 +43,7 @@ class Rule:
         algorithm: "muon", "adamw", or "ignore": no algorithm of this optimizer trains them, it does
             not hold them, and its state dicts are whole without them (codebooks with updates of
             their own, what another optimizer trains). To freeze, call `requires_grad_(False)`.
-        view: a view; implies algorithm="muon".
+        view: a view (`muonkit.View`, or its spelling); implies algorithm="muon".
         decay: whether weight decay applies.
         options: param group hyperparameters, such as {"lr": 1e-4}: any option of its algorithm.
             "weight_decay" is for those of its parameters that decay: gains and biases do not,
@@ -56,7 +56,7 @@ class Rule:
 
     match: str | re.Pattern[str] | type[nn.Module] | Predicate
     algorithm: Literal["muon", "adamw", "ignore"] | None = None
-    view: str | None = None
+    view: str | View | None = None
     decay: bool | None = None
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
@@ -77,6 +77,8 @@ class Rule:
                 f"{self} leaves its parameters out, and says how they are trained: drop "
                 "algorithm='ignore', or view, decay and options"
             )
+        if isinstance(self.view, View):
+            object.__setattr__(self, "view", str(self.view))
         if self.view is not None:
             if self.algorithm == "adamw":
                 raise RoutingError(
