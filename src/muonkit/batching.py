@@ -15,7 +15,7 @@ from muonkit._compile import copy_each_
 from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.newton_schulz.scratch import scratch
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 from muonkit.views import Block, blocks_of, row_blocks
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def planned(
     # Plain loops: torch.compile cannot trace comprehensions that nest.
     items: list[Item] = []
     blocks: list[tuple[int, Block, Block]] = []
-    by_rows = VARIANTS[group["variant"]].state == "rows"
+    by_rows = variant_of(group["variant"]).state == "rows"
     for index, p in enumerate(params):
         shape = tuple(p.shape)
         whole = blocks_of(group["view"], shape)

@@ -51,7 +51,7 @@ from muonkit.groups import (
     refuse_half_named,
     refuse_held,
     separate_lr,
-    spell_dtypes_,
+    spell_,
     unused_name,
     validate_defaults,
     validate_group,
@@ -59,11 +59,11 @@ from muonkit.groups import (
 )
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.options import DEFAULTS, OF_ALGORITHM
-from muonkit.saved import merge_saved, whole_state
+from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
 from muonkit.step import muon_step
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,8 +76,10 @@ if TYPE_CHECKING:
     from muonkit.distributed.plan import StepPlan
     from muonkit.distributed.step_plan import Present
     from muonkit.gradients import Scaled, Work
-    from muonkit.newton_schulz.coefficients import Coefficients
+    from muonkit.newton_schulz.coefficients import Coefficients, Schedule
+    from muonkit.scale import Scale
     from muonkit.step import Observer
+    from muonkit.variants import Variant
 
 __all__ = ["Muon"]
 
@@ -121,8 +123,8 @@ class Muon(Optimizer):
         params: parameters, named parameters or param groups. A group may hold any of the arguments
             below, and
 
-            - ``view``: how its parameters are matrices (see `muonkit.View`); "matrix" for 2-D
-              parameters unless given, needed for all others;
+            - ``view``: how its parameters are matrices, a `muonkit.View` or its spelling; "matrix"
+              for 2-D parameters unless given, needed for all others;
             - ``algorithm``: "muon" or "adamw". ``use_muon=True/False`` is accepted too.
 
             An AdamW group has lr, betas, eps and weight_decay; what it lacks comes from the
@@ -135,12 +137,13 @@ class Muon(Optimizer):
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
         ns_coefficients: the schedule: a name (`muonkit.newton_schulz.coefficients.SCHEDULES` or
-            "svd"), one triple, or one triple per step.
+            "svd"), one triple, one triple per step, or a
+            `muonkit.newton_schulz.coefficients.Schedule`.
         eps: torch.optim.Muon's lower bound of the norm, kept for its signature. It has no effect:
             a gradient of any scale gives the same update, and zero gives zero.
         ns_steps: number of Newton-Schulz iterations.
-        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw", "spectral" or
-            "unit_rms".
+        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw", "spectral", "unit_rms",
+            or a function (rows, cols) -> float of one matrix.
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.newton_schulz.forms`).
         ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
@@ -156,8 +159,8 @@ class Muon(Optimizer):
             a few, elsewhere all) up to 3 + 6m/n times their bytes in the dtype of the products, m
             being the shorter side; on a CPU part of it is kept for the next step
             (`muonkit.newton_schulz.scratch`).
-        variant: what happens to the orthogonalized matrix: "plain", "normuon" or "adamuon" (see
-            `muonkit.variants`).
+        variant: what happens to the orthogonalized matrix: "plain", "normuon", "adamuon", or a
+            `muonkit.Variant` (see `muonkit.variants`).
         variant_beta2: weight of the past in the variant's state; None is the variant's default.
         exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
             update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of
@@ -208,16 +211,16 @@ class Muon(Optimizer):
         weight_decay: float | Tensor = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = KELLER,
+        ns_coefficients: Coefficients | Schedule = KELLER,
         eps: float = 1e-7,
         ns_steps: int = DEFAULT_STEPS,
-        adjust_lr_fn: str | None = None,
+        adjust_lr_fn: str | Scale | None = None,
         *,
         ns_form: str = "auto",
         ns_dtype: str | torch.dtype = "auto",
         momentum_dtype: str | torch.dtype = "auto",
         bytes_in_flight: int | None = None,
-        variant: str = "plain",
+        variant: str | Variant = "plain",
         variant_beta2: float | None = None,
         exchange_dtype: str | torch.dtype = "auto",
         replicas: str = "auto",
@@ -233,7 +236,7 @@ class Muon(Optimizer):
     ) -> None:
         arguments = locals()
         defaults = {name: arguments[name] for name in DEFAULTS}
-        spell_dtypes_(defaults)
+        spell_(defaults)
         if isinstance(params, nn.Module):  # not iterable, or its parts are
             raise TypeError(
                 f"Muon takes parameters, and got a module ({type(params).__name__}), which is not "
@@ -366,17 +369,18 @@ class Muon(Optimizer):
 
         Where the state is sharded (zero=1, FSDP2) each rank's has its own part, as DTensors, which
         no other rank can load: see `consolidate_state_dict`, or save with
-        torch.distributed.checkpoint.
+        torch.distributed.checkpoint. A variant or scale that was given as an object is saved as its
+        name.
 
         Raises:
             ValueError: the groups hold parameters that cannot be mapped to what they held before.
         """
         self._settle()
         if self._whole is None:
-            return super().state_dict()
+            return spelled_groups(super().state_dict())
         parts, self.state = self.state, defaultdict(dict, self._whole)
         try:
-            return super().state_dict()
+            return spelled_groups(super().state_dict())
         finally:
             self.state = parts
 
@@ -407,7 +411,8 @@ class Muon(Optimizer):
 
         Hyperparameters that it lacks keep their value here. Names and structure (algorithm, view)
         are always the model's own: where both sides have the parameters' names, the state goes by
-        name, in whatever order it was saved; else by position.
+        name, in whatever order it was saved; else by position. The name of a variant or scale
+        stands for the object of that name in this optimizer's group, else for muonkit's own.
         For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
 
         Raises:
@@ -588,7 +593,8 @@ class Muon(Optimizer):
     def _count_(self, work: Work) -> None:
         """Count the step of the variants that keep state; AdamW's are counted by torch."""
         for group, params in work:
-            if params and group["algorithm"] == "muon" and VARIANTS[group["variant"]].beta2:
+            muon = params and group["algorithm"] == "muon"
+            if muon and variant_of(group["variant"]).state != "none":
                 torch._foreach_add_([self.state[p][STEP] for p in params], 1)
 
     def plan(self) -> StepPlan:
@@ -668,7 +674,7 @@ class Muon(Optimizer):
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
         copies = () if layout is None else layout.param_placement.copies()
-        if VARIANTS[group["variant"]].state == "none":
+        if variant_of(group["variant"]).state == "none":
             return LocalParam(local(p), grad, momentum, copies=copies)
         return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
@@ -693,7 +699,7 @@ class Muon(Optimizer):
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.newton_schulz.forms`),
             blocks (of rows of a symmetric product), gflop (of the products for one matrix),
             ns_dtype, ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype,
-            scale, lr (after the scale).
+            variant (its name), scale, lr (after the scale).
         """
         self._settle()
         return [

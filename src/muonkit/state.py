@@ -19,7 +19,7 @@ from muonkit.groups import (
     parameter_names,
     state_shapes,
 )
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]
     """The tensors that are kept for a parameter."""
     if group["algorithm"] == "adamw":
         return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
-    if VARIANTS[group["variant"]].state == "none":
+    if variant_of(group["variant"]).state == "none":
         return [(MOMENTUM, momentum_dtype(group, p))]
     most = torch.promote_types(p.dtype, torch.float32)
     return [(MOMENTUM, momentum_dtype(group, p)), (VARIANCE, most)]
@@ -128,7 +128,7 @@ def ensure_state(
             continue  # a step refuses it; half of the state would be lost
         elif have.dtype != dtype or have.device != device or _is_frozen(have):
             state[key] = have.to(device, dtype, copy=True)
-    if adamw or VARIANTS[group["variant"]].state != "none":
+    if adamw or variant_of(group["variant"]).state != "none":
         count: Any = state.get(STEP)
         count = 0.0 if count is None or was_meta else count
         if adamw and p.is_meta:  # torch's AdamW reads its count in Python, as it does its own

@@ -13,7 +13,7 @@ from muonkit.distributed.exchange import Pending
 from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from muonkit.scale import scale_factor
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +108,7 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
 
 def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Pending[None]:
     """The variant, on whole matrices without padding; then its state goes back to its shards."""
-    variant = VARIANTS[group["variant"]]
+    variant = variant_of(group["variant"])
     if variant.state == "none":
         return Pending(None)
     stacks = batch.stacks(o)

@@ -13,8 +13,8 @@ Every argument of `Muon` beside the parameters; `MuonW` has them too, and its ow
 routes. [Choosing options](../choosing.md) says what to change when. This page is written from
 `muonkit/options.py`.
 
-| option | default | key in groups of | what it is |
-| --- | --- | --- | --- |
+| option | default | key in groups of | what it is | choices |
+| --- | --- | --- | --- | --- |
 """
 
 
@@ -22,7 +22,8 @@ def page() -> str:
     rows = []
     for row in OPTIONS:
         owners = ", ".join(row.owners) or (f"adamw, as `{row.fills}`" if row.fills else "none")
-        rows.append(f"| `{row.name}` | `{row.default!r}` | {owners} | {row.text} |")
+        choices = ", ".join([*(f'`"{name}"`' for name in row.choices), *filter(None, [row.also])])
+        rows.append(f"| `{row.name}` | `{row.default!r}` | {owners} | {row.text} | {choices} |")
     return HEAD + "\n".join(rows) + "\n"
 
 

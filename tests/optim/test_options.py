@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from muonkit import Muon, MuonW
-from muonkit.options import DEFAULTS, FILLS, OF_ALGORITHM, OPTIONS
+from muonkit._text import one_of
+from muonkit.distributed.machines import MACHINES
+from muonkit.options import CHOICES, DEFAULTS, FILLS, OF_ALGORITHM, OPTIONS
+from muonkit.scale import ROUTED, SCALES
+from muonkit.variants import VARIANTS, Variant
 from tests.helpers import option_table
 
 
@@ -59,3 +64,57 @@ def test_the_guide_has_a_row_for_every_option() -> None:
     without_choice = {"eps"}  # no effect
     missing = {row.name for row in OPTIONS if f"`{row.name}`" not in table} - without_choice
     assert missing == set()
+
+
+def test_every_choice_of_the_table_is_one_and_nothing_else_is() -> None:
+    p = nn.Parameter(torch.zeros(4, 3))
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            # Some schedules are made for one number of steps, and need float32.
+            Muon([p], **{"ns_dtype": "float32", name: choice})
+        what = "Adjust learning rate" if name == "adjust_lr_fn" else f"unknown {name}"
+        listed = ", ".join(map(repr, choices))
+        with pytest.raises(ValueError, match=f"^{what} .*{re.escape(listed)}"):
+            Muon([p], **{name: "typo"})
+
+
+def test_choices_that_are_looked_up_are_the_dict_where_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert CHOICES["adjust_lr_fn"] is SCALES
+    assert CHOICES["variant"] is VARIANTS
+    monkeypatch.setitem(VARIANTS, "own", Variant("own", lambda O, v, beta2, step: None))
+    assert Muon([nn.Parameter(torch.zeros(4, 3))], variant="own").describe()[0]["variant"] == "own"
+
+
+def test_the_command_line_offers_what_the_tables_have() -> None:
+    typer = pytest.importorskip("typer")
+    from muonkit.lab.cli import DTYPES, app
+    from muonkit.lab.plan import assumptions
+    from muonkit.lab.plan_layouts import LAYOUTS
+    from muonkit.lab.shapes import MODELS
+
+    commands = typer.main.get_command(app).commands
+    offered = {
+        "plan": {
+            "exchange_dtype": CHOICES["exchange_dtype"],
+            "variant": CHOICES["variant"],
+            "replicas": CHOICES["replicas"],
+            "dtype": DTYPES,
+            "device": MACHINES,
+            "layout": LAYOUTS,
+        },
+        "route": {"adjust_lr_fn": CHOICES["adjust_lr_fn"]},
+    }
+    # Of an option of `Muon` that a command has, nothing is left out above.
+    for command, options in offered.items():
+        own = {parameter.name: parameter for parameter in commands[command].params}
+        assert options.keys() >= own.keys() & CHOICES.keys()
+        for name, choices in options.items():
+            assert one_of(choices) in own[name].help
+            if name in DEFAULTS:
+                assert own[name].default == (ROUTED if command == "route" else DEFAULTS[name])
+    assert ", ".join(MODELS) in commands["plan"].help
+    for name in ("exchange_dtype", "variant", "replicas", "dtype", "device"):
+        for choice in offered["plan"][name]:
+            assumptions(**{name: choice})

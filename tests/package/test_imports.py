@@ -32,11 +32,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.layout",),
     ("groups",),
     ("routing", "batching", "adamw", "distributed.planner"),
-    ("distributed.owners", "distributed.exchange", "variants"),
+    ("distributed.owners", "distributed.exchange"),
     ("distributed.plan",),
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.param_layout",),
-    ("distributed", "distributed.placement", "newton_schulz", "options", "scale", "views"),
+    (
+        "distributed",
+        "distributed.placement",
+        "newton_schulz",
+        "options",
+        "scale",
+        "variants",
+        "views",
+    ),
     ("_compile", "_shards", "_text"),
     ("_torch",),
 )
@@ -58,7 +66,7 @@ TORCHLESS = frozenset(
     }
 )
 # A folder that knows of nothing else of ours but what talks to torch.
-ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_torch"})}
+ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_text", "_torch"})}
 
 # torch alone loads about two thousand modules; ours are a few dozen at most, standard library's
 # included, which is what keeps `import muonkit` under a tenth of a second on top of it.

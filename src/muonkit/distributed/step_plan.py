@@ -19,8 +19,8 @@ from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, state_dtype
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import flops_of, parameter_names, products_of
-from muonkit.options import OPTION_KEYS, PLANNING
-from muonkit.variants import VARIANTS
+from muonkit.options import OPTION_KEYS, PLANNING, spelled
+from muonkit.variants import variant_of
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def products_label(number: int) -> str:
 
 def _shown(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
-        return repr(value)
+        return repr(spelled(value) if callable(value) else value)
     # Reading it from another device would wait for all that is queued there.
     return repr(value.item()) if value.device.type == "cpu" else "a tensor"
 
@@ -231,7 +231,7 @@ def _to_plan(
         partial(_flops, group),
         _cap(domain, group["bytes_in_flight"]),
         group["replicas"],
-        VARIANTS[group["variant"]].state,
+        variant_of(group["variant"]).state,
     )
 
 

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from muonkit.distributed.machines import MACHINES, Machine, machine
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import LabError, unknown
 from muonkit.lab.plan_costs import Assumptions, Vector
 from muonkit.lab.plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
 from muonkit.lab.plan_schemes import Scheme, schemes, seconds
 from muonkit.lab.shapes import ModelShape
 from muonkit.lab.store import write_atomically, write_json
-from muonkit.variants import VARIANTS
+from muonkit.options import CHOICES
 
 __all__ = ["Forecast", "assumptions", "forecast", "show", "summary", "write"]
 
@@ -74,12 +74,12 @@ def assumptions(
     for what, got, options in (
         ("device", device, MACHINES),
         ("dtype", dtype, _ITEMSIZES),
-        ("exchange dtype", exchange_dtype, ("auto", *_ITEMSIZES)),
-        ("variant", variant, VARIANTS),
-        ("choice of replicas", replicas, ("auto", "recompute", "split")),
+        ("exchange dtype", exchange_dtype, CHOICES["exchange_dtype"]),
+        ("variant", variant, CHOICES["variant"]),
+        ("choice of replicas", replicas, CHOICES["replicas"]),
     ):
         if got not in options:
-            raise LabError(f"unknown {what} {got!r}: choose from {', '.join(options)}")
+            raise unknown(what, got, options)
     memory = given.pop("memory", MEMORY[device])
     flops, intra, inter, _ = machine(device, node)
     links = Machine(
