@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim.optimizer import ParamsT
 
-    from muonkit.batching import Batch
+    from muonkit.batching import ObservedBatch
     from muonkit.distributed.plan import StepPlan
     from muonkit.distributed.step_plan import Present
     from muonkit.gradients import Scaled, Work
@@ -652,10 +652,12 @@ class Muon(Optimizer):
 
     def _batches(
         self, work: Work, planned: PlannedStep
-    ) -> tuple[list[tuple[dict[str, Any], Batch]], list[tuple[dict[str, Any], Batch]]]:
+    ) -> tuple[
+        list[tuple[dict[str, Any], ObservedBatch]], list[tuple[dict[str, Any], ObservedBatch]]
+    ]:
         """(group, batch) of Muon's parameters that are this rank's own, and of those it shares."""
-        own: list[tuple[dict[str, Any], Batch]] = []
-        shared: list[tuple[dict[str, Any], Batch]] = []
+        own: list[tuple[dict[str, Any], ObservedBatch]] = []
+        shared: list[tuple[dict[str, Any], ObservedBatch]] = []
         for number, (group, params) in enumerate(work):
             if group["algorithm"] == "adamw":
                 continue

@@ -18,7 +18,7 @@ from muonkit.variants import variant_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from muonkit.batching import Batch, MomentumShards, ParamShards
+    from muonkit.batching import Batch, MomentumShards, ObservedBatch, ParamShards
 
 __all__ = ["Observer", "muon_step"]
 
@@ -33,7 +33,7 @@ class Observer(Protocol):
         """Take the step, outside of torch.compile's graphs: what follows has no place in one."""
         ...
 
-    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+    def before(self, batch: ObservedBatch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
         """See the matrices before they are orthogonalized; parameters are as they were."""
         ...
 
@@ -47,7 +47,7 @@ class Observer(Protocol):
 
 
 def muon_step(
-    batch: Batch, group: dict[str, Any], observer: Observer | None = None
+    batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
 ) -> Iterator[None]:
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     u = batch.to_owners(

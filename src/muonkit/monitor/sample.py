@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from muonkit.batching import Batch, MatrixRef
+    from muonkit.batching import ObservedBatch, MatrixRef
     from muonkit.distributed.placement import Box
     from muonkit.optim import Muon
 
@@ -95,7 +95,7 @@ class Sampler:
 
     # --- Muon's matrices ------------------------------------------------------------------------
 
-    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+    def before(self, batch: ObservedBatch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
         if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
             self._names = _Names(self._optimizer)
         sources = [list(some) for some in batch.sources()]
