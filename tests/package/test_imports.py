@@ -32,8 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.layout",),
     ("groups",),
     ("routing", "batching", "adamw", "distributed.planner"),
-    ("distributed.owners", "distributed.exchange"),
-    ("distributed.plan",),
+    ("distributed.owners", "distributed.meshes"),
+    ("distributed.plan", "distributed.exchange"),
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.param_layout",),
     (

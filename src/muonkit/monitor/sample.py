@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from muonkit.batching import ObservedBatch, MatrixRef
+    from muonkit.batching import MatrixRef, ObservedBatch
     from muonkit.distributed.placement import Box
     from muonkit.optim import Muon
 
