@@ -3,7 +3,7 @@
     python examples/clip_rows.py
 
 A variant rewrites whole orthogonalized matrices, so it needs no line about ranks: the parameters
-are the same under DDP, FSDP2 and tensor parallelism (tests/test_own_variants.py holds it).
+are the same under DDP, FSDP2 and tensor parallelism (tests/optim/test_own_variants.py holds it).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from muonkit._compile import copy_each_
 from muonkit.distributed.exchange import Pending
-from muonkit.distributed.plan import Item, make_batches
+from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.newton_schulz.scratch import scratch
 from muonkit.variants import variant_of
 from muonkit.views import Block, blocks_of, row_blocks

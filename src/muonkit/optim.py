@@ -18,16 +18,16 @@ from muonkit._compile import graph_or_eager, outside_graphs
 from muonkit.adamw import adamw_step_
 from muonkit.batching import LocalParam, make
 from muonkit.checks import Options, check_gradients
-from muonkit.distributed.exchange import agree, announce, run_overlapped
+from muonkit.distributed.exchange import announce, check_ranks_agree, run_overlapped
 from muonkit.distributed.layout import Layouts, local
 from muonkit.distributed.rank_dtypes import look_at_others, post
 from muonkit.distributed.step_plan import (
     PlannedStep,
     gradients,
-    options_facts,
+    options_to_compare,
     plan_alone,
     plan_key,
-    products_fact,
+    products_label,
 )
 from muonkit.gradients import (
     GradientCheck,
@@ -632,12 +632,12 @@ class Muon(Optimizer):
     def _agree(self, planned: PlannedStep, vote: int, scaled: Scaled | None) -> int:
         """The vote of all ranks, which have to be about to do the same."""
         assert self._layouts.domain is not None
-        facts = [*options_facts(self.param_groups), *planned.facts.items()]
+        compared = [*options_to_compare(self.param_groups), *planned.compared.items()]
         if scaled is not None:
-            facts.insert(0, (_SCALE, repr(scaled.scale)))
-        remedies = {products_fact(number): _PRODUCTS for number in range(len(self.param_groups))}
+            compared.insert(0, (_SCALE, repr(scaled.scale)))
+        remedies = {products_label(number): _PRODUCTS for number in range(len(self.param_groups))}
         remedies |= {_SCALE: _SCALES, "": _DISAGREE}
-        return agree(self._layouts.domain, facts, remedies, vote)
+        return check_ranks_agree(self._layouts.domain, compared, remedies, vote)
 
     def _planned_step(self, present: Present) -> PlannedStep:
         key = plan_key(self.param_groups, present)
@@ -673,7 +673,7 @@ class Muon(Optimizer):
         ensure_state(state, p, group, self._layouts)
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
-        copies = () if layout is None else layout.stored.copies()
+        copies = () if layout is None else layout.param_placement.copies()
         if variant_of(group["variant"]).state == "none":
             return LocalParam(local(p), grad, momentum, copies=copies)
         return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from muonkit._text import shown
 from muonkit._torch import WRAPPERS, whole_tensor
-from muonkit.distributed.exchange import agree
+from muonkit.distributed.exchange import check_ranks_agree
 from muonkit.distributed.layout import is_a_part, is_dtensor, local
 from muonkit.groups import (
     MOMENTUM,
@@ -360,8 +360,8 @@ def whole_state(
     if not 0 <= to < size:
         raise ValueError(f"consolidate_state_dict(to={to}): there are ranks 0 to {size - 1}")
     if domain is not None:
-        facts = [("the rank with the whole state", str(to)), *_facts(groups, state)]
-        agree(domain, facts, _OTHERS, call="consolidate_state_dict")
+        compared = [("the rank with the whole state", str(to)), *_to_compare(groups, state)]
+        check_ranks_agree(domain, compared, _OTHERS, call="consolidate_state_dict")
     if not any(is_dtensor(value) for entry in state.values() for value in entry.values()):
         return None
     whole: dict[Any, dict[str, Any]] = {}
@@ -376,7 +376,7 @@ def whole_state(
 _OTHERS = {"": "all ranks call consolidate_state_dict together, with the same state; none was sent"}
 
 
-def _facts(
+def _to_compare(
     groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
     return [

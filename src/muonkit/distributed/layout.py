@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from muonkit._torch import local_tensor, root_mesh, strided_shard, timeout_of
 from muonkit.distributed.exchange import Domain
-from muonkit.distributed.placement import Axis, Placement, replicated, shared_out
+from muonkit.distributed.param_layout import Layout, cuts_experts_only, with_state
+from muonkit.distributed.placement import Axis, Placement, replicated
 from muonkit.groups import parameter_names
-from muonkit.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,41 +26,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
-    "Layout",
     "Layouts",
-    "cuts_experts_only",
     "dtensor_placements",
     "is_a_part",
     "is_dtensor",
-    "is_whole",
     "listed",
     "local",
     "other_ranks",
 ]
-
-
-class Layout(NamedTuple):
-    """Where one parameter of several ranks lies.
-
-    Attributes:
-        stored, lives: of the parameter and of its state.
-        given: the mesh axis of `process_group`, where the tensor is repeated along it.
-        implied: mesh axes that are missing from this parameter's own mesh (it is on a smaller
-            mesh, or plain, as what a tensor parallel plan leaves out). Each rank along them keeps
-            and trains an independent copy.
-        mesh: of `lives`; None where the state is a plain tensor.
-        at: this rank's position among those of `stored`.
-        alone: whether these are positions of the parameter's own mesh: its matrices are whole where
-            they are, so it may lie on other ranks than the optimizer's other parameters.
-    """
-
-    stored: Placement
-    lives: Placement
-    given: tuple[int, ...]
-    implied: tuple[int, ...]
-    mesh: DeviceMesh | None
-    at: int
-    alone: bool = False
 
 
 class Layouts:
@@ -89,7 +62,7 @@ class Layouts:
         self.zero: int = zero
         self.domain: Domain | None = None
         self._ranks: list[int] = []
-        self.scattered = False  # whether gradients are averaged only where the state lives
+        self.scattered = False  # whether gradients are averaged only on the ranks with the state
         self.averaged: dict[Tensor, Any] = {}  # what ddp_reduce_scatter_hook knows of gradients
         self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
         self._layouts: dict[Tensor, Layout] = {}
@@ -170,16 +143,18 @@ class Layouts:
         return together if positions == tuple(together) else positions
 
     def new_state(
-        self, p: Tensor, dtype: torch.dtype, shape: tuple[int, ...], lives: Placement
+        self, p: Tensor, dtype: torch.dtype, shape: tuple[int, ...], placement: Placement
     ) -> Tensor:
-        """Zeros of a logical shape on the parameter's ranks, lying as `lives` says."""
+        """Zeros of a logical shape on the parameter's ranks, lying as `placement` says."""
         layout = self._layouts[p]
-        if lives == layout.stored and is_dtensor(p) and shape == tuple(p.shape):
+        if placement == layout.param_placement and is_dtensor(p) and shape == tuple(p.shape):
             return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-        own = torch.zeros(lives.local_shape(shape, layout.at), dtype=dtype, device=local(p).device)
+        own = torch.zeros(
+            placement.local_shape(shape, layout.at), dtype=dtype, device=local(p).device
+        )
         if layout.mesh is None:
             return own
-        return _as_dtensor(own, layout.mesh, lives, shape)
+        return _as_dtensor(own, layout.mesh, placement, shape)
 
     def copies(self, p: Tensor, of_state: bool = False) -> int:
         """How many of the ranks have each entry of the parameter's gradient, or of its state."""
@@ -187,7 +162,7 @@ class Layouts:
         layout = self._layouts.get(p)
         if layout is None:
             return self.domain.size
-        placement = layout.lives if self.scattered or of_state else layout.stored
+        placement = layout.state_placement if self.scattered or of_state else layout.param_placement
         copies = math.prod(placement.mesh[axis] for axis in placement.copies())
         # Each of as many meshes as its own as there is room for has all of it.
         return copies * (self.domain.size // len(placement.positions))
@@ -196,10 +171,12 @@ class Layouts:
         """What this rank's state is for, of the parameter or its gradient; a view of its memory."""
         layout = self._layouts.get(p)
         mine = local(tensor)
-        if layout is None or layout.lives == layout.stored:
+        if layout is None or layout.state_placement == layout.param_placement:
             return mine
         if p not in self._parts:
-            self._parts[p] = layout.lives.slices_within(layout.stored, tuple(p.shape), layout.at)
+            self._parts[p] = layout.state_placement.slices_within(
+                layout.param_placement, tuple(p.shape), layout.at
+            )
         return mine[self._parts[p]]
 
 
@@ -262,13 +239,10 @@ def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -
     given = () if axis is None or axes[axis].dim is not None else (axis,)
     implied = tuple(i for i in implied if i not in given)
     assert layouts.domain is not None
-    stored, at = _placed(full, axes, layouts.positions(full)), layouts.domain.position
-    _check_parts(name, p, stored, at)
-    lives = stored
-    if layouts.zero:
-        shared = tuple(i for i in stored.copies() if i not in implied)
-        lives = shared_out(stored, tuple(p.shape), shared)
-    return Layout(stored, lives, given, implied, full, at)
+    placement, at = _placed(full, axes, layouts.positions(full)), layouts.domain.position
+    _check_parts(name, p, placement, at)
+    layout = with_state(placement, tuple(p.shape), layouts.zero, given, implied)
+    return layout._replace(mesh=full, at=at)
 
 
 def _placed(
@@ -283,10 +257,10 @@ def _placed(
 def _alone(name: str, p: Any, axes: Sequence[Axis]) -> Layout:
     """On the ranks of the parameter's own mesh, counted in its order."""
     mesh = p.device_mesh
-    stored = _placed(mesh, axes, range(mesh.size()))
+    placement = _placed(mesh, axes, range(mesh.size()))
     at = _ranks(mesh).index(torch.distributed.get_rank())
-    _check_parts(name, p, stored, at)
-    return Layout(stored, stored, (), (), mesh, at, alone=True)
+    _check_parts(name, p, placement, at)
+    return Layout(placement, placement, mesh=mesh, at=at, alone=True)
 
 
 def _needs_nobody(axes: tuple[Axis, ...], p: Tensor, group: Mapping[str, Any], zero: int) -> bool:
@@ -294,12 +268,6 @@ def _needs_nobody(axes: tuple[Axis, ...], p: Tensor, group: Mapping[str, Any], z
     if zero and any(axis.dim is None for axis in axes):
         return False
     return group["algorithm"] == "adamw" or cuts_experts_only(axes, p.ndim, group["view"])
-
-
-def cuts_experts_only(axes: Sequence[Axis], ndim: int, view: str) -> bool:
-    """Whether the matrices of a parameter that is cut so are all whole."""
-    cut = [axis.dim for axis in axes if axis.dim is not None]
-    return not cut or (View.parse(view).steps[0] == "experts" and max(cut) < ndim - 2)
 
 
 def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
@@ -311,18 +279,16 @@ def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
     implied: tuple[int, ...] = ()
     if mesh is not None and axis is not None:
         sizes = tuple(mesh.shape)
-        stored = Placement(sizes, (Axis(None),) * len(sizes), layouts.positions(mesh))
+        placement = Placement(sizes, (Axis(None),) * len(sizes), layouts.positions(mesh))
         implied = tuple(i for i in range(len(sizes)) if i != axis)
     else:
         layouts.enter("a plain tensor", group, ranks, p.device.type)
-        stored, axis, mesh = replicated(len(ranks)), 0, None
+        placement, axis, mesh = replicated(len(ranks)), 0, None
     assert layouts.domain is not None
     at = layouts.domain.position
-    if layouts.zero:
-        lives = shared_out(stored, tuple(p.shape), (axis,))
-        mesh = mesh or _mesh_of_group(group, p.device.type)
-        return Layout(stored, lives, (axis,), implied, mesh, at)
-    return Layout(stored, stored, (axis,), implied, None, at)
+    layout = with_state(placement, tuple(p.shape), layouts.zero, (axis,), implied)
+    mesh = (mesh or _mesh_of_group(group, p.device.type)) if layouts.zero else None
+    return layout._replace(mesh=mesh, at=at)
 
 
 def _axis(name: str, placement: Any) -> Axis:
@@ -336,14 +302,14 @@ def _axis(name: str, placement: Any) -> Axis:
     return Axis(placement.dim, getattr(placement, "split_factor", 1))
 
 
-def _check_parts(name: str, p: Any, stored: Placement, at: int) -> None:
+def _check_parts(name: str, p: Any, placement: Placement, at: int) -> None:
     """Refuse what our arithmetic does not describe, before anything is planned on it."""
     shape = tuple(p.shape)
     try:
-        stored.check_order(shape)
+        placement.check_order(shape)
     except ValueError as error:
         raise ValueError(f"{name} {shape} with placements {p.placements}: {error}") from None
-    expected, got = stored.local_shape(shape, at), tuple(local(p).shape)
+    expected, got = placement.local_shape(shape, at), tuple(local(p).shape)
     if expected != got and (0 not in expected or local(p).numel()):
         raise ValueError(
             f"{name} {shape} with placements {p.placements} should have a local shape of "
@@ -366,10 +332,12 @@ def dtensor_placements(axes: Sequence[Axis]) -> list[Any]:
     ]
 
 
-def _as_dtensor(own: Tensor, mesh: DeviceMesh, lives: Placement, shape: Sequence[int]) -> Tensor:
+def _as_dtensor(
+    own: Tensor, mesh: DeviceMesh, placement: Placement, shape: Sequence[int]
+) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    placements = dtensor_placements(lives.axes)
+    placements = dtensor_placements(placement.axes)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
@@ -514,7 +482,7 @@ def _ranks_per_node(control: ProcessGroup) -> int:
 
     One rank's answer for all of them: on nodes of unequal size each has its own, and they would
     plan different steps. It is asked for once: what one rank alone settles anew (a layer that it
-    unfroze) is for `agree` to tell.
+    unfroze) is for `check_ranks_agree` to tell.
     """
     if control not in _nodes:
         node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)))
@@ -541,12 +509,3 @@ def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None
 
 def listed(ranks: Sequence[int]) -> str:
     return f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
-
-
-def is_whole(layout: Layout, shape: Sequence[int]) -> bool:
-    """Whether every rank stores all of a tensor of this shape, and its state."""
-    return all(
-        placement.local_shape(tuple(shape), position) == tuple(shape)
-        for placement in (layout.stored, layout.lives)
-        for position in placement.positions
-    )

@@ -32,7 +32,7 @@ __all__ = [
     "nested",
     "pieces",
     "replicated",
-    "shared_out",
+    "shard_over",
     "slices",
     "whole",
 ]
@@ -175,7 +175,7 @@ class Placement(NamedTuple):
         """The mesh axes along which every rank has the same."""
         return tuple(i for i, axis in enumerate(self.axes) if axis.dim is None)
 
-    def twins(self, position: int, axes: Sequence[int]) -> tuple[int, ...]:
+    def replicas(self, position: int, axes: Sequence[int]) -> tuple[int, ...]:
         """The positions that differ from this one along the given mesh axes only, itself included.
 
         In the same order for each of them.
@@ -210,7 +210,7 @@ def replicated(count: int) -> Placement:
 
 
 @functools.lru_cache(maxsize=4096)
-def shared_out(placement: Placement, shape: tuple[int, ...], axes: tuple[int, ...]) -> Placement:
+def shard_over(placement: Placement, shape: tuple[int, ...], axes: tuple[int, ...]) -> Placement:
     """Shard the replicated tensor over these mesh axes (ZeRO).
 
     It is cut on the first dim on which every rank's part is one rectangle of what it had. Where

@@ -90,7 +90,8 @@ FLOPs, bytes in and out, memory and time of muonkit's step, beside all-gather sc
 ZeRO-1: from shapes and rates, nothing is measured. The optimizer's own planner makes the plan.
 
 \b
-Models:   {", ".join(MODELS)}
+Models:   {", ".join(MODELS)}; or your own:
+          package.module:factory, a Hugging Face model type or id, a config.json
 Mesh:     axes from left to right, neighbours in a node last: dp, fsdp (or shard), tp, ep; pp first
 Layouts:  by default what the axes say: dp is zero1; fsdp is fsdp; dp,fsdp is hsdp; tp is tp;
           fsdp,tp is fsdp_tp; dp,tp is dp_tp_zero1; with ep it is ep (experts over ep, the rest
@@ -102,6 +103,7 @@ Examples:
   muonkit plan --model llama-8b --mesh dp=8,tp=8
   muonkit plan --model llama-70b --mesh dp=4,fsdp=64 --exchange-dtype bfloat16
   muonkit plan --model kimi-k2 --mesh fsdp=64,ep=8,tp=8 --plot kimi.png --json kimi.json
+  muonkit plan --model mypackage.models:build --mesh fsdp=8
 """
 
 
@@ -291,7 +293,13 @@ def route_command(
 
 @app.command("plan", help=_PLAN_HELP)
 def plan_command(
-    model: Annotated[str, typer.Option(metavar="NAME", help="Whose shapes to take.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="One of the models above, or your own, as `muonkit route` takes it.",
+        ),
+    ],
     mesh: Annotated[str, typer.Option(metavar="AXIS=N,...", help="The mesh of ranks.")],
     layout: Annotated[
         str | None,
@@ -328,6 +336,20 @@ def plan_command(
     replicas: Annotated[
         str, typer.Option(help=f"Copies by a placement: {one_of(CHOICES['replicas'])}.")
     ] = DEFAULTS["replicas"],
+    tp: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=ROLE",
+            help="What tensor parallelism cuts of your own model: colwise, rowwise, vocab or "
+            "replicated [default: its tp_plan]; may be repeated.",
+        ),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=ALGORITHM[:VIEW]", help="Overrule a route of your own model."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures.")
@@ -335,6 +357,7 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     from muonkit.lab.plan import assumptions, forecast, show, write
+    from muonkit.lab.plan_models import find_model, parse_roles
 
     assume = assumptions(
         device,
@@ -348,7 +371,8 @@ def plan_command(
         inter=inter,
         memory=memory,
     )
-    found = forecast(model, mesh, layout, assume)
+    shapes = find_model(model, parse_roles(tp or ()), [_rule(text) for text in rule or ()])
+    found = forecast(shapes, mesh, layout, assume)
     console = Console()
     write(found, plot, json_file)
     # A table that is cut off tells nothing: a pipe, or a narrow terminal, gets it whole.

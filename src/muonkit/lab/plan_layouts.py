@@ -9,11 +9,12 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from muonkit.distributed.placement import Axis, Placement, shared_out
+from muonkit.distributed.param_layout import Layout, with_state
+from muonkit.distributed.placement import Axis, Placement
 from muonkit.lab.errors import LabError, unknown
 from muonkit.lab.shapes import ModelShape, ParameterShape
 
-__all__ = ["LAYOUTS", "Lay", "Mesh", "choose_layout", "parse_mesh", "place", "replicating"]
+__all__ = ["LAYOUTS", "Mesh", "choose_layout", "parse_mesh", "place", "replicating"]
 
 #: Axes of a mesh and what they are for.
 AXES = {
@@ -91,22 +92,6 @@ class Mesh:
     def __str__(self) -> str:
         stages = [f"pp={self.stages}"] if self.stages > 1 else []
         return ",".join(stages + [f"{name}={size}" for name, size in self.axes])
-
-
-@dataclass(frozen=True)
-class Lay:
-    """Where one parameter and its state lie.
-
-    Attributes:
-        given: mesh axes along which it is repeated by a process group, not by a placement.
-        implied: mesh axes that leave it out, along which every place trains its own copy: tensor
-            parallel plans name the parameters that they cut, and no others.
-    """
-
-    stored: Placement
-    lives: Placement
-    given: tuple[int, ...] = ()
-    implied: tuple[int, ...] = ()
 
 
 def parse_mesh(text: str) -> Mesh:
@@ -208,7 +193,7 @@ def _check_experts(mesh: Mesh, model: ModelShape) -> None:
         )
 
 
-def place(p: ParameterShape, layout: str, mesh: Mesh) -> Lay:
+def place(p: ParameterShape, layout: str, mesh: Mesh) -> Layout:
     """Where a parameter and its state lie.
 
     Stacks of experts are sharded on dim 0 over ``ep``, and over ``fsdp`` on dim 1 if there are more
@@ -228,7 +213,9 @@ def place(p: ParameterShape, layout: str, mesh: Mesh) -> Lay:
 
 
 @lru_cache(maxsize=4096)
-def _place(shape: tuple[int, ...], tp: int | None, experts: bool, layout: str, mesh: Mesh) -> Lay:
+def _place(
+    shape: tuple[int, ...], tp: int | None, experts: bool, layout: str, mesh: Mesh
+) -> Layout:
     kind = LAYOUTS[layout]
     axes = dict(mesh.axes)
     fsdp: int | None = 0
@@ -239,17 +226,15 @@ def _place(shape: tuple[int, ...], tp: int | None, experts: bool, layout: str, m
     if "ep" in axes and not experts:
         cuts = _merged(cuts)
     cuts = [cut if cut.size > 1 else cut._replace(dim=None) for cut in cuts]
-    stored = Placement(
+    placement = Placement(
         tuple(cut.size for cut in cuts),
         tuple(Axis(cut.dim, _split(cut, cuts[i + 1 :])) for i, cut in enumerate(cuts)),
         range(mesh.ranks),
     )
     given = (mesh.names.index("dp"),) if kind.given else ()
     implied = tuple(i for i, cut in enumerate(cuts) if cut.axis == "tp" and tp is None)
-    shared = tuple(i for i in stored.copies() if i not in implied)
-    stored.check_order(shape)
-    lives = shared_out(stored, shape, shared) if kind.zero else stored
-    return Lay(stored, lives, given, implied)
+    placement.check_order(shape)
+    return with_state(placement, shape, int(kind.zero), given, implied)
 
 
 class _Cut(NamedTuple):

@@ -1,7 +1,8 @@
 """One sample: what is measured in a step, on every rank, and put together.
 
-Whole matrices are measured by the rank that computes them; what AdamW trains by every rank where
-its state lives, as sums of squares that count every entry once. Then all ranks have all numbers.
+Whole matrices are measured by the rank that computes them. What AdamW trains is measured by every
+rank that keeps a part of its state, as sums of squares that count every entry once. Then all ranks
+have all numbers.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class _Names:
         p, box = self._parts.get(id(source.param)), source.box
         if p is not None:
             layout = self._layouts[p]
-            box = layout.stored.origin(tuple(p.shape), layout.at, box)
+            box = layout.param_placement.origin(tuple(p.shape), layout.at, box)
         return Key(g, i, index[box])
 
 
