@@ -42,7 +42,7 @@ __all__ = [
 
 
 class LocalParam(NamedTuple):
-    """What a rank has of a parameter that has a gradient, each as a plain tensor.
+    """A rank's part of a parameter that has a gradient, each tensor a plain one.
 
     Attributes:
         param, grad, momentum: of one shape.
@@ -107,7 +107,7 @@ class MatrixStack(NamedTuple):
 
 
 class Batch(Protocol):
-    """What the step needs of a batch. Law: `to_params(to_owners(u))` is `u`."""
+    """A batch as the step uses it. Law: `to_params(to_owners(u))` is `u`."""
 
     @property
     def momentum_shards(self) -> Sequence[MomentumShards]: ...
@@ -121,8 +121,8 @@ class Batch(Protocol):
         ...
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
-        """As `to_owners`, of any tensors that lie as the momentum: to be read, in full precision,
-        and without the variant's state.
+        """As `to_owners`, for any tensors that are sharded as the momentum is: to be read, in full
+        precision, and without the variant's state.
         """
         ...
 
@@ -131,15 +131,15 @@ class Batch(Protocol):
         ...
 
     def sources(self) -> Sequence[Sequence[MatrixRef]]:
-        """Which matrices `to_owners` gives, in its order; equal shapes side by side."""
+        """The matrices that `to_owners` gives, in its order; equal shapes side by side."""
         ...
 
     def stacks(self, o: Sequence[Tensor]) -> Sequence[MatrixStack]:
-        """The same matrices without padding, by shape, with the variant's state."""
+        """The matrices of `to_owners` without padding, by shape, with the variant's state."""
         ...
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """The variant's state, as `stacks` has it now, back to where it lives."""
+        """Write the variant's state, as `stacks` has it now, back to the ranks that keep it."""
         ...
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Sequence[list[Tensor]]]:
@@ -214,7 +214,7 @@ class LocalBatch:
         )
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """Write the variant's state back to where it lives."""
+        """Write the variant's state back."""
         for part, whole in zip(self.parts, stacks, strict=True):
             if whole.variance is not None:
                 regions = part.state_block.to_regions(whole.variance)
@@ -222,7 +222,7 @@ class LocalBatch:
         return Pending(None)
 
     def _places(self, whole: Tensor) -> list[Tensor]:
-        """For each part, where its matrices `(N * batch, rows, cols)` are in the whole."""
+        """For each part a view of its matrices, `(N * batch, rows, cols)`, in the whole batch."""
         places = []
         start = 0
         for part in self.parts:
@@ -234,7 +234,7 @@ class LocalBatch:
 
 
 def place(whole: Tensor, rows: int, cols: int) -> Tensor:
-    """Where `rows` x `cols` matrices are in padded ones `(N, m, n)`: tall ones transposed."""
+    """The view of `rows` x `cols` matrices in padded ones `(N, m, n)`; tall ones lie transposed."""
     if (rows, cols) == tuple(whole.shape[1:]):
         return whole
     return whole[:, :cols, :rows].mT if rows > cols else whole[:, :rows, :cols]

@@ -54,7 +54,7 @@ __all__ = [
     "warn_of_eps",
 ]
 
-# What `orthogonalize` takes from a group, in its order.
+# The options that `orthogonalize` takes from a group, in the order of its arguments.
 NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 
 # The keys of the state; AdamW's are torch's.
@@ -65,9 +65,10 @@ EPS = DEFAULTS["eps"]
 
 ALGORITHMS = ("muon", "adamw")
 
-# What `Optimizer.add_param_group` fills into every group, and a group of this algorithm has not.
+# Keys that `Optimizer.add_param_group` fills into every group, but that groups of this algorithm
+# do not have.
 _FOREIGN_KEYS = {"muon": tuple(FILLS.values()), "adamw": (*FILLS.values(), *MUON)}
-# What no group of this algorithm may say: nobody would read it.
+# Keys that no group of this algorithm may have: nobody would read them.
 _UNREAD_KEYS = {
     "muon": (*_FOREIGN_KEYS["muon"], *ADAMW),
     "adamw": (*_FOREIGN_KEYS["adamw"], "view"),
@@ -226,7 +227,7 @@ def refuse_held(group: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | None = None) -> None:
-    """Give every group a tensor lr of its own.
+    """Give every group its own copy of a tensor lr.
 
     Schedulers fill a tensor lr group by group: shared between groups, it would be scaled once for
     each, or be the last group's.
@@ -242,7 +243,7 @@ def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
     shows, and wants to be unique. Its own, if it has one.
 
     Raises:
-        TypeError: its own is no string.
+        TypeError: the name that the group has is no string.
     """
     taken = {other["name"] for other in others}
     name = group.get("name")
@@ -433,7 +434,7 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             "make it dense, or train it with torch.optim.SparseAdam"
         )
     flat = flat_shard(p)
-    # What AdamW does to a vector of parameters it does to each; ZeRO-3's hold nothing yet.
+    # AdamW may train a flat vector of many parameters; ZeRO-3's parameters hold nothing yet.
     if flat is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
         raise ValueError(f"{name} of shape {shape} is {flat}. {WHOLE}")
     if group["algorithm"] == "muon":

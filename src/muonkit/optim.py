@@ -161,7 +161,7 @@ class Muon(Optimizer):
             (`muonkit.newton_schulz.scratch`).
         variant: what happens to the orthogonalized matrix: "plain", "normuon", "adamuon", or a
             `muonkit.Variant` (see `muonkit.variants`).
-        variant_beta2: weight of the past in the variant's state; None is its own default.
+        variant_beta2: weight of the past in the variant's state; None is the variant's default.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -192,7 +192,7 @@ class Muon(Optimizer):
         replicas: along mesh axes on which a DTensor is replicated (HSDP): "recompute" (each set of
             shards computes all matrices by itself), "split" (every matrix is computed once, and
             sent to all) or "auto", by the cost of FLOPs and bytes
-            (`muonkit.distributed.plan.MACHINES`).
+            (`muonkit.distributed.machines.MACHINES`).
 
     Where ranks share parameters, all of them make the same optimizer and take its steps together;
     every step begins with a small collective in which they compare what they are about to do.
@@ -480,7 +480,7 @@ class Muon(Optimizer):
 
     @graph_or_eager
     def _work(self) -> Work:
-        """What has a gradient, once everything that can be refused was looked at."""
+        """The parameters with a gradient, once everything that can be refused was looked at."""
         try:
             self._settle()
             work = with_gradients(self.param_groups)
@@ -523,7 +523,7 @@ class Muon(Optimizer):
 
     @graph_or_eager
     def _update(self) -> None:
-        """What is written in a step of parameters that no other rank shares."""
+        """The writes of a step of parameters that no other rank shares."""
         # Asked for again: a graph takes a gradient that it meets behind a key of the state first,
         # and not behind the groups, for a constant.
         work = with_gradients(self.param_groups)
@@ -542,7 +542,7 @@ class Muon(Optimizer):
                 for _ in muon_step(batch, group, self._observer):
                     pass
 
-    # What is planned and exchanged is no part of a graph.
+    # Planning and exchanging are no part of a graph.
     @outside_graphs
     def _step_together(self) -> None:
         """A step with other ranks: what they share is exchanged."""
@@ -580,7 +580,7 @@ class Muon(Optimizer):
 
     @contextmanager
     def _telling(self, call: str) -> Iterator[None]:
-        """What this rank alone refuses in here is told to those that wait for it in `call`."""
+        """Tell the ranks that wait in `call` of an error that only this rank raises in here."""
         try:
             yield
         except Exception as error:
@@ -636,7 +636,7 @@ class Muon(Optimizer):
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 
     def _agree(self, planned: PlannedStep, vote: int, scaled: Scaled | None) -> int:
-        """The vote of all ranks, which have to be about to do the same."""
+        """The largest vote of all ranks, once they are seen to be about to do the same."""
         assert self._layouts.domain is not None
         compared = [*options_to_compare(self.param_groups), *planned.compared.items()]
         if scaled is not None:
@@ -674,7 +674,7 @@ class Muon(Optimizer):
         return own, shared
 
     def _local_param(self, p: Tensor, group: dict[str, Any]) -> LocalParam:
-        """What this rank has of a parameter of Muon's."""
+        """This rank's part of a parameter that Muon trains."""
         state = self.state[p]
         ensure_state(state, p, group, self._layouts)
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
@@ -697,7 +697,7 @@ class Muon(Optimizer):
         return own, grads, states
 
     def describe(self) -> list[dict[str, Any]]:
-        """What each kind of matrix gets, with every "auto" replaced by what it chose.
+        """The settings of each kind of matrix, with every "auto" replaced by what it chose.
 
         Returns:
             One dict per param group and matrix shape: group, algorithm, and for AdamW parameters,

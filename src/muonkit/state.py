@@ -219,7 +219,7 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
 
 
 def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
-    """The same values, laid out as `like`."""
+    """A tensor of these values that lies as `like` does."""
     if is_dtensor(tensor) and not is_a_part(tensor):
         tensor = local(tensor)
     if is_dtensor(tensor) and is_dtensor(like) and _spread(tensor) == _spread(like):

@@ -18,7 +18,7 @@ authors' adamuon.py.
 
 Laws, for O as the orthogonalizer returns it (singular values of at most a few units): a zero matrix
 stays zero and nothing becomes infinite or NaN; a stack gives what its matrices give one by one.
-`tests/test_variants.py` holds every row of `VARIANTS` to them.
+`tests/optim/test_variants.py` holds every row of `VARIANTS` to them.
 """
 
 from __future__ import annotations

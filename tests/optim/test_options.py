@@ -52,9 +52,8 @@ def test_docstrings_lead_to_the_table_of_names() -> None:
     anchor = "options.md#one-thing-several-names"
     for documented in (Muon, MuonW, Rule, route):
         assert anchor in (documented.__doc__ or "")
-    names = option_table.PAGE.read_text(encoding="utf-8").partition("## One thing, several names")[
-        2
-    ]
+    page = option_table.PAGE.read_text(encoding="utf-8")
+    names = page.partition("## One thing, several names")[2]
     for name in ("scale", "adjust_lr_fn", "decay", "weight_decay", "adamw_wd", "decay_1d"):
         assert f"| `{name}`" in names
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 from muonkit._text import unknown
-from tests.helpers.paths import ROOT
-
-SOURCE = ROOT / "src" / "muonkit"
+from tests.helpers.paths import SOURCE
 
 
 def test_an_unknown_choice_is_told_with_what_was_got_and_what_there_is() -> None:

@@ -52,7 +52,7 @@ class Layouts:
     def __init__(self, process_group: Any = None, zero: int = 0) -> None:
         if zero not in (0, 1) or isinstance(zero, bool):
             raise ValueError(
-                f"zero should be 0 (state on every rank that has the parameter) or 1 (shared out), "
+                f"zero should be 0 (state on every rank that has the parameter) or 1 (sharded), "
                 f"but is: {zero!r}; parameters are sharded by fully_shard, gradients by "
                 "muonkit.ddp_reduce_scatter_hook"
             )
@@ -64,7 +64,7 @@ class Layouts:
         self._ranks: list[int] = []
         self.scattered = False  # whether gradients are averaged only on the ranks with the state
         self.averaged: dict[Tensor, Any] = {}  # what ddp_reduce_scatter_hook knows of gradients
-        self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
+        self.mesh: DeviceMesh | None = None  # the mesh of which all DTensors' meshes are part
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
         # For a parameter and its variant, see `state.check_parts`.
@@ -94,7 +94,7 @@ class Layouts:
         """Find the parameters' layouts.
 
         Raises:
-            ValueError: an unsupported placement, or another set of ranks than the others'.
+            ValueError: an unsupported placement, or a parameter on other ranks than the rest.
         """
         named = [
             (name, p, group)
@@ -107,7 +107,7 @@ class Layouts:
         for name, p, group in named:
             if is_dtensor(p):
                 self._keep(p, _of_dtensor(self, name, p, group))
-        for _, p, _ in named:  # these may lie on the others' mesh
+        for _, p, _ in named:  # these may lie on the DTensors' mesh
             if not is_dtensor(p):
                 self._keep(p, _of_plain(self, p))
         if self.zero and self.domain is None and not self._asked and other_ranks():
@@ -164,11 +164,11 @@ class Layouts:
             return self.domain.size
         placement = layout.state_placement if self.scattered or of_state else layout.param_placement
         copies = math.prod(placement.mesh[axis] for axis in placement.copies())
-        # Each of as many meshes as its own as there is room for has all of it.
+        # A parameter whose mesh is a part of the ranks is there once in each such part.
         return copies * (self.domain.size // len(placement.positions))
 
     def part(self, p: Tensor, tensor: Tensor) -> Tensor:
-        """What this rank's state is for, of the parameter or its gradient; a view of its memory."""
+        """The part of a parameter, or of its gradient, for which this rank keeps state; a view."""
         layout = self._layouts.get(p)
         mine = local(tensor)
         if layout is None or layout.state_placement == layout.param_placement:
@@ -319,7 +319,7 @@ def _check_parts(name: str, p: Any, placement: Placement, at: int) -> None:
 
 
 def dtensor_placements(axes: Sequence[Axis]) -> list[Any]:
-    """The same in DTensor's words: the inverse of reading them."""
+    """DTensor's placements for these axes: the inverse of `_axis`."""
     from torch.distributed.tensor import Replicate, Shard
 
     return [
@@ -366,7 +366,7 @@ def _group_of(given: Any) -> ProcessGroup | None:
 
 
 def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> DeviceMesh:
-    """The mesh that the others are cut from, with the process group's axis.
+    """The mesh of which the meshes given are part, with the process group's axis.
 
     Raises:
         ValueError: the process group is no axis of it.

@@ -1,4 +1,4 @@
-"""What a step will cost on a mesh, before there is one: ``muonkit plan``.
+"""The costs of a step on a mesh that one has not got: ``muonkit plan``.
 
 All figures follow from shapes, placements and assumed rates. Nothing is measured.
 """
@@ -192,7 +192,7 @@ def peak(scheme: Scheme) -> Vector:
 
 
 def panels(found: Forecast) -> tuple[str, list[str], list[Panel]]:
-    """What the picture shows: its title, the schemes, and three panels of stacked bars."""
+    """The contents of the picture: its title, the schemes, and three panels of stacked bars."""
     times = [seconds(scheme, found.assume) for scheme in found.schemes]
     costs = [scheme.costs for scheme in found.schemes]
 
@@ -303,7 +303,7 @@ def _notes(found: Forecast) -> str:
         f"products, {_si(rates.intra)}B/s within a node of {rates.node}, {_si(rates.inter)}B/s "
         f"between nodes, {_si(assume.memory)}B/s of memory; no latencies. Change them with "
         "--flops, --intra, --inter, --memory, --node.",
-        f"Elements have {assume.itemsize} bytes, on the way {assume.comm_bytes}. Bytes in: "
+        f"Elements have {assume.itemsize} bytes, {assume.comm_bytes} when they are sent. Bytes in: "
         "momentum to those who compute; out: results, and AdamW's parameters. Peak memory: "
         "parameters, gradients, state and what is transient; no activations.",
         f"Load of muonkit: max over mean {balance(ours.costs.flops):.3f}; whoever computed what, "
