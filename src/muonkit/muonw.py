@@ -61,7 +61,11 @@ class MuonW(Muon):
         undecided: what becomes of parameters that routing cannot judge: "raise", or "adamw", which
             trains them with AdamW and warns (see `muonkit.route`).
         heads: the output heads by hand, where the search for them errs (see `muonkit.route`).
-        **options: any other keyword argument of `Muon`.
+        **options: any other keyword argument of `Muon`, those for several ranks among them
+            (process_group, zero, exchange_dtype, replicas).
+
+    What has several names (decay, decay_1d, weight_decay, adamw_wd; scale, adjust_lr_fn):
+    [all of them](options.md#one-thing-several-names) stand in docs/api/options.md.
 
     Raises:
         RoutingError: parameters that nothing claims, a rule that matches nothing, an empty or

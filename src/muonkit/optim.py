@@ -162,21 +162,6 @@ class Muon(Optimizer):
         variant: what happens to the orthogonalized matrix: "plain", "normuon", "adamuon", or a
             `muonkit.Variant` (see `muonkit.variants`).
         variant_beta2: weight of the past in the variant's state; None is the variant's default.
-        exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
-            update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of
-            float32; every rank still gets the same result; not for "adamuon", which divides every
-            entry by its magnitude, rounded ones too).
-        replicas: along mesh axes on which a DTensor is replicated (HSDP): "recompute" (each set of
-            shards computes all matrices by itself), "split" (every matrix is computed once, and
-            sent to all) or "auto", by the cost of FLOPs and bytes
-            (`muonkit.distributed.machines.MACHINES`).
-        process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
-            axes of their own mesh (data parallel copies of a tensor parallel model): a process
-            group or a 1-D device mesh. They share the matrices out, each computed once. None:
-            every rank computes all of its plain tensors. DTensors carry their own layout: for
-            FSDP2, HSDP, TP and experts nothing is to be said.
-        zero: 1 shares the state out too, AdamW's included (ZeRO-1), over the ranks that would have
-            copies of it: every rank keeps some rows of each, as a DTensor.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -187,6 +172,27 @@ class Muon(Optimizer):
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: defaults of AdamW groups. lr and decay are
             Muon's unless given; with another scale than "match_rms_adamw" and "unit_rms" Muon's lr
             means nothing to AdamW, and its own must be given here or in the group.
+
+    One thing has one name here, and another where torch or routing has it (scale and adjust_lr_fn,
+    decay and weight_decay): [all of them](options.md#one-thing-several-names) stand in
+    docs/api/options.md.
+
+    Keyword Args: Over several ranks
+        process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
+            axes of their own mesh (data parallel copies of a tensor parallel model): a process
+            group or a 1-D device mesh. They share the matrices out, each computed once. None:
+            every rank computes all of its plain tensors. DTensors carry their own layout: for
+            FSDP2, HSDP, TP and experts nothing is to be said.
+        zero: 1 shares the state out too, AdamW's included (ZeRO-1), over the ranks that would have
+            copies of it: every rank keeps some rows of each, as a DTensor.
+        exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
+            update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of
+            float32; every rank still gets the same result; not for "adamuon", which divides every
+            entry by its magnitude, rounded ones too).
+        replicas: along mesh axes on which a DTensor is replicated (HSDP): "recompute" (each set of
+            shards computes all matrices by itself), "split" (every matrix is computed once, and
+            sent to all) or "auto", by the cost of FLOPs and bytes
+            (`muonkit.distributed.machines.MACHINES`).
 
     Where ranks share parameters, all of them make the same optimizer and take its steps together;
     every step begins with a small collective in which they compare what they are about to do.

@@ -46,6 +46,7 @@ class Option(NamedTuple):
         fills: the key of AdamW's groups that it is the default of.
         choices: the names that may stand there: the dict itself where one looks them up.
         also: what else may stand there.
+        ranks: whether it matters only where several ranks share parameters.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Option(NamedTuple):
     fills: str | None = None
     choices: Collection[str] = ()
     also: str = ""
+    ranks: bool = False
 
 
 _BOTH, _MUON = ("muon", "adamw"), ("muon",)
@@ -121,6 +123,7 @@ OPTIONS = (
         "dtype on the way between ranks",
         plans=True,
         choices=("auto", "float32", "bfloat16"),
+        ranks=True,
     ),
     Option(
         "replicas",
@@ -129,9 +132,10 @@ OPTIONS = (
         "compute again, or send, along replicated axes",
         plans=True,
         choices=("auto", "recompute", "split"),
+        ranks=True,
     ),
-    Option("process_group", None, (), "the ranks that have copies of the parameters"),
-    Option("zero", 0, (), "1 shares the state out over these ranks"),
+    Option("process_group", None, (), "the ranks that have copies of the parameters", ranks=True),
+    Option("zero", 0, (), "1 shares the state out over these ranks", ranks=True),
     Option("maximize", False, _BOTH, "ascend instead of descend"),
     Option("cautious", False, _MUON, "decay only where the update shrinks the weight too"),
     Option(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from muonkit import Muon, MuonW
+from muonkit import Muon, MuonW, Rule, route
 from muonkit._text import one_of
 from muonkit.distributed.machines import MACHINES
 from muonkit.options import CHOICES, DEFAULTS, FILLS, OF_ALGORITHM, OPTIONS
@@ -24,6 +24,38 @@ def test_the_constructor_has_these_arguments_with_these_defaults_in_this_order()
     assert {row.name: row.default for row in OPTIONS} == {
         name: argument.default for name, argument in arguments.items() if name != "params"
     }
+
+
+def test_a_constructor_has_no_more_than_26_keyword_arguments() -> None:
+    """Those that it names; `MuonW` passes on the rest of Muon's."""
+    for kind, first in ((Muon, "params"), (MuonW, "model")):
+        named = [
+            argument.name
+            for argument in inspect.signature(kind).parameters.values()
+            if argument.kind is not argument.VAR_KEYWORD and argument.name != first
+        ]
+        assert len(named) <= 26, named
+
+
+def test_the_ranks_arguments_are_one_group() -> None:
+    ranks = [row.name for row in OPTIONS if row.ranks]
+    assert sorted(ranks) == ["exchange_dtype", "process_group", "replicas", "zero"]
+    names = [row.name for row in OPTIONS]
+    first = names.index(ranks[0])
+    assert names[first : first + len(ranks)] == ranks
+    section = (Muon.__doc__ or "").partition("Keyword Args: Over several ranks")[2]
+    section = section.partition("Where ranks share")[0]
+    assert sorted(re.findall(r"^ {8}(\w+):", section, re.MULTILINE)) == sorted(ranks)
+
+
+def test_docstrings_lead_to_the_table_of_names() -> None:
+    anchor = "options.md#one-thing-several-names"
+    for documented in (Muon, MuonW, Rule, route):
+        assert anchor in (documented.__doc__ or "")
+    page = option_table.PAGE.read_text(encoding="utf-8")
+    names = page.partition("## One thing, several names")[2]
+    for name in ("scale", "adjust_lr_fn", "decay", "weight_decay", "adamw_wd", "decay_1d"):
+        assert f"| `{name}`" in names
 
 
 def test_groups_have_the_options_of_their_algorithm() -> None:

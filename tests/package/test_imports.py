@@ -36,15 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.plan", "distributed.exchange"),
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.param_layout",),
-    (
-        "distributed",
-        "distributed.placement",
-        "newton_schulz",
-        "options",
-        "scale",
-        "variants",
-        "views",
-    ),
+    ("options",),
+    ("distributed", "distributed.placement", "newton_schulz", "scale", "variants", "views"),
     ("_compile", "_shards", "_text"),
     ("_torch",),
 )

@@ -265,7 +265,8 @@ def route(
         rules: overrides; for each parameter the first rule that matches decides.
         scale: the learning-rate scale that the table shows, and that `MuonW` uses: a key of
             `muonkit.scale.SCALES` or a function (rows, cols) -> float; a rule's option
-            "adjust_lr_fn" goes before it.
+            "adjust_lr_fn" goes before it
+            ([all names](options.md#one-thing-several-names): docs/api/options.md).
         decay_1d: decay gains, biases and other vectors too, where no rule decides.
         undecided: what becomes of parameters of which nothing tells whether they are hidden
             matrices, or which matrices: "raise" (one error with all of them and the lines that

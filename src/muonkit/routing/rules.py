@@ -44,7 +44,8 @@ class Rule:
             not hold them, and its state dicts are whole without them (codebooks with updates of
             their own, what another optimizer trains). To freeze, call `requires_grad_(False)`.
         view: a view (`muonkit.View`, or its spelling); implies algorithm="muon".
-        decay: whether weight decay applies.
+        decay: whether weight decay applies; "weight_decay" among the options says how much
+            ([all names](options.md#one-thing-several-names): docs/api/options.md).
         options: param group hyperparameters, such as {"lr": 1e-4}: any option of its algorithm.
             "weight_decay" is for those of its parameters that decay: gains and biases do not,
             unless decay=True.
