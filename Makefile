@@ -46,7 +46,7 @@ $(STAMP): $(LOCK) pyproject.toml
 
 test: lint types unit ## everything a change has to pass
 
-test-all: ## make test with every case of the products that it samples (tests/sampling.py)
+test-all: ## make test with every case of the products that it samples (tests/helpers/sampling.py)
 	MUONKIT_TEST_ALL=1 $(MAKE) test
 
 lint: $(STAMP) ## ruff: lint and format
@@ -65,11 +65,11 @@ unit: $(STAMP) ## pytest, warnings as errors
 # step's by up to 3e-5), and compiles a scheduled number six times.
 OLDEST := .venv-oldest
 OLDEST_TORCH = torch==$(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\]$$/\1/p' pyproject.toml).*
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,coefficients complex_parameters \
-	convert forms golden imports kernels monitor muonw mup optim optim_citizenship optim_events optim_refusals \
-	orthogonalize placement plan plan_exchange routing routing_heads routing_layouts routing_raw routing_rules \
-	routing_undecided state_dicts step_cost symmetric torch_names torch_parity variants views)) \
-	$(wildcard tests/test_distributed_*.py)
+OLDEST_TESTS := $(addprefix tests/,convert distributed monitor newton_schulz optim routing \
+	package/test_imports.py package/test_torch_names.py) \
+	$(addprefix --ignore=tests/,$(addsuffix .py,monitor/test_trackers optim/test_compiled_step optim/test_event_fuzz \
+	optim/test_gpu optim/test_magnitudes optim/test_modes optim/test_options routing/test_architectures \
+	routing/test_reviewed))
 
 $(OLDEST)/.up-to-date: pyproject.toml
 	rm -rf $(OLDEST)

@@ -2,8 +2,8 @@
 
     python benchmarks/parity.py
 
-Needs the reference trajectories that tests/test_golden.py reads; without them it says so and prints
-the rest.
+Needs the reference trajectories that tests/optim/test_golden.py reads; without them it says so and
+prints the rest.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are a package of the checkout
 
-import test_golden
-import test_torch_parity
 from muonkit import Muon
+from tests.optim import test_golden, test_torch_parity
 
 
 def golden() -> None:

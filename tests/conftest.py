@@ -28,7 +28,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-import sampling
+from tests.helpers import sampling
 
 torch.set_num_threads(1)
 
@@ -39,7 +39,8 @@ settings.load_profile("muonkit")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", f"{sampling.MARK}(together=2): a product of cases in part, see tests/sampling.py"
+        "markers",
+        f"{sampling.MARK}(together=2): a product of cases in part, see tests/helpers/sampling.py",
     )
 
 

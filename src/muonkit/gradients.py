@@ -152,7 +152,7 @@ def lies_elsewhere(p: Any) -> bool:
 
 
 class Scaled(NamedTuple):
-    """What a GradScaler hands over to an optimizer that decides itself.
+    """The scale and the overflow that a GradScaler hands over to an optimizer that skips by itself.
 
     Attributes:
         scale: that the gradients still have; None where they are unscaled already.
@@ -163,14 +163,14 @@ class Scaled(NamedTuple):
     overflow: bool
 
     def unscale_(self, work: Work) -> None:
-        """What the scaler would have done: in place, on the gradients."""
+        """Divide the gradients by the scale in place, as the scaler would have done."""
         grads = [local(cast("Tensor", p.grad)) for _, params in work for p in params]
         if self.scale is not None and grads:
             torch._foreach_mul_(grads, 1 / self.scale)
 
 
 def scaled_by(optimizer: Any) -> Scaled | None:
-    """What a GradScaler has set on the optimizer for this step; waits for it, as it would do."""
+    """The scale that a GradScaler has set on the optimizer for this step; waits for its value."""
     found = getattr(optimizer, "found_inf", None)
     if found is None:
         return None

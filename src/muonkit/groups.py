@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from muonkit._shards import WHOLE, flat_shard
-from muonkit._text import shown
+from muonkit._text import shown, unknown
 from muonkit.batching import planned
+from muonkit.newton_schulz.coefficients import Schedule
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, check_choice, choose
-from muonkit.options import ADAMW, DEFAULTS, FILLS, MUON, OF_ALGORITHM
-from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
-from muonkit.variants import check_variant
+from muonkit.options import ADAMW, CHOICES, DEFAULTS, FILLS, MUON, OF_ALGORITHM, spelled
+from muonkit.scale import ADAMW_UNITS, SCALES, check_scale, scale_factor
+from muonkit.variants import check_variant, variant_of
 from muonkit.views import View, blocks_of, row_shape
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ __all__ = [
     "refuse_half_named",
     "refuse_held",
     "separate_lr",
-    "spell_dtypes_",
+    "spell_",
     "state_shapes",
     "unused_name",
     "validate_defaults",
@@ -53,7 +54,7 @@ __all__ = [
     "warn_of_eps",
 ]
 
-# What `orthogonalize` takes from a group, in its order.
+# The options that `orthogonalize` takes from a group, in the order of its arguments.
 NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 
 # The keys of the state; AdamW's are torch's.
@@ -63,18 +64,16 @@ MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
 EPS = DEFAULTS["eps"]
 
 ALGORITHMS = ("muon", "adamw")
-NONFINITE = ("propagate", "skip", "raise")
 
-# What `Optimizer.add_param_group` fills into every group, and a group of this algorithm has not.
+# Keys that `Optimizer.add_param_group` fills into every group, but that groups of this algorithm
+# do not have.
 _FOREIGN_KEYS = {"muon": tuple(FILLS.values()), "adamw": (*FILLS.values(), *MUON)}
-# What no group of this algorithm may say: nobody would read it.
+# Keys that no group of this algorithm may have: nobody would read them.
 _UNREAD_KEYS = {
     "muon": (*_FOREIGN_KEYS["muon"], *ADAMW),
     "adamw": (*_FOREIGN_KEYS["adamw"], "view"),
 }
 _DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
-EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
-REPLICAS = ("auto", "recompute", "split")
 
 
 def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -103,12 +102,12 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
             raise ValueError(f"a group says decay=False and weight_decay={decay}; give one of them")
     algorithm = group.setdefault("algorithm", "muon")
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
+        raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
     _refuse_unread(group)
     if algorithm == "muon":
         warn_of_eps(group)
         group["view"] = str(View.parse(group.get("view", "matrix")))
-        spell_dtypes_(group)
+        spell_(group)
         return group
     no_lr = "lr" not in group and defaults["adamw_lr"] is None
     if no_lr and defaults["adjust_lr_fn"] not in ADAMW_UNITS:
@@ -140,11 +139,15 @@ def _refuse_unread(group: dict[str, Any]) -> None:
         )
 
 
-def spell_dtypes_(options: dict[str, Any]) -> None:
-    """`torch.float32` as "float32", which JSON and checkpoints can hold."""
+def spell_(options: dict[str, Any]) -> None:
+    """What JSON, checkpoints and torch.compile can hold: `torch.float32` as "float32", a
+    `Schedule` as its numbers.
+    """
     for key in _DTYPE_KEYS:
         if key in options:
             options[key] = str(options[key]).removeprefix("torch.")
+    if isinstance(schedule := options.get("ns_coefficients"), Schedule):
+        options["ns_coefficients"] = schedule.spelled()
 
 
 def refuse_half_named(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -224,7 +227,7 @@ def refuse_held(group: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | None = None) -> None:
-    """Give every group a tensor lr of its own.
+    """Give every group its own copy of a tensor lr.
 
     Schedulers fill a tensor lr group by group: shared between groups, it would be scaled once for
     each, or be the last group's.
@@ -240,7 +243,7 @@ def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
     shows, and wants to be unique. Its own, if it has one.
 
     Raises:
-        TypeError: its own is no string.
+        TypeError: the name that the group has is no string.
     """
     taken = {other["name"] for other in others}
     name = group.get("name")
@@ -329,9 +332,7 @@ def validate_options(group: dict[str, Any]) -> None:
         )
     _validate_number("weight decay", decay)
     _validate_number("eps", group["eps"])
-    if group["nonfinite"] not in NONFINITE:
-        options = ", ".join(map(repr, NONFINITE))
-        raise ValueError(f"unknown nonfinite {group['nonfinite']!r}; it is one of {options}")
+    _validate_choice(group, "nonfinite")
     for key in ("maximize", "nesterov", "cautious"):
         if key in group and not isinstance(group[key], (bool, int)):
             raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
@@ -342,25 +343,23 @@ def validate_options(group: dict[str, Any]) -> None:
             raise ValueError(f"betas should be two numbers in [0, 1) but are: {betas}")
         return
     _validate_number("momentum", group["momentum"], below=1.0)
-    scale_factor(group["adjust_lr_fn"], 1, 1)
+    check_scale(group["adjust_lr_fn"])
     check_choice(*(group[key] for key in NS_OPTIONS))
-    if group["momentum_dtype"] not in ("auto", *NS_DTYPES):
-        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
-        raise ValueError(
-            f"unknown momentum_dtype {group['momentum_dtype']!r}; it is one of {options}"
-        )
+    for key in ("momentum_dtype", "exchange_dtype", "replicas"):
+        _validate_choice(group, key)
     check_variant(group["variant"])
     if group["variant_beta2"] is not None:
         _validate_number("variant_beta2", group["variant_beta2"], below=1.0)
-    for key, accepted in (("exchange_dtype", EXCHANGE_DTYPES), ("replicas", REPLICAS)):
-        if group[key] not in accepted:
-            listed = ", ".join(map(repr, accepted))
-            raise ValueError(f"unknown {key} {group[key]!r}; it is one of {listed}")
     cap = group["bytes_in_flight"]
     if isinstance(cap, bool) or not isinstance(cap, (Integral, type(None))):
         raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
     if cap is not None and cap < 1:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
+
+
+def _validate_choice(group: Mapping[str, Any], key: str) -> None:
+    if group[key] not in CHOICES[key]:
+        raise ValueError(unknown(key, group[key], CHOICES[key]))
 
 
 def _validate_keys(group: dict[str, Any]) -> None:
@@ -370,7 +369,7 @@ def _validate_keys(group: dict[str, Any]) -> None:
         ValueError: an option is missing.
     """
     if group["algorithm"] not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
+        raise ValueError(unknown("algorithm", group["algorithm"], ALGORITHMS))
     for key in OF_ALGORITHM[group["algorithm"]]:
         if key not in group:
             raise ValueError(
@@ -435,7 +434,7 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             "make it dense, or train it with torch.optim.SparseAdam"
         )
     flat = flat_shard(p)
-    # What AdamW does to a vector of parameters it does to each; ZeRO-3's hold nothing yet.
+    # AdamW may train a flat vector of many parameters; ZeRO-3's parameters hold nothing yet.
     if flat is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
         raise ValueError(f"{name} of shape {shape} is {flat}. {WHOLE}")
     if group["algorithm"] == "muon":
@@ -450,16 +449,18 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
                 f"with size: {shape} ({name}); {hint}"
             )
         try:
-            blocks_of(group["view"], shape)
+            blocks = blocks_of(group["view"], shape)
         except ValueError as error:
             hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
             raise ValueError(f"{name}: {error}{hint}") from None
+        for block in blocks:
+            check_scale(group["adjust_lr_fn"], block.rows, block.cols)
 
 
 def beta2_of(group: Mapping[str, Any]) -> float:
     """The weight of the past in the variant's state."""
     given: float | None = group["variant_beta2"]
-    default = check_variant(group["variant"]).beta2
+    default = variant_of(group["variant"]).beta2
     return given if given is not None else (default or 0.0)
 
 
@@ -470,7 +471,7 @@ def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ..
     shape = tuple(p.shape)
     if group["algorithm"] == "adamw":
         return {"exp_avg": shape, "exp_avg_sq": shape}
-    kept = check_variant(group["variant"]).state
+    kept = variant_of(group["variant"]).state
     if kept == "none":
         return {MOMENTUM: shape}
     rows = row_shape(group["view"], shape) if kept == "rows" else shape
@@ -544,6 +545,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "ns_dtype": str(choice.dtype),
                     "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
+                    "variant": spelled(group["variant"]),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

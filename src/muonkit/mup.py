@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from muonkit import routing
+from muonkit._text import unknown
 from muonkit.routing.judge import Undecided, is_vector, judge
 from muonkit.routing.places import LORA, unwrap
 from muonkit.routing.routes import Routes, RoutingError
@@ -357,7 +358,7 @@ def _number(what: str, value: Any) -> None:
 
 def _choice(what: str, value: object, options: Any) -> None:
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"unknown {what} {value!r}; it is one of {', '.join(map(repr, options))}")
+        raise ValueError(unknown(what, value, options))
 
 
 @torch.no_grad()

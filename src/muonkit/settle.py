@@ -181,7 +181,7 @@ def _check_names(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) ->
 
 
 def _by_their_names(known: Sequence[Known]) -> dict[str, Tensor]:
-    """What was settled in groups that have names, by name."""
+    """The settled parameters of groups that have names, by name."""
     return {
         name: p
         for before in known

@@ -109,13 +109,15 @@ class View:
     steps: tuple[str, ...]
 
     @staticmethod
-    def parse(spec: str) -> View:
-        """Read a view from its spelling.
+    def parse(spec: str | View) -> View:
+        """Read a view from its spelling; a view is one already.
 
         Raises:
-            TypeError: `spec` is not a string.
+            TypeError: `spec` is neither a string nor a view.
             ValueError: it is not one of the spellings above.
         """
+        if isinstance(spec, View):
+            spec = str(spec)  # one that was made by hand is looked at, too
         if not isinstance(spec, str):
             raise TypeError(f"a view is a string, got {type(spec).__name__}; one of {_OPTIONS}")
         return View._parse(spec)

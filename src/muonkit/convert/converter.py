@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from muonkit._text import unknown
 from muonkit.convert.formats import FORMATS, Format
 from muonkit.convert.match import Parameter, named_of, positions_of, read_all, refuse
 from muonkit.convert.values import same, written_parameter
@@ -180,7 +181,7 @@ def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; it is one of {', '.join(map(repr, FORMATS))}")
+        raise ValueError(unknown("format", name, FORMATS))
     return FORMATS[name]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from muonkit._text import unknown
 from muonkit.groups import MOMENTUM, STEP, VARIANCE, state_shapes
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, resolve
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
@@ -83,8 +84,8 @@ def read_parameter(
     """
     name = form.side_of(group, entry)
     if name not in form.sides:
-        known = ", ".join(form.sides)
-        raise ValueError(f"it is trained by {name!r} there, and what is converted is {known}")
+        told = unknown("algorithm", name, form.sides)
+        raise ValueError(f"it is trained by {name!r} there: {told}")
     side, notes = form.sides[name], list[str]()
     group = form.prepare(name, group)
     options = _read_options(form, side, group, notes)
@@ -125,9 +126,8 @@ def _read_options(
         if form.scale_key not in group:
             lacks.append(form.scale_key)
         elif group[form.scale_key] not in form.scales:
-            raise ValueError(
-                f"its group has the unknown {form.scale_key}={group[form.scale_key]!r}"
-            )
+            what = f"{form.scale_key} in its group"
+            raise ValueError(unknown(what, group[form.scale_key], form.scales))
     if lacks:
         raise ValueError(f"its group lacks {', '.join(lacks)}: it is no group of this format")
     if side.algorithm == "muon":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from muonkit._text import shown
+from muonkit._text import shown, unknown
 from muonkit.groups import parameter_names
 from muonkit.monitor.records import (
     FIELDS,
@@ -280,9 +280,12 @@ def _check(
 
 
 def _check_names(what: str, given: Any, known: Sequence[str], otherwise: str) -> None:
-    if isinstance(given, str) or any(name not in known for name in given):
+    if isinstance(given, str):
         listed = ", ".join(map(repr, known))
         raise ValueError(f"{what} is a list of {listed}, or {otherwise}, got {given!r}")
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown(f"name in {what}", name, known, f", or {what} is {otherwise}"))
 
 
 def _refuse_meta(optimizer: Muon) -> None:

@@ -11,6 +11,7 @@ from muonkit.distributed.step_plan import gradients, plan_alone, plan_key
 from muonkit.groups import parameter_names
 from muonkit.monitor.sample import KINDS, Key, matrices_of
 from muonkit.monitor.spectra import SPECTRUM
+from muonkit.options import spelled
 from muonkit.scale import scale_factor
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def header_of(optimizer: Muon) -> Record:
                         "view": group["view"],
                         "group": g,
                         "scale": scale_factor(group["adjust_lr_fn"], rows, cols),
-                        "variant": group["variant"],
+                        "variant": spelled(group["variant"]),
                     }
                 )
     return {"groups": groups, "matrices": matrices, "parameters": parameters}

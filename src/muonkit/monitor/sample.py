@@ -1,7 +1,8 @@
 """One sample: what is measured in a step, on every rank, and put together.
 
-Whole matrices are measured by the rank that computes them; what AdamW trains by every rank where
-its state lives, as sums of squares that count every entry once. Then all ranks have all numbers.
+Whole matrices are measured by the rank that computes them. What AdamW trains is measured by every
+rank that keeps a part of its state, as sums of squares that count every entry once. Then all ranks
+have all numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from muonkit.batching import Batch, MatrixRef
+    from muonkit.batching import MatrixRef, ObservedBatch
     from muonkit.distributed.placement import Box
     from muonkit.optim import Muon
 
@@ -70,7 +71,7 @@ class _Names:
         p, box = self._parts.get(id(source.param)), source.box
         if p is not None:
             layout = self._layouts[p]
-            box = layout.stored.origin(tuple(p.shape), layout.at, box)
+            box = layout.param_placement.origin(tuple(p.shape), layout.at, box)
         return Key(g, i, index[box])
 
 
@@ -94,7 +95,7 @@ class Sampler:
 
     # --- Muon's matrices ------------------------------------------------------------------------
 
-    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+    def before(self, batch: ObservedBatch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
         if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
             self._names = _Names(self._optimizer)
         sources = [list(some) for some in batch.sources()]

@@ -21,6 +21,8 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
+from muonkit._text import unknown
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -106,8 +108,7 @@ def check_form(ns_form: str) -> None:
     ValueError: not a key of `FORMS` nor "auto".
     """
     if not isinstance(ns_form, str) or ns_form not in ("auto", *FORMS):
-        options = ", ".join(map(repr, ["auto", *FORMS]))
-        raise ValueError(f"unknown ns_form {ns_form!r}; it is one of {options}")
+        raise ValueError(unknown("ns_form", ns_form, ["auto", *FORMS]))
 
 
 @functools.lru_cache(maxsize=4096)

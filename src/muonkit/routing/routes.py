@@ -19,13 +19,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from muonkit._shards import WHOLE, flat_model
-from muonkit._text import shown
+from muonkit._text import shown, unknown
+from muonkit.options import spelled
 from muonkit.routing.judge import Undecided, Verdict, is_vector, judge
 from muonkit.routing.places import Models, Site, unwrap
 from muonkit.routing.remedies import UNDECIDED, Open, open_message, warning_message
 from muonkit.routing.rules import HYPERPARAMETERS, RoutingError, Rule, choose_rules
 from muonkit.routing.survey import Survey, survey
-from muonkit.scale import ROUTED, SCALES, scale_factor
+from muonkit.scale import ROUTED, SCALES, Scale, check_scale, scale_factor
 from muonkit.views import View
 
 __all__ = ["Route", "Routes", "RoutingError", "Rule", "route"]
@@ -72,7 +73,7 @@ class Route:
 class Routes(Sequence[Route]):
     """The routes of a model, in registration order. `print` it to see the table."""
 
-    def __init__(self, routes: Sequence[Route], scale: str = ROUTED) -> None:
+    def __init__(self, routes: Sequence[Route], scale: str | Scale = ROUTED) -> None:
         self._routes = tuple(routes)
         self.scale = scale  # what the table's scales are, unless a rule says otherwise
 
@@ -125,7 +126,7 @@ class Routes(Sequence[Route]):
                 "decay": r.decay,
                 "scale": r.scale,
                 "reason": r.reason,
-                "options": dict(r.options),
+                "options": {key: spelled(value) for key, value in r.options.items()},
             }
             for r in self
         ]
@@ -234,7 +235,7 @@ def _cells(route: Route) -> tuple[str, ...]:
 class _Asked:
     """The arguments of `route` that each parameter's route depends on."""
 
-    scale: str
+    scale: str | Scale
     decay_1d: bool
     undecided: str
 
@@ -251,7 +252,7 @@ def route(
     model: nn.Module | Mapping[str, nn.Module],
     rules: Sequence[Rule] | None = (),
     *,
-    scale: str = ROUTED,
+    scale: str | Scale = ROUTED,
     decay_1d: bool = False,
     undecided: str = "raise",
     heads: Iterable[str | nn.Module] | None = None,
@@ -262,9 +263,10 @@ def route(
         model: any module; `torch.compile`, DistributedDataParallel and the like are looked through.
             Several models come as a dict, whose keys begin their parameters' names.
         rules: overrides; for each parameter the first rule that matches decides.
-        scale: the name of the learning-rate scale that the table shows (a key of
-            `muonkit.scale.SCALES`), and that `MuonW` uses; a rule's option "adjust_lr_fn" goes
-            before it.
+        scale: the learning-rate scale that the table shows, and that `MuonW` uses: a key of
+            `muonkit.scale.SCALES` or a function (rows, cols) -> float; a rule's option
+            "adjust_lr_fn" goes before it
+            ([all names](options.md#one-thing-several-names): docs/api/options.md).
         decay_1d: decay gains, biases and other vectors too, where no rule decides.
         undecided: what becomes of parameters of which nothing tells whether they are hidden
             matrices, or which matrices: "raise" (one error with all of them and the lines that
@@ -286,10 +288,12 @@ def route(
     model = as_module(model)
     if isinstance(heads, str | nn.Module):
         raise TypeError("heads is a list of modules or names: put the one in brackets")
-    if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(map(repr, SCALES))}")
+    if callable(scale):
+        check_scale(scale)
+    elif scale not in SCALES:
+        raise ValueError(unknown("scale", scale, SCALES))
     if undecided not in ("raise", "adamw"):
-        raise ValueError(f"unknown undecided {undecided!r}; one of 'raise', 'adamw'")
+        raise ValueError(unknown("undecided", undecided, ("raise", "adamw")))
     if flat := flat_model(model):
         raise RoutingError(f"{type(model).__name__}: {flat}. {WHOLE}")
     facts = survey(unwrap(model), None if heads is None else list(heads))
@@ -456,7 +460,7 @@ def _overridden(site: Site, param: nn.Parameter, judged: Verdict | None, rule: R
     if algorithm == "adamw":
         view = None
     elif algorithm == "muon":
-        view = rule.view or view or ("matrix" if param.ndim == 2 else None)
+        view = (str(rule.view) if rule.view else view) or ("matrix" if param.ndim == 2 else None)
         if view is None:
             raise RoutingError(_no_view(site, param, rule))
     verdict = Verdict(

@@ -1,0 +1,195 @@
+"""Ranks on machines of different kinds, whose optimizers exchange nothing (plain DDP): where "auto"
+is not the same dtype on all of them, copies would drift apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from muonkit import Muon, MuonW
+from muonkit.distributed import rank_dtypes
+from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
+from tests.helpers.ranks import Cases, Ranks, ranks_of, run, shared_folder
+
+CASES = Cases()
+
+
+ranks = ranks_of(CASES)
+
+
+@contextlib.contextmanager
+def multiplying(dtype: str) -> Iterator[None]:
+    """As on a CPU that multiplies fastest in this dtype."""
+    found = {"amx_bf16": dtype == "bfloat16", "avx512_bf16": False, "arm_bf16": False}
+    before = _orthogonalize_dtype.cpu_capabilities
+    try:
+        _orthogonalize_dtype.cpu_capabilities = lambda: found  # type: ignore[assignment]
+        _orthogonalize_dtype.fastest_dtype.cache_clear()
+        yield
+    finally:
+        _orthogonalize_dtype.cpu_capabilities = before
+        _orthogonalize_dtype.fastest_dtype.cache_clear()
+
+
+def mixed() -> contextlib.AbstractContextManager[None]:
+    return multiplying(["float32", "bfloat16"][dist.get_rank()])
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+
+
+def stepped(optimizer: torch.optim.Optimizer, count: int = 1) -> None:
+    for _ in range(count):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+def told(error: pytest.ExceptionInfo[RuntimeError]) -> None:
+    mine, other = ["float32", "bfloat16"][:: 1 - 2 * dist.get_rank()]
+    text = str(error.value)
+    assert f"is {mine} on rank {dist.get_rank()}" in text, text
+    assert f"{other} on rank {1 - dist.get_rank()}:" in text, text
+    assert 'ns_dtype="float32"' in text
+
+
+@CASES.on(2, compiled=[False, True])
+def mixed_nodes_are_told_before_anything_is_written(compiled: bool) -> None:
+    with mixed():
+        optimizer = MuonW(model(), lr=0.1)
+        dist.barrier()  # as the first backward pass of DDP: all have made theirs
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in params]
+        if compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore
+        for _ in range(2):  # whoever catches it and goes on is told again
+            with pytest.raises(RuntimeError) as error:
+                stepped(optimizer)
+            told(error)
+        assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+        state = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+        assert state
+        assert not any(t.any() for t in state)
+
+
+@CASES.on(2, compiled=[False, True])
+def equal_nodes_step_and_ask_once(compiled: bool) -> None:
+    requests = []
+    through = rank_dtypes._try
+
+    def counting(ask: Any, *arguments: Any) -> Any:
+        requests.append(ask)
+        return through(ask, *arguments)
+
+    rank_dtypes._try = counting
+    try:
+        # A shape that no other case has, where ranks have told different dtypes.
+        optimizer = Muon([nn.Parameter(torch.ones(11 + compiled, 3))], lr=0.1)
+        if compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore
+        dist.barrier()
+        stepped(optimizer)
+        # A rank's word and count at construction and once more at the first step (the process
+        # group might be a new one), and one look.
+        assert len(requests) <= 5, requests
+        del requests[:]
+        stepped(optimizer, 3)
+        assert not requests
+    finally:
+        rank_dtypes._try = through
+
+
+@CASES.on(2)
+def nothing_is_refused_where_auto_is_the_same() -> None:
+    rank = dist.get_rank()
+    with mixed():
+        for options in ({"ns_dtype": "float32"}, {"ns_coefficients": "svd"}):
+            stepped(MuonW(model(), lr=0.1, **options))
+        stepped(MuonW(model(), lr=0.1, ns_coefficients="polar_express"))  # always float32
+        stepped(MuonW(model().double(), lr=0.1))  # always float64
+        # Stages of a pipeline: nobody's copies.
+        stage = nn.Parameter(torch.ones(4, 6))
+        optimizer = Muon([(f"stage{rank}.weight", stage)], lr=0.1)
+        dist.barrier()
+        stepped(optimizer)
+
+
+@CASES.on(2)
+def one_rank_alone_waits_for_nobody() -> None:
+    with mixed():
+        if dist.get_rank() == 1:
+            stepped(Muon([nn.Parameter(torch.ones(5, 3))], lr=0.1), 2)
+    dist.barrier()
+
+
+@CASES.on(2)
+def added_parameters_are_compared_too() -> None:
+    with mixed():
+        first = nn.Parameter(torch.ones(4, 7, dtype=torch.float64))
+        optimizer = Muon([first], lr=0.1)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 7))]})
+        dist.barrier()
+        # What was added is told at the first step; the last to tell it sees the other.
+        failed = torch.zeros(1)
+        try:
+            stepped(optimizer)
+        except RuntimeError:
+            failed += 1
+        dist.all_reduce(failed)
+        assert failed >= 1
+
+
+@CASES.on(2)
+def a_process_group_that_comes_later_or_again() -> None:
+    rank = dist.get_rank()
+    with shared_folder() as folder, mixed():
+        dist.barrier()
+        dist.destroy_process_group()
+        early = Muon([nn.Parameter(torch.ones(9, 2))], lr=0.1)
+        _init(folder / "one", rank)
+        failed = torch.zeros(1)
+        try:
+            stepped(early)
+        except RuntimeError:
+            failed += 1
+        dist.all_reduce(failed)
+        assert failed >= 1
+        # A group of another life: what was told in the first is not held against it.
+        dist.destroy_process_group()
+        _init(folder / "two", rank)
+        with multiplying("float32"):
+            optimizer = Muon([nn.Parameter(torch.ones(9, 2))], lr=0.1)
+            dist.barrier()
+            stepped(optimizer)
+
+
+def _init(path: Any, rank: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+
+
+def _plays_a_rank() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    for store in (FakeStore(), dist.HashStore()):
+        dist.init_process_group("fake", store=store, rank=0, world_size=64)
+        stepped(MuonW(model(), lr=0.1), 2)
+        dist.destroy_process_group()
+
+
+def test_a_process_that_plays_a_rank_of_many_steps() -> None:
+    run(1, [_plays_a_rank], init=False)["_plays_a_rank"].check()
+
+
+@pytest.mark.parametrize(("world_size", "case"), CASES.ids())
+def test_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
+    ranks.outcome(world_size, case).check()

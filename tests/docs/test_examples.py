@@ -1,0 +1,164 @@
+"""The examples at several ranks give the losses of one process, and survive a killed rank.
+
+The ranks are forked from a process that has imported torch (`distributed_helpers.run`); one run is
+by `torchrun`, as the examples' own commands are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import counted_collectives, run
+
+EXAMPLES = ROOT / "examples"
+# Small, and still through a warm-up, a step at the peak, and decay.
+SHORT = ["--steps", "4", "--every", "1", "--batch", "4"]
+# Losses are printed with six decimals. Ranks sum in another order than one process does: in six
+# steps of every layout that changed no loss by more than 1e-6, the last decimal.
+TOLERANCE = 1e-5
+
+
+def losses(output: str) -> dict[int, float]:
+    found = re.findall(r"^step +(\d+)  loss ([\d.]+)$", output, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in found}
+
+
+def printed(example: str, *arguments: str) -> str:
+    """What the example prints in this process: without ranks, or as one of `run`'s."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.syspath_prepend(str(EXAMPLES))
+        patch.setattr(sys, "argv", [example, *SHORT, *arguments])
+        if dist.is_initialized():
+            # As torchrun says it; but the group is there already, and outlives the example.
+            patch.setenv("WORLD_SIZE", str(dist.get_world_size()))
+            patch.setattr(dist, "init_process_group", lambda *_, **__: None)
+            patch.setattr(dist, "destroy_process_group", lambda *_, **__: None)
+        runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+    return output.getvalue()
+
+
+def on_ranks(count: int, example: str, *arguments: str) -> str:
+    """What rank 0 printed; the others print nothing."""
+    name = " ".join([example, *arguments])
+    outcome = run(count, {name: functools.partial(printed, example, *arguments)}, timeout=120)
+    first, *others = outcome[name].check()
+    assert not any(others)
+    return str(first)
+
+
+@pytest.mark.parametrize(("example", "ranks"), [("train_fsdp2", 2), ("train_dp_tp_zero1", 4)])
+def test_losses_are_those_of_one_process(example: str, ranks: int) -> None:
+    expected = losses(printed(example))
+    assert list(expected) == [1, 2, 3, 4]
+    assert losses(on_ranks(ranks, example)) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_losses_under_torchrun_are_those_of_one_process() -> None:
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(EXAMPLES / "train_ddp.py"), *SHORT],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = losses(printed("train_ddp"))
+    assert list(expected) == [1, 2, 3, 4]
+    assert losses(done.stdout) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def printed_and_scattered(*arguments: str) -> tuple[str, int]:
+    """As `printed`, of train_ddp, with the bytes that this rank sent by reduce-scatter."""
+    with counted_collectives() as calls:
+        output = printed("train_ddp", *arguments)
+    return output, sum(sent for name, sent in calls if name.startswith("reduce_scatter"))
+
+
+def test_reduce_scatter_sends_half_of_the_gradients_and_gives_the_losses_of_one_process() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        model = importlib.import_module("common").gpt(0)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    cases = {
+        "whole": printed_and_scattered,
+        "scattered": functools.partial(printed_and_scattered, "--reduce-scatter"),
+    }
+    found = {name: outcome.check() for name, outcome in run(2, cases, timeout=120).items()}
+    assert [sent for _, sent in found["whole"]] == [0, 0]
+    # Four steps, one of two halves; a bucket's halves are made as long as the longer one.
+    for _, sent in found["scattered"]:
+        assert sent == pytest.approx(4 * size / 2, rel=0.01)
+    expected = losses(printed("train_ddp"))
+    for ranks in found.values():
+        assert losses(ranks[0][0]) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_four_ranks_give_the_losses_of_one_process_which_goes_on_from_their_checkpoint(
+    tmp_path: Path,
+) -> None:
+    example, folder, steps = "train_fsdp2_tp", tmp_path / "checkpoints", ("--steps", "6")
+    expected = losses(printed(example, *steps))
+    save = (*steps, "--checkpoint", str(folder), "--save-every", "2")
+    assert losses(on_ranks(4, example, *save)) == pytest.approx(expected, abs=TOLERANCE)
+    # The last two are kept, and nothing half written is.
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000004", "step-000006"]
+    # As if the last had not been finished.
+    (folder / "step-000006").rename(folder / "step-000006.part")
+    again = printed(example, *save, "--resume")
+    assert f"going on from {folder / 'step-000004'}" in again
+    # Step 5's loss is of the parameters in the checkpoint, step 6's of the momentum too.
+    remaining = {step: expected[step] for step in (5, 6)}
+    assert losses(again) == pytest.approx(remaining, abs=TOLERANCE)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000004", "step-000006"]
+
+
+def test_separate_projections_are_the_same_model() -> None:
+    fused, separate = (losses(printed(name)) for name in ("train_ddp", "train_fsdp2_tp"))
+    assert separate == pytest.approx(fused, abs=TOLERANCE)
+
+
+def test_checkpoints_of_another_run_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "step-000002").mkdir()
+    with pytest.raises(SystemExit, match="--resume"):
+        printed("train_ddp", "--checkpoint", str(tmp_path))
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    save = ("--checkpoint", str(tmp_path), "--save-every", "2")
+    printed("train_ddp", *save)
+    last = tmp_path / "step-000004"
+    parts = sorted(last.iterdir())
+    assert len(parts) == 3  # what is where, one rank's part, and the sums
+    for part in parts:
+        sound = part.read_bytes()
+        part.write_bytes(sound[:40] + bytes([sound[40] ^ 1]) + sound[41:])
+        with pytest.raises(SystemExit, match=f"{last} is damaged .*: delete {last}, to go on"):
+            printed("train_ddp", *save, "--resume", "--steps", "6")
+        part.write_bytes(sound)
+    assert losses(printed("train_ddp", *save, "--resume", "--steps", "5")).keys() == {5}
+
+
+def test_a_killed_rank_ends_all_and_the_resumed_run_is_equal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run of ``benchmarks/kill.py``, which raises at the first promise that is broken."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    arguments = "--runs 1 --forked --layouts train_ddp:2 --steps 6 --save-every 2"
+    monkeypatch.setattr(sys, "argv", ["kill.py", *arguments.split()])
+    importlib.import_module("kill").main()
+    assert "1 runs: all other ranks ended with an error" in capsys.readouterr().out

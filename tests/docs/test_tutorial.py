@@ -1,0 +1,191 @@
+"""The tutorial's notebooks run, in their short form; what their text claims is asserted in them.
+
+They are kept as text (docs/tutorial/*.py) and executed as a reader's Jupyter would: in a kernel,
+from the folder that they are in.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import warm
+from tests.helpers.paths import ROOT, SHARED
+
+TUTORIAL = ROOT / "docs" / "tutorial"
+NOTEBOOKS = sorted(TUTORIAL.glob("[0-9][0-9]_*.py"))
+DATA = SHARED / "data"  # where a checkout has data sets beside it; else the digits
+
+names = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def environment(data: Path = DATA) -> dict[str, str]:
+    """As a reader has it, but for the short form; conftest's back end for plots shows none.
+
+    Args:
+        data: where data sets are looked for; a folder that is missing says at once what a download
+            without a network says after its timeouts.
+    """
+    kept = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    return {**kept, "MUONKIT_TUTORIAL": "quick", "MUONKIT_DATA": str(data)}
+
+
+# Kernels that wait for the next notebook, by their environment.
+_kernels: dict[tuple[tuple[str, str], ...], Any] = {}
+
+# As in a kernel of its own, but for what was imported: that takes longer than most notebooks.
+_ANEW = """
+get_ipython().run_line_magic("reset", "-f")
+__spec__ = None  # which multiprocessing asks of the main module
+import matplotlib.pyplot
+matplotlib.pyplot.close("all")
+del matplotlib
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_kernel_is_left() -> Iterator[None]:
+    yield
+    for manager in _kernels.values():
+        manager.shutdown_kernel(now=True)
+    _kernels.clear()
+
+
+def executed(text: str, data: Path = DATA, **variables: str) -> Any:
+    """The notebook with its outputs.
+
+    Args:
+        variables: of the environment, besides.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raised.
+    """
+    jupytext = pytest.importorskip("jupytext", reason='pip install "muonkit[tutorial]"')
+    nbclient = pytest.importorskip("nbclient", reason='pip install "muonkit[tutorial]"')
+    pytest.importorskip("ipykernel", reason='pip install "muonkit[tutorial]"')
+    from jupyter_client.manager import KernelManager
+
+    notebook = jupytext.reads(f"# %%{_ANEW}\n{text}", fmt="py:percent")
+    env = {**environment(data), **variables}
+    key = tuple(sorted({"MUONKIT_DATA": str(data), **variables}.items()))
+    with warnings.catch_warnings():
+        # Of jupyter's own packages and the sockets between them and the kernel; not of the cells',
+        # which are in another process and come back as text.
+        warnings.simplefilter("ignore")
+        if key not in _kernels:
+            _kernels[key] = KernelManager(kernel_name="python3")
+            _kernels[key].start_kernel(env=env, cwd=str(TUTORIAL))
+        client = nbclient.NotebookClient(notebook, km=_kernels[key], timeout=240)
+        try:
+            client.execute()
+        finally:
+            if client.kc is not None:
+                client.kc.stop_channels()
+    del notebook.cells[0]
+    return notebook
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def printed(notebook: Any, stream: str) -> str:
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == stream)
+
+
+@names
+def test_notebook_runs(path: Path) -> None:
+    notebook = executed(path.read_text(encoding="utf-8"))
+    assert printed(notebook, "stderr") == ""  # no warnings
+    assert printed(notebook, "stdout")
+    # Every figure that is drawn is shown.
+    shown = sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+    assert shown >= path.read_text(encoding="utf-8").count("plt.show()")
+
+
+# What a CPU with bf16 units says of itself; the products are right without them, but slow. Read at
+# the start of every interpreter, so that the ranks of notebook 6 have it too.
+BF16_UNITS = """
+import torch
+
+features = torch.cpu.get_capabilities()
+torch.cpu.get_capabilities = lambda: {**features, "avx512_bf16": True}
+"""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in NOTEBOOKS if path.name[:2] in ("03", "06", "08")],
+    ids=lambda p: p.stem,
+)
+def test_notebook_runs_where_products_are_in_bfloat16(path: Path, tmp_path: Path) -> None:
+    """Those that hold results to a tolerance."""
+    (tmp_path / "sitecustomize.py").write_text(BF16_UNITS)
+    check = '\n\n# %%\nassert torch.cpu.get_capabilities()["avx512_bf16"]\n'
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    executed(path.read_text(encoding="utf-8") + check, PYTHONPATH=paths)
+
+
+def test_without_data_the_digits_stand_in(tmp_path: Path) -> None:
+    path = TUTORIAL / "04_experiments.py"
+    notebook = executed(path.read_text(encoding="utf-8"), data=tmp_path / "missing")
+    for name in ("mnist", "cifar10"):
+        said = f"NOTE: {name} is not to be had, scikit-learn's digits stand in for it."
+        assert said in printed(notebook, "stdout")
+
+
+def test_a_false_claim_fails() -> None:
+    nbclient = pytest.importorskip("nbclient", reason='pip install "muonkit[tutorial]"')
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
+        executed("# %%\nassert 1 + 1 == 3\n")
+
+
+@names
+def test_notebook_without_the_extra_is_one_line(path: Path, tmp_path: Path) -> None:
+    """As in an environment where muonkit alone is installed."""
+    code = (
+        "import runpy, sys\n"
+        "for name in [name for name in sys.modules if name.startswith('muonkit.lab.')]:\n"
+        "    del sys.modules[name]\n"
+        "sys.modules['matplotlib'] = sys.modules['muonkit.lab'] = None\n"
+        f"runpy.run_path({str(path)!r})"
+    )
+    done = warm.run(["-c", code], cwd=tmp_path, env=environment())
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert 'pip install "muonkit[tutorial]"' in done.stderr
+
+
+@names
+def test_notebook_has_its_parts(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    code = re.findall(r"^# %%$", text, re.MULTILINE)
+    assert 5 <= len(code) <= 15
+    number = path.stem.split("_")[0].removeprefix("0")
+    assert f"# # {number}. " in text
+    remembered, exercises = text.index("# ## What to remember"), text.index("# ## Exercises")
+    answers = text.index("<details><summary>Answers</summary>")
+    assert remembered < exercises < answers
+    # Colab: the first cell installs muonkit where it is not there, and only there.
+    first = text.index("# %%\n")
+    assert text.index('find_spec("muonkit") is None') < text.index("# %%", first + 1)
+
+
+def test_muon_from_scratch_is_forty_lines() -> None:
+    text = (TUTORIAL / "03_from_scratch.py").read_text(encoding="utf-8")
+    source = text[text.index("def newton_schulz") : text.index("# ## Is it right?")]
+    lines = [line for line in source.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 40
+
+
+def test_the_page_lists_every_notebook() -> None:
+    page = (TUTORIAL / "index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\((\d\d_\w+\.py)\)", page))
+    assert linked == {path.name for path in NOTEBOOKS}
+    assert len(NOTEBOOKS) == 8

@@ -1,0 +1,63 @@
+"""What the lab's tests share: a silent reporter, short readings of a run, small data files."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from muonkit.lab import data
+from muonkit.lab.progress import Lines
+from muonkit.lab.store import Record, parse_lines
+from muonkit.lab.sweep import Search
+
+
+class Silent(Lines):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def read_records(path: Path) -> list[Record]:
+    return parse_lines(path.read_bytes())
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    """Every measured number but the times, in order."""
+    records = read_records(folder / "measurements.jsonl")
+    return [
+        (r["optimizer"], r["lr"], r["seed"], r["kind"], r["step"], r["loss"], r.get("accuracy"))
+        for r in records
+    ]
+
+
+def searched(search: Search, loss_at: Callable[[float], float]) -> tuple[float, list[float]]:
+    """What a search finds where ``loss_at`` is the loss, and the values it tried."""
+    tried: list[float] = []
+    values = next(search)
+    while True:
+        tried.extend(values)
+        try:
+            values = search.send([loss_at(value) for value in values])
+        except StopIteration as end:
+            return end.value, tried
+
+
+def write_cifar(path: Path, cut: str = "", drop: str = "", label: int = 9) -> Path:
+    """A small file as the published one; its damage is as the arguments say."""
+    record = bytes([label]) + bytes(3072)
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for name in data._CIFAR_BATCHES:
+            content = record * 10_000
+            content = content[:-5] if name == cut else content
+            if name != drop:
+                member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path

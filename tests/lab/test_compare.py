@@ -1,0 +1,514 @@
+"""Runs: fair, durable, and resumed bit for bit; what they come to; the folder they live in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from muonkit.lab import data, report
+from muonkit.lab.cli import main
+from muonkit.lab.compare import Comparison, Session, comparison
+from muonkit.lab.errors import LabError
+from muonkit.lab.optimizers import OPTIMIZERS
+from muonkit.lab.progress import Lines
+from muonkit.lab.results import Curve, figure, rows, table
+from muonkit.lab.store import (
+    Folder,
+    MeasurementFile,
+    read_summed,
+    sum_of_file,
+    write_sealed,
+)
+from muonkit.lab.sweep import best_rate
+from muonkit.lab.tasks import TASKS
+from muonkit.lab.train import Result, Run, Setting, StopRequest, Trainer, lr_factor, train
+from tests.helpers import warm
+from tests.helpers.lab import Silent, losses, read_records, searched
+
+STEPS = 150
+
+
+# --- the same for every optimizer ---
+
+
+class Recording:
+    """Digits that remember which batches were asked for."""
+
+    def __init__(self) -> None:
+        self.digits = data.digits()
+        self.description, self.fingerprint = self.digits.description, self.digits.fingerprint
+        self.sums: list[float] = []
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return self.digits.steps_per_epoch(batch_size)
+
+    def batch(self, seed: int, step: int, size: int) -> data.Batch:
+        x, y = self.digits.batch(seed, step, size)
+        self.sums.append(x.double().sum().item())
+        return x, y
+
+    def validation(self) -> Iterator[data.Batch]:
+        return self.digits.validation()
+
+
+def test_every_optimizer_starts_equal_and_sees_the_same_batches(tmp_path: Path) -> None:
+    seen = {}
+    for name in OPTIMIZERS:
+        recording = Recording()
+        setting = Setting(TASKS["digits"], recording, steps=4, batch_size=32)
+        run = Run(name, 1e-3, 0)
+        trainer = Trainer(run, setting, tmp_path / name, StopRequest(), Silent())
+        recording.sums.clear()  # of the warm-up's batch
+        start = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+        trainer.train()
+        end = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        assert not torch.equal(start, end), f"{name} trained nothing"
+        seen[name] = (start.tolist(), recording.sums)
+    assert all(value == seen["adamw"] for value in seen.values())
+
+
+def test_seeds_differ_in_weights_and_batches(tmp_path: Path) -> None:
+    setting = Setting(TASKS["digits"], data.digits(), steps=2, batch_size=32)
+    first = [
+        train(Run("adamw", 1e-3, seed), setting, tmp_path / str(seed), StopRequest(), Silent())
+        for seed in (0, 1)
+    ]
+    assert first[0].train_loss != first[1].train_loss
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 333])
+def test_the_learning_rate_rises_and_falls(steps: int) -> None:
+    factors = [lr_factor(step, steps) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert max(factors) == 1
+    peak = factors.index(1)
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_task_is_complete(task: Any) -> None:
+    assert set(task.lr) == set(OPTIMIZERS)
+    x = torch.randint(256, (2, 16)) if task.name == "gpt" else None
+    if x is None:
+        shape = {"digits": (2, 1, 8, 8), "mnist": (2, 1, 28, 28), "cifar10": (2, 3, 32, 32)}
+        x = torch.randn(shape[task.name])
+    model = task.build()
+    assert model(x).shape[-1] == (256 if task.name == "gpt" else 10)
+    for spec in OPTIMIZERS.values():
+        if task.name == "cifar10" and spec.name.startswith("torch-muon"):
+            continue  # it has convolutions only; see the test below
+        optimizer = spec.build(model, 1e-3)
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len({id(p) for p in held}) == len(held) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["torch-muon", "torch-muon-fp32"])
+def test_torch_muon_without_a_matrix_is_refused_not_replaced_by_adamw(name: str) -> None:
+    with pytest.raises(LabError, match=f"{name} has nothing to train here"):
+        OPTIMIZERS[name].build(TASKS["cifar10"].build(), 1e-3)
+
+
+# --- stopped and resumed ---
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """The measurements of two runs that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*COMMAND, "--out", str(out)]) == 0
+    return losses(out)
+
+
+COMMAND = [
+    "compare",
+    "digits",
+    "--steps",
+    str(STEPS),
+    "--threads",
+    "1",
+    "--checkpoint-every",
+    "0.02",
+    "--lr",
+    "0.02",
+]
+
+
+def _begin(out: Path) -> warm.Command:
+    return warm.Command(["-m", "muonkit.lab.cli", *COMMAND, "--out", str(out)])
+
+
+def _wait_for(process: warm.Command, out: Path, optimizer: str, steps: int) -> None:
+    """Return as soon as that run's checkpoint speaks of ``steps`` steps."""
+    folder = out / "runs" / f"{optimizer}-lr0.02-seed0"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        measurements = folder / "measurements.jsonl"
+        there = (folder / "checkpoint.pt").exists() and measurements.exists()
+        if there and measurements.read_bytes().count(b"\n") >= steps:
+            return
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.002)
+    raise AssertionError("the run did not get that far in two minutes")
+
+
+def test_stopped_and_killed_it_ends_as_if_nothing_had_happened(
+    tmp_path: Path, reference: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    process = _begin(out)
+    _wait_for(process, out, "muonw", 20)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    stopped = re.search(r"stopped at step (\d+) of muonw.*the same command goes on", last)
+    assert stopped, said
+
+    process = _begin(out)
+    _wait_for(process, out, "adamw", 37)
+    process.kill()
+    said = process.communicate()[1].decode()
+    assert f"goes on at step {stopped[1]}/{STEPS}" in said
+    assert not (out / "runs" / "adamw-lr0.02-seed0" / "result.json").exists()
+    assert not (out / "report.html").exists()
+
+    capsys.readouterr()
+    assert main([*COMMAND, "--out", str(out)]) == 0
+    assert "adamw lr 0.02 seed 0: goes on at step" in capsys.readouterr().err
+    assert losses(out) == reference
+    assert not list(out.rglob("*.pt"))
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_lines_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    file = MeasurementFile(path)
+    file.append({"step": 1})
+    known = file.sync()
+    file.append({"step": 2})
+    file.close()
+    with path.open("ab") as torn:
+        torn.write(b'{"step": 3')
+    file = MeasurementFile(path, read_summed(path, known, 1000))
+    file.append({"step": 2, "again": True})
+    whole = file.sync()
+    file.close()
+    assert read_records(path) == [{"step": 1}, {"step": 2, "again": True}]
+    assert whole == sum_of_file(path, 1000)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_resumes_exactly(tmp_path: Path, optimizer: str) -> None:
+    setting = Setting(TASKS["digits"], data.digits(), 8, 32, checkpoint_seconds=0)
+    run = Run(optimizer, 1e-2, 0)
+    whole = train(run, setting, tmp_path / "whole", StopRequest(), Silent())
+    # A checkpoint after 5 of the 8 steps, as a kill would leave it.
+    first = Trainer(run, setting, tmp_path / "cut", StopRequest(), Silent())
+    first._evaluate()
+    for _ in range(5):
+        first._one_step()
+        if first.step in setting.evaluation_steps:
+            first._evaluate()
+    first.save()
+    first.file.close()
+    again = Trainer(run, setting, tmp_path / "cut", StopRequest(), Silent())
+    assert again.step == 5
+    resumed = again.train()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert (resumed.train_loss, resumed.val_loss) == (whole.train_loss, whole.val_loss)
+
+
+# --- divergence, sweep ---
+
+
+def test_a_diverging_run_ends_early_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["compare", "digits", "--optimizers", "sgd,adamw", "--steps", "30"]
+    assert main([*command, "--lr", "sgd=1e20", "--seeds", "2", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "diverged" in shown
+    results = [json.loads(path.read_text()) for path in sorted(out.rglob("result.json"))]
+    assert [result["diverged"] for result in results] == [False, False, True, True]
+    assert all(result["steps"] < 30 for result in results if result["diverged"])
+    for line in (out / "measurements.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize(
+    ("optimum", "runs", "best"),
+    [(0.01, 5, 0.01), (0.018, 5, 0.02), (0.04, 7, 0.04), (0.0012, 7, 0.00125), (1e3, 9, 0.64)],
+)
+def test_the_sweep_finds_the_best_rate_and_widens_at_the_edge(
+    optimum: float, runs: int, best: float
+) -> None:
+    found, tried = searched(best_rate(0.01), lambda lr: math.log(lr / optimum) ** 2)
+    assert found == best
+    assert len(tried) == len(set(tried)) == runs
+
+
+def test_a_sweep_walks_away_from_divergence() -> None:
+    found, _ = searched(best_rate(0.01), lambda lr: math.inf if lr > 0.001 else 1 / lr)
+    assert found == 0.000625
+    found, tried = searched(best_rate(0.01), lambda lr: math.inf)
+    assert found == min(tried)
+    assert len(tried) == 9
+
+
+def test_compare_sweeps_on_seed_0_and_reports_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--optimizers", "adamw", "--steps", "12", "--sweep", "--seeds", "2"]
+    assert main(["compare", "digits", *words, "--out", str(out)]) == 0
+    results = [json.loads(path.read_text()) for path in out.rglob("result.json")]
+    first = {r["lr"]: r["val_loss"] for r in results if r["seed"] == 0}
+    assert len(first) >= 5
+    (second,) = [r for r in results if r["seed"] == 1]
+    assert first[second["lr"]] == min(first.values())
+    page = (out / "report.html").read_text()
+    assert "Learning rates tried" in page
+    assert all(f"<td>{lr:g}</td>" in page for lr in first)
+
+
+class Known(Session):
+    """A session whose runs end with the losses of a table, by learning rate and seed."""
+
+    def __init__(self, asked: Comparison, losses: dict[float, tuple[float | None, ...]]) -> None:
+        self.asked, self.losses = asked, losses
+        self.lines = Lines(Console(quiet=True))
+
+    def run(self, runs: Sequence[Run]) -> list[Result]:
+        found = [self.losses[run.lr][run.seed] for run in runs]
+        return [
+            Result(run.optimizer, run.lr, run.seed, x is None, 1, x, x, None, 0.0, 0.0, 0.0)
+            for run, x in zip(runs, found, strict=True)
+        ]
+
+
+def test_the_mean_chooses_and_one_that_diverges_counts_as_infinite() -> None:
+    losses = {
+        0.001: (2.0, 2.0),
+        0.002: (1.0, 1.0),
+        0.004: (0.9, 1.3),
+        0.008: (0.5, None),
+        0.016: (0.6, 0.6),
+    }
+    for seeds, best in ((2, 0.002), (1, 0.008)):
+        asked = comparison(
+            "digits", ["adamw"], lr={"adamw": 0.004}, sweep=True, points=3, sweep_seeds=seeds
+        )
+        assert Known(asked, losses)._chosen() == {"adamw": (best, None)}
+
+
+def test_a_grid_is_nothing_without_a_sweep() -> None:
+    plain = comparison("digits", ["adamw"])
+    assert comparison("digits", ["adamw"], points=3, sweep_seeds=2).config() == plain.config()
+
+
+def test_compare_sweeps_over_several_seeds_and_reports_their_means(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--optimizers", "adamw,sgd", "--steps", "6", "--lr", "sgd=1e18,adamw=0.004"]
+    words += ["--sweep", "--sweep-points", "3", "--sweep-seeds", "2", "--seeds", "3"]
+    assert main(["compare", "digits", *words, "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert {r["seed"] for r in summary["sweep"]} == {0, 1}
+    adamw, sgd = (
+        [r for r in summary["sweep"] if r["optimizer"] == name] for name in ("adamw", "sgd")
+    )
+    means = {
+        lr: sum(r["val_loss"] for r in adamw if r["lr"] == lr) / 2
+        for lr in {r["lr"] for r in adamw}
+    }
+    assert summary["rows"][0]["lr"] == min(means, key=lambda lr: means[lr])
+    assert len(adamw) == 2 * len(means)
+    assert all(r["diverged"] for r in sgd)
+    page = (out / "report.html").read_text()
+    assert "Means over the first 2 seeds" in page
+    assert all(f"<td>{mean:.4f}</td>" in page for mean in means.values())
+    assert page.count("<td>chosen</td>") == 2
+
+
+# --- figures ---
+
+
+def _result(optimizer: str, seed: int, val_loss: float | None) -> Result:
+    gone = val_loss is None
+    return Result(optimizer, 0.1, seed, gone, 100, val_loss, val_loss, None, 10.0, 100.0, 20.0)
+
+
+def test_a_curve_reaches_a_loss_on_the_line_between_validations() -> None:
+    curve = Curve([0, 10, 20], [0, 2, 4], [4.0, 2.0, 1.0])
+    assert curve.reaches(3.0) == (5, 1)
+    assert curve.reaches(2.0) == (10, 2)
+    assert curve.reaches(1.5) == (15, 3)
+    assert curve.reaches(5.0) == (0, 0)
+    assert curve.reaches(0.5) is None
+
+
+def test_each_seed_is_held_against_adamw_of_the_same_seed() -> None:
+    curves = {
+        ("muonw", 0): Curve([0, 10], [0, 1], [4.0, 1.0]),
+        ("muonw", 1): Curve([0, 10], [0, 1], [4.0, 3.0]),
+        ("adamw", 0): Curve([0, 10], [0, 1], [4.0, 2.5]),
+        ("adamw", 1): Curve([0, 10], [0, 1], [4.0, 2.0]),
+    }
+    outcomes = [(_result(n, s, curve.losses[-1]), curve) for (n, s), curve in curves.items()]
+    muonw, adamw = rows(outcomes)
+    assert muonw.steps_to_reference is not None
+    assert muonw.steps_to_reference.text(0) == "5 (1/2)"
+    assert adamw.steps_to_reference is not None
+    assert adamw.steps_to_reference.mean == 10
+    assert muonw.val_loss is not None
+    assert muonw.val_loss.text() == "2.0000 ± 1.4142"
+
+
+def test_one_seed_has_no_deviation_and_no_reference_no_figure() -> None:
+    (row,) = rows([(_result("sgd", 0, 0.00123456), Curve([0], [0], [1.0]))])
+    headings, ((*cells,),) = table([row])
+    shown = dict(zip(headings, cells, strict=True))
+    assert shown["val loss"] == "0.001235"
+    assert shown["steps to AdamW's loss"] == "—"
+    assert "accuracy, %" not in shown
+    assert figure([None, None]) is None
+
+
+def test_all_seeds_diverged_says_so() -> None:
+    (row,) = rows([(_result("sgd", 0, None), Curve([0], [0], [1.0]))])
+    headings, (cells,) = table([row])
+    assert dict(zip(headings, cells, strict=True))["train loss"] == "diverged"
+
+
+# --- the report ---
+
+
+def test_the_report_needs_nothing_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a" / "b"
+    command = ["compare", "digits", "--steps", "20", "--out", str(out)]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    page = (out / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert "url(" not in page
+    for part in ("muonw", "adamw", "batch_size", "hidden linear layer", torch.__version__):
+        assert part in page
+    for name in ("loss-steps.png", "loss-seconds.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    kinds = [r["kind"] for r in read_records(out / "measurements.jsonl")]
+    assert kinds.count("train") == 2 * 20
+    assert kinds.count("validation") == 2 * 21
+    # Once more: nothing is trained, the report is written anew, and it says so.
+    (out / "report.html").unlink()
+    assert main(command) == 0
+    assert "was finished already: nothing was trained" in capsys.readouterr().out
+    assert (out / "report.html").exists()
+
+
+def test_what_a_page_shows_is_escaped(tmp_path: Path) -> None:
+    curve = Curve([0, 1], [0, 1], [2.0, 1.0])
+    material = report.Material(
+        config={"task": "<script>", "sweep": False},
+        summary="a & b",
+        data="",
+        routing="<no tag>",
+        outcomes=[(_result("adamw", 0, 1.0), curve)],
+        attempts=[],
+        records={"adamw/0": []},
+    )
+    page = report.write(tmp_path, material).read_text()
+    assert "<script>" not in page
+    assert "&lt;no tag&gt;" in page
+
+
+# --- the folder ---
+
+
+def _asked(**changes: object) -> dict[str, object]:
+    return {"task": "digits", "seeds": 1, **changes}
+
+
+def test_a_folder_belongs_to_one_configuration(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "out")
+    assert folder.check(_asked()) is False
+    folder.create(_asked())
+    assert folder.check(_asked()) is True
+    with pytest.raises(LabError, match=r"comparison with seeds = 1, not 2: choose another"):
+        folder.check(_asked(seeds=2))
+    with pytest.raises(LabError, match=r"comparison with jobs = null, not 2: choose another"):
+        folder.check(_asked(jobs=2))
+    folder = Folder(tmp_path / "loaded")
+    folder.create(_asked(jobs=2))
+    with pytest.raises(LabError, match=r"comparison with jobs = 2, not null: choose another"):
+        folder.check(_asked())
+
+
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(LabError, match=r"holds other files \(thesis.tex\)"):
+        Folder(tmp_path).check(_asked())
+    (tmp_path / "thesis.tex").unlink()
+    (tmp_path / ".config.json.tmp").write_text("{")  # what a kill may leave of our own
+    assert Folder(tmp_path).check(_asked()) is False
+
+
+def test_a_file_is_no_folder_and_nothing_lies_below_one(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    with pytest.raises(LabError, match="is a file: choose another folder"):
+        Folder(plain).check(_asked())
+    with pytest.raises(LabError, match=r"cannot write to .*choose another folder"):
+        Folder(plain / "below").create(_asked())
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    with (
+        folder.locked(),
+        pytest.raises(LabError, match="another muonkit is running"),
+        Folder(tmp_path).locked(),
+    ):
+        pass
+    with folder.locked():
+        pass
+
+
+def test_other_data_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["compare", "digits", "--steps", "3", "--optimizers", "adamw", "--out", str(out)]
+    assert main(command) == 0
+    config = Folder(out).config()
+    write_sealed(out / "config.json", {**config, "data": "0123"})
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "was begun on other data" in capsys.readouterr().err
+
+
+def test_evaluations_are_even_and_include_both_ends() -> None:
+    setting = Setting(TASKS["digits"], data.digits(), 7, 32)
+    assert setting.evaluation_steps == frozenset(range(8))
+    longer = replace(setting, steps=200)
+    assert len(longer.evaluation_steps) == 21
+    assert {0, 200} <= longer.evaluation_steps
+    assert replace(longer, evaluations=4).evaluation_steps == {0, 50, 100, 150, 200}
+
+
+def test_the_environment_is_recorded() -> None:
+    assert report.environment()["threads"] == str(torch.get_num_threads())
+    assert report.environment()["cores"] == str(os.cpu_count())

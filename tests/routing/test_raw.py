@@ -1,0 +1,261 @@
+"""Parameters that modules hold themselves, as public packages keep them: what a name, a shape and a
+module's own widths say. Each class is written anew after the package that it names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from muonkit.routing.routes import RoutingError, Rule, route
+from tests.helpers.routing import Body, D, Holder, by_name, got, raw
+
+ADAMW = ("adamw", None, False)
+MATRIX = ("muon", "matrix", True)
+
+
+def named(cls: str, **attributes: object) -> nn.Module:
+    """A module of a class of this name."""
+    found: nn.Module = type(cls, (Holder,), {})(**attributes)
+    return found
+
+
+def part(module: nn.Module, label: str) -> tuple[str, str | None, bool]:
+    return got(Body(part=module), f"part.{label}")
+
+
+# -- tables, tokens and coefficients --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "shape"),
+    [
+        ("mem_kv", (2, 4, D)),  # x-transformers
+        ("mem_k", (4, 4, 16)),
+        ("memory_tokens", (4, 16)),
+        ("null_kv", (2, 4, D)),
+        ("register_tokens", (4, 16)),
+        ("latents", (16, 32)),  # Perceiver
+        ("queries", (4, 3, D)),
+        ("seed", (1, 4, 16)),  # Set Transformer
+        ("att_src", (1, 4, 16)),  # PyG's GATConv
+        ("attn_l", (1, 4, 16)),  # DGL's
+        ("a", (1, 4, 16)),
+        ("codevectors", (1, 20, 16)),  # wav2vec 2.0
+        ("time_maa_x", (5, 1, 16)),
+        ("r_w_bias", (4, 16)),
+        ("rel_pos_w", (13, 16)),  # w is the width here
+        ("height_rel", (13, 16)),  # BoTNet
+        ("relative_position_bias_table", (49, 3)),  # Swin
+        ("log_A_real", (16, 32)),  # S4D
+        ("A_imag", (16, 32)),
+        ("weight_sigma", (16, 32)),  # noisy nets
+        ("static_alpha", (4, 5)),  # hyper-connections
+        ("spline_scaler", (16, 9)),  # KAN
+        ("coef", (16, 9, D)),
+        ("comp", (9, 10)),  # RGCN's bases
+        ("mixing", (4, 4)),
+        ("W_pos", (16, 32)),
+    ],
+)
+def test_what_no_layer_multiplies_by_goes_to_adamw_without_decay(
+    label: str, shape: tuple[int, ...]
+) -> None:
+    assert part(Holder(**{label: raw(*shape)}), label) == ADAMW
+
+
+@pytest.mark.parametrize(
+    ("module", "label", "decay"),
+    [
+        (Holder(filters=raw(16, 1, 7)), "filters", False),
+        (Holder(weight=raw(16, 1, 7)), "weight", True),
+        (Holder(weight=raw(7, 16), kernel_size=7), "weight", True),
+        (Holder(complex_weight=raw(9, 8, 16, 2)), "complex_weight", True),  # GFNet
+        (named("SpectralConv2d", weights1=raw(9, 8, 16, 2)), "weights1", True),
+        (named("SSKernelDiag", C=raw(16, 32)), "C", False),
+        (nn.LayerNorm((3, 4, D)), "weight", False),
+    ],
+)
+def test_filters_and_gains_of_several_dimensions(
+    module: nn.Module, label: str, decay: bool
+) -> None:
+    assert part(module, label) == ("adamw", None, decay)
+
+
+def test_a_mixture_of_heads_is_no_layer_and_a_triangular_matrix_neither() -> None:
+    assert part(Holder(heads=12, reattn_weights=raw(12, 12)), "reattn_weights") == ADAMW
+    lower = nn.Parameter(torch.ones(16, 16).tril())
+    assert part(Holder(weight=lower), "weight") == ADAMW
+    # An identity is triangular on both sides, as a recurrent weight may begin.
+    assert part(Holder(weight=nn.Parameter(torch.eye(16))), "weight") == MATRIX
+    assert part(Holder(weight=raw(16, 16)), "weight") == MATRIX
+    with torch.device("meta"):
+        assert part(Holder(weight=raw(16, 16)), "weight") == MATRIX
+
+
+def test_a_bias_of_every_head_is_none_of_the_layers() -> None:
+    """As TransformerLens and its courses write attention: W_Q is heads × d × d_head."""
+    weights = {f"W_{n}": raw(4, 16, 8) for n in "QKV"} | {"W_O": raw(4, 8, 16)}
+    biases = {f"b_{n}": raw(4, 8) for n in "QKV"}
+    attention = Holder(cfg=Holder(n_heads=4, d_head=8), **weights, **biases)
+    for name in biases:
+        assert part(attention, name) == ADAMW
+    assert part(attention, "W_Q") == ("muon", "experts > transpose", True)
+
+
+def test_a_head_and_embeddings_named_by_letters() -> None:
+    def block() -> nn.Module:
+        return Holder(W_in=raw(16, 64), b_in=raw(64), W_out=raw(64, 16))
+
+    def blocks() -> nn.ModuleList:
+        return nn.ModuleList([block(), block()])
+
+    apart = Holder(embed=named("Embed", W_E=raw(90, 16)), blocks=blocks())
+    apart.unembed = Holder(W_U=raw(16, 90))
+    assert got(apart, "embed.W_E") == got(apart, "unembed.W_U") == ("adamw", None, True)
+    whole = Holder(W_E=raw(90, 16), W_pos=raw(8, 16), blocks=blocks(), W_U=raw(16, 90))
+    assert got(whole, "W_E") == got(whole, "W_U") == ("adamw", None, True)
+    assert got(whole, "W_pos") == ADAMW
+    assert got(whole, "blocks.1.W_in") == MATRIX
+
+
+# -- names are whole words, siblings are trained alike --------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["W_query W_key W_value", "query key value", "q k v", "Wq Wk Wv"])
+def test_queries_beside_keys_are_projections(names: str) -> None:
+    attention = Holder(**{name: raw(16, 16) for name in names.split()})
+    found = by_name(Body(part=attention))
+    assert {found[f"part.{name}"].algorithm for name in names.split()} == {"muon"}
+
+
+@pytest.mark.parametrize("name", ["composer", "appositive", "openness"])
+def test_a_word_inside_a_word_says_nothing(name: str) -> None:
+    """ "pos" and "pe" are inside of these."""
+    assert got(Body(**{name: nn.Embedding(9, D)}), f"{name}.weight") == ("adamw", None, True)
+
+
+@pytest.mark.parametrize(
+    "name", ["pos_embed", "wpe", "query_embed", "cls_token", "register_tokens"]
+)
+def test_positions_and_learned_tokens_are_alike_as_embedding_and_raw(name: str) -> None:
+    model = Body(a=Holder(**{name: nn.Embedding(9, D)}), b=Holder(**{name: raw(9, D)}))
+    found = by_name(model)
+    for name_ in (f"a.{name}.weight", f"b.{name}"):
+        assert (found[name_].algorithm, found[name_].decay) == ("adamw", False)
+
+
+def test_an_embedding_of_the_vocabulary_of_tokens_decays() -> None:
+    for name in ("embed_tokens", "token_embedding", "wte", "rel_emb"):
+        assert got(Body(**{name: nn.Embedding(9, D)}), f"{name}.weight")[2]
+
+
+# -- layers by evidence ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ins", "outs"),
+    [
+        ("in_channels", "out_channels"),  # PyG
+        ("_in_feats", "_out_feats"),  # DGL
+        ("in_features", "out_features"),
+        ("input_size", "output_size"),  # Megatron
+    ],
+)
+def test_a_linear_layer_of_another_library_is_one_by_its_widths(ins: str, outs: str) -> None:
+    stored = {ins: 16, outs: 24}
+    assert part(Holder(weight=raw(24, 16), **stored), "weight") == MATRIX
+    assert part(Holder(weight=raw(16, 24), **stored), "weight") == ("muon", "transpose", True)
+    assert part(Holder(core=raw(16, 24), **stored), "core") == ("muon", "transpose", True)
+    # All heads in one: GATConv, GMMConv.
+    assert part(Holder(g=raw(16, 5 * 24), **stored), "g") == ("muon", "transpose", True)
+
+
+def test_fused_layers_of_another_library_are_cut() -> None:
+    qkv = named("ColumnParallelLinear", weight=raw(48, 16), in_features=16, out_features=48)
+    attention = Holder(qkv=qkv, proj=nn.Linear(16, 16))
+    assert got(Body(attention=attention), "attention.qkv.weight")[1] == "split(rows=3)"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "shape", "view"),
+    [
+        ({"in_channels": 16, "out_channels": 24, "num_relations": 5}, (5, 16, 24), "> transpose"),
+        ({"in_channels": 16, "out_channels": 24, "num_relations": 5}, (5, 24, 16), ""),
+        ({"in_channels": 8, "out_channels": 8, "num_types": 8}, (8, 8, 8), ""),
+        ({"in_channels": 16, "out_channels": 24}, (2, 3, 16, 24), "> transpose"),
+    ],
+)
+def test_stacks_of_matrices_by_relation(
+    attributes: dict[str, Any], shape: tuple[int, ...], view: str
+) -> None:
+    expected = ("muon", f"experts {view}".strip(), True)
+    assert part(Holder(weight=raw(*shape), **attributes), "weight") == expected
+
+
+def test_a_convolution_of_ones_own_and_kan_are_linear_in_their_inputs_and_taps() -> None:
+    conv = Holder(weight=raw(24, 16, 3, 3), in_channel=16, out_channel=24)
+    assert part(conv, "weight") == ("muon", "flatten", True)
+    kan = Holder(spline_weight=raw(24, 16, 9), in_features=16, out_features=24)
+    assert part(kan, "spline_weight") == ("muon", "flatten", True)
+    glow = Holder(weight=nn.Parameter(torch.linspace(0, 1, 256).reshape(16, 16, 1, 1)))
+    assert part(glow, "weight") == ("muon", "flatten", True)
+
+
+def test_projections_with_a_dimension_for_the_heads() -> None:
+    xlnet = Holder(q=raw(32, 4, D), o=raw(32, 4, D), n_head=4, d_head=D)
+    assert part(xlnet, "q") == ("muon", "flatten > transpose", True)
+    assert part(xlnet, "o") == ("muon", "flatten", True)
+    lens = Holder(W_Q=raw(4, 32, D), W_O=raw(4, D, 32), cfg=Holder(n_heads=4, d_head=D))
+    assert part(lens, "W_Q") == ("muon", "experts > transpose", True)
+    assert part(lens, "W_O") == ("muon", "experts > transpose", True)
+    mobile = Holder(query_proj=raw(4, D, 32), out_proj=raw(32, 4, D), num_heads=4, key_dim=D)
+    assert part(mobile, "query_proj") == ("muon", "experts", True)
+    assert part(mobile, "out_proj") == ("muon", "flatten", True)
+
+
+def test_the_error_offers_the_view_that_works() -> None:
+    model = Body(part=Holder(core=raw(32, 4, D)))
+    with pytest.raises(RoutingError, match=r"'flatten > transpose' if its first is the inputs"):
+        route(model)
+    found = by_name(model, rules=[Rule("part.core", view="flatten > transpose")])["part.core"]
+    assert found.scale == pytest.approx(0.2 * 32**0.5)
+
+
+@pytest.mark.parametrize("label", ["core", "x", "theta_table"])
+def test_a_matrix_without_evidence_is_undecided(label: str) -> None:
+    with pytest.raises(RoutingError, match="nothing says that it is the weight of a layer"):
+        route(Body(part=Holder(**{label: raw(16, 24)})))
+
+
+# -- one row --------------------------------------------------------------------------------------
+
+
+def test_a_layer_with_one_output_is_trained_alike_wherever_it_stands() -> None:
+    gate, value = nn.Linear(D, 1), nn.Linear(D, 1)
+    model = Holder(gate=gate, fc=nn.Linear(D, D), value_head=value)
+    found = by_name(model)
+    for name in ("gate.weight", "value_head.weight"):
+        assert (found[name].algorithm, found[name].decay) == ("adamw", True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.Conv2d(D, 1, 3), "weight"),
+        (nn.Linear(1, D), "weight"),
+        (Holder(num_experts=4, w1=raw(4, 1, D)), "w1"),
+        (Holder(weight=raw(1, 16), in_channels=16, out_channels=1), "weight"),
+    ],
+)
+def test_a_matrix_is_judged_as_its_view_has_it(layer: nn.Module, name: str) -> None:
+    """One row, or one column, is a vector."""
+    model = Body(first=nn.Conv2d(3, D, 3), part=layer, after=nn.Linear(D, D))
+    assert got(model, f"part.{name}") == ("adamw", None, True)
+
+
+def test_a_weight_norms_gain_is_no_layer_with_one_input() -> None:
+    fc = nn.utils.parametrizations.weight_norm(nn.Linear(D, 6))
+    assert got(Body(fc=fc), "fc.parametrizations.weight.original0") == ADAMW
