@@ -194,7 +194,7 @@ def timeout_of(group: ProcessGroup) -> Any:
 
 
 def reduce_scatter(output: Tensor, input: Tensor, group: ProcessGroup) -> Any:
-    """The sum over the ranks, of which each gets its part; started, not waited for."""
+    """Start summing over the ranks, so that each rank gets its part of the sum."""
     dist: Any = torch.distributed
     # Renamed in torch 2.13, which warns of the old name.
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

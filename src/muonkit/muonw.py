@@ -223,7 +223,7 @@ def _no_module(given: Any) -> str:
         what = "a parameter"
     elif isinstance(given, list | tuple) and any(isinstance(each, nn.Module) for each in given):
         return (
-            f"MuonW got modules in a {what}, of which the parameters' names do not follow: "
+            f"MuonW got modules in a {what}, which gives the parameters no names: "
             'write MuonW({"G": G, "D": D}), a dict of them by name'
         )
     elif isinstance(given, dict | list | tuple | set | frozenset) or hasattr(given, "__next__"):

@@ -48,8 +48,8 @@ class Exported:
     """What `from_muonkit` returns; printed, it is the list of what was not carried.
 
     Attributes:
-        param_groups: for each of their optimizers the groups to make it with, parameters in them.
-        state_dicts: for each of them what it loads then.
+        param_groups: for each optimizer of the other kind, the groups to make it with.
+        state_dicts: for each of these optimizers, the state dict to load then.
         not_carried: one line each, with the parameters that it is about.
     """
 

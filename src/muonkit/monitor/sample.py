@@ -75,10 +75,10 @@ class _Names:
 
 
 class Sampler:
-    """What the step tells (`muonkit.step.Observer`), measured.
+    """An observer of the step (`muonkit.step.Observer`) that measures what it is told.
 
     Args:
-        kinds: of which tensors the singular values are taken.
+        kinds: the tensors whose singular values are taken.
     """
 
     def __init__(self, optimizer: Muon, kinds: Sequence[str]) -> None:

@@ -66,7 +66,7 @@ _ATTENTION = name_set("q k v qkv query key value q_proj k_proj v_proj to_q to_k 
 # Below these nothing is an output: attention, what prepares the input, what chooses experts.
 _HIDDEN_ABOVE = re.compile(r".*(attn|attention)(_.*)?|(.*_)?(pre_?net|router|gate)")
 
-# Names and classes of blocks, of which a part of a model may be made.
+# Names and classes of the blocks that a part of a model may consist of.
 _STACKS = re.compile(r"(.*_)?(layers?|(res)?blocks?|h|stages?|flows?|transforms)")
 _BLOCK_CLASS = re.compile(
     r"(block|layer|attention|attn|feed_?forward|ffn|experts?|bottleneck|stage|moe)$", re.IGNORECASE

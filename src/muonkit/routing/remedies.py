@@ -82,10 +82,10 @@ def open_message(model: nn.Module, found: Sequence[Open], others: Sequence[str])
 
 
 def warning_message(names: Sequence[str]) -> str:
-    """What undecided='adamw' did."""
+    """The warning that undecided='adamw' gives."""
     listed = ", ".join(map(shown, names))
     return (
-        f"undecided='adamw': AdamW trains {listed}, of which nothing says whether "
+        f"undecided='adamw': AdamW trains {listed}: nothing says whether "
         f"{'it is a hidden matrix' if len(names) == 1 else 'they are hidden matrices'}; "
         "Rule(name, algorithm='adamw') says so for good, Rule(name, view=...) gives it to Muon"
     )
