@@ -1,5 +1,5 @@
-"""What a step refuses, before anything is written: options that were edited since, and tensors that
-do not fit each other.
+"""Checks of a step, before anything is written: options that were edited to invalid values, and
+tensors that do not fit each other.
 """
 
 from __future__ import annotations

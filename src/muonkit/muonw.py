@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MuonW"]
 
-# What `MuonW` has when it routes: chosen by benchmarks/default_rate.py.
+# The learning rate of a routed `MuonW`, chosen by benchmarks/default_rate.py.
 _LR = 2e-3
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_saved", "spelled_groups", "whole_state", "without_wrappers"]
 
-# What a group says of the model, beside its parameters.
+# Keys of a group that describe the model, beside its parameters.
 _STRUCTURE = ("algorithm", "view", "name", "param_names")
 
 _DDP = "module."  # what it puts before every name

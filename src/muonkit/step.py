@@ -24,9 +24,9 @@ __all__ = ["Observer", "muon_step"]
 
 
 class Observer(Protocol):
-    """Who is told of the whole matrices of a batch, on the rank that computes them.
+    """Is told of a batch's whole matrices, on the rank that computes them.
 
-    All ranks have one, or none: it may exchange in `before`. It writes to nothing that it is given.
+    All ranks have one, or none has: it may exchange in `before`. It never writes to its arguments.
     """
 
     def call(self, step: Callable[..., Any], closure: Any) -> Any:
