@@ -32,6 +32,7 @@ __all__ = [
     "MatrixRef",
     "MatrixStack",
     "MomentumShards",
+    "ObservedBatch",
     "ParamShards",
     "join",
     "make",
@@ -120,6 +121,22 @@ class Batch(Protocol):
         """
         ...
 
+    def stacks(self, o: Sequence[Tensor]) -> Sequence[MatrixStack]:
+        """The matrices of `to_owners` without padding, by shape, with the variant's state."""
+        ...
+
+    def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
+        """Write the variant's state, as `stacks` has it now, back to the ranks that keep it."""
+        ...
+
+    def to_params(self, o: Sequence[Tensor]) -> Pending[Sequence[list[Tensor]]]:
+        """The inverse of `to_owners`: for each of `param_shards`, what belongs to each piece."""
+        ...
+
+
+class ObservedBatch(Batch, Protocol):
+    """A batch as an observer (a Monitor) reads it, beside what the step uses."""
+
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
         """As `to_owners`, for any tensors that are sharded as the momentum is: to be read, in full
         precision, and without the variant's state.
@@ -132,18 +149,6 @@ class Batch(Protocol):
 
     def sources(self) -> Sequence[Sequence[MatrixRef]]:
         """The matrices that `to_owners` gives, in its order; equal shapes side by side."""
-        ...
-
-    def stacks(self, o: Sequence[Tensor]) -> Sequence[MatrixStack]:
-        """The matrices of `to_owners` without padding, by shape, with the variant's state."""
-        ...
-
-    def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """Write the variant's state, as `stacks` has it now, back to the ranks that keep it."""
-        ...
-
-    def to_params(self, o: Sequence[Tensor]) -> Pending[Sequence[list[Tensor]]]:
-        """The inverse of `to_owners`: for each of `param_shards`, what belongs to each piece."""
         ...
 
 

@@ -1,5 +1,5 @@
-"""What a step refuses, before anything is written: options that were edited since, and tensors that
-do not fit each other.
+"""Checks of a step, before anything is written: options that were edited to invalid values, and
+tensors that do not fit each other.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from muonkit.groups import (
     STEP,
     parameter_names,
     state_shapes,
-    validate_group,
-    validate_options,
 )
 from muonkit.options import OPTION_KEYS
+from muonkit.validate import validate_group, validate_options
 from muonkit.variants import variant_of
 
 if TYPE_CHECKING:

@@ -70,8 +70,8 @@ class GradientCheck(NamedTuple):
     """Whether the step may take place.
 
     Attributes:
-        vote: 0 if it may, 1 if it is to be left out, 2 if it is an error. Of several ranks the
-            highest counts.
+        vote: 0 if it may, 1 if it is to be left out, 2 if it is an error. The highest vote of all
+            ranks counts.
         names: parameters with a non-finite gradient on this rank.
     """
 
@@ -206,8 +206,8 @@ def clip_gradients_(
     grads = [grad for some in by_copies.values() for grad in some]
     where = torch.device("cpu") if not grads else grads[0].device
     where = where if domain is None else domain.device
-    # The square of what a gradient's dtype holds may be beyond it: of 256 in float16. (MPS has no
-    # float64.)
+    # A gradient's dtype may not hold the square of its entries: 256² is beyond float16. (MPS has
+    # no float64.)
     wide = torch.float32 if where.type == "mps" else torch.float64
     square = torch.zeros((), dtype=wide, device=where)
     for copies, some in by_copies.items():

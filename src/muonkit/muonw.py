@@ -13,7 +13,8 @@ from muonkit.groups import refuse_eps
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.optim import Muon
 from muonkit.options import FILLS, OPTIONS
-from muonkit.routing.routes import Routes, Rule, is_models, route
+from muonkit.routing.routes import Rule, route
+from muonkit.routing.table import Routes, is_models
 from muonkit.scale import ROUTED
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MuonW"]
 
-# What `MuonW` has when it routes: chosen by benchmarks/default_rate.py.
+# The learning rate of a routed `MuonW`, chosen by benchmarks/default_rate.py.
 _LR = 2e-3
 
 

@@ -53,8 +53,6 @@ from muonkit.groups import (
     separate_lr,
     spell_,
     unused_name,
-    validate_defaults,
-    validate_group,
     warn_of_eps,
 )
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
@@ -63,6 +61,7 @@ from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
 from muonkit.step import muon_step
+from muonkit.validate import validate_defaults, validate_group
 from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim.optimizer import ParamsT
 
-    from muonkit.batching import Batch
+    from muonkit.batching import ObservedBatch
     from muonkit.distributed.plan import StepPlan
     from muonkit.distributed.step_plan import Present
     from muonkit.gradients import Scaled, Work
@@ -658,10 +657,12 @@ class Muon(Optimizer):
 
     def _batches(
         self, work: Work, planned: PlannedStep
-    ) -> tuple[list[tuple[dict[str, Any], Batch]], list[tuple[dict[str, Any], Batch]]]:
+    ) -> tuple[
+        list[tuple[dict[str, Any], ObservedBatch]], list[tuple[dict[str, Any], ObservedBatch]]
+    ]:
         """(group, batch) of Muon's parameters that are this rank's own, and of those it shares."""
-        own: list[tuple[dict[str, Any], Batch]] = []
-        shared: list[tuple[dict[str, Any], Batch]] = []
+        own: list[tuple[dict[str, Any], ObservedBatch]] = []
+        shared: list[tuple[dict[str, Any], ObservedBatch]] = []
         for number, (group, params) in enumerate(work):
             if group["algorithm"] == "adamw":
                 continue

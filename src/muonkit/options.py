@@ -154,16 +154,16 @@ OPTIONS = (
 # How a group's parameters are trained at all: never taken from a state dict, nor from a rule.
 STRUCTURE = ("algorithm", "view")
 
-# What the constructor gives `torch.optim.Optimizer` as defaults.
+# The defaults that the constructor gives to `torch.optim.Optimizer`.
 DEFAULTS = {row.name: row.default for row in OPTIONS if row.owners or row.fills}
 
-# What may stand in an option that is a choice of names.
+# Option -> the names that it accepts, where it is a choice of names.
 CHOICES = {row.name: row.choices for row in OPTIONS if row.choices}
 
 # Key of AdamW's groups -> the argument that is its default.
 FILLS = {row.fills: row.name for row in OPTIONS if row.fills}
 
-# Of one algorithm alone.
+# Options that only one of the two algorithms has.
 MUON = tuple(row.name for row in OPTIONS if row.owners == _MUON)
 ADAMW = tuple(
     key for key in FILLS if not any(row.name == key and "adamw" in row.owners for row in OPTIONS)
@@ -177,13 +177,14 @@ OF_ALGORITHM = {
 # All that a group may say, beside its parameters.
 OPTION_KEYS = (*STRUCTURE, *OF_ALGORITHM["muon"], *ADAMW)
 
-# What of a group a step's plan depends on.
+# Keys of a group that a step's plan depends on.
 PLANNING = (*STRUCTURE, *(row.name for row in OPTIONS if row.plans))
 
 
 def spelled(value: Any) -> Any:
-    """What state dicts, other ranks and records know the value of an option by: the name of a
-    variant or function, and every other value as it is.
+    """An option's value as state dicts, records and the comparison of ranks have it.
+
+    A variant or a function becomes its name; every other value stays as it is.
     """
     if isinstance(value, Variant):
         return value.name

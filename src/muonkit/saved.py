@@ -22,9 +22,9 @@ from muonkit.groups import (
     VARIANCE,
     parameter_names,
     state_shapes,
-    validate_options,
 )
 from muonkit.options import spelled, unspelled
+from muonkit.validate import validate_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_saved", "spelled_groups", "whole_state", "without_wrappers"]
 
-# What a group says of the model, beside its parameters.
+# Keys of a group that describe the model, beside its parameters.
 _STRUCTURE = ("algorithm", "view", "name", "param_names")
 
 _DDP = "module."  # what it puts before every name

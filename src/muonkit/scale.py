@@ -40,7 +40,7 @@ def _spectral(rows: int, cols: int) -> float:
     return math.sqrt(rows / cols)
 
 
-# What the option `adjust_lr_fn`, and `route`'s `scale`, find their names in.
+# The names that the option `adjust_lr_fn`, and `route`'s `scale`, accept.
 SCALES: dict[str, Scale] = {
     "original": _original,
     "match_rms_adamw": _match_rms_adamw,
@@ -83,7 +83,7 @@ def scale_factor(scale: str | Scale | None, rows: int, cols: int) -> float:
 
 
 def scale_name(scale: Scale) -> str:
-    """What state dicts, ranks and records know a function by."""
+    """The name that stands for a scale function in state dicts, records and between ranks."""
     return str(getattr(scale, "__name__", type(scale).__name__))
 
 

@@ -61,7 +61,7 @@ def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts)
 def _own_shapes(
     p: Tensor, group: Mapping[str, Any], layouts: Layouts
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of what this rank has of every tensor that is kept for a parameter."""
+    """The shape of this rank's part of every state tensor of a parameter."""
     shapes = {}
     for key, dtype in _dtypes(p, group):
         _, _, shape, placement = _kept(key, dtype, p, group, layouts)
@@ -154,8 +154,10 @@ def _is_frozen(tensor: Tensor) -> bool:
 def carried_state(
     before: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
 ) -> dict[str, Any]:
-    """The state of a parameter that another stood for until now, or that was laid out otherwise:
-    the same values, in the layout that it has now. What lies right is not copied.
+    """The state of a parameter that replaces another, or whose layout has changed.
+
+    The values stay, in the parameter's present layout. Tensors that have this layout already are
+    not copied.
     """
     state = dict(before)
     for key, dtype in _dtypes(p, group):
@@ -181,11 +183,12 @@ def adopt_state(
     group: Mapping[str, Any],
     layouts: Layouts,
 ) -> None:
-    """After loading: what torch has cast to the parameter's dtype, in its own again; what was saved
-    under another layout, in this one.
+    """Repair a state after torch has loaded it: every tensor in its dtype, and in this layout.
+
+    torch casts loaded tensors to the parameter's dtype, and keeps the layout of the saved ones.
 
     Args:
-        saved: as it was before torch loaded it.
+        saved: the state as it was before torch loaded it.
     """
     for key, dtype in _dtypes(p, group):
         if key not in saved:

@@ -18,22 +18,22 @@ from muonkit.variants import variant_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from muonkit.batching import Batch, MomentumShards, ParamShards
+    from muonkit.batching import Batch, MomentumShards, ObservedBatch, ParamShards
 
 __all__ = ["Observer", "muon_step"]
 
 
 class Observer(Protocol):
-    """Who is told of the whole matrices of a batch, on the rank that computes them.
+    """Is told of a batch's whole matrices, on the rank that computes them.
 
-    All ranks have one, or none: it may exchange in `before`. It writes to nothing that it is given.
+    All ranks have one, or none has: it may exchange in `before`. It never writes to its arguments.
     """
 
     def call(self, step: Callable[..., Any], closure: Any) -> Any:
         """Take the step, outside of torch.compile's graphs: what follows has no place in one."""
         ...
 
-    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+    def before(self, batch: ObservedBatch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
         """See the matrices before they are orthogonalized; parameters are as they were."""
         ...
 
@@ -47,7 +47,7 @@ class Observer(Protocol):
 
 
 def muon_step(
-    batch: Batch, group: dict[str, Any], observer: Observer | None = None
+    batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
 ) -> Iterator[None]:
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     u = batch.to_owners(

@@ -146,7 +146,7 @@ def _adamuon_(O: Tensor, v: Tensor | None, beta2: float, step: float | Tensor) -
     O.copy_(quotient.mul_(target / norm.clamp_min_(NO_NORM)))
 
 
-# What the option `variant` finds its names in.
+# The names that the option `variant` accepts.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (

@@ -214,7 +214,7 @@ def _row_geometry(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
     regions = [list(b.shape) for b in blocks]
     indices = [list(b.index) for b in blocks]
     for dim in _column_dims(view, blocks[0].transposed, len(shape)):
-        # Of columns that are stored as rows a block holds a batch, see `_split`: several segments.
+        # A block of columns that are stored as rows is a batch (see `_split`): several segments.
         counts = [
             b.shape[dim] // b.cols if b.transposed and b.cols else min(b.shape[dim], 1)
             for b in blocks

@@ -1,4 +1,4 @@
-"""The conversion itself, parameter by parameter; `muonkit.convert` says of what."""
+"""The conversion itself, parameter by parameter; `muonkit.convert` has the overview."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def to_muonkit(
             a `Muon` with their groups, in their order, so that their schedulers' states fit too.
             A group is split where its parameters need different views or learning rates here
             (where their scale of a shape is not ours, the learning rate makes up for it).
-        hyperparameters: take these over into `optimizer` too; False leaves its own.
+        hyperparameters: take these over into `optimizer` too; False leaves those that it has.
         **options: other arguments of `Muon` for the one that is made: process_group, zero,
             ns_dtype, ... and ns_coefficients, where theirs are not those that their class has by
             default.

@@ -187,9 +187,9 @@ class Monitor:
         self._listen(None)  # the last step may have raised
         if self.step == 1 or self.step % self.every == 0:
             _refuse_meta(self._optimizer)
-            # What is refused is so in the step itself, which tells the other ranks.
+            # Whatever is refused here is refused by the step too, which tells the other ranks.
             with suppress(Exception):
-                self._optimizer._settle()  # of what was replaced since the last step
+                self._optimizer._settle()  # parameters that were replaced since the last step
             sampler = Sampler(self._optimizer, self._spectra)
             self._skipped = self._optimizer.skipped_steps
             with torch.no_grad():

@@ -57,8 +57,8 @@ class Schedule:
     strict: bool = False
 
     def spelled(self) -> tuple[object, ...]:
-        """What a group and a state dict have of it: all that decides the iterations, in plain
-        numbers. `ns_coefficients` may be this too.
+        """The form in which param groups and state dicts keep the schedule: everything that decides
+        the iterations, in plain numbers. `ns_coefficients` accepts this form too.
         """
         return (_SPELLED, self.table, self.tail, self.shortest, self.margin, self.strict)
 

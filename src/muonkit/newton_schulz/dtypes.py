@@ -126,7 +126,7 @@ class Fastest(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def fastest_dtype(device_type: str, index: int | None) -> Fastest:
-    """What "auto" is on this device; see the module."""
+    """The dtype that "auto" stands for on this device; the module's docstring has the rule."""
     if device_type == "cpu":
         return _fastest_on_cpu()
     if device_type == "cuda":
