@@ -21,7 +21,8 @@ def unknown(what: str, got: object, options: Iterable[object], also: str = "") -
     known = [str(option) for option in options]
     hint = meant(got, known)
     it = f": {hint} It" if hint else "; it"
-    return f"unknown {what} {got!r:.80}{it} is one of {', '.join(map(repr, known))}{also}"
+    one_line = shortened(repr(got), 80)
+    return f"unknown {what} {one_line}{it} is one of {', '.join(map(repr, known))}{also}"
 
 
 def one_of(options: Iterable[str]) -> str:

@@ -13,10 +13,9 @@ from muonkit.groups import (
     STEP,
     parameter_names,
     state_shapes,
-    validate_group,
-    validate_options,
 )
 from muonkit.options import OPTION_KEYS
+from muonkit.validate import validate_group, validate_options
 from muonkit.variants import variant_of
 
 if TYPE_CHECKING:

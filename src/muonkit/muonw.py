@@ -13,7 +13,8 @@ from muonkit.groups import refuse_eps
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.optim import Muon
 from muonkit.options import FILLS, OPTIONS
-from muonkit.routing.routes import Routes, Rule, is_models, route
+from muonkit.routing.routes import Rule, route
+from muonkit.routing.table import Routes, is_models
 from muonkit.scale import ROUTED
 
 if TYPE_CHECKING:

@@ -53,8 +53,6 @@ from muonkit.groups import (
     separate_lr,
     spell_,
     unused_name,
-    validate_defaults,
-    validate_group,
     warn_of_eps,
 )
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
@@ -63,6 +61,7 @@ from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
 from muonkit.step import muon_step
+from muonkit.validate import validate_defaults, validate_group
 from muonkit.variants import variant_of
 
 if TYPE_CHECKING:

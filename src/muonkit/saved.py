@@ -22,9 +22,9 @@ from muonkit.groups import (
     VARIANCE,
     parameter_names,
     state_shapes,
-    validate_options,
 )
 from muonkit.options import spelled, unspelled
+from muonkit.validate import validate_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

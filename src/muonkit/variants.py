@@ -64,7 +64,8 @@ class Variant:
         state: "none", "rows" (one number per row) or "entries" (one per entry); zero at first.
         beta2: the default weight of the past in v; None where it is no average.
 
-    A new one is tried on a small stack of zeros: by the laws above, these stay zero.
+    A new one is tried on a small stack of zeros on the CPU (a kernel for another device needs a way
+    around it there): by the laws above, these stay zero.
 
     Raises:
         TypeError: `apply_` cannot be called like this, or returns another tensor than O.

@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 from muonkit import Muon, MuonW, convert
 from tests.helpers import other_muons
 from tests.helpers.other_muons import SOURCES, Keller, Moonlight
-from tests.helpers.ranks import Cases, Ranks, ranks_of
+from tests.helpers.ranks import Cases, Ranks
 
 
 class Model(nn.Module):
@@ -310,9 +310,6 @@ def zero_shares_out_the_state_of_one_process() -> None:
     assert_went_on(model, ours, start)
     with pytest.raises(ValueError, match="consolidate_state_dict"):
         convert.from_muonkit("keller", taken.optimizer)
-
-
-ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

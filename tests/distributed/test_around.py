@@ -33,7 +33,7 @@ from tests.helpers.measures import (
     bits,
     unchanged,
 )
-from tests.helpers.ranks import Cases, Ranks, counted_collectives, ranks_of
+from tests.helpers.ranks import Cases, Ranks, counted_collectives
 
 CASES = Cases()
 
@@ -587,9 +587,7 @@ def the_hook_refuses_an_optimizer_that_needs_whole_gradients() -> str:
 # --- the tests ------------------------------------------------------------------------------------
 
 
-ranks = ranks_of(CASES)
-
-
+@pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_around_the_step(world_size: int, case: str, ranks: Ranks) -> None:
     values = ranks.outcome(world_size, case).check()

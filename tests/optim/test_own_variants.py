@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from muonkit import Monitor, Muon, MuonW, Rule, Variant, View, orthogonalize, route
+from muonkit.convert import from_muonkit
 from muonkit.newton_schulz.coefficients import SCHEDULES, Schedule, resolve
 from muonkit.scale import SCALES
 from muonkit.variants import VARIANTS
 from tests.helpers import measures, zoo
 from tests.helpers.paths import ROOT
-from tests.helpers.ranks import Cases, Ranks, ranks_of, shared_folder
+from tests.helpers.ranks import Cases, Ranks, shared_folder
 
 sys.path.insert(0, str(ROOT / "examples"))
 from clip_rows import CLIP_ROWS, MOST, clip_rows_
@@ -141,9 +142,6 @@ def ranks_with_other_variants_do_not_step() -> None:
     zoo.set_gradients(model, 0)
     with pytest.raises(RuntimeError, match=r"variant.*clip_rows.*on rank 0.*smooth"):
         optimizer.step()
-
-
-ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
@@ -289,6 +287,14 @@ def test_an_optimizer_with_objects_is_copied_and_pickled() -> None:
         assert twin.param_groups[0]["variant"] == CLIP_ROWS
         train(twin, 1)
     assert copy.deepcopy(optimizer).param_groups[0]["variant"] is CLIP_ROWS
+
+
+def test_other_libraries_get_what_they_can_have_of_it() -> None:
+    optimizer = trained(variant=CLIP_ROWS, adjust_lr_fn=width, ns_coefficients=SCHEDULE)
+    exported = from_muonkit("keller", optimizer)
+    notes = str(exported)
+    assert "variant=Variant('clip_rows'" in notes
+    assert "ns_coefficients" in notes
 
 
 def test_whoever_tells_of_a_variant_tells_its_name(tmp_path: Path) -> None:

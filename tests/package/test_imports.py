@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim",),
     ("distributed.step_plan", "distributed.rank_dtypes", "state", "settle", "saved", "checks"),
     ("distributed.sharded", "gradients", "step"),
-    ("distributed.layout",),
+    ("distributed.layout", "validate"),
     ("groups",),
     ("routing", "batching", "adamw", "distributed.planner"),
     ("distributed.owners", "distributed.meshes"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 from muonkit._text import unknown
 from tests.helpers.paths import SOURCE
 
@@ -23,7 +25,7 @@ def test_the_closest_choice_is_what_was_meant() -> None:
 
 
 def test_whatever_was_got_is_told_in_one_short_line() -> None:
-    for got in (None, 3, ["plain"], "a\nb", "x" * 10_000):
+    for got in (None, 3, ["plain"], "a\nb", "x" * 10_000, torch.zeros(3, 3)):
         told = unknown("variant", got, ["plain"])
         assert "\n" not in told
         assert len(told) < 150

@@ -16,7 +16,7 @@ from muonkit.convert.match import Parameter, named_of, positions_of, read_all, r
 from muonkit.convert.values import same, written_parameter
 from muonkit.groups import parameter_names
 from muonkit.optim import Muon
-from muonkit.options import OF_ALGORITHM, STRUCTURE
+from muonkit.options import OF_ALGORITHM, STRUCTURE, unspelled
 from muonkit.views import blocks_of
 
 __all__ = ["FORMATS", "Exported", "Imported", "from_muonkit", "joined", "to_muonkit"]
@@ -143,10 +143,10 @@ def from_muonkit(
     problems: list[str] = []
     groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
     for place, (group, kept) in enumerate(groups):
-        names = parameter_names(group)
+        names, own = parameter_names(group), unspelled(kept, group)
         for name, p, key in zip(names, group["params"], kept["params"], strict=True):
             try:
-                read = written_parameter(form, p, kept, saved["state"].get(key) or {})
+                read = written_parameter(form, p, own, saved["state"].get(key) or {})
             except ValueError as error:
                 problems.append(f"{name}: {error}")
                 continue
