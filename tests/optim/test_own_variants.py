@@ -28,7 +28,7 @@ from muonkit.scale import SCALES
 from muonkit.variants import VARIANTS
 from tests.helpers import measures, zoo
 from tests.helpers.paths import ROOT
-from tests.helpers.ranks import Cases, Ranks, ranks_of, shared_folder
+from tests.helpers.ranks import Cases, Ranks, shared_folder
 
 sys.path.insert(0, str(ROOT / "examples"))
 from clip_rows import CLIP_ROWS, MOST, clip_rows_
@@ -142,9 +142,6 @@ def ranks_with_other_variants_do_not_step() -> None:
     zoo.set_gradients(model, 0)
     with pytest.raises(RuntimeError, match=r"variant.*clip_rows.*on rank 0.*smooth"):
         optimizer.step()
-
-
-ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
