@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from muonkit import Muon, ddp_reduce_scatter_hook
-from tests.helpers import measures, zoo
+from tests.helpers import internals, measures, zoo
 from tests.helpers.measures import (
     EXACT,
     assert_equals_one_process,
@@ -471,7 +471,7 @@ def orthogonalizes_once_for_all_micro_batches(how: str) -> None:
         model, optimizer, wrapped = _wrapped(int(how != "ddp"), how == "hook")
         unsynced = wrapped.no_sync
     (expected,) = _mean_gradients(1)
-    with measures.counted_orthogonalizations() as counted:
+    with internals.counted_orthogonalizations() as counted:
         _accumulate(wrapped, unsynced, 0)
         assert not counted
         optimizer.step()

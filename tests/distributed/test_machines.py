@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from muonkit import Muon, MuonW
-from muonkit.distributed import rank_dtypes
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
+from tests.helpers import internals
 from tests.helpers.ranks import Cases, Ranks, run, shared_folder
 
 CASES = Cases()
@@ -81,15 +81,7 @@ def mixed_nodes_are_told_before_anything_is_written(compiled: bool) -> None:
 
 @CASES.on(2, compiled=[False, True])
 def equal_nodes_step_and_ask_once(compiled: bool) -> None:
-    requests = []
-    through = rank_dtypes._try
-
-    def counting(ask: Any, *arguments: Any) -> Any:
-        requests.append(ask)
-        return through(ask, *arguments)
-
-    rank_dtypes._try = counting
-    try:
+    with internals.requests_counted() as requests:
         # A shape that no other case has, where ranks have told different dtypes.
         optimizer = Muon([nn.Parameter(torch.ones(11 + compiled, 3))], lr=0.1)
         if compiled:
@@ -102,8 +94,6 @@ def equal_nodes_step_and_ask_once(compiled: bool) -> None:
         del requests[:]
         stepped(optimizer, 3)
         assert not requests
-    finally:
-        rank_dtypes._try = through
 
 
 @CASES.on(2)

@@ -25,10 +25,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muonkit import Muon, MuonW, RoutingError, route
-from muonkit.distributed import layout as layouts
 from muonkit.distributed.machines import MACHINES
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
-from tests.helpers import measures, zoo
+from tests.helpers import internals, measures, zoo
 from tests.helpers.ranks import Cases, Ranks, run
 
 CASES = Cases()
@@ -192,14 +191,14 @@ def goes_on_after_ranks_disagreed() -> None:
 def plans_by_one_ranks_word_for_the_size_of_nodes() -> None:
     """Nodes of unequal size: by rank 0's it is cheaper to compute again, by the others' to send."""
     size = [2, 4, 4, 4][dist.get_rank()]
-    layouts._nodes.clear()  # other cases have asked
+    internals.forget_nodes()  # other cases have asked
     rates = mock.patch.dict(MACHINES, {"cpu": (1e9, 1.0, 0.1)})
     with rates, mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(size)}):
         model, optimizer = measures.make("hsdp")
         measures.train(model, optimizer, last=1)
     repeats = {tensor.repeat for plan in optimizer.plan().plans for tensor in plan.tensors}
     assert (0,) in repeats
-    layouts._nodes.clear()
+    internals.forget_nodes()
 
 
 @CASES.on(2)
@@ -232,7 +231,8 @@ def tells_that_auto_is_another_dtype_elsewhere() -> None:
     """Rank 1 stands for a node whose CPUs multiply bfloat16 fastest, and rank 0 for one of AVX2."""
     have = {"amx_bf16": bool(dist.get_rank()), "avx512_bf16": False, "arm_bf16": False}
     try:
-        with mock.patch.object(_orthogonalize_dtype, "cpu_capabilities", return_value=have):
+        with pytest.MonkeyPatch.context() as patch:
+            internals.cpu_has(patch, have)
             _orthogonalize_dtype.fastest_dtype.cache_clear()
             p = _parameter(4, 6)
             optimizer = Muon([p], process_group=dist.group.WORLD)

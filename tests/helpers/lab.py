@@ -8,10 +8,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from muonkit.lab import data
+from muonkit.lab.monitor_plots import _edges as edges
+from muonkit.lab.monitor_plots import _norm as norm
+from muonkit.lab.monitor_plots import _spread as spread
+from muonkit.lab.plots import _limits as limits
+from muonkit.lab.plots import _smoothed as smoothed
 from muonkit.lab.progress import Lines
 from muonkit.lab.store import Record, parse_lines
 from muonkit.lab.sweep import Search
+from muonkit.lab.train import Trainer
+
+__all__ = [
+    "CIFAR_BATCHES",
+    "Silent",
+    "advance",
+    "edges",
+    "limits",
+    "losses",
+    "norm",
+    "read_records",
+    "searched",
+    "smoothed",
+    "spread",
+    "write_cifar",
+]
+
+# As they are published.
+CIFAR_BATCHES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
 
 class Silent(Lines):
@@ -53,7 +76,7 @@ def write_cifar(path: Path, cut: str = "", drop: str = "", label: int = 9) -> Pa
     """A small file as the published one; its damage is as the arguments say."""
     record = bytes([label]) + bytes(3072)
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-        for name in data._CIFAR_BATCHES:
+        for name in CIFAR_BATCHES:
             content = record * 10_000
             content = content[:-5] if name == cut else content
             if name != drop:
@@ -61,3 +84,19 @@ def write_cifar(path: Path, cut: str = "", drop: str = "", label: int = 9) -> Pa
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def advance(trainer: Trainer, steps: int, saved_after: int | None = None) -> None:
+    """The beginning of a run, as a kill would leave it: so many steps, with their evaluations.
+
+    Args:
+        saved_after: write the checkpoint after this step; by default after the last.
+    """
+    trainer._evaluate()
+    for step in range(1, steps + 1):
+        trainer._one_step()
+        if trainer.step in trainer.setting.evaluation_steps:
+            trainer._evaluate()
+        if step == (saved_after or steps):
+            trainer.save()
+    trainer.file.close()

@@ -24,10 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from muonkit import Muon
-from muonkit import step as muon_module
 from muonkit.distributed.step_plan import gradients
 from muonkit.views import blocks_of
-from tests.helpers import zoo
+from tests.helpers import internals, zoo
 from tests.helpers.ranks import counted_collectives
 
 # Large steps: whatever goes wrong is to be seen in the parameters. Products in float32 on every
@@ -132,7 +131,7 @@ def parity(layout: str, variant: str = "plain", blocks: int = 1, **options: Any)
     model, optimizer = make(layout, blocks, variant=variant, **options)
     check_state(model, optimizer)
     train(model, optimizer, last=STEPS - 1)
-    with counted_orthogonalizations() as counted, sent_bytes() as sent:
+    with internals.counted_orthogonalizations() as counted, sent_bytes() as sent:
         train(model, optimizer, STEPS - 1)
     check_state(model, optimizer)
     plan, me = optimizer.plan(), dist.get_rank()
@@ -278,20 +277,6 @@ def check_identity(model: nn.Module, optimizer: Muon) -> None:
         for (params, rows, cols), pieces in zip(batch.param_shards, back, strict=True):
             for p, piece in zip(params, pieces, strict=True):
                 assert torch.equal(p, piece), (rows, cols)
-
-
-@contextlib.contextmanager
-def counted_orthogonalizations() -> Iterator[list[int]]:
-    """How many matrices each call of the orthogonalizer has."""
-    calls: list[int] = []
-    original = muon_module.orthogonalize_
-
-    def counting(matrices: Tensor, *options: Any) -> Tensor:
-        calls.append(len(matrices))
-        return original(matrices, *options)
-
-    with mock.patch.object(muon_module, "orthogonalize_", counting):
-        yield calls
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from muonkit.lab.store import (
 from muonkit.lab.sweep import best_rate
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Result, Run, Setting, StopRequest, Trainer, lr_factor, train
-from tests.helpers import warm
+from tests.helpers import lab, warm
 from tests.helpers.lab import Silent, losses, read_records, searched
 
 STEPS = 150
@@ -218,13 +218,7 @@ def test_every_optimizer_resumes_exactly(tmp_path: Path, optimizer: str) -> None
     whole = train(run, setting, tmp_path / "whole", StopRequest(), Silent())
     # A checkpoint after 5 of the 8 steps, as a kill would leave it.
     first = Trainer(run, setting, tmp_path / "cut", StopRequest(), Silent())
-    first._evaluate()
-    for _ in range(5):
-        first._one_step()
-        if first.step in setting.evaluation_steps:
-            first._evaluate()
-    first.save()
-    first.file.close()
+    lab.advance(first, 5)
     again = Trainer(run, setting, tmp_path / "cut", StopRequest(), Silent())
     assert again.step == 5
     resumed = again.train()

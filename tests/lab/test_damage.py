@@ -15,6 +15,7 @@ from muonkit.lab.results import Curve
 from muonkit.lab.store import read_sealed, write_sealed
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Run, Setting, StopRequest, Trainer, train
+from tests.helpers import lab
 from tests.helpers.lab import Silent, losses, read_records, write_cifar
 
 
@@ -26,11 +27,7 @@ def interrupted(folder: Path) -> Run:
     """A run that stopped half-way, with its checkpoint."""
     run = Run("adamw", 0.004, 0)
     trainer = Trainer(run, setting(), folder, StopRequest(), Silent())
-    trainer._evaluate()
-    for _ in range(20):
-        trainer._one_step()
-    trainer.save()
-    trainer.file.close()
+    lab.advance(trainer, 20)
     return run
 
 
@@ -109,14 +106,14 @@ def test_a_run_that_explodes_does_not_press_the_others_flat(tmp_path: Path) -> N
         result = train(Run(name, lr, 0), setting(), tmp_path / name, StopRequest(), Silent())
         records[f"{name}/0"] = read_records(tmp_path / name / "measurements.jsonl")
         outcomes.append((result, Curve.of(records[f"{name}/0"])))
-    limits = plots._limits(outcomes, records)
+    limits = lab.limits(outcomes, records)
     assert limits is not None
     low, high = limits
     sound = outcomes[0][1].losses
     assert 0 < low <= min(sound)
     assert high == max(curve.losses[0] for _, curve in outcomes) < 4
     assert plots.loss_plot("t", "step", outcomes, records)[:4] == b"\x89PNG"
-    assert plots._smoothed([1.0, 1e27, 1.0, 1.0, 1.0], 2)[-1] == 1.0
+    assert lab.smoothed([1.0, 1e27, 1.0, 1.0, 1.0], 2)[-1] == 1.0
 
 
 def test_a_cifar_file_with_one_wrong_bit_is_refused(tmp_path: Path) -> None:

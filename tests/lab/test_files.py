@@ -37,6 +37,7 @@ from muonkit.lab.saved import Result
 from muonkit.lab.store import Folder, read_sealed, write_sealed
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Run, Setting, StopRequest, Trainer, train
+from tests.helpers import lab
 from tests.helpers.lab import Silent
 from tests.helpers.paths import BENCHMARKS
 
@@ -405,10 +406,7 @@ def test_a_checkpoint_of_another_model_or_length_is_refused(tmp_path: Path) -> N
     setting = Setting(TASKS["digits"], digits(), 8, 32)
     run = Run("adamw", 0.004, 0)
     trainer = Trainer(run, setting, tmp_path, StopRequest(), Silent())
-    trainer._evaluate()
-    trainer._one_step()
-    trainer.save()
-    trainer.file.close()
+    lab.advance(trainer, 1)
     for other, told in (
         (Setting(TASKS["digits"], digits(), 9, 32), "steps = 8, not 9"),
         (Setting(TASKS["digits"], digits(), 8, 64), "batch_size = 32, not 64"),

@@ -31,7 +31,7 @@ from muonkit.lab.monitor import draw
 from muonkit.lab.recording import FIGURES, find, read
 from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Run, Setting, StopRequest, Trainer, train
-from tests.helpers import warm
+from tests.helpers import lab, warm
 from tests.helpers.lab import Silent, losses
 
 Record = dict[str, Any]
@@ -203,24 +203,24 @@ def test_figures_that_are_not_there_leave_a_picture(
 
 
 def test_cells_lie_around_their_samples_and_do_not_overlap() -> None:
-    assert plots._edges([1, 10, 20]) == [0.0, 5.5, 15.0, 25.0]
-    assert plots._edges([7]) == [6.5, 7.5]
+    assert lab.edges([1, 10, 20]) == [0.0, 5.5, 15.0, 25.0]
+    assert lab.edges([7]) == [6.5, 7.5]
 
 
 def test_colours_span_what_there_is() -> None:
-    norm = plots._norm([0.5, math.nan, 2.0], is_log=True)
+    norm = lab.norm([0.5, math.nan, 2.0], is_log=True)
     assert 0 < norm(0.5) < norm(1.0) < norm(2.0) < 1
     assert norm(1.0) == pytest.approx(0.5)  # half-way by factors
-    assert plots._norm([0.0, 2.0], is_log=True)(1.0) == 0.5  # no factor from 0
-    assert plots._norm([math.nan], is_log=False)(0.5) == 0.5
+    assert lab.norm([0.0, 2.0], is_log=True)(1.0) == 0.5  # no factor from 0
+    assert lab.norm([math.nan], is_log=False)(0.5) == 0.5
 
 
 def test_matrices_for_the_spectra_are_spread_over_the_model() -> None:
     keys = [(f"layers.{i}", 0) for i in range(40)]
-    chosen = plots._spread(keys, 6)
+    chosen = lab.spread(keys, 6)
     assert len(set(chosen)) == 6
     assert (chosen[0], chosen[-1]) == (keys[0], keys[-1])
-    assert plots._spread(keys[:2], 6) == keys[:2]
+    assert lab.spread(keys[:2], 6) == keys[:2]
 
 
 def test_layers_are_chosen_by_name(recorded: Path) -> None:
@@ -723,14 +723,7 @@ def test_a_recording_goes_on_as_if_nothing_had_happened(damage: str, tmp_path: P
     run, whole, cut = Run("muonw", 0.01, 0), tmp_path / "whole", tmp_path / "cut"
     train(run, setting(monitor=3), whole, StopRequest(), Silent())
     first = Trainer(run, setting(monitor=3), cut, StopRequest(), Silent())
-    first._evaluate()
-    for step in range(11):
-        first._one_step()
-        if first.step in setting().evaluation_steps:
-            first._evaluate()
-        if step == 7:
-            first.save()  # at 8 steps; the samples of 9 are lost with the steps
-    first.file.close()
+    lab.advance(first, 11, saved_after=8)  # the samples of 9 are lost with the steps
     assert first.monitor is not None
     first.monitor.close()
     path = cut / "monitor.jsonl"

@@ -24,6 +24,7 @@ from muonkit import Monitor, Muon, MuonW, orthogonalize
 from muonkit.monitor.sample import KINDS
 from muonkit.monitor.sinks import JsonLines
 from muonkit.monitor.spectra import LEVELS, orthogonality_error, spectra
+from tests.helpers import internals
 from tests.helpers.optim import VIEWED, mlp, momentum_of, parameter, set_gradients, train
 from tests.helpers.pages import python_sections, read_blocks
 from tests.helpers.paths import ROOT
@@ -383,7 +384,7 @@ def test_nobody_listens_between_samples(monkeypatch: pytest.MonkeyPatch) -> None
         for t in range(12):
             set_gradients([p], t)
             optimizer.step()
-            assert optimizer._observer is None
+            assert internals.observer_of(optimizer) is None
     assert len(made) == 2
 
 
@@ -395,9 +396,8 @@ def test_closing_it_leaves_no_trace() -> None:
     optimizer.step()
     monitor.close()
     monitor.close()
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-    assert optimizer._observer is None
+    assert not internals.step_hooks(optimizer)
+    assert internals.observer_of(optimizer) is None
     latest = monitor.latest
     optimizer.step()
     assert monitor.latest is latest
@@ -465,7 +465,7 @@ def test_after_a_step_that_raised_nobody_listens() -> None:
         set_gradients([p])
         optimizer.step()
         assert monitor.latest is None  # the second step is not sampled
-        assert optimizer._observer is None
+        assert internals.observer_of(optimizer) is None
 
 
 def test_a_closure_is_seen() -> None:
@@ -654,7 +654,7 @@ def test_a_sink_that_cannot_be_closed_holds_nothing_up(tmp_path: Path) -> None:
 
 def test_a_file_that_could_not_be_written_may_be_opened_again(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "run.jsonl")
-    os.close(sink._file.fileno())  # as on a full disk, writing and closing raise
+    os.close(internals.file_of(sink).fileno())  # as on a full disk, writing and closing raise
     with pytest.raises(OSError, match="Bad file descriptor"):
         sink({"kind": "sample"})
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -703,7 +703,7 @@ def test_mistakes_are_refused_in_one_line(
         Monitor(optimizer, **arguments)
     assert remedy in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not optimizer._optimizer_step_pre_hooks  # nothing half done
+    assert not internals.step_hooks(optimizer)  # nothing half done
     Monitor(optimizer).close()
 
 
@@ -743,7 +743,7 @@ def test_monitors_of_two_processes_do_not_meet_and_a_forked_child_holds_nothing(
         theirs.recv()  # as a worker of a DataLoader, which outlives the monitor
 
     sink = JsonLines(path)
-    sink._file.write(HEADER[:-9])
+    internals.file_of(sink).write(HEADER[:-9])
     child = context.Process(target=open_too)
     child.start()
     assert ours.poll(60)
@@ -850,7 +850,7 @@ def test_what_is_there_of_a_recording_stays_but_a_torn_line(
     path.write_bytes(left)
     sink = JsonLines(path)
     assert path.read_bytes() == kept
-    assert sink._size == len(kept)
+    assert internals.size_of(sink) == len(kept)
     sink(json.loads(HEADER))
     sink.close()
     assert path.read_bytes() == (kept or HEADER)  # the same header is not written again

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-import muonkit.newton_schulz.symmetric
 from muonkit import orthogonalize
 from muonkit.newton_schulz.coefficients import KELLER, SCHEDULES
 from muonkit.newton_schulz.forms import FORMS, choose_form, product_flops, segments
-from muonkit.newton_schulz.orthogonalizer import _evaluate, choose
+from muonkit.newton_schulz.orthogonalizer import choose
+from tests.helpers import internals
 
 FIVE = (KELLER,) * 5
 INF = math.inf
@@ -85,13 +85,13 @@ def test_flops_are_counted_exactly(
     form: str, shape: tuple[int, int], smallest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch multiplies is what `choose` says, and at most 1.1 times the symmetric figure."""
-    monkeypatch.setitem(muonkit.newton_schulz.symmetric._SMALLEST_BLOCK, "cpu", smallest)
+    internals.smallest_block(monkeypatch, "cpu", smallest)
     choice = choose(KELLER, 5, form, "float32", torch.float32, torch.device("cpu"), *shape)
     m, n = sorted(shape)
     fits = int(math.log2(max(m / smallest, 1)))
     assert choice.blocks == (2**fits if fits >= 2 else 1)
     with FlopCounterMode(display=False) as counted:
-        _evaluate(torch.randn(3, *shape), choice.triples, form)
+        internals.evaluate(torch.randn(3, *shape), choice.triples, form)
     if m % choice.blocks == 0:
         assert counted.get_total_flops() == 3 * choice.flops
     assert counted.get_total_flops() <= 1.1 * 3 * choice.flops
@@ -108,11 +108,9 @@ def test_a_cubic_schedule_squares_nothing() -> None:
 def test_forms_agree_in_blocks_too(m: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     G = torch.randn(3, m, 130, dtype=torch.float64)
     G[1, 40:] = 0
-    monkeypatch.setattr(
-        "muonkit.newton_schulz.scratch._WORTH_KEEPING", 0
-    )  # all of it in scratch, by name
+    internals.all_in_scratch(monkeypatch)
     whole = orthogonalize(G, ns_form="standard", ns_dtype="float64")
-    monkeypatch.setitem(muonkit.newton_schulz.symmetric._SMALLEST_BLOCK, "cpu", 8)
+    internals.smallest_block(monkeypatch, "cpu", 8)
     for X, expected in ((G, whole), (G.mT, whole.mT)):
         O = orthogonalize(X, ns_form=form, ns_dtype="float64")
         # float64's rounding, 1e-16, grown by up to 200 within a segment and 484 by the schedule.

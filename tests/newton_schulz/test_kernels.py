@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from muonkit.newton_schulz import triton as kernels
+from tests.helpers import internals
 from tests.helpers.kernels import DTYPES, allowed, cases, compiled, interpreted
 
 NO_TRITON = importlib.util.find_spec("triton") is None
@@ -144,7 +145,7 @@ def test_the_kernel_needs_an_ampere_gpu(
     try:
         assert [kernels.available(device) for _ in range(3)] == [expected] * 3
     finally:
-        kernels._gpu_available.cache_clear()
+        internals.forget_gpus()
     assert asked == [capability[0]]
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from muonkit import _torch, orthogonalize
 from muonkit._torch import cpu_capabilities
-from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 from muonkit.newton_schulz.coefficients import SCHEDULES, resolve
 from muonkit.newton_schulz.dtypes import fastest_dtype
 from muonkit.newton_schulz.forms import FORMS
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose, resolve_dtype
+from tests.helpers import internals
 
 # Every schedule with every form, dtype and shape is 1,900 cases: see tests/helpers/sampling.py.
 pytestmark = pytest.mark.sampled
@@ -342,7 +342,7 @@ def test_auto_is_what_a_gpu_multiplies_fastest(
 def _pretend(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
     """That this CPU has these, and no others of those that matter."""
     found = {name: name in features for name in cpu_capabilities()}
-    monkeypatch.setattr(_orthogonalize_dtype, "cpu_capabilities", lambda: found)
+    internals.cpu_has(monkeypatch, found)
 
 
 def _holds(where: torch.device, expected: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from muonkit import Muon, MuonW
-from muonkit.newton_schulz.orthogonalizer import orthogonalize_
+from tests.helpers import internals
 from tests.helpers.optim import mlp, momentum_of, parameter, set_gradients, train
 
 # --- living with the rest of PyTorch ----------------------------------------------------------
@@ -389,26 +389,16 @@ def test_deepcopy_and_pickle() -> None:
 # --- gradients that are late, scaled, broken ---------------------------------------------------
 
 
-def test_pitfall_26_accumulation_orthogonalizes_once_a_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import muonkit.step as module
-
-    calls: list[int] = []
-
-    def counted(u: torch.Tensor, *options: object) -> torch.Tensor:
-        calls.append(u.shape[0])
-        return orthogonalize_(u, *options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "orthogonalize_", counted)
+def test_pitfall_26_accumulation_orthogonalizes_once_a_step() -> None:
     model = mlp()
     whole = copy.deepcopy(model)
     optimizer = MuonW(model, lr=0.01)
     x = torch.randn(8, 12)
-    for part in x.split(2):
-        (model(part).square().mean() / 4).backward()
-    assert calls == []
-    optimizer.step()
+    with internals.counted_orthogonalizations() as calls:
+        for part in x.split(2):
+            (model(part).square().mean() / 4).backward()
+        assert calls == []
+        optimizer.step()
     assert sum(calls) == 2  # two hidden matrices, each once
     MuonW(whole, lr=0.01).zero_grad()
     whole(x).square().mean().backward()

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 
 from muonkit import Monitor, Muon, MuonW
 from muonkit.monitor import spectra as measured
-from muonkit.monitor.sample import _square
 from muonkit.newton_schulz.scratch import scratch
+from tests.helpers import internals
 from tests.helpers.optim import mlp, parameter, set_gradients, train
 
 VARIANTS = ("plain", "normuon", "adamuon")
@@ -227,4 +227,4 @@ def test_what_apples_gpus_lack_is_measured_on_the_cpu() -> None:
     assert torch.equal(measured.orthogonality_error(odd), measured.orthogonality_error(A))
     for got, expected in zip(measured.norms(odd), measured.norms(A), strict=True):
         assert torch.equal(got, expected)
-    assert torch.equal(_square(odd), _square(A))
+    assert torch.equal(internals.square(odd), internals.square(A))

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import muonkit.distributed.plan_batches
-import muonkit.newton_schulz.scratch
-import muonkit.newton_schulz.symmetric
 from muonkit import Muon, orthogonalize
 from muonkit.newton_schulz.coefficients import KELLER
-from muonkit.newton_schulz.orthogonalizer import _newton_schulz_, choose
+from muonkit.newton_schulz.orthogonalizer import choose
+from tests.helpers import internals
 from tests.helpers.optim import momentum_of, parameter, set_gradients
 from tests.helpers.paths import BENCHMARKS
 
@@ -73,7 +71,7 @@ def test_launches_of_a_step_over_gpt2_small(dtype: str, monkeypatch: pytest.Monk
     """What a GPU has to start, where every symmetric product is one kernel: also inside of our own
     operation, which the dispatcher takes for one.
     """
-    monkeypatch.setitem(muonkit.newton_schulz.symmetric._SMALLEST_BLOCK, "meta", 10**9)
+    internals.smallest_block(monkeypatch, "meta", 10**9)
     operations = dispatched(on_meta(GPT2_SMALL, Muon).step)
     del operations["newton_schulz_"]
     for shape in set(GPT2_SMALL):
@@ -81,7 +79,7 @@ def test_launches_of_a_step_over_gpt2_small(dtype: str, monkeypatch: pytest.Monk
         choice = choose(KELLER, 5, "auto", dtype, G.dtype, G.device, *shape)
         flat = [number for triple in choice.triples for number in triple]
         arguments = G, flat, "auto", choice.margin, choice.dtype
-        operations += dispatched(lambda a=arguments: _newton_schulz_(*a))
+        operations += dispatched(lambda a=arguments: internals.newton_schulz_(*a))
     launches = {name: n for name, n in operations.items() if name not in BOOKKEEPING}
     assert sum(launches.values()) < 150, launches
 
@@ -123,10 +121,8 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return params, {row["computed_as"] for row in optimizer.describe()}
 
     padded, together = trained()
-    monkeypatch.setitem(muonkit.distributed.plan_batches._FLOPS_OF_A_LAUNCH, "cpu", 0)
-    muonkit.distributed.plan_batches._cached.cache_clear()
-    alone, apart = trained()
-    muonkit.distributed.plan_batches._cached.cache_clear()
+    with internals.free_launches(monkeypatch):
+        alone, apart = trained()
     assert len(together) < len(apart) == len(set(shapes))
     for p, q in zip(padded, alone, strict=True):
         # Sums of more terms, zeros, in another order, and another form where its FLOPs are fewer.
@@ -153,12 +149,8 @@ def peak_of(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_the_transient_peak_is_bounded_by_the_cap(
     rows: int, cols: int, form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "muonkit.newton_schulz.scratch.KEPT_BYTES", 0
-    )  # what is kept would not be seen
-    monkeypatch.setitem(
-        muonkit.newton_schulz.symmetric._SMALLEST_BLOCK, "cpu", 16
-    )  # blocks have temporaries too
+    internals.keep_no_scratch(monkeypatch)
+    internals.smallest_block(monkeypatch, "cpu", 16)  # blocks have temporaries too
     params = [parameter(rows, cols, seed=i) for i in range(64)]
     size = rows * cols * 4
     peaks = []
@@ -246,8 +238,7 @@ def test_misuse_is_refused() -> None:
 
 
 def test_scratch_outlives_inference_mode() -> None:
-    muonkit.newton_schulz.scratch._kept.views.clear()
-    muonkit.newton_schulz.scratch._kept.buffers.clear()
+    internals.forget_scratch()
     G = torch.randn(2, 300, 300)
     other = nn.Parameter(torch.randn(600, 300))
     other.grad = torch.randn(600, 300)
