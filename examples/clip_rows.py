@@ -18,7 +18,8 @@ MOST = 1.2
 
 def clip_rows_(O: Tensor, v: Tensor | None, beta2: float, step: float | Tensor) -> None:
     """Shorten every row of O, (N, rows, cols), to at most MOST times its matrix's mean row norm."""
-    norm = torch.linalg.vector_norm(O, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = torch.promote_types(O.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(O, dim=-1, keepdim=True, dtype=wide)
     limit = MOST * norm.mean(dim=-2, keepdim=True)
     O.mul_((limit / norm.clamp_min(1e-15)).clamp_max(1))
 

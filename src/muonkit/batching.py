@@ -93,8 +93,7 @@ class ParamShards(NamedTuple):
 
 
 class MatrixStack(NamedTuple):
-    """Whole matrices of one shape, to be orthogonalized or orthogonalized, with what the variant
-    keeps of them.
+    """Whole orthogonalized matrices of one shape, with what the variant keeps of them.
 
     Attributes:
         matrices: `(N, rows, cols)`, a view without padding.

@@ -1,4 +1,4 @@
-"""Param groups: completed with defaults, and refused with the remedy when they make no sense."""
+"""Param groups: completed with defaults, named, described; `validate` has what they may say."""
 
 from __future__ import annotations
 

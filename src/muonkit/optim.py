@@ -396,8 +396,8 @@ class Muon(Optimizer):
 
         Until the next step (or load) `state_dict` of that rank has every tensor whole, as a plain
         tensor on the CPU, and can be loaded on any number of ranks and in any layout. That of the
-        other ranks has their own parts, as ever. Nothing is to be done, nor is it, where every rank
-        has everything. Other ranks hold one whole tensor at a time.
+        other ranks has their own parts, as ever. Where every rank already has everything, this call
+        does nothing. Other ranks hold one whole tensor at a time.
 
         Args:
             to: the rank, counted in the ranks that share this optimizer's parameters.
@@ -523,8 +523,8 @@ class Muon(Optimizer):
     @graph_or_eager
     def _update(self) -> None:
         """The writes of a step of parameters that no other rank shares."""
-        # Asked for again: a graph takes a gradient that it meets behind a key of the state first,
-        # and not behind the groups, for a constant.
+        # Looked up again, and not passed in: torch.compile takes a gradient that it first reaches
+        # through `self.state`, and not through the groups, for a constant.
         work = with_gradients(self.param_groups)
         # Whatever can be refused is, before the first write.
         planned = [

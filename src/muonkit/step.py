@@ -13,7 +13,7 @@ from muonkit.distributed.exchange import Pending
 from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from muonkit.scale import scale_factor
-from muonkit.variants import variant_of
+from muonkit.variants import PLAIN, variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +79,7 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
     for grads, momenta, dtype in momentum_shards:
         U = stacked(grads, alone=len(momentum_shards) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
-        # Taken from one before it is rounded to the momentum's dtype.
+        # 1 - mu is computed before either is rounded to the momentum's dtype.
         kept: Any = scheduled(mu, U)
         new: Any = scheduled(1 - mu, U)
         if group["maximize"]:
@@ -109,13 +109,13 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
 def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Pending[None]:
     """The variant, on whole matrices without padding; then its state goes back to its shards."""
     variant = variant_of(group["variant"])
-    if variant.state == "none":
+    if variant is PLAIN:
         return Pending(None)
     stacks = batch.stacks(o)
     for whole in stacks:
         steps = 0 if whole.steps is None else whole.steps
         variant.apply_(whole.matrices, whole.variance, beta2_of(group), steps)
-    return batch.keep(stacks)
+    return Pending(None) if variant.state == "none" else batch.keep(stacks)
 
 
 def _apply_(

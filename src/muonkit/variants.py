@@ -34,7 +34,7 @@ from muonkit._text import unknown
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["VARIANTS", "Variant", "check_variant", "variant_of"]
+__all__ = ["PLAIN", "VARIANTS", "Variant", "check_variant", "variant_of"]
 
 State: TypeAlias = Literal["none", "rows", "entries"]
 
@@ -59,12 +59,13 @@ class Variant:
             - v: `(N, rows, 1)` for "rows", `(N, rows, cols)` for "entries", None for "none";
               float32 or wider, any strides;
             - beta2: the group's `variant_beta2`, or the default below; 0.0 where there is neither;
-            - step: how often v is updated with this call, 1 in the first; a number, or a tensor
-              (with torch.compile: a number is compiled in) that broadcasts to `(N, 1, 1)`.
+            - step: how often v is updated with this call, 1 in the first, 0 where there is no v; a
+              number, or a tensor (with torch.compile: a number is compiled in) that broadcasts to
+              `(N, 1, 1)`.
         state: "none", "rows" (one number per row) or "entries" (one per entry); zero at first.
         beta2: the default weight of the past in v; None where it is no average.
 
-    A new one is tried on a small stack of zeros on the CPU (a kernel for another device needs a way
+    A new one is tried on small stacks of zeros on the CPU (a kernel for another device needs a way
     around it there): by the laws above, these stay zero.
 
     Raises:
@@ -98,22 +99,29 @@ class Variant:
 
 
 def _try(variant: Variant) -> None:
-    O = torch.zeros(2, 3, 4, device="cpu")
-    sizes = {"rows": (2, 3, 1), "entries": (2, 3, 4)}
-    v = torch.zeros(sizes[variant.state], device="cpu") if variant.state in sizes else None
+    """Refuse a function of another form, on stacks of zeros in the dtypes that a step has."""
     form = f"variant {variant.name!r} is a function apply_(O, v, beta2, step), which rewrites O"
-    try:
-        returned = variant.apply_(O, v, variant.beta2 or 0.0, 1)
-    except TypeError as error:
-        raise TypeError(f"{form}, called with four arguments; it failed: {error}") from error
-    if returned is not None and returned is not O:
-        what = type(returned).__name__
-        raise TypeError(f"{form} in place; it returned a {what}: write O.copy_(...) with it")
-    if O.any() or (v is not None and not v.isfinite().all()):
-        raise ValueError(
-            f"variant {variant.name!r} makes of a matrix of zeros one that is not zero, or not "
-            "finite: divide by a norm with .clamp_min(1e-15), which leaves zero at zero"
-        )
+    sizes = {"rows": (2, 3, 1), "entries": (2, 3, 4)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        O = torch.zeros(2, 3, 4, dtype=dtype, device="cpu")
+        v = None
+        if variant.state in sizes:
+            kept = torch.promote_types(dtype, torch.float32)
+            v = torch.zeros(sizes[variant.state], dtype=kept, device="cpu")
+        try:
+            returned = variant.apply_(O, v, variant.beta2 or 0.0, 1)
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(
+                f"{form}, called with four arguments; on matrices in {dtype} it failed: {error}"
+            ) from error
+        if returned is not None and returned is not O:
+            what = type(returned).__name__
+            raise TypeError(f"{form} in place; it returned a {what}: write O.copy_(...) with it")
+        if O.any() or (v is not None and not v.isfinite().all()):
+            raise ValueError(
+                f"variant {variant.name!r} makes of a matrix of zeros one that is not zero, or not "
+                "finite: divide by a norm with .clamp_min(1e-15), which leaves zero at zero"
+            )
 
 
 def _plain_(O: Tensor, v: Tensor | None, beta2: float, step: float | Tensor) -> None:
@@ -146,11 +154,13 @@ def _adamuon_(O: Tensor, v: Tensor | None, beta2: float, step: float | Tensor) -
     O.copy_(quotient.mul_(target / norm.clamp_min_(NO_NORM)))
 
 
+PLAIN = Variant("plain", _plain_)
+
 # The names that the option `variant` accepts.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("plain", _plain_),
+        PLAIN,
         Variant("normuon", _normuon_, "rows", 0.95),
         Variant("adamuon", _adamuon_, "entries", 0.999),
     )

@@ -112,6 +112,8 @@ SOME = MANY if WHOLE else ["zero1", "hsdp", "fsdp2_tp", "ep_fsdp2"]
 @CASES.on(*((2, 4) if WHOLE else (4,)), layout=MANY, name=["clip_rows"])
 @CASES.on(*((2, 4) if WHOLE else (4,)), layout=SOME, name=["settle_rows", "smooth"])
 def equals_one_process(layout: str, name: str) -> measures.Parity:
+    plain, ours = (measures.alone(v)["parameters"] for v in ("plain", OWN[name]))
+    assert max(zoo.deviation(ours[p], plain[p]) for p in plain) > 1e-2, "it was not applied"
     return measures.parity(layout, OWN[name])
 
 
@@ -180,6 +182,24 @@ def test_the_clip_clips() -> None:
     assert (before > limit).any()
     clip_rows_(O, None, 0.0, 0)
     torch.testing.assert_close(O.norm(dim=-1), before.minimum(limit))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("state", ["none", "rows", "entries"])
+def test_a_step_applies_a_variant_whatever_it_keeps(state: Any, compiled: bool) -> None:
+    stop = Variant("stop", lambda O, v, beta2, step: O.zero_(), state)
+    p = nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    before = p.detach().clone()
+    train(Muon([p], lr=0.1, weight_decay=0.0, variant=stop), 2, compiled)
+    assert torch.equal(p, before)
+
+
+def test_a_function_that_fails_in_another_dtype_is_refused_when_it_is_made() -> None:
+    def narrow_(O: Tensor, v: Tensor | None, beta2: float, step: float | Tensor) -> None:
+        O.mul_(torch.linalg.vector_norm(O, dim=-1, keepdim=True, dtype=torch.float32))
+
+    with pytest.raises(TypeError, match=r"on matrices in torch\.float64 it failed"):
+        Variant("narrow", narrow_)
 
 
 def test_the_guide_has_the_example() -> None:

@@ -323,7 +323,10 @@ class ShardedBatch:
                 ):
                     stop += 1
                 some = members[start:stop]
-                variance = torch.stack([self._logical_state(matrix) for matrix in some])
+                variance = None
+                if self.bucket.state is not None:
+                    variance = torch.stack([self._logical_state(matrix) for matrix in some])
+                    self._stacks.append((some, variance))
                 steps = [self._entry(matrix).steps for matrix in some]
                 count = None
                 if steps[0] is not None:
@@ -331,7 +334,6 @@ class ShardedBatch:
                     count = count.to(matrices.device).reshape(-1, 1, 1)
                 whole = place(matrices[start:stop], block.rows, block.cols)
                 stacks.append(MatrixStack(whole, variance, count))
-                self._stacks.append((some, variance))
                 start = stop
         return stacks
 
