@@ -42,7 +42,7 @@ def plan(name: str, mesh: str) -> Cell:
     layout, axes = choose_layout(None, parse_mesh(mesh), model)
     laid = [(label, p, place(p, layout, axes)) for label, p in of_stage(model, 0, 1)]
     step = Simulation(axes, assumptions(), laid)
-    plans = [each for each, _ in step.plans if each.inward]
+    plans = [each for each in step.plan.plans if each.inward]
     traffic = step.traffic()
     bound, why = lower_bound(plans, axes.ranks)
     matrices = sum(len(each.matrices) for each in plans)

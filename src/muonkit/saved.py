@@ -14,7 +14,7 @@ from torch import Tensor
 
 from muonkit._text import shown
 from muonkit._torch import WRAPPERS, whole_tensor
-from muonkit.distributed.exchange import agree
+from muonkit.distributed.exchange import check_ranks_agree
 from muonkit.distributed.layout import is_a_part, is_dtensor, local
 from muonkit.groups import (
     MOMENTUM,
@@ -22,17 +22,18 @@ from muonkit.groups import (
     VARIANCE,
     parameter_names,
     state_shapes,
-    validate_options,
 )
+from muonkit.options import spelled, unspelled
+from muonkit.validate import validate_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from muonkit.distributed.layout import Layouts
 
-__all__ = ["merge_saved", "whole_state", "without_wrappers"]
+__all__ = ["merge_saved", "spelled_groups", "whole_state", "without_wrappers"]
 
-# What a group says of the model, beside its parameters.
+# Keys of a group that describe the model, beside its parameters.
 _STRUCTURE = ("algorithm", "view", "name", "param_names")
 
 _DDP = "module."  # what it puts before every name
@@ -49,6 +50,18 @@ _OTHER_GROUPS = (
     "another optimizer has saved has to be put into the form of optimizer.state_dict() first. "
     "Nothing was loaded"
 )
+
+
+def spelled_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with the names of variants and functions in their place: any process can
+    load names, `torch.load(weights_only=True)` among them.
+    """
+    groups = [
+        {key: value if key == "params" else spelled(value) for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -93,7 +106,7 @@ def merge_saved(
                 f"{len(own['params'])} here. {_OTHER_GROUPS}"
             )
         structure = {key: own[key] for key in _STRUCTURE if key in own}
-        group = {**own, **saved, **structure}
+        group = unspelled({**own, **saved, **structure}, own)
         if "param_names" not in own:
             group.pop("param_names", None)
         validate_options(group)
@@ -120,8 +133,8 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
         # What torch.distributed.checkpoint.state_dict hands over is by name already, in our order;
         # the names in it are those of one of the parts that it was put together from.
         return keys
-    for spelled in (list, without_wrappers):
-        theirs, here = spelled(names), spelled(ours)
+    for plain in (list, without_wrappers):
+        theirs, here = plain(names), plain(ours)
         if Counter(theirs) == Counter(here) and len(set(here)) == len(here):
             where = dict(zip(theirs, keys, strict=True))
             return [where[name] for name in here]
@@ -189,7 +202,7 @@ def _check_entry(
 def _incomplete(name: str, kind: str, there: Sequence[str], group: Mapping[str, Any]) -> str:
     has = f"the state dict has {', '.join(map(str, there))} for {name}, no {kind}"
     if group["algorithm"] == "muon" and MOMENTUM in there:
-        variant = group["variant"]
+        variant = spelled(group["variant"])
         return (
             f"{has}, which variant={variant!r} keeps: it was saved with another variant. Make the "
             "optimizer with that one ('plain' keeps the momentum alone) and load the state; then "
@@ -212,8 +225,9 @@ def _misshapen(
     wants = f"the state dict's {kind} for {name} has shape {got}, the parameter {tuple(p.shape)} "
     if kind == VARIANCE and own["variant"] != merged["variant"]:
         return (
-            f"{wants}wants {shape} with variant={own['variant']!r}: it was saved with "
-            f"variant={merged['variant']!r}; make the optimizer with that one. Nothing was loaded"
+            f"{wants}wants {shape} with variant={spelled(own['variant'])!r}: it was saved "
+            f"with variant={spelled(merged['variant'])!r}; make the optimizer with that one. "
+            "Nothing was loaded"
         )
     return f"{wants}wants {shape}; it was saved from another model"
 
@@ -346,8 +360,8 @@ def whole_state(
     if not 0 <= to < size:
         raise ValueError(f"consolidate_state_dict(to={to}): there are ranks 0 to {size - 1}")
     if domain is not None:
-        facts = [("the rank with the whole state", str(to)), *_facts(groups, state)]
-        agree(domain, facts, _OTHERS, call="consolidate_state_dict")
+        compared = [("the rank with the whole state", str(to)), *_to_compare(groups, state)]
+        check_ranks_agree(domain, compared, _OTHERS, call="consolidate_state_dict")
     if not any(is_dtensor(value) for entry in state.values() for value in entry.values()):
         return None
     whole: dict[Any, dict[str, Any]] = {}
@@ -362,7 +376,7 @@ def whole_state(
 _OTHERS = {"": "all ranks call consolidate_state_dict together, with the same state; none was sent"}
 
 
-def _facts(
+def _to_compare(
     groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
     return [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from muonkit._torch import whole_tensor
 from muonkit.distributed.layout import is_a_part, is_dtensor, local
-from muonkit.distributed.sharded import state_placement
+from muonkit.distributed.param_layout import variant_placement
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import (
     MOMENTUM,
@@ -19,7 +19,7 @@ from muonkit.groups import (
     parameter_names,
     state_shapes,
 )
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,14 +39,14 @@ class _Kept(NamedTuple):
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    lives: Placement | None
+    placement: Placement | None
 
 
 def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]]:
     """The tensors that are kept for a parameter."""
     if group["algorithm"] == "adamw":
         return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
-    if VARIANTS[group["variant"]].state == "none":
+    if variant_of(group["variant"]).state == "none":
         return [(MOMENTUM, momentum_dtype(group, p))]
     most = torch.promote_types(p.dtype, torch.float32)
     return [(MOMENTUM, momentum_dtype(group, p)), (VARIANCE, most)]
@@ -54,18 +54,20 @@ def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]
 
 def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts) -> _Kept:
     shape, layout = state_shapes(p, group)[key], layouts.get(p)
-    lives = None if layout is None else state_placement(layout, tuple(p.shape), shape)
-    return _Kept(key, dtype, shape, lives)
+    placement = None if layout is None else variant_placement(layout, tuple(p.shape), shape)
+    return _Kept(key, dtype, shape, placement)
 
 
 def _own_shapes(
     p: Tensor, group: Mapping[str, Any], layouts: Layouts
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of what this rank has of every tensor that is kept for a parameter."""
+    """The shape of this rank's part of every state tensor of a parameter."""
     shapes = {}
     for key, dtype in _dtypes(p, group):
-        _, _, shape, lives = _kept(key, dtype, p, group, layouts)
-        shapes[key] = shape if lives is None else tuple(lives.local_shape(shape, layouts[p].at))
+        _, _, shape, placement = _kept(key, dtype, p, group, layouts)
+        shapes[key] = (
+            shape if placement is None else tuple(placement.local_shape(shape, layouts[p].at))
+        )
     return shapes
 
 
@@ -126,7 +128,7 @@ def ensure_state(
             continue  # a step refuses it; half of the state would be lost
         elif have.dtype != dtype or have.device != device or _is_frozen(have):
             state[key] = have.to(device, dtype, copy=True)
-    if adamw or VARIANTS[group["variant"]].state != "none":
+    if adamw or variant_of(group["variant"]).state != "none":
         count: Any = state.get(STEP)
         count = 0.0 if count is None or was_meta else count
         if adamw and p.is_meta:  # torch's AdamW reads its count in Python, as it does its own
@@ -152,8 +154,10 @@ def _is_frozen(tensor: Tensor) -> bool:
 def carried_state(
     before: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
 ) -> dict[str, Any]:
-    """The state of a parameter that another stood for until now, or that was laid out otherwise:
-    the same values, in the layout that it has now. What lies right is not copied.
+    """The state of a parameter that replaces another, or whose layout has changed.
+
+    The values stay, in the parameter's present layout. Tensors that have this layout already are
+    not copied.
     """
     state = dict(before)
     for key, dtype in _dtypes(p, group):
@@ -165,7 +169,7 @@ def carried_state(
             state.pop(STEP, None)  # which counted a dry run
             continue
         kept = _kept(key, dtype, p, group, layouts)
-        if is_dtensor(have) or kept.lives is not None:
+        if is_dtensor(have) or kept.placement is not None:
             state[key] = _moved(
                 have.to(p.device, dtype), _zeros(kept, p, layouts), kept, layouts, p
             )
@@ -179,11 +183,12 @@ def adopt_state(
     group: Mapping[str, Any],
     layouts: Layouts,
 ) -> None:
-    """After loading: what torch has cast to the parameter's dtype, in its own again; what was saved
-    under another layout, in this one.
+    """Repair a state after torch has loaded it: every tensor in its dtype, and in this layout.
+
+    torch casts loaded tensors to the parameter's dtype, and keeps the layout of the saved ones.
 
     Args:
-        saved: as it was before torch loaded it.
+        saved: the state as it was before torch loaded it.
     """
     for key, dtype in _dtypes(p, group):
         if key not in saved:
@@ -195,7 +200,7 @@ def adopt_state(
         sharded = is_dtensor(exact) or is_dtensor(loaded)
         if kept.dtype != loaded.dtype and (sharded or _same(exact.to(loaded), loaded)):
             loaded = exact.to(p.device, kept.dtype, copy=True)
-        if is_dtensor(loaded) or kept.lives is not None:
+        if is_dtensor(loaded) or kept.placement is not None:
             loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)
         state[kept.key] = loaded
 
@@ -206,18 +211,18 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> Tensor:
-    if kept.lives is None and kept.shape == tuple(p.shape):
+    if kept.placement is None and kept.shape == tuple(p.shape):
         # AdamW's fused kernel wants its moments in the parameter's own strides; else row-major
         # whatever these are: the state is in logical shape.
         form = torch.preserve_format if preserve else torch.contiguous_format
         return torch.zeros_like(p, dtype=kept.dtype, memory_format=form)
-    if kept.lives is None:
+    if kept.placement is None:
         return torch.zeros(kept.shape, dtype=kept.dtype, device=p.device)
-    return layouts.new_state(p, kept.dtype, kept.shape, kept.lives)
+    return layouts.new_state(p, kept.dtype, kept.shape, kept.placement)
 
 
 def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
-    """The same values, laid out as `like`."""
+    """A tensor of these values that lies as `like` does."""
     if is_dtensor(tensor) and not is_a_part(tensor):
         tensor = local(tensor)
     if is_dtensor(tensor) and is_dtensor(like) and _spread(tensor) == _spread(like):
@@ -231,10 +236,10 @@ def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tenso
     if not is_dtensor(like):
         return tensor
     # A DTensor has a layout, and the rank's part is one slice after the other of a whole tensor.
-    assert kept.lives is not None
+    assert kept.placement is not None
     at, whole = layouts[p].at, tuple(tensor.shape)
-    for box in kept.lives.parts(whole, at, tuple((0, n) for n in whole)):
-        inside = kept.lives.slices(whole, at, box)
+    for box in kept.placement.parts(whole, at, tuple((0, n) for n in whole)):
+        inside = kept.placement.slices(whole, at, box)
         local(like)[inside].copy_(tensor[tuple(slice(a, b) for a, b in box)])
     return like
 

@@ -383,7 +383,7 @@ def test_several_values_in_one_group_of_the_optimizer_are_refused() -> None:
 
 def test_arguments_that_do_not_go_together_are_refused() -> None:
     model, theirs = trained()
-    with pytest.raises(ValueError, match="unknown format 'Torch'; it is one of 'torch'"):
+    with pytest.raises(ValueError, match="unknown format 'Torch': did you mean 'torch'"):
         convert.to_muonkit("Torch", theirs, model)
     with pytest.raises(TypeError, match="lr come from the states"):
         convert.to_muonkit("torch", theirs, model, lr=0.1)

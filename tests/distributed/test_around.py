@@ -40,7 +40,7 @@ CASES = Cases()
 # What activation checkpointing puts into names.
 WRAPPED = "_checkpoint_wrapped_module."
 
-# One of each kind: what is whole, what is shared out, shards, shards on two axes, experts.
+# One of each kind: what is whole, what is sharded by ZeRO-1, shards, shards on two axes, experts.
 KINDS = ["ddp", "zero1", "fsdp2", "fsdp2_tp", "dp_tp_zero1", "ep_fsdp2"]
 
 

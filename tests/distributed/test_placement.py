@@ -19,7 +19,7 @@ from muonkit.distributed.placement import (
     cells,
     pieces,
     replicated,
-    shared_out,
+    shard_over,
     slices,
     whole,
 )
@@ -205,13 +205,13 @@ def test_pieces_within_a_place_along_the_copies_are_those_of_one_copy(
 def test_twins_differ_along_the_given_axes_only(placement: Placement, data: st.DataObject) -> None:
     me = data.draw(st.sampled_from(list(placement.positions)))
     axes = data.draw(st.sets(st.integers(0, len(placement.mesh) - 1)))
-    twins = placement.twins(me, sorted(axes))
+    twins = placement.replicas(me, sorted(axes))
     others = [i for i in range(len(placement.mesh)) if i not in axes]
     assert me in twins
     assert len(set(twins)) == math.prod(placement.mesh[axis] for axis in axes)
     assert {placement.where(twin, others) for twin in twins} == {placement.where(me, others)}
     # The same list for each of them, in the same order: the k-th of one is the k-th of all.
-    assert all(placement.twins(twin, sorted(axes)) == twins for twin in twins)
+    assert all(placement.replicas(twin, sorted(axes)) == twins for twin in twins)
 
 
 @given(placements(), shapes)
@@ -219,14 +219,14 @@ def test_a_shared_out_state_nests_and_covers_what_was_copied_once(
     placement: Placement, shape: tuple[int, ...]
 ) -> None:
     axes = placement.copies()
-    shared = shared_out(placement, shape, axes)
+    shared = shard_over(placement, shape, axes)
     full = torch.arange(math.prod(shape)).view(shape)
     for at in placement.positions:
         before = stored(placement, full, at)
         cut = shared.slices_within(placement, shape, at)
         assert torch.equal(before[cut], stored(shared, full, at))
         if shared != placement:
-            parts = [stored(shared, full, twin) for twin in placement.twins(at, axes)]
+            parts = [stored(shared, full, twin) for twin in placement.replicas(at, axes)]
             together = torch.cat([part.flatten() for part in parts])
             assert torch.equal(together.sort().values, before.flatten().sort().values)
     assert shared.copies() == (() if shared != placement else axes)
@@ -234,18 +234,18 @@ def test_a_shared_out_state_nests_and_covers_what_was_copied_once(
 
 def test_what_is_shared_out_by_hand() -> None:
     # Rows, over two ranks that had all of it.
-    assert shared_out(replicated(2), (5, 3), (0,)).box((5, 3), 1) == ((3, 5), (0, 3))
+    assert shard_over(replicated(2), (5, 3), (0,)).box((5, 3), 1) == ((3, 5), (0, 3))
     # DP x TP on rows: within what TP left, not across it.
     tp = placed((2, 2), [(None, 1), (0, 1)])
-    shared = shared_out(tp, (8, 3), (0,))
+    shared = shard_over(tp, (8, 3), (0,))
     assert shared.axes == (Axis(0, 2), Axis(0, 1))
     assert [shared.box((8, 3), at)[0] for at in range(4)] == [(0, 2), (4, 6), (2, 4), (6, 8)]
     # Where parts of rows would not nest, columns are cut.
-    assert shared_out(tp, (6, 4), (0,)).axes[0].dim in (0, 1)
-    uneven = shared_out(placed((8, 2), [(None, 1), (0, 1)]), (50257, 4), (0,))
+    assert shard_over(tp, (6, 4), (0,)).axes[0].dim in (0, 1)
+    uneven = shard_over(placed((8, 2), [(None, 1), (0, 1)]), (50257, 4), (0,))
     assert uneven.axes == (Axis(1, 1), Axis(0, 1))
     # A scalar stays where it was.
-    assert shared_out(replicated(3), (), (0,)) == replicated(3)
+    assert shard_over(replicated(3), (), (0,)) == replicated(3)
 
 
 @given(placements(), st.integers(0, 20))

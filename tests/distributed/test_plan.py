@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muonkit.distributed.plan import Item, make_batches
+from muonkit.distributed.plan_batches import Item, make_batches
 
 items = st.builds(
     Item,

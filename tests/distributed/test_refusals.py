@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muonkit import Muon, MuonW, RoutingError, route
-from muonkit.distributed.plan import MACHINES
+from muonkit.distributed.machines import MACHINES
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 from tests.helpers import internals, measures, zoo
 from tests.helpers.ranks import Cases, Ranks, run

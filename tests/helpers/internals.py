@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from muonkit import Muon, step
-from muonkit.distributed import layout, plan_batches, rank_dtypes
+from muonkit.distributed import meshes, plan_batches, rank_dtypes
 from muonkit.monitor.sample import _square as square
 from muonkit.monitor.sinks import JsonLines
 from muonkit.newton_schulz import dtypes, scratch, symmetric, triton
@@ -130,7 +130,7 @@ def requests_counted() -> Iterator[list[Any]]:
 
 def forget_nodes() -> None:
     """Ask anew how many ranks a node has."""
-    layout._nodes.clear()
+    meshes._nodes.clear()
 
 
 # --- the monitor ----------------------------------------------------------------------------------

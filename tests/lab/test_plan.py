@@ -18,20 +18,22 @@ import pytest
 import torch
 from torch import nn
 
-from muonkit import Muon
+from muonkit import Muon, Rule
 from muonkit.distributed.layout import dtensor_placements
+from muonkit.distributed.owners import make_plan
 from muonkit.distributed.placement import replicated
-from muonkit.distributed.plan import Matrix, Stored, make_plan
-from muonkit.distributed.transfers import alike
+from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
+from muonkit.distributed.transfers import Matrix, PlannedTensor, alike
 from muonkit.lab.cli import main
 from muonkit.lab.errors import LabError
 from muonkit.lab.plan import assumptions, balance, forecast, peak, summary
 from muonkit.lab.plan_costs import Simulation, elements, flops_of, of_stage
 from muonkit.lab.plan_layouts import LAYOUTS, choose_layout, parse_mesh, place
+from muonkit.lab.plan_models import find_model, parse_roles, shape_of
 from muonkit.lab.plan_schemes import lower_bound, schemes, seconds
-from muonkit.lab.shapes import MODELS, ModelShape, find_model
+from muonkit.lab.shapes import MODELS, ModelShape, PublishedModel, published
 
-DENSE = ModelShape(
+DENSE = published(
     "dense",
     "llama",
     {
@@ -44,7 +46,7 @@ DENSE = ModelShape(
     },
     "made up: every dim divides by 16, so that no shard is padded",
 )
-SPARSE = ModelShape(
+SPARSE = published(
     "sparse",
     "qwen3_moe",
     {
@@ -60,6 +62,12 @@ SPARSE = ModelShape(
     },
     "made up",
 )
+
+
+def changed(model: PublishedModel, **config: int) -> PublishedModel:
+    return published(model.name, model.architecture, {**model.config, **config}, model.source)
+
+
 # All ranks on one node, as the optimizer assumes where torchrun does not say otherwise.
 ASSUME = assumptions("cpu", node=sys.maxsize)
 
@@ -88,12 +96,12 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize(("layout", "mesh"), FORMULAS)
-@pytest.mark.parametrize("wire", [4, 2])
-def test_bytes_are_the_formulas(layout: str, mesh: str, wire: int) -> None:
-    step = simulate(DENSE, mesh, layout, wire=wire)
-    muon_plans = [plan for plan, _ in step.plans if plan.inward]
+@pytest.mark.parametrize("comm_itemsize", [4, 2])
+def test_bytes_are_the_formulas(layout: str, mesh: str, comm_itemsize: int) -> None:
+    step = simulate(DENSE, mesh, layout, comm_itemsize=comm_itemsize)
+    muon_plans = [plan for plan in step.plan.plans if plan.inward]
     size = DENSE.elements("muon")
-    bytes_in, bytes_out = (share * size * wire for share in FORMULAS[layout, mesh])
+    bytes_in, bytes_out = (share * size * comm_itemsize for share in FORMULAS[layout, mesh])
     ranks = step.mesh.ranks
     for sent, received, expected in (
         ("sent_in", "received_in", bytes_in),
@@ -105,7 +113,7 @@ def test_bytes_are_the_formulas(layout: str, mesh: str, wire: int) -> None:
 
 
 def test_copies_are_sent_to_only_where_they_are_not_computed_again() -> None:
-    """HSDP over 2 copies of 4 shards: within each copy as FSDP2 on 4, or shared out over 8."""
+    """HSDP over 2 copies of 4 shards: within each copy as FSDP2 on 4, or divided over 8."""
     size, b = DENSE.elements("muon"), 4
     again = simulate(DENSE, "dp=2,fsdp=4", replicas="recompute").traffic()
     assert again["sent_in"].sum() == again["sent_out"].sum() == 8 * Fraction(3, 16) * size * b
@@ -118,7 +126,7 @@ def test_copies_are_sent_to_only_where_they_are_not_computed_again() -> None:
 
 def test_experts_that_are_whole_on_a_rank_send_nothing() -> None:
     step = simulate(SPARSE, "fsdp=1,ep=4")
-    stacks = [plan for plan, _ in step.plans if len(plan.tensors[0].shape) == 3]
+    stacks = [plan for plan in step.plan.plans if len(plan.tensors[0].shape) == 3]
     assert len(stacks) == 2
     for plan in stacks:
         traffic = plan.traffic()
@@ -128,7 +136,7 @@ def test_experts_that_are_whole_on_a_rank_send_nothing() -> None:
 
 def test_balanced_ranks_each_send_the_formula() -> None:
     """Four equal matrices a rank of four: every rank's bytes, worked out by hand."""
-    step = simulate(replace(DENSE, config={**DENSE.config, "intermediate_size": 32}), "dp=4")
+    step = simulate(changed(DENSE, intermediate_size=32), "dp=4")
     traffic = step.traffic()
     size = 4 * 7 * 32 * 32  # 4 layers, q, k, v, o, gate, up, down
     assert set(traffic["matrices"]) == {7}
@@ -169,12 +177,15 @@ def real_traffic(
     params = []
     for label, p in of_stage(model, 0, 1):
         lay = place(p, name, axes)
-        if all(axis.dim is None for axis in lay.stored.axes) and len(lay.stored.mesh) == 1:
+        if (
+            all(axis.dim is None for axis in lay.param_placement.axes)
+            and len(lay.param_placement.mesh) == 1
+        ):
             params.append((label, p, nn.Parameter(torch.zeros(p.shape))))
             continue
-        placements = dtensor_placements(lay.stored.axes)
-        on = [i for i in range(len(lay.stored.mesh)) if i not in lay.implied]
-        if len(on) < len(lay.stored.mesh):
+        placements = dtensor_placements(lay.param_placement.axes)
+        on = [i for i in range(len(lay.param_placement.mesh)) if i not in lay.implied]
+        if len(on) < len(lay.param_placement.mesh):
             placements = [placements[i] for i in on]
             sub = whole[tuple(axes.names[i] for i in on)]
         else:
@@ -240,7 +251,7 @@ def test_stages_have_every_parameter_once(name: str, stages: int) -> None:
 
 def test_memory_by_hand() -> None:
     """gpt2-124m on four ranks with ZeRO-1: parameters whole, a quarter of the state."""
-    found = forecast("gpt2-124m", "dp=4", None, ASSUME)
+    found = forecast(find_model("gpt2-124m"), "dp=4", None, ASSUME)
     ours, *_, adamw = found.schemes
     muon, rest = 84_934_656, 39_505_152
     assert set(ours.costs.parameters) == {4 * (muon + rest)}
@@ -322,7 +333,7 @@ def test_pipeline_stages_are_apart() -> None:
     whole = schemes(DENSE, "fsdp", parse_mesh("pp=2,fsdp=4"), assume)[0]
     assert whole.costs.flops.shape == (8,)
     assert whole.costs.flops[:4].sum() == whole.costs.flops[4:].sum()
-    half = replace(DENSE, config={**DENSE.config, "num_hidden_layers": 2})
+    half = changed(DENSE, num_hidden_layers=2)
     alone = schemes(half, "fsdp", parse_mesh("fsdp=4"), assume)[0]
     assert (whole.costs.flops[:4] == alone.costs.flops).all()
 
@@ -335,14 +346,14 @@ def test_flops_are_the_same_for_a_matrix_and_its_transpose(device: str) -> None:
 
 
 def test_what_tensor_parallelism_leaves_out_is_trained_in_every_place() -> None:
-    """A router under DP x TP with ZeRO-1: its state is shared out over DP, and copied along TP."""
+    """A router under DP x TP with ZeRO-1: its state is sharded over DP, and copied along TP."""
     (router,) = [p for p in SPARSE.parameters if p.name.endswith("mlp.gate.weight")]
     layout, axes = choose_layout(None, parse_mesh("dp=2,tp=4"), SPARSE)
     lay = place(router, layout, axes)
-    assert lay.implied == lay.lives.copies() == (1,)
-    assert set(elements(lay.lives, router.shape)) == {prod(router.shape) / 2}
+    assert lay.implied == lay.state_placement.copies() == (1,)
+    assert set(elements(lay.state_placement, router.shape)) == {prod(router.shape) / 2}
     step = simulate(SPARSE, "dp=2,tp=4")
-    routers = [t for plan, _ in step.plans for t in plan.tensors if t.shape == router.shape]
+    routers = [t for plan in step.plan.plans for t in plan.tensors if t.shape == router.shape]
     assert {t.repeat for t in routers if t.name.endswith("mlp.gate.weight")} == {(1,)}
 
 
@@ -351,7 +362,7 @@ def test_what_tensor_parallelism_leaves_out_is_trained_in_every_place() -> None:
 
 def plan_of(costs: list[int], ranks: int) -> Any:
     at = replicated(ranks)
-    tensors = [Stored(str(i), (1, 1), at, at) for i in range(len(costs))]
+    tensors = [PlannedTensor(str(i), (1, 1), at, at) for i in range(len(costs))]
     matrices = [Matrix(i, ((0, 1), (0, 1)), cost) for i, cost in enumerate(costs)]
     return make_plan(ranks, tensors, matrices, 4, 1 << 20)
 
@@ -379,12 +390,12 @@ def test_no_plan_is_below_its_bound(name: str, mesh: str) -> None:
     model = find_model(name)
     layout, axes = choose_layout(None, parse_mesh(mesh), model)
     step = simulate(model, mesh)
-    bound, _ = lower_bound([plan for plan, _ in step.plans], axes.ranks)
+    bound, _ = lower_bound([plan for plan in step.plan.plans], axes.ranks)
     got = balance(step.traffic()["flops"])
     assert 1 <= bound <= got + 1e-9
     if layout == "zero1" and name != "qwen3-30b-a3b":
         # Every rank may own everything: then no worse than mean + the largest matrix.
-        largest = max(matrix.flops for plan, _ in step.plans for matrix in plan.matrices)
+        largest = max(matrix.flops for plan in step.plan.plans for matrix in plan.matrices)
         assert got <= 1 + largest / step.traffic()["flops"].mean()
 
 
@@ -401,8 +412,8 @@ def test_the_bound_counts_matrices_only() -> None:
 def test_a_trillion_parameters_are_few_kinds() -> None:
     """What makes 70,000 matrices on 4,096 ranks quick: they are counted by kind."""
     step = simulate(find_model("kimi-k2"), "fsdp=64,ep=8,tp=8")
-    assert sum(len(plan.matrices) for plan, _ in step.plans if plan.inward) == 69_729
-    kinds = sum(len(set(alike(plan.tensors, plan.matrices))) for plan, _ in step.plans)
+    assert sum(len(plan.matrices) for plan in step.plan.plans if plan.inward) == 69_729
+    kinds = sum(len(set(alike(plan.tensors, plan.matrices))) for plan in step.plan.plans)
     assert kinds < 100
     traffic = step.traffic()
     assert traffic["matrices"].sum() >= 69_729
@@ -426,7 +437,7 @@ def test_every_parameter_is_somewhere_exactly_as_often_as_it_is_copied(
     layout, axes = choose_layout(None, parse_mesh(mesh), model)
     for p in model.parameters:
         lay = place(p, layout, axes)
-        for placement in (lay.stored, lay.lives):
+        for placement in (lay.param_placement, lay.state_placement):
             copies = prod(placement.mesh[axis] for axis in placement.copies())
             assert elements(placement, p.shape).sum() == copies * prod(p.shape), p.name
 
@@ -459,7 +470,9 @@ def test_the_axes_say_the_layout(mesh: str, layout: str) -> None:
     [
         ("--mesh dp=8", "Missing option '--model'"),
         ("--model gpt2-124m", "Missing option '--mesh'"),
-        ("--model gpt2 --mesh dp=8", "unknown model 'gpt2': did you mean 'gpt2-124m'?"),
+        ("--model gpt2-124 --mesh dp=8", "unknown model 'gpt2-124': did you mean 'gpt2-124m'?"),
+        ("--model kimi-k2 --mesh dp=8 --tp x=colwise", "leave --tp and --rule out"),
+        ("--model t:t --mesh dp=8", "no module 't'"),
         ("--model gpt2-124m --mesh dq=8", "unknown mesh axis 'dq': did you mean 'dp'?"),
         ("--model gpt2-124m --mesh dp", "'dp' is no axis and its number of ranks; write --mesh dp"),
         ("--model gpt2-124m --mesh dp=0", "'dp=0' is no axis and its number of ranks"),
@@ -475,8 +488,8 @@ def test_the_axes_say_the_layout(mesh: str, layout: str) -> None:
         ("--model gpt2-124m --mesh dp=8 --layout tp", "lacks tp: write --mesh tp=8 or --layout"),
         ("--model gpt2-124m --mesh dp=8,tp=2 --layout ddp", "has tp besides: write --mesh dp=8"),
         ("--model gpt2-124m --mesh fsdp=8,tp=2", "50257 x 768 on the mesh fsdp=8,tp=2 would lie"),
-        ("--model gpt2-124m --mesh dp=8 --device tpu", "unknown device 'tpu': choose from cpu"),
-        ("--model gpt2-124m --mesh dp=8 --dtype int8", "unknown dtype 'int8': choose from"),
+        ("--model gpt2-124m --mesh dp=8 --device tpu", "unknown device 'tpu': did you mean 'cpu'?"),
+        ("--model gpt2-124m --mesh dp=8 --dtype int8", "unknown dtype 'int8'; it is one of"),
         ("--model gpt2-124m --mesh dp=8 --variant soap", "unknown variant 'soap'"),
         ("--model gpt2-124m --mesh dp=8 --replicas 2", "unknown choice of replicas '2'"),
         ("--model gpt2-124m --mesh dp=8 --inter 0", "Invalid value for '--inter'"),
@@ -511,7 +524,9 @@ def test_table_picture_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(figures.read_text())
     assume = assumptions(exchange_dtype="bfloat16")
-    assert found == json.loads(json.dumps(summary(forecast("gpt2-124m", "fsdp=8", None, assume))))
+    assert found == json.loads(
+        json.dumps(summary(forecast(find_model("gpt2-124m"), "fsdp=8", None, assume)))
+    )
     ours = found["schemes"][0]
     assert ours["bytes"]["sent_in"]["mean"] == 84_934_656 * 2 * 7 / 64
     assert ours["flops"]["max_over_mean"] == pytest.approx(
@@ -524,4 +539,110 @@ def test_a_mesh_that_does_not_fit_is_a_lab_error() -> None:
         wrong = parse_mesh("tp=2" if "tp" not in kind.needs else "fsdp=2")
         with pytest.raises(LabError, match="layout"):
             choose_layout(layout, wrong, find_model("kimi-k2"))
-    assert np.isfinite(forecast("gpt2-124m", "dp=1", None, ASSUME).schemes[0].costs.transient).all()
+    assert np.isfinite(
+        forecast(find_model("gpt2-124m"), "dp=1", None, ASSUME).schemes[0].costs.transient
+    ).all()
+
+
+# -- the user's own model -------------------------------------------------------------------------
+
+OWN_MODEL = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.conv = nn.Conv2d(32, 32, 3)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return x
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "own_net.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "own_net:Net"
+    sys.modules.pop("own_net", None)
+
+
+def test_a_model_of_ones_own_is_planned(own_model: str, tmp_path: Path) -> None:
+    """Bytes by the formula: FSDP2 on four ranks sends (N - 1) / N^2 of Muon's elements, twice."""
+    words = ["--model", own_model, "--mesh", "fsdp=4", "--json", "found.json"]
+    assert main(["plan", *words]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    muon = 4 * 2 * 32 * 64 + 32 * 32 * 9
+    assert found["model"] == own_model
+    assert found["muon_elements"] == muon
+    for direction in ("sent_in", "sent_out"):
+        assert found["schemes"][0]["bytes"][direction]["mean"] == 4 * muon * 3 / 16
+
+
+def test_a_model_of_ones_own_is_cut_as_it_is_told(own_model: str) -> None:
+    roles = parse_roles(["*.up.*=colwise", "*.down.*=rowwise", "conv.weight=rowwise"])
+    model = find_model(own_model, roles)
+    dims = {p.name: p.tp_dim for p in model.parameters}
+    assert dims["blocks.2.up.weight"] == dims["blocks.2.up.bias"] == 0
+    assert dims["blocks.2.down.weight"] == 1
+    assert dims["blocks.2.down.bias"] is dims["head.weight"] is None
+    assert dims["conv.weight"] == 1, "the inputs of a convolution"
+    assert model.layers == 4
+    stage = [name for name, _ in of_stage(model, 1, 2)]
+    assert stage[0].startswith("blocks.2.")
+    assert stage[-1] == "head.bias"
+    assert forecast(model, "tp=2", None, ASSUME).schemes[0].costs.flops.all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mesh tp=2", "own_net:Net has no tensor parallel plan: leave tp out, or say"),
+        ("--mesh tp=2 --tp q=colwise", "no parameter of own_net:Net is called 'q'"),
+        ("--mesh tp=2 --tp colwise", "--tp 'colwise': write PATTERN=ROLE"),
+        ("--mesh tp=2 --tp *=rows", "unknown role 'rows': did you mean 'rowwise'?"),
+        ("--mesh ep=2", "own_net:Net has no experts for the axis ep"),
+        ("--mesh pp=8", "own_net:Net has 4 layers"),
+        ("--mesh dp=2 --rule x=muon", "x"),
+    ],
+)
+def test_what_does_not_fit_ones_own_model_is_said(
+    words: str, message: str, own_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", own_model, *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_without_layers_or_without_matrices_has_a_plan() -> None:
+    one = shape_of("one", nn.Linear(8, 8))
+    assert forecast(one, "dp=2", None, ASSUME).schemes[0].costs.parameters.all()
+    with pytest.raises(LabError, match="frozen"):
+        shape_of("none", nn.Linear(8, 8).requires_grad_(False))
+    with pytest.raises(LabError, match="nothing to optimize"):
+        shape_of("none", nn.Linear(8, 8), rules=[Rule("*", algorithm="ignore")])
+
+
+def test_gathers_that_are_merged_cost_what_each_alone_does() -> None:
+    """What makes AdamW's parameters on 4,096 ranks quick changes no figure."""
+    laid = [(n, p, place(p, "zero1", parse_mesh("dp=8"))) for n, p in of_stage(SPARSE, 0, 1)]
+    params = {
+        i: ParamToPlan(name, p.shape, layout)
+        for i, (name, p, layout) in enumerate(laid)
+        if p.view is None
+    }
+    group = GroupToPlan(params, None, lambda *_: 0, 1 << 10)
+    merged, each = (plan_step([group], ASSUME.rates, 8, merge) for merge in (True, False))
+    assert merged[0].traffic() == each[0].traffic()
+    assert len(merged[0].plans) < len(params)
+    assert each[1][0].shared

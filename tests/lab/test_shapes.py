@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections import Counter
 from math import prod
@@ -12,7 +11,8 @@ import pytest
 import torch
 
 from muonkit.lab.errors import LabError
-from muonkit.lab.shapes import MODELS, ModelShape, ParameterShape, find_model
+from muonkit.lab.plan_models import find_model, shape_of
+from muonkit.lab.shapes import MODELS, ParameterShape, PublishedModel, published
 from muonkit.routing.routes import route
 from muonkit.views import blocks_of
 
@@ -46,41 +46,41 @@ COUNTED = {
 
 
 @pytest.fixture(params=NAMES)
-def model(request: pytest.FixtureRequest) -> ModelShape:
+def model(request: pytest.FixtureRequest) -> PublishedModel:
     return MODELS[request.param]
 
 
-def test_the_size_is_the_published_one(model: ModelShape) -> None:
+def test_the_size_is_the_published_one(model: PublishedModel) -> None:
     published, tolerance = PUBLISHED[model.name]
     assert abs(model.elements() - published) <= tolerance
 
 
-def test_the_size_is_what_others_count(model: ModelShape) -> None:
+def test_the_size_is_what_others_count(model: PublishedModel) -> None:
     assert model.elements() == COUNTED[model.name]
 
 
-def test_names_are_distinct_and_as_many_as_counted(model: ModelShape) -> None:
+def test_names_are_distinct_and_as_many_as_counted(model: PublishedModel) -> None:
     names = Counter(name for p in model.parameters for name in p.names)
     assert max(names.values()) == 1
     assert len(names) == sum(p.count for p in model.parameters)
     assert not [name for name in names if "*" in name]
 
 
-def test_the_elements_are_those_of_both_algorithms(model: ModelShape) -> None:
+def test_the_elements_are_those_of_both_algorithms(model: PublishedModel) -> None:
     assert model.elements() == model.elements("muon") + model.elements("adamw")
     # All but the embedding and the head: no layer's matrices have been given to AdamW.
     vocabulary = sum(p.elements for p in model.parameters if p.role == "vocab")
     assert model.elements("adamw") - vocabulary < 0.01 * model.elements()
 
 
-def test_views_cover_their_parameters(model: ModelShape) -> None:
+def test_views_cover_their_parameters(model: PublishedModel) -> None:
     for p in model.parameters:
         if p.view is not None:
             matrices = blocks_of(p.view, p.shape)
             assert sum(b.batch * b.rows * b.cols for b in matrices) == prod(p.shape)
 
 
-def test_what_is_sharded_is_shared_out_evenly_among_eight(model: ModelShape) -> None:
+def test_what_is_sharded_is_shared_out_evenly_among_eight(model: PublishedModel) -> None:
     for p in model.parameters:
         if p.tp_dim is not None and p.name != "transformer.wte.weight":  # 50,257 is odd
             assert p.shape[p.tp_dim] % 8 == 0, p
@@ -123,14 +123,15 @@ def test_an_unknown_model_is_refused_with_the_names() -> None:
 # -- against transformers -------------------------------------------------------------------------
 
 
-def shortened(model: ModelShape) -> ModelShape:
+def shortened(model: PublishedModel) -> PublishedModel:
     """The same in full width, with one sparse layer, or two layers of one kind."""
     key = "n_layer" if model.architecture == "gpt2" else "num_hidden_layers"
     layers = max(2, model.config.get("first_k_dense_replace", 0) + 1)
-    return dataclasses.replace(model, config={**model.config, key: layers})
+    config = {**model.config, key: layers}
+    return published(model.name, model.architecture, config, model.source)
 
 
-def built(model: ModelShape) -> nn.Module:
+def built(model: PublishedModel) -> nn.Module:
     transformers: Any = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.for_model(model.architecture, **model.config)
@@ -139,7 +140,7 @@ def built(model: ModelShape) -> nn.Module:
     return made
 
 
-def test_routing_says_the_same_of_transformers_model(model: ModelShape) -> None:
+def test_routing_says_the_same_of_transformers_model(model: PublishedModel) -> None:
     short = shortened(model)
     routed = {r.name: (r.shape, r.view, r.algorithm) for r in route(built(short))}
     listed = {name: (p.shape, p.view, p.algorithm) for p in short.parameters for name in p.names}
@@ -178,3 +179,21 @@ def test_roles_are_those_of_transformers_plan(name: str, least: int) -> None:
     assert len(styles) >= least  # a plan that names nothing of ours would compare nothing
     roles = {p.name: p.role for p in short.parameters}
     assert {key: roles[key] for key in styles} == {k: STYLES[s] for k, s in styles.items()}
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "qwen3-30b-a3b"])
+def test_a_users_model_becomes_the_list_of_the_same_model(name: str) -> None:
+    """Shapes, views, what tensor and expert parallelism cut, and the layers."""
+    short = shortened(MODELS[name])
+    read = shape_of("mine", built(short))
+    listed = {
+        each: (p.shape, p.view, p.tp_dim, p.ep_dim, None if p.layers is None else layer)
+        for p in short.parameters
+        for layer, each in enumerate(p.names, p.layers.start if p.layers else 0)
+    }
+    found = {
+        p.name: (p.shape, p.view, p.tp_dim, p.ep_dim, p.layers.start if p.layers else None)
+        for p in read.parameters
+    }
+    assert found == listed
+    assert read.layers == short.layers

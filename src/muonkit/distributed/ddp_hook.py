@@ -13,7 +13,7 @@ from muonkit._torch import reduce_scatter
 from muonkit.distributed.placement import Box, slices, whole
 
 if TYPE_CHECKING:
-    from muonkit.distributed.layout import Layout
+    from muonkit.distributed.param_layout import Layout
     from muonkit.optim import Muon
 
 __all__ = ["ddp_reduce_scatter_hook"]
@@ -25,7 +25,7 @@ _GradBucket: Any = getattr(torch.distributed, "GradBucket", None)
 def ddp_reduce_scatter_hook(
     optimizer: "Muon", bucket: _GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
-    """Average a bucket's gradients where the optimizer's state lives, and nowhere else.
+    """Average a bucket's gradients on the ranks that keep the optimizer's state, and nowhere else.
 
     For DistributedDataParallel with ``zero=1``, which needs no more: every rank sends and receives
     (N-1)/N of the gradients, half of what DDP's all-reduce does:
@@ -69,7 +69,7 @@ def ddp_reduce_scatter_hook(
             layouts.averaged[p] = _Averaged(p)
         layouts.averaged[p].yes = True
         layout = layouts.get(p)
-        if layout is None or layout.lives == layout.stored:
+        if layout is None or layout.state_placement == layout.param_placement:
             rest.append(grad)
             continue
         for position in range(domain.size):
@@ -130,7 +130,7 @@ def _future(work: Any) -> Any:
 
 
 def _box(layout: "Layout", p: Tensor, position: int) -> Box:
-    return layout.lives.box(tuple(p.shape), position)
+    return layout.state_placement.box(tuple(p.shape), position)
 
 
 def _copy(flat: Tensor, tensors: list[Tensor], into: bool) -> None:

@@ -2,7 +2,7 @@
 
 What one rank sends to another is packed into one buffer for each direction, and moved by
 `all_to_all_single` with uneven sizes, asynchronously. What stays on a rank is copied, or not even
-that. `agree` compares the ranks' plans before anything is moved.
+that. `check_ranks_agree` compares the ranks' plans before anything is moved.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = [
     "Domain",
     "Exchange",
     "Pending",
-    "agree",
     "announce",
+    "check_ranks_agree",
     "move",
     "run_overlapped",
     "together",
@@ -41,8 +41,8 @@ class Domain(NamedTuple):
         position: this rank's.
         size: how many there are.
         device: where the buffers are: the group's backend decides.
-        control: a group of the same ranks that moves CPU tensors, for `agree`, and for what follows
-            one: a rank that does not come meets no other collective there.
+        control: a group of the same ranks that moves CPU tensors, for `check_ranks_agree`, and for
+            what follows it: a rank that does not come meets no other collective there.
         node: ranks in a node, the same number on all of them.
     """
 
@@ -58,7 +58,7 @@ T = TypeVar("T", covariant=True)
 
 
 class Pending(Generic[T]):
-    """What exchanges deliver: `wait` completes them and returns it.
+    """The value that exchanges deliver: `wait` completes them and returns the value.
 
     Until then nobody may write to what is sent, or read what is received.
 
@@ -81,7 +81,7 @@ class Pending(Generic[T]):
 
 
 class Exchange:
-    """One exchange on its way."""
+    """One exchange that has been started."""
 
     def __init__(self, work: Work | None, buffers: tuple[Tensor, ...], arrived: Sequence[Any]):
         self._work = work
@@ -119,19 +119,20 @@ def move(
     incoming: Sequence[tuple[int, Tensor]],
     dtype: torch.dtype,
     together: bool = True,
-    turn: tuple[int, int] = (0, 1),
+    chunk: tuple[int, int] = (0, 1),
 ) -> Exchange:
     """Start to send tensors to other positions, and to receive theirs.
 
     Args:
         outgoing: (position, tensor), ascending; what is for this rank itself is copied at once.
         incoming: (position, tensor to write into), ascending, in the sender's order.
-        dtype: on the way; the tensors' own are cast. What stays here is rounded to it too: copies
-            of one tensor have to be equal on all ranks.
+        dtype: in which elements travel; tensors of other dtypes are cast. What stays on this rank
+            is rounded to it too: copies of one tensor have to be equal on all ranks.
         together: False where no rank sends anything, and there is nothing to wait for.
-        turn: (k, n): only the k-th of n parts, by who sends to whom; the first copies what stays.
+        chunk: (k, n): only the k-th of n chunks, by who sends to whom; with the first one goes what
+            stays on this rank.
     """
-    number, turns = turn
+    number, count = chunk
     me = domain.position
     own_from = [tensor.to(dtype) for position, tensor in outgoing if position == me]
     own_into = [tensor for position, tensor in incoming if position == me]
@@ -139,11 +140,11 @@ def move(
         torch._foreach_copy_(own_into, own_from)
     if not together:
         return Exchange(None, (), ())
-    sent = [(to, tensor) for to, tensor in outgoing if to != me and (to - me) % turns == number]
+    sent = [(to, tensor) for to, tensor in outgoing if to != me and (to - me) % count == number]
     received = [
         (source, tensor)
         for source, tensor in incoming
-        if source != me and (me - source) % turns == number
+        if source != me and (me - source) % count == number
     ]
     send, views = _buffer(domain, sent, dtype)
     if sent:
@@ -183,9 +184,9 @@ def _sizes(domain: Domain, tensors: Sequence[tuple[int, Tensor]]) -> list[int]:
     return sizes
 
 
-def agree(
+def check_ranks_agree(
     domain: Domain,
-    facts: Sequence[tuple[str, str]],
+    compared: Sequence[tuple[str, str]],
     remedies: Mapping[str, str],
     vote: int = 0,
     call: str = "step",
@@ -193,7 +194,7 @@ def agree(
     """Compare what every rank has; one small collective, two where they differ.
 
     Args:
-        facts: (what it is, its value), in order of what causes what: the first that differs is
+        compared: (what it is, its value), in order of what causes what: the first that differs is
             told.
         remedies: the end of the error, by what differs; "" for all that is not there.
         vote: any non-negative number of the rank's own.
@@ -203,11 +204,11 @@ def agree(
         The largest vote.
 
     Raises:
-        RuntimeError: on every rank, naming the first fact that differs, and who has what.
+        RuntimeError: on every rank, naming the first that differs, and who has what.
     """
-    facts = _named_apart([(_CALL, call), *facts])
+    compared = _named_apart([(_CALL, call), *compared])
     remedies = {_CALL: _CALLS, _STEP: _REFUSED, **remedies}
-    digest = hashlib.sha256(repr(facts).encode()).digest()
+    digest = hashlib.sha256(repr(compared).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
     answer = torch.tensor([number, -number, vote], device="cpu")
     try:
@@ -219,7 +220,7 @@ def agree(
     highest, lowest, most = answer.tolist()
     if highest != -lowest:
         everyone: list[Any] = [None] * domain.size
-        torch.distributed.all_gather_object(everyone, facts, group=domain.control)
+        torch.distributed.all_gather_object(everyone, compared, group=domain.control)
         ranks = torch.distributed.get_process_group_ranks(domain.group)
         what, difference = _difference(everyone, ranks)
         raise RuntimeError(f"{difference}; {remedies.get(what, remedies[''])}")
@@ -227,9 +228,9 @@ def agree(
 
 
 def announce(domain: Domain, error: Exception, call: str = "step") -> None:
-    """Tell the ranks that wait in `agree` for this one's call that it was refused here."""
+    """Tell the ranks that wait in `check_ranks_agree` that this rank refused the call."""
     with contextlib.suppress(RuntimeError):  # they disagree, of course; ours is the cause
-        agree(domain, [(_STEP, f"refused: {shown(error)}")], {"": ""}, call=call)
+        check_ranks_agree(domain, [(_STEP, f"refused: {shown(error)}")], {"": ""}, call=call)
 
 
 _STEP = "this step"
@@ -247,14 +248,14 @@ def together(domain: Domain, call: str) -> None:
     Raises:
         RuntimeError: on every rank, some are in another.
     """
-    agree(domain, [], {"": ""}, call=call)
+    check_ranks_agree(domain, [], {"": ""}, call=call)
 
 
-def _named_apart(facts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The second fact of a name is called so, as of the same parameter's name in another group."""
+def _named_apart(compared: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Number what has the name of another, as a parameter of that name in a second group."""
     seen: dict[str, int] = {}
     apart = []
-    for name, value in facts:
+    for name, value in compared:
         seen[name] = seen.get(name, 0) + 1
         apart.append((name if seen[name] == 1 else f"{name} ({seen[name]})", value))
     return apart
@@ -263,8 +264,8 @@ def _named_apart(facts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 def _difference(
     everyone: Sequence[Sequence[tuple[str, str]]], ranks: Sequence[int]
 ) -> tuple[str, str]:
-    """The first fact in which the ranks differ, and who has what: facts are compared by name."""
-    tables = [dict(facts) for facts in everyone]
+    """The first name of which the ranks have different values, and who has what."""
+    tables = [dict(compared) for compared in everyone]
     orders = [list(table) for table in tables]
     calls = [table[_CALL] for table in tables]
     if len(set(calls)) > 1:
@@ -275,7 +276,8 @@ def _difference(
                 return "the order", _told("the order of parameters", names, ranks)
     for number in range(max(map(len, orders))):
         here = {order[number] for order in orders if number < len(order)}
-        # What some ranks have not goes first, for it moves what comes after it; a refusal is why.
+        # A name that some ranks lack goes first, since it shifts all that follow; a refusal is the
+        # cause of such a shift, and goes before it.
         for name in sorted(here, key=lambda n: (n != _STEP, all(n in t for t in tables), n)):
             said = [table.get(name, "nothing") for table in tables]
             if len(set(said)) > 1:
@@ -296,7 +298,7 @@ def _told(what: str, said: Sequence[str], ranks: Sequence[int]) -> str:
 
 
 def run_overlapped(tasks: Sequence[Iterator[None]], depth: int) -> None:
-    """Run tasks that pause while something they sent is on its way.
+    """Run tasks that pause while something they sent has not arrived.
 
     Up to `depth` of them are under way at once; the order in which they go on is the same on every
     rank.

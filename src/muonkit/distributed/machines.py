@@ -44,7 +44,7 @@ def machine(device: str, node: int) -> Machine:
 
 
 def cheaper_repeated(
-    rates: Machine, stored: Placement, axes: Sequence[int], flops: int, size: int
+    rates: Machine, placement: Placement, axes: Sequence[int], flops: int, size: int
 ) -> bool:
     """Whether ranks that have copies along these axes had better compute the same, each set of
     shards among itself, than share the matrices out over all copies.
@@ -53,18 +53,18 @@ def cheaper_repeated(
 
     Args:
         flops: of all matrices.
-        size: their bytes on the way.
+        size: bytes that all matrices have when they travel.
     """
     copies = 1
     for axis in axes:
-        copies *= stored.mesh[axis]
-    ranks = len(stored.positions)
+        copies *= placement.mesh[axis]
+    ranks = len(placement.positions)
     shards = ranks // copies
-    others = [axis for axis in range(len(stored.mesh)) if axis not in axes]
-    one_set = stored.twins(stored.positions[0], others)
+    others = [axis for axis in range(len(placement.mesh)) if axis not in axes]
+    one_set = placement.replicas(placement.positions[0], others)
     repeated = flops / shards / rates.flops
     repeated += 2 * (shards - 1) / shards**2 * size / rates.rate(one_set)
     shared = flops / ranks / rates.flops
     shared += (shards - 1) / shards * size / ranks / rates.rate(one_set)  # a set's own parts
-    shared += (ranks - 1) / ranks * size / shards / rates.rate(stored.positions)
+    shared += (ranks - 1) / ranks * size / shards / rates.rate(placement.positions)
     return repeated <= shared

@@ -9,7 +9,7 @@ once, at its first step and without waiting, at what the others have written by 
 The ranks that are compared are those whose optimizers train parameters of the same names and
 shapes on the same kind of device: stages of a pipeline differ in these, and need not agree. Costs:
 two requests to the store at construction and three at the first step; later none. Where ranks share
-parameters, `muonkit.distributed.exchange.agree` compares instead.
+parameters, `muonkit.distributed.exchange.check_ranks_agree` compares instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from muonkit._compile import constant_result
 from muonkit._torch import default_store
-from muonkit.distributed.layout import listed
+from muonkit.distributed.meshes import listed
 from muonkit.groups import parameter_names
 from muonkit.newton_schulz.coefficients import resolve
 from muonkit.newton_schulz.dtypes import fastest_dtype

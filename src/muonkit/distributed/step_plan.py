@@ -1,20 +1,26 @@
-"""The planned of a step over several ranks: what is this rank's own, what is shared, and the facts
-in which all ranks have to agree before anything is sent.
+"""The planned step over several ranks: what this rank computes of its own, what ranks compute for
+one another, and what has to be equal on all ranks before anything is sent.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
 from muonkit.distributed.exchange import move
-from muonkit.distributed.layout import cuts_experts_only, is_whole, local
-from muonkit.distributed.plan import Plan, StepPlan, Stored, default_cap, make_gather
-from muonkit.distributed.sharded import Param, ShardedGroup, own_plan
+from muonkit.distributed.layout import local
+from muonkit.distributed.machines import machine
+from muonkit.distributed.param_layout import ONE_RANK, computed_in_place
+from muonkit.distributed.plan import StepPlan, fingerprint
+from muonkit.distributed.plan_batches import default_cap
+from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
+from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, state_dtype
 from muonkit.gradients import lies_elsewhere
-from muonkit.groups import parameter_names, products_of
-from muonkit.options import OPTION_KEYS, PLANNING
+from muonkit.groups import flops_of, parameter_names, products_of
+from muonkit.options import OPTION_KEYS, PLANNING, spelled
+from muonkit.variants import variant_of
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -22,18 +28,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from muonkit.distributed.layout import Layout, Layouts
+    from muonkit.distributed.exchange import Domain
+    from muonkit.distributed.layout import Layouts
+    from muonkit.distributed.param_layout import Layout
     from muonkit.distributed.plan import Transfers
+    from muonkit.distributed.planner import PlannedParams
 
 __all__ = [
     "Gather",
     "PlannedStep",
     "Present",
     "gradients",
-    "options_facts",
+    "options_to_compare",
     "plan_alone",
     "plan_key",
-    "products_fact",
+    "products_label",
 ]
 
 
@@ -49,7 +58,7 @@ Present: TypeAlias = "Sequence[Mapping[int, Gradient]]"
 
 
 def gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = False) -> Present:
-    """What has a gradient now; or all that is trained, as if it had one of its own dtype."""
+    """The gradients that are there now; or one in its parameter's dtype for all that is trained."""
     if all_of_them:
         return [
             {i: Gradient(p.dtype) for i, p in enumerate(group["params"]) if p.requires_grad}
@@ -81,7 +90,7 @@ def plan_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple[Any
     )
 
 
-def options_facts(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def options_to_compare(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The hyperparameters; a tensor's value only where it is on the CPU."""
     return [
         (f"group {number}'s {key}", _shown(group[key]))
@@ -91,11 +100,11 @@ def options_facts(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
-def resolved_facts(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """What this rank makes of options that leave a choice, or that no group has."""
+def choices_to_compare(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """This rank's choices where options leave one, and options that no group has."""
     assert layouts.domain is not None
     device = layouts.domain.device
-    facts = {"zero": str(layouts.zero), "the exchange's device": device.type}
+    compared = {"zero": str(layouts.zero), "the exchange's device": device.type}
     for number, group in enumerate(groups):
         if group["algorithm"] == "adamw":
             continue
@@ -106,161 +115,168 @@ def resolved_facts(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> dict[s
             if block.rows * block.cols
         }
         products = {products_of(group, rows, cols, dtype, device) for rows, cols, dtype in kinds}
-        facts[products_fact(number)] = ", ".join(sorted(products))
-    return facts
+        compared[products_label(number)] = ", ".join(sorted(products))
+    return compared
 
 
-def products_fact(number: int) -> str:
-    """The name of the fact of a group's products."""
+def products_label(number: int) -> str:
+    """The name under which ranks compare the products of a group."""
     return f"group {number}'s products"
 
 
 def _shown(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
-        return repr(value)
+        return repr(spelled(value) if callable(value) else value)
     # Reading it from another device would wait for all that is queued there.
     return repr(value.item()) if value.device.type == "cpu" else "a tensor"
 
 
 class PlannedStep:
-    """The plans of one step.
+    """The plan of one step, and what this rank needs to carry it out.
 
     Attributes:
         own: for each group, the indices of the parameters that are computed where they are.
-        shares: for each group, those of Muon's others.
-        gathers: AdamW's, where the state is shared out.
-        plan: all of them, and what every rank computes of its own.
-        facts: what has to be equal on all ranks, by name.
+        sharded_groups: for each group, Muon's other parameters, by dtypes.
+        gathers: AdamW's parameters whose state is sharded and which themselves are not.
+        plan: who computes and sends what.
+        compared: what has to be equal on all ranks, by name.
     """
 
     def __init__(
         self, layouts: Layouts, groups: Sequence[dict[str, Any]], present: Present
     ) -> None:
-        assert layouts.domain is not None
-        self.own: list[list[int]] = []
+        domain = layouts.domain
+        assert domain is not None
+        rates = machine(domain.device.type, domain.node)
+        to_plan = [_to_plan(layouts, groups, number, has) for number, has in enumerate(present)]
+        self.plan, planned = plan_step(to_plan, rates, domain.size)
+        self.own = [list(group.own) for group in planned]
         self.sharded_groups: list[list[ShardedGroup]] = []
         self.gathers: list[Gather] = []
-        self.facts: dict[str, str] = resolved_facts(layouts, groups)
-        loads = [0] * layouts.domain.size
-        plans: list[Plan] = []
-        caps = [group["bytes_in_flight"] for group in groups if group["algorithm"] == "muon"]
-        cap = caps[0] if caps else None
-        for number, (group, has) in enumerate(zip(groups, present, strict=True)):
-            own, shared = self._sort(layouts, number, group, has)
-            self.own.append([param.number for param in own if param.number in has])
-            self.sharded_groups.append([])
-            if group["algorithm"] == "adamw":
-                self.gathers += [Gather(layouts, params, cap) for params in shared]
-                continue
-            # Those without a gradient too: the owners of others may not depend on what one rank
-            # has.
-            trained = [param for param in own if param.p.requires_grad]
-            plans.append(own_plan(layouts, group, trained, loads))
-            self.sharded_groups[-1] += [
-                ShardedGroup(layouts, group, params, loads) for params in shared
-            ]
-        exchanged = [share.plan for shares in self.sharded_groups for share in shares]
-        for number, shares in enumerate(self.sharded_groups):
-            if shares:
-                again = {tensor.repeat for share in shares for tensor in share.plan.tensors} - {()}
-                along = f"computed again along mesh axes {sorted(again)}" if again else "shared out"
-                self.facts[f"group {number}'s replicas as chosen"] = along
-        exchanged += [gather.plan for gather in self.gathers]
-        self.plan = StepPlan(len(loads), (*plans, *exchanged))
-        self.facts["the plan"] = StepPlan(len(loads), tuple(exchanged)).fingerprint()
+        self.compared: dict[str, str] = choices_to_compare(layouts, groups)
+        for number, (group, part) in enumerate(zip(groups, planned, strict=True)):
+            self._compare_params(layouts, number, group, present[number])
+            adamw = group["algorithm"] == "adamw"
+            grads = {index: grad.dtype for index, grad in present[number].items()}
+            if adamw:
+                self.gathers += [Gather(domain, group, shared) for shared in part.shared]
+            self.sharded_groups.append(
+                [] if adamw else [ShardedGroup(domain, group, grads, s) for s in part.shared]
+            )
+        for number, part in enumerate(planned):
+            tensors = [tensor for shared in part.shared for tensor in shared.plan.tensors]
+            if tensors and groups[number]["algorithm"] == "muon":
+                again = {tensor.repeat for tensor in tensors} - {()}
+                along = f"computed again along mesh axes {sorted(again)}" if again else "divided"
+                self.compared[f"group {number}'s replicas as chosen"] = along
+        exchanged = [shared.plan for part in planned for shared in part.shared]
+        self.compared["the plan"] = fingerprint(exchanged)
 
-    def _sort(
-        self, layouts: Layouts, number: int, group: dict[str, Any], has: Mapping[int, Gradient]
-    ) -> tuple[list[Param], list[list[Param]]]:
-        """The group's parameters that are this rank's own, and the others by dtype."""
-        own: list[Param] = []
-        shared: dict[tuple[torch.dtype, ...], list[Param]] = {}
+    def _compare_params(
+        self, layouts: Layouts, number: int, group: Mapping[str, Any], has: Mapping[int, Gradient]
+    ) -> None:
+        """Add what ranks have to have alike of each parameter that several of them have."""
         named = zip(parameter_names(group), group["params"], strict=True)
+        view = None if group["algorithm"] == "adamw" else group["view"]
         for index, (name, p) in enumerate(named):
             layout, grad = layouts.get(p), has.get(index)
-            param = Param(index, name, p, p.dtype if grad is None else grad.dtype)
-            together = layout is not None and not layout.alone
-            is_own = layout is None or layout.alone or _is_own(layout, p, group)
-            if layout is not None and together and not _on_its_own(layout, is_own, group, grad):
-                known = name in self.facts or not group.get("param_names")
-                what = f"group {number}'s {name}" if known else name
-                self.facts[what] = _fact(p, layout, grad)
-            if is_own:
-                own.append(param)
-            elif grad is not None:
-                shared.setdefault((p.dtype, param.grad_dtype), []).append(param)
-        return own, list(shared.values())
+            if layout is None or layout.alone:
+                continue
+            replicas = group.get("replicas", "auto")
+            in_place = computed_in_place(layout, tuple(p.shape), view, replicas)
+            if view is not None and _may_lack_a_gradient(layout, in_place, grad):
+                continue
+            ours = name in self.compared or not group.get("param_names")
+            self.compared[f"group {number}'s {name}" if ours else name] = _described(
+                p, layout, grad
+            )
 
 
 def plan_alone(layouts: Layouts, groups: Sequence[dict[str, Any]], present: Present) -> StepPlan:
-    """What a step computes where no ranks share the parameters."""
-    plans = []
-    for group, has in zip(groups, present, strict=True):
-        if group["algorithm"] == "muon":
-            named = zip(parameter_names(group), group["params"], strict=True)
-            params = [
-                Param(i, name, p, has[i].dtype) for i, (name, p) in enumerate(named) if i in has
-            ]
-            plans.append(own_plan(layouts, group, params, [0]))
-    return StepPlan(1, tuple(plans))
+    """The plan of a step whose parameters no other rank shares."""
+    to_plan = [_to_plan(layouts, groups, number, has) for number, has in enumerate(present)]
+    plan, _ = plan_step(to_plan, machine("cpu", 1), ranks=1)
+    return plan
 
 
-def _is_own(layout: Layout, p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether every matrix is whole on the ranks that have it, and none waits for another's work:
-    then a rank computes it as if it were alone.
-    """
-    if layout.lives != layout.stored:
-        return False
-    if group["algorithm"] == "adamw":
-        return True
-    if any(axis in layout.given for axis in layout.stored.copies()):
-        return False
-    if not cuts_experts_only(layout.stored.axes, p.ndim, group["view"]):
-        return is_whole(layout, p.shape)
-    # Copies along mesh axes: the same is computed in each, or the plan shares it out.
-    others = [axis for axis in layout.stored.copies() if axis not in layout.implied]
-    return not others or group["replicas"] == "recompute"
+def _to_plan(
+    layouts: Layouts, groups: Sequence[dict[str, Any]], number: int, has: Mapping[int, Gradient]
+) -> GroupToPlan:
+    """A param group as the planner knows it: of its parameters those that are trained."""
+    group, domain = groups[number], layouts.domain
+    adamw = group["algorithm"] == "adamw"
+    params: dict[int, ParamToPlan] = {}
+    names = parameter_names(group)
+    for index, p in enumerate(group["params"]):
+        if index not in has and (domain is None or not p.requires_grad):
+            continue
+        grad_dtype = has[index].dtype if index in has else p.dtype
+        device = p.device if domain is None else domain.device
+        comm_dtype = p.dtype if adamw else exchange_dtype(p, grad_dtype, group)
+        params[index] = ParamToPlan(
+            names[index],
+            tuple(p.shape),
+            layouts.get(p) or ONE_RANK,
+            (p.dtype, grad_dtype, device),
+            comm_dtype.itemsize,
+            state_dtype(p).itemsize,
+            has_grad=index in has,
+        )
+    if adamw:
+        caps = [other["bytes_in_flight"] for other in groups if other["algorithm"] == "muon"]
+        return GroupToPlan(params, None, _no_flops, _cap(domain, caps[0] if caps else None))
+    return GroupToPlan(
+        params,
+        group["view"],
+        partial(_flops, group),
+        _cap(domain, group["bytes_in_flight"]),
+        group["replicas"],
+        variant_of(group["variant"]).state,
+    )
 
 
-def _on_its_own(
-    layout: Layout, is_own: bool, group: Mapping[str, Any], grad: Gradient | None
-) -> bool:
+def _flops(group: dict[str, Any], kind: Any, rows: int, cols: int) -> int:
+    dtype, _, device = kind
+    return flops_of(group, rows, cols, dtype, device)
+
+
+def _no_flops(kind: Any, rows: int, cols: int) -> int:
+    return 0
+
+
+def _cap(domain: Domain | None, given: int | None) -> int:
+    return given or default_cap("cpu" if domain is None else domain.device.type)
+
+
+def _may_lack_a_gradient(layout: Layout, in_place: bool, grad: Gradient | None) -> bool:
     """Whether a rank may be without a gradient that others have: experts that nobody routed to."""
-    copies = [axis for axis in layout.stored.copies() if axis not in layout.implied]
-    cut = any(axis.dim is not None for axis in layout.stored.axes)
-    whole_experts = is_own and cut and not copies and group["algorithm"] == "muon"
-    return whole_experts and (grad is None or grad.placements is None)
+    copies = [axis for axis in layout.param_placement.copies() if axis not in layout.implied]
+    cut = any(axis.dim is not None for axis in layout.param_placement.axes)
+    return in_place and cut and not copies and (grad is None or grad.placements is None)
 
 
-def _fact(p: Tensor, layout: Layout, grad: Gradient | None) -> str:
+def _described(p: Tensor, layout: Layout, grad: Gradient | None) -> str:
     has = "no gradient" if grad is None else f"a gradient in {grad.dtype}"
     if grad is not None and grad.placements is not None:
         has += f" with {grad.placements}"
-    return f"{tuple(p.shape)} in {p.dtype}, {layout.stored.described()}, {has}"
+    return f"{tuple(p.shape)} in {p.dtype}, {layout.param_placement.described()}, {has}"
 
 
 class Gather:
-    """AdamW's parameters of which every rank updates a part, and gets the others' from them."""
+    """AdamW's parameters of which every rank updates one part and receives the other parts."""
 
-    def __init__(self, layouts: Layouts, params: Sequence[Param], cap: int | None) -> None:
-        assert layouts.domain is not None
-        self.domain = layouts.domain
-        self.params = [param.p for param in params]
-        tensors = [
-            Stored(name, tuple(p.shape), layouts[p].stored, layouts[p].lives)
-            for _, name, p, _ in params
-        ]
+    def __init__(self, domain: Domain, group: Mapping[str, Any], shared: PlannedParams) -> None:
+        self.domain, self.plan = domain, shared.plan
+        self.params: list[Tensor] = [group["params"][index] for index in shared.params]
         self.dtype = self.params[0].dtype
-        cap = cap or default_cap(self.domain.device.type)
-        self.plan: Plan = make_gather(self.domain.size, tensors, self.dtype.itemsize, cap)
-        me = self.domain.position
+        me = domain.position
         self._transfers = [
             (self.plan.outbound(assignments, me), self.plan.moves(assignments, inward=False))
             for assignments in self.plan.buckets
         ]
 
     def tasks(self) -> list[Iterator[None]]:
-        """The exchanges of a step, after this rank has updated its own parts."""
+        """The exchanges of a step, once this rank has updated its parts."""
         return [self._task(transfers, moves) for transfers, moves in self._transfers]
 
     def _task(self, transfers: Transfers, moves: bool) -> Iterator[None]:
@@ -276,5 +292,5 @@ class Gather:
     def _piece(self, matrix: int, box: Any) -> Tensor:
         number = self.plan.matrices[matrix].tensor
         tensor = self.plan.tensors[number]
-        cut = tensor.stored.slices(tensor.shape, self.domain.position, box)
+        cut = tensor.param_placement.slices(tensor.shape, self.domain.position, box)
         return local(self.params[number])[cut]

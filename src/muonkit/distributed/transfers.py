@@ -1,4 +1,4 @@
-"""Ways: what is planned for, and between which ranks each matrix goes. Pure Python, no tensors."""
+"""Tensors as the plan knows them, and between which ranks a matrix goes. Pure Python."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from muonkit.distributed.placement import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Direction", "Matrix", "Stored", "alike"]
+__all__ = ["Direction", "Matrix", "PlannedTensor", "alike"]
 
 
-class Stored(NamedTuple):
+class PlannedTensor(NamedTuple):
     """A parameter, as far as the plan needs to know it.
 
     Attributes:
         name: for messages.
         shape: the logical one.
-        stored: where the parameter lies.
-        lives: where its momentum lies: within `stored`, on the same mesh.
-        repeat: mesh axes along which the same is computed again, rather than shared out and sent.
-        state_shape, state_lives: of the variant's state, where it keeps one.
+        param_placement: of the parameter.
+        state_placement: of its momentum: on every rank within what that stores of the parameter, on
+            the same mesh.
+        repeat: mesh axes along which the same matrices are computed again, rather than divided
+            among the ranks and sent.
+        variant_shape, variant_placement: of the variant's state, where it keeps one.
     """
 
     name: str
     shape: tuple[int, ...]
-    stored: Placement
-    lives: Placement
+    param_placement: Placement
+    state_placement: Placement
     repeat: tuple[int, ...] = ()
-    state_shape: tuple[int, ...] = ()
-    state_lives: Placement | None = None
+    variant_shape: tuple[int, ...] = ()
+    variant_placement: Placement | None = None
 
 
 class Matrix(NamedTuple):
@@ -60,11 +62,11 @@ class Matrix(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """One way of a matrix: between its owner and the ranks on which its parts lie.
+    """The way of a matrix between its owner and the ranks that store its parts, to or from them.
 
-    To the owner `axes` are those along which the momentum has copies: the copy that has the owner's
-    own place among them is sent. Back they are those along which the work is repeated: every owner
-    serves its own repetition.
+    On the way to the owner, `axes` are those along which the momentum is replicated: each owner
+    receives from the ranks of its own coordinates along them. On the way back they are those along
+    which the work is repeated: each owner sends to the ranks of its own repetition.
 
     Attributes:
         place: where the tensor lies whose box it is.
@@ -83,7 +85,7 @@ class Direction(NamedTuple):
         return [(position, piece.box) for piece in parts for position in piece.positions]
 
     def parts(self, position: int) -> tuple[Box, ...]:
-        """What the rank at this position has of the box."""
+        """The parts of the box that the rank at this position stores."""
         return self.place.parts(self.shape, position, self.box)
 
     def counts(self, position: int, owner: int) -> bool:
@@ -106,19 +108,21 @@ def _sizes(place: Placement, shape: tuple[int, ...], box: Box, where: Where) -> 
     return sizes
 
 
-def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix], inward: bool = True) -> list[int]:
+def alike(
+    tensors: Sequence[PlannedTensor], matrices: Sequence[Matrix], inward: bool = True
+) -> list[int]:
     """For each matrix, the first one whose parts lie on the same ranks, in the same sizes: of an
     equal parameter, and elsewhere at most along dims that nothing cuts, or within what one rank
     has of a dim (experts of a stack).
 
     Args:
-        inward: parts of the momentum, which are also in equal parts where parameters are stored;
-            False: parts of the parameters only.
+        inward: compare the parts of the momentum; matrices that are alike in these are alike in the
+            parts of the parameters too. False: compare the parts of the parameters only.
     """
-    kinds: dict[Stored, int] = {}
+    kinds: dict[PlannedTensor, int] = {}
     kind = [kinds.setdefault(tensor._replace(name=""), len(kinds)) for tensor in tensors]
-    extents = [_Extents(t.lives if inward else t.stored, t.shape) for t in kinds]
-    of_state = [_Extents(t.state_lives, t.state_shape) for t in kinds]
+    extents = [_Extents(t.state_placement if inward else t.param_placement, t.shape) for t in kinds]
+    of_state = [_Extents(t.variant_placement, t.variant_shape) for t in kinds]
     first: dict[tuple[Any, ...], int] = {}
     known: dict[tuple[int, Box, Box | None], int] = {}
     like = []
@@ -133,10 +137,10 @@ def alike(tensors: Sequence[Stored], matrices: Sequence[Matrix], inward: bool = 
 
 
 class _Extents:
-    """What matters of a box for how its parts lie: for each dim its length, and in which of the
-    intervals it is that the dim is cut in; where it is in several, from where to where.
+    """The features of a box on which the sizes of its parts depend: for each dim its length, and
+    the interval of the cut dim in which it lies; where it spans several, its start and stop.
 
-    Where a tensor is stored it is cut in the intervals in which it lives, or in unions of them.
+    The intervals of a parameter are those of its momentum, or unions of them.
     """
 
     def __init__(self, place: Placement | None, shape: tuple[int, ...]) -> None:

@@ -1,7 +1,8 @@
 """The lab's errors: each is one line with its remedy, and knows the exit status it stands for."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+
+from muonkit._text import unknown as unknown_message
 
 
 class LabError(Exception):
@@ -28,7 +29,4 @@ class Interrupted(LabError):
 
 def unknown(kind: str, got: str, options: Iterable[str]) -> LabError:
     """The error for a name that is not in a table: the closest one, and all there are."""
-    known = list(options)
-    close = get_close_matches(got, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return LabError(f"unknown {kind} {got!r}: {hint}choose from {', '.join(known)}")
+    return LabError(unknown_message(kind, got, options))

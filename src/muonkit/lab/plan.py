@@ -1,4 +1,4 @@
-"""What a step will cost on a mesh, before there is one: ``muonkit plan``.
+"""The costs of a step on a mesh that one has not got: ``muonkit plan``.
 
 All figures follow from shapes, placements and assumed rates. Nothing is measured.
 """
@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from muonkit.distributed.plan import MACHINES, Machine, machine
-from muonkit.lab.errors import LabError
+from muonkit.distributed.machines import MACHINES, Machine, machine
+from muonkit.lab.errors import LabError, unknown
 from muonkit.lab.plan_costs import Assumptions, Vector
 from muonkit.lab.plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
 from muonkit.lab.plan_schemes import Scheme, schemes, seconds
-from muonkit.lab.shapes import ModelShape, find_model
+from muonkit.lab.shapes import ModelShape
 from muonkit.lab.store import write_atomically, write_json
-from muonkit.variants import VARIANTS
+from muonkit.options import CHOICES
 
 __all__ = ["Forecast", "assumptions", "forecast", "show", "summary", "write"]
 
-#: Bytes/s of a rank's memory: half of what data sheets say, as `muonkit.distributed.plan.MACHINES`.
+#: Bytes/s of a rank's memory: half of what data sheets say, as
+#: `muonkit.distributed.machines.MACHINES`.
 MEMORY = {"cpu": 1e10, "cuda": 1.7e12}
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}
@@ -73,12 +74,12 @@ def assumptions(
     for what, got, options in (
         ("device", device, MACHINES),
         ("dtype", dtype, _ITEMSIZES),
-        ("exchange dtype", exchange_dtype, ("auto", *_ITEMSIZES)),
-        ("variant", variant, VARIANTS),
-        ("choice of replicas", replicas, ("auto", "recompute", "split")),
+        ("exchange dtype", exchange_dtype, CHOICES["exchange_dtype"]),
+        ("variant", variant, CHOICES["variant"]),
+        ("choice of replicas", replicas, CHOICES["replicas"]),
     ):
         if got not in options:
-            raise LabError(f"unknown {what} {got!r}: choose from {', '.join(options)}")
+            raise unknown(what, got, options)
     memory = given.pop("memory", MEMORY[device])
     flops, intra, inter, _ = machine(device, node)
     links = Machine(
@@ -89,32 +90,37 @@ def assumptions(
         rates=links,
         memory=memory,
         itemsize=_ITEMSIZES[dtype],
-        wire=_ITEMSIZES.get(exchange_dtype),
+        comm_itemsize=_ITEMSIZES.get(exchange_dtype),
         variant=variant,
         replicas=replicas,
     )
 
 
-def forecast(model: str, mesh: str, layout: str | None, assume: Assumptions) -> Forecast:
+def forecast(model: ModelShape, mesh: str, layout: str | None, assume: Assumptions) -> Forecast:
     """Simulate a step.
 
     Args:
-        model: a key of `muonkit.lab.shapes.MODELS`.
+        model: from `muonkit.lab.plan_models.find_model`.
         mesh: as ``dp=64,tp=8``.
         layout: a key of `LAYOUTS`; None: what the mesh's axes say.
 
     Raises:
         LabError: an unknown name, or a mesh that does not fit the layout or the model.
     """
-    shape = find_model(model)
-    name, axes = choose_layout(layout, parse_mesh(mesh), shape)
-    layers = max(p.layers.stop for p in shape.parameters if p.layers is not None)
-    if axes.stages > layers:
+    name, axes = choose_layout(layout, parse_mesh(mesh), model)
+    if axes.stages > max(model.layers, 1):
+        remedy = f"write pp={model.layers} or less" if model.layers > 1 else "leave pp out"
         raise LabError(
-            f"pp={axes.stages}: {shape.name} has {layers} layers, expected at least one for each "
-            f"stage; write pp={layers} or less"
+            f"pp={axes.stages}: {model.name} has {model.layers} layers, expected at least one for "
+            f"each stage; {remedy}"
         )
-    return Forecast(shape, name, axes, assume, schemes(shape, name, axes, assume))
+    if "tp" in axes.names and all(p.tp_dim is None for p in model.parameters):
+        raise LabError(
+            f"the mesh {axes} has an axis tp, but {model.name} has no tensor parallel plan: leave "
+            "tp out, or say what is cut, as --tp '*.q_proj.weight=colwise' "
+            "--tp '*.o_proj.weight=rowwise'"
+        )
+    return Forecast(model, name, axes, assume, schemes(model, name, axes, assume))
 
 
 # -- as data --------------------------------------------------------------------------------------
@@ -186,7 +192,7 @@ def peak(scheme: Scheme) -> Vector:
 
 
 def panels(found: Forecast) -> tuple[str, list[str], list[Panel]]:
-    """What the picture shows: its title, the schemes, and three panels of stacked bars."""
+    """The contents of the picture: its title, the schemes, and three panels of stacked bars."""
     times = [seconds(scheme, found.assume) for scheme in found.schemes]
     costs = [scheme.costs for scheme in found.schemes]
 
@@ -297,7 +303,7 @@ def _notes(found: Forecast) -> str:
         f"products, {_si(rates.intra)}B/s within a node of {rates.node}, {_si(rates.inter)}B/s "
         f"between nodes, {_si(assume.memory)}B/s of memory; no latencies. Change them with "
         "--flops, --intra, --inter, --memory, --node.",
-        f"Elements have {assume.itemsize} bytes, on the way {assume.on_the_way}. Bytes in: "
+        f"Elements have {assume.itemsize} bytes, {assume.comm_bytes} when they are sent. Bytes in: "
         "momentum to those who compute; out: results, and AdamW's parameters. Peak memory: "
         "parameters, gradients, state and what is transient; no activations.",
         f"Load of muonkit: max over mean {balance(ours.costs.flops):.3f}; whoever computed what, "

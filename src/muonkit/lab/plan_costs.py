@@ -1,44 +1,35 @@
-"""What a step costs every rank: the optimizer's own plan, and the schemes it is compared with.
+"""The costs of a step for every rank, by the optimizer's own plan.
 
-The plan is made by `muonkit.distributed.plan`, by the functions that plan a real step, from the
-shapes of a model instead of its tensors (`Simulation` follows `muonkit.distributed.step_plan`; a
-test compares them). Nothing here is measured.
+The plan is made by `muonkit.distributed.planner.plan_step`, which plans a real step too, from the
+shapes of a model instead of its tensors. Nothing here is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from muonkit.distributed.placement import Axis, Box, Placement, Where, box_size, cells
-from muonkit.distributed.plan import (
-    Machine,
-    Matrix,
-    Plan,
-    Stored,
-    Traffic,
-    cheaper_repeated,
-    default_cap,
-    make_gather,
-    make_own,
-    make_plan,
-)
+from muonkit.distributed.machines import Machine
+from muonkit.distributed.param_layout import Layout, variant_placement
+from muonkit.distributed.placement import Box, Placement, Where, box_size, cells
+from muonkit.distributed.plan import Plan, StepPlan
+from muonkit.distributed.plan_batches import default_cap
+from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.transfers import Direction, alike
-from muonkit.lab.plan_layouts import Lay, Mesh
+from muonkit.lab.plan_layouts import Mesh
 from muonkit.lab.shapes import ModelShape, ParameterShape
 from muonkit.newton_schulz import triton as kernels
 from muonkit.newton_schulz.coefficients import KELLER, resolve
 from muonkit.newton_schulz.forms import choose_form, product_flops
 from muonkit.newton_schulz.symmetric import block_count
 from muonkit.variants import VARIANTS
-from muonkit.views import View, blocks_of, row_blocks, row_shape
+from muonkit.views import row_shape
 
 __all__ = [
     "Assumptions",
@@ -48,8 +39,6 @@ __all__ = [
     "costs_of",
     "elements",
     "flops_of",
-    "is_own",
-    "matrices_of",
     "of_stage",
     "workspace",
 ]
@@ -62,14 +51,14 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a prediction rests on, beside the model and the mesh.
+    """The assumptions of a prediction, beside the model and the mesh.
 
     Attributes:
         device: "cuda": products in bfloat16 by the symmetric kernel; "cpu": in float32 in blocks.
         rates: of products and links.
         memory: bytes/s of a rank's memory.
         itemsize: bytes of an element of parameters, gradients, momentum and moments.
-        wire: the same on the way between ranks; None is `itemsize`.
+        comm_itemsize: bytes of an element between ranks; None is `itemsize`.
         variant: a key of `VARIANTS`.
         replicas: "auto", "recompute" or "split", as the optimizer's option.
     """
@@ -78,13 +67,13 @@ class Assumptions:
     rates: Machine
     memory: float
     itemsize: int = 4
-    wire: int | None = None
+    comm_itemsize: int | None = None
     variant: str = "plain"
     replicas: str = "auto"
 
     @property
-    def on_the_way(self) -> int:
-        return self.itemsize if self.wire is None else self.wire
+    def comm_bytes(self) -> int:
+        return self.itemsize if self.comm_itemsize is None else self.comm_itemsize
 
     @property
     def product_itemsize(self) -> int:
@@ -93,13 +82,14 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one step costs every rank, in bytes and FLOPs; nothing is in seconds.
+    """The costs of one step for every rank, in bytes and FLOPs; nothing is in seconds.
 
     Attributes:
         flops: of the products.
         matrices: orthogonalized.
-        received_in, sent_in: bytes of momentum on the way to those who compute.
-        received_out, sent_out: bytes of results on the way back.
+        received_in, sent_in: bytes of momentum, from the ranks that store it to the owners.
+        received_out, sent_out: bytes of results, from the owners to the ranks that store the
+            parameters.
         between: the larger direction of what of these leaves the node, in plus out.
         within: the same of what stays in the node.
         parameters, state: bytes kept. Gradients are as many as parameters.
@@ -144,8 +134,9 @@ def of_stage(model: ModelShape, stage: int, stages: int) -> list[tuple[str, Para
     the layers, the first ones larger by one; what comes before them is in the first stage, what
     comes after them in the last.
     """
-    kinds = model.parameters
-    layers = max(p.layers.stop for p in kinds if p.layers is not None)
+    kinds, layers = model.parameters, model.layers
+    if not layers:
+        return [(p.name, p) for p in kinds]
     bounds = [layers * s // stages for s in range(stages + 1)]
     mine = range(bounds[stage], bounds[stage + 1])
     first = next(i for i, p in enumerate(kinds) if p.layers is not None)
@@ -178,152 +169,68 @@ def elements(placement: Placement, shape: tuple[int, ...]) -> Vector:
 # -- muonkit's own step ---------------------------------------------------------------------------
 
 
-def is_own(lay: Lay, p: ParameterShape, replicas: str) -> bool:
-    """Whether every matrix is whole on the ranks that have it, and none waits for another's work;
-    as the optimizer decides.
-    """
-    if lay.lives != lay.stored:
-        return False
-    if p.view is None:
-        return True
-    if any(axis in lay.given for axis in lay.stored.copies()):
-        return False
-    cut = {axis.dim for axis in lay.stored.axes if axis.dim is not None}
-    experts = View.parse(p.view).steps[0] == "experts"
-    if cut and not (experts and max(cut) < len(p.shape) - 2):
-        return bool((elements(lay.stored, p.shape) == prod(p.shape)).all())
-    copies = [axis for axis in lay.stored.copies() if axis not in lay.implied]
-    return not copies or replicas == "recompute"
-
-
 @dataclass
 class Simulation:
-    """One stage's step. `plans` are those of a real step, AdamW's with how often each is there."""
+    """One pipeline stage's step: the optimizer's planner plans it, from shapes.
+
+    Attributes:
+        parameters: their names, shapes and layouts.
+    """
 
     mesh: Mesh
     assume: Assumptions
-    parameters: list[tuple[str, ParameterShape, Lay]]
-    plans: list[tuple[Plan, int]] = field(default_factory=list)
+    parameters: list[tuple[str, ParameterShape, Layout]]
+    plan: StepPlan = field(init=False)
 
     def __post_init__(self) -> None:
-        loads = [0] * self.mesh.ranks
-        groups: dict[str, list[tuple[str, ParameterShape, Lay]]] = {}
-        gathers: dict[Stored, int] = {}
-        for name, p, lay in self.parameters:
-            if p.view is not None:
-                groups.setdefault(p.view, []).append((name, p, lay))
-            elif not is_own(lay, p, self.assume.replicas):
-                kind = Stored("", p.shape, lay.stored, lay.lives)
-                gathers[kind] = gathers.get(kind, 0) + 1
-        for members in groups.values():
-            own = [m for m in members if is_own(m[2], m[1], self.assume.replicas)]
-            shared = [m for m in members if not is_own(m[2], m[1], self.assume.replicas)]
-            if own:
-                tensors, matrices = self._describe(own)
-                self.plans.append((make_own(self.mesh.ranks, tensors, matrices, loads), 1))
-            if shared:
-                self.plans.append((self._share(shared, loads), 1))
-        for kind, count in gathers.items():
-            # Without the cap, which cuts it in more buckets of the same bytes.
-            plan = make_gather(self.mesh.ranks, [kind], self.assume.itemsize)
-            self.plans.append((plan, count))
-
-    def _share(self, members: Sequence[tuple[str, ParameterShape, Lay]], loads: list[int]) -> Plan:
-        tensors, matrices = self._describe(members)
-        costs: dict[Lay, list[int]] = {}
-        for matrix in matrices:
-            cost = costs.setdefault(members[matrix.tensor][2], [0, 0])
-            cost[0] += matrix.flops
-            cost[1] += box_size(matrix.box) * self.assume.on_the_way
-        repeats = {lay: self._repeated(lay, *cost) for lay, cost in costs.items()}
-        tensors = [
-            tensor._replace(repeat=repeats[lay])
-            for tensor, (_, _, lay) in zip(tensors, members, strict=True)
+        by_view: dict[str | None, dict[int, ParamToPlan]] = {}
+        for index, (name, p, layout) in enumerate(self.parameters):
+            itemsize = self.assume.itemsize if p.view is None else self.assume.comm_bytes
+            param = ParamToPlan(name, p.shape, layout, itemsize=itemsize)
+            by_view.setdefault(p.view, {})[index] = param
+        groups = [
+            GroupToPlan(
+                params,
+                view,
+                self._flops,
+                default_cap(self.assume.device),
+                self.assume.replicas,
+                VARIANTS[self.assume.variant].state,
+            )
+            for view, params in by_view.items()
         ]
-        cap = default_cap(self.assume.device)
-        return make_plan(self.mesh.ranks, tensors, matrices, self.assume.on_the_way, cap, loads)
+        rates, ranks = self.assume.rates, self.mesh.ranks
+        self.plan, _ = plan_step(groups, rates, ranks, merge_gathers=True)
 
-    def _repeated(self, lay: Lay, flops: int, size: int) -> tuple[int, ...]:
-        known = (*lay.given, *lay.implied)
-        axes = tuple(axis for axis in lay.lives.copies() if axis not in known)
-        if not axes or self.assume.replicas == "split":
-            return lay.implied
-        both = tuple(sorted((*axes, *lay.implied)))
-        if self.assume.replicas == "recompute":
-            return both
-        cheaper = cheaper_repeated(self.assume.rates, lay.stored, axes, flops, size)
-        return both if cheaper else lay.implied
-
-    def _describe(
-        self, members: Sequence[tuple[str, ParameterShape, Lay]]
-    ) -> tuple[list[Stored], list[Matrix]]:
-        tensors: list[Stored] = []
-        matrices: list[Matrix] = []
-        for number, (name, p, lay) in enumerate(members):
-            assert p.view is not None
-            tensor = Stored(name, p.shape, lay.stored, lay.lives)
-            boxes = matrices_of(p.view, p.shape, self.assume.variant, self.assume.device)
-            kept = VARIANTS[self.assume.variant].state
-            if kept != "none":
-                like = row_shape(p.view, p.shape) if kept == "rows" else p.shape
-                tensor = tensor._replace(
-                    state_shape=like, state_lives=_state_placement(lay, p.shape, like)
-                )
-            tensors.append(tensor)
-            matrices += [Matrix(number, box, flops, state) for box, flops, state in boxes]
-        return tensors, matrices
+    def _flops(self, kind: object, rows: int, cols: int) -> int:
+        return flops_of(rows, cols, self.assume.device)
 
     def traffic(self, node: int = 1) -> dict[str, Vector]:
-        """The sum of the plans' `traffic`, by its fields."""
-        total = {name: np.zeros(self.mesh.ranks) for name in Traffic._fields}
-        for plan, count in self.plans:
-            for name, figures in plan.traffic(node)._asdict().items():
-                total[name] += count * np.array(figures, dtype=np.float64)
-        return total
-
-
-def _state_placement(lay: Lay, shape: tuple[int, ...], like: tuple[int, ...]) -> Placement:
-    axes = tuple(
-        Axis(None) if axis.dim is not None and like[axis.dim] != shape[axis.dim] else axis
-        for axis in lay.lives.axes
-    )
-    return lay.lives._replace(axes=axes)
-
-
-@lru_cache(maxsize=256)
-def matrices_of(
-    view: str, shape: tuple[int, ...], variant: str, device: str
-) -> list[tuple[Box, int, Box | None]]:
-    """Every matrix of a parameter: its box, its FLOPs, and the box of its variant's state."""
-    kept = VARIANTS[variant].state
-    found: list[tuple[Box, int, Box | None]] = []
-    for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
-        flops = flops_of(block.rows, block.cols, device)
-        of = row_block if kept == "rows" else block
-        for box, state in zip(block.boxes(), of.boxes(), strict=True):
-            found.append((box, flops, None if kept == "none" else state))
-    return found
+        """The plan's `traffic`, by its fields."""
+        figures = self.plan.traffic(node)._asdict()
+        return {name: np.array(each, dtype=np.float64) for name, each in figures.items()}
 
 
 def costs_of(step: Simulation, assume: Assumptions) -> Costs:
     total, far = step.traffic(), step.traffic(assume.rates.node)
     near = {name: total[name] - far[name] for name in total}
     parameters = state = touched = np.zeros(step.mesh.ranks)
-    for _, p, lay in step.parameters:
-        stored, lives = elements(lay.stored, p.shape), elements(lay.lives, p.shape)
+    for _, p, layout in step.parameters:
+        stored = elements(layout.param_placement, p.shape)
+        kept = elements(layout.state_placement, p.shape)
         parameters = parameters + stored * assume.itemsize
         if p.view is None:
-            state = state + 2 * lives * assume.itemsize
+            state = state + 2 * kept * assume.itemsize
             # Gradient, two moments read and written, parameter read and written.
-            touched = touched + 7 * lives * assume.itemsize
+            touched = touched + 7 * kept * assume.itemsize
             continue
-        state = state + lives * assume.itemsize
+        state = state + kept * assume.itemsize
         # Gradient, momentum read and written, update written; update, parameter read and written.
-        touched = touched + (4 * lives + 3 * stored) * assume.itemsize
-        kept = VARIANTS[assume.variant].state
-        if kept != "none":
-            like = row_shape(p.view, p.shape) if kept == "rows" else p.shape
-            state = state + 4 * elements(_state_placement(lay, p.shape, like), like)
+        touched = touched + (4 * kept + 3 * stored) * assume.itemsize
+        variant_state = VARIANTS[assume.variant].state
+        if variant_state != "none":
+            like = row_shape(p.view, p.shape) if variant_state == "rows" else p.shape
+            state = state + 4 * elements(variant_placement(layout, p.shape, like), like)
     return Costs(
         flops=total["flops"],
         matrices=total["matrices"],
@@ -354,7 +261,7 @@ def _busier(bytes_: dict[str, Vector]) -> Vector:
 def _transient(step: Simulation, assume: Assumptions) -> Vector:
     """The largest of: any three buckets in a row and one's products, or a batch of own matrices."""
     most = np.zeros(step.mesh.ranks)
-    for plan, _ in step.plans:
+    for plan in step.plan.plans:
         if not plan.inward:
             continue
         if not plan.itemsize:
@@ -425,8 +332,8 @@ def _way(plan: Plan, matrix: int, inward: bool) -> Direction:
     number, box, _, _ = plan.matrices[matrix]
     tensor = plan.tensors[number]
     if inward:
-        return Direction(tensor.lives, tensor.shape, box, tensor.lives.copies())
-    return Direction(tensor.stored, tensor.shape, box, tensor.repeat)
+        return Direction(tensor.state_placement, tensor.shape, box, tensor.state_placement.copies())
+    return Direction(tensor.param_placement, tensor.shape, box, tensor.repeat)
 
 
 def workspace(box: Box, assume: Assumptions) -> int:

@@ -9,11 +9,12 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from muonkit.distributed.placement import Axis, Placement, shared_out
+from muonkit.distributed.param_layout import Layout, with_state
+from muonkit.distributed.placement import Axis, Placement
 from muonkit.lab.errors import LabError, unknown
 from muonkit.lab.shapes import ModelShape, ParameterShape
 
-__all__ = ["LAYOUTS", "Lay", "Mesh", "choose_layout", "parse_mesh", "place", "replicating"]
+__all__ = ["LAYOUTS", "Mesh", "choose_layout", "parse_mesh", "place", "replicating"]
 
 #: Axes of a mesh and what they are for.
 AXES = {
@@ -36,8 +37,8 @@ class LayoutKind:
         summary: in a line.
         needs, may: axes that it has to have, and others that it may.
         shards: whether parameters are sharded over the data parallel ranks.
-        given: whether ``dp`` is a process group, over which work is always shared out.
-        zero: whether the state is shared out over ``dp``.
+        given: whether ``dp`` is a process group, over which work is always divided.
+        zero: whether the state is sharded over ``dp``.
     """
 
     summary: str
@@ -50,15 +51,13 @@ class LayoutKind:
 
 LAYOUTS: dict[str, LayoutKind] = {
     "ddp": LayoutKind("parameters and state whole on every rank", ("dp",), given=True),
-    "zero1": LayoutKind(
-        "parameters whole, state shared out (ZeRO-1)", ("dp",), given=True, zero=True
-    ),
+    "zero1": LayoutKind("parameters whole, state sharded (ZeRO-1)", ("dp",), given=True, zero=True),
     "fsdp": LayoutKind("parameters and state sharded (FSDP2)", ("fsdp",), shards=True),
     "hsdp": LayoutKind("sharded within a group, copied across", ("dp", "fsdp"), shards=True),
     "tp": LayoutKind("tensor parallel alone", ("tp",)),
     "fsdp_tp": LayoutKind("FSDP2 x TP (x copies)", ("fsdp", "tp"), ("dp",), shards=True),
     "dp_tp_zero1": LayoutKind(
-        "DP x TP, state shared out over DP", ("dp", "tp"), given=True, zero=True
+        "DP x TP, state sharded over DP", ("dp", "tp"), given=True, zero=True
     ),
     "ep": LayoutKind(
         "experts on dim 0 over ep, the rest FSDP2 over fsdp and ep together (x TP)",
@@ -91,22 +90,6 @@ class Mesh:
     def __str__(self) -> str:
         stages = [f"pp={self.stages}"] if self.stages > 1 else []
         return ",".join(stages + [f"{name}={size}" for name, size in self.axes])
-
-
-@dataclass(frozen=True)
-class Lay:
-    """Where one parameter and its state lie.
-
-    Attributes:
-        given: mesh axes along which it is repeated by a process group, not by a placement.
-        implied: mesh axes that leave it out, along which every place trains its own copy: tensor
-            parallel plans name the parameters that they cut, and no others.
-    """
-
-    stored: Placement
-    lives: Placement
-    given: tuple[int, ...] = ()
-    implied: tuple[int, ...] = ()
 
 
 def parse_mesh(text: str) -> Mesh:
@@ -208,8 +191,8 @@ def _check_experts(mesh: Mesh, model: ModelShape) -> None:
         )
 
 
-def place(p: ParameterShape, layout: str, mesh: Mesh) -> Lay:
-    """Where a parameter and its state lie.
+def place(p: ParameterShape, layout: str, mesh: Mesh) -> Layout:
+    """The layout of a parameter.
 
     Stacks of experts are sharded on dim 0 over ``ep``, and over ``fsdp`` on dim 1 if there are more
     ranks than experts, as torchtitan does, else on dim 0, as FSDP2 does everything.
@@ -228,7 +211,9 @@ def place(p: ParameterShape, layout: str, mesh: Mesh) -> Lay:
 
 
 @lru_cache(maxsize=4096)
-def _place(shape: tuple[int, ...], tp: int | None, experts: bool, layout: str, mesh: Mesh) -> Lay:
+def _place(
+    shape: tuple[int, ...], tp: int | None, experts: bool, layout: str, mesh: Mesh
+) -> Layout:
     kind = LAYOUTS[layout]
     axes = dict(mesh.axes)
     fsdp: int | None = 0
@@ -239,21 +224,19 @@ def _place(shape: tuple[int, ...], tp: int | None, experts: bool, layout: str, m
     if "ep" in axes and not experts:
         cuts = _merged(cuts)
     cuts = [cut if cut.size > 1 else cut._replace(dim=None) for cut in cuts]
-    stored = Placement(
+    placement = Placement(
         tuple(cut.size for cut in cuts),
         tuple(Axis(cut.dim, _split(cut, cuts[i + 1 :])) for i, cut in enumerate(cuts)),
         range(mesh.ranks),
     )
     given = (mesh.names.index("dp"),) if kind.given else ()
     implied = tuple(i for i, cut in enumerate(cuts) if cut.axis == "tp" and tp is None)
-    shared = tuple(i for i in stored.copies() if i not in implied)
-    stored.check_order(shape)
-    lives = shared_out(stored, shape, shared) if kind.zero else stored
-    return Lay(stored, lives, given, implied)
+    placement.check_order(shape)
+    return with_state(placement, shape, int(kind.zero), given, implied)
 
 
 class _Cut(NamedTuple):
-    """What a mesh axis does to a parameter: it cuts a dim, or none."""
+    """The dim of a parameter that a mesh axis cuts, or none."""
 
     axis: str
     dim: int | None
@@ -270,7 +253,7 @@ def _split(cut: _Cut, inner: Sequence[_Cut]) -> int:
 
 
 def _merged(cuts: Sequence[_Cut]) -> list[_Cut]:
-    """For what is no expert, fsdp and ep are one axis of shards on dim 0."""
+    """The cuts of a parameter that is no stack of experts: fsdp and ep are one axis on dim 0."""
     merged: list[_Cut] = []
     for cut in cuts:
         if cut.axis not in ("fsdp", "ep"):

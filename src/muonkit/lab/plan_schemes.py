@@ -9,16 +9,17 @@ from math import prod
 
 import numpy as np
 
+from muonkit.distributed.param_layout import computed_in_place
 from muonkit.distributed.placement import Placement, box_size, replicated
 from muonkit.distributed.plan import Plan
+from muonkit.distributed.planner import matrices_of
 from muonkit.lab.plan_costs import (
     Assumptions,
     Costs,
     Simulation,
     costs_of,
     elements,
-    is_own,
-    matrices_of,
+    flops_of,
     of_stage,
     workspace,
 )
@@ -56,7 +57,7 @@ class Seconds:
     Attributes:
         elementwise: what reads and writes memory.
         products: FLOPs of the busiest rank over the rate of products.
-        chain: the same of `Scheme.chain`: ranks wait for one another in every bucket.
+        chain: FLOPs of `Scheme.chain` over that rate: ranks wait for one another in every bucket.
         exchange: bytes over the rates of links, what leaves the node after what does not.
     """
 
@@ -77,7 +78,7 @@ class Seconds:
 
 
 def seconds(scheme: Scheme, assume: Assumptions) -> Seconds:
-    """What a step takes at the assumed rates, without latencies."""
+    """The seconds of a step at the assumed rates, without latencies."""
     costs = scheme.costs
     busiest = float(costs.flops.max())
     chain = busiest if scheme.chain is None else scheme.chain
@@ -127,15 +128,15 @@ def _together(stages: Sequence[Scheme]) -> Scheme:
 def _muon(model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assumptions) -> Scheme:
     named = of_stage(model, stage, mesh.stages)
     step = Simulation(mesh, assume, [(name, p, place(p, layout, mesh)) for name, p in named])
-    bound, why = lower_bound([plan for plan, _ in step.plans], mesh.ranks)
-    buckets = sum(len(plan.buckets) for plan, _ in step.plans if plan.inward and plan.itemsize)
+    bound, why = lower_bound(step.plan.plans, mesh.ranks)
+    buckets = sum(len(plan.buckets) for plan in step.plan.plans if plan.inward and plan.itemsize)
     costs = costs_of(step, assume)
     return Scheme(f"muonkit, {layout}", costs, bound, why, buckets, _chain(step))
 
 
 def _chain(step: Simulation) -> float:
     total = 0.0
-    for plan, _ in step.plans:
+    for plan in step.plan.plans:
         if not plan.inward:
             continue
         for bucket in plan.buckets:
@@ -150,8 +151,8 @@ def _chain(step: Simulation) -> float:
 def lower_bound(plans: Sequence[Plan], ranks: int) -> tuple[float, str]:
     """The least max over mean of FLOPs that any choice of owners could have, and why.
 
-    Of the (k - 1) N + 1 largest matrices, two or more of N ranks share out k - 1 each at most: one
-    rank has k of them, which are no less than the k smallest of these. What is whole on a rank
+    If each of N ranks has at most k - 1 of the (k - 1) N + 1 largest matrices, one is left over: so
+    one rank has k of them, which cost no less than the k smallest of these. What is whole on a rank
     already stays there.
     """
     flops: list[int] = []
@@ -189,7 +190,7 @@ def _adamw(model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assum
         for name, p in of_stage(model, stage, mesh.stages)
     ]
     costs = costs_of(Simulation(mesh, assume, laid), assume)
-    stored = laid[0][2].stored
+    stored = laid[0][2].param_placement
     between = costs.received_out * _share_between(stored, stored.copies(), assume.rates.node)
     costs = replace(costs, between=between, within=costs.received_out - between)
     return Scheme(f"AdamW, {layout}", costs)
@@ -201,13 +202,13 @@ def _share_between(placement: Placement, axes: tuple[int, ...], node: int) -> fl
 
     A node gets everything once, each of its ranks a part, which they pass on within it.
     """
-    group = placement.twins(placement.positions[0], axes)
+    group = placement.replicas(placement.positions[0], axes)
     nodes = {position // node for position in group}
     return len(nodes) / len(group) if len(nodes) > 1 else 0.0
 
 
 def _all_gather(
-    model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assumptions
+    model: ModelShape, layout_name: str, mesh: Mesh, stage: int, assume: Assumptions
 ) -> Scheme:
     """Every rank gathers every matrix that is not whole where it lies, and computes all of them:
     torch.optim.Muon on full tensors.
@@ -216,27 +217,34 @@ def _all_gather(
     parameters = state = touched = np.zeros(mesh.ranks)
     transient = 0.0
     for _, p in of_stage(model, stage, mesh.stages):
-        lay = place(p, layout, mesh)
-        stored, lives = elements(lay.stored, p.shape), elements(lay.lives, p.shape)
+        layout = place(p, layout_name, mesh)
+        stored = elements(layout.param_placement, p.shape)
+        kept = elements(layout.state_placement, p.shape)
         parameters = parameters + stored * assume.itemsize
-        state = state + lives * assume.itemsize * (1 if p.view else 2)
+        state = state + kept * assume.itemsize * (1 if p.view else 2)
         if p.view is None:
-            touched = touched + 7 * lives * assume.itemsize
-            # AdamW as in muonkit: where the state is shared out, parts of parameters are gathered.
-            got, along = (stored - lives) * assume.itemsize, lay.stored.copies()
+            touched = touched + 7 * kept * assume.itemsize
+            # AdamW as in muonkit: where the state is sharded, parts of parameters are gathered.
+            got, along = (stored - kept) * assume.itemsize, layout.param_placement.copies()
             received = received + got
-            between = between + got * _share_between(lay.stored, along, assume.rates.node)
+            between = between + got * _share_between(
+                layout.param_placement, along, assume.rates.node
+            )
             continue
-        touched = touched + (4 * lives + 3 * stored) * assume.itemsize
+        touched = touched + (4 * kept + 3 * stored) * assume.itemsize
         found = _work(p, assume)
-        if is_own(lay, p, "recompute"):
+        if computed_in_place(layout, p.shape, p.view, "recompute"):
             share = stored / prod(p.shape)
         else:
             share = np.ones(mesh.ranks)
-            got = (prod(p.shape) - lives) * assume.on_the_way
-            along = tuple(i for i, axis in enumerate(lay.lives.axes) if axis.dim is not None)
+            got = (prod(p.shape) - kept) * assume.comm_bytes
+            along = tuple(
+                i for i, axis in enumerate(layout.state_placement.axes) if axis.dim is not None
+            )
             received = received + got
-            between = between + got * _share_between(lay.lives, along, assume.rates.node)
+            between = between + got * _share_between(
+                layout.state_placement, along, assume.rates.node
+            )
         flops = flops + found.flops * share
         matrices = matrices + found.matrices * share
         transient = max(transient, float((share * found.transient).max()))
@@ -255,7 +263,7 @@ def _all_gather(
         transient=np.full(mesh.ranks, transient),
         touched=touched,
     )
-    return Scheme(f"all-gather, {layout}", costs)
+    return Scheme(f"all-gather, {layout_name}", costs)
 
 
 @dataclass(frozen=True)
@@ -269,10 +277,14 @@ class _Work:
 
 def _work(p: ParameterShape, assume: Assumptions) -> _Work:
     assert p.view is not None
-    found = matrices_of(p.view, p.shape, "plain", assume.device)
-    space = max(workspace(box, assume) for box, _, _ in found) * len(found)
-    whole = sum(box_size(box) for box, _, _ in found) * assume.itemsize
-    return _Work(len(found), sum(flops for _, flops, _ in found), whole + space)
+    matrices, flops, elements_of_all, space = 0, 0, 0, 0
+    for block, _, boxes in matrices_of(p.view, p.shape, "none"):
+        box, _ = boxes[0]
+        matrices += len(boxes)
+        flops += len(boxes) * flops_of(block.rows, block.cols, assume.device)
+        elements_of_all += len(boxes) * box_size(box)
+        space = max(space, workspace(box, assume))
+    return _Work(matrices, flops, elements_of_all * assume.itemsize + space * matrices)
 
 
 def _round_robin(model: ModelShape, mesh: Mesh, stage: int, assume: Assumptions) -> Scheme:

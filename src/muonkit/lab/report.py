@@ -93,7 +93,7 @@ def notes(config: Record) -> str:
 def show(console: Console, task: str, lines: Sequence[Row], note: str = NOTES) -> None:
     """Print the table of results: a column per optimizer, so that it fits 80 characters."""
     headings, cells = table(lines)
-    # Of `Text`, since plain strings in a table are markup.
+    # Cells are `Text`, since rich reads plain strings in a table as markup.
     filled = Table(title=Text(f"muonkit compare {shown(task)}"))
     filled.add_column(Text(headings[0]), no_wrap=True)
     for row in cells:

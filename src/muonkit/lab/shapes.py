@@ -41,10 +41,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from muonkit.lab.errors import unknown
 from muonkit.views import View
 
-__all__ = ["MODELS", "ModelShape", "ParameterShape", "find_model"]
+__all__ = ["MODELS", "ModelShape", "ParameterShape", "PublishedModel", "Role", "published"]
 
 Role = Literal["colwise", "rowwise", "vocab", "replicated"]
 Config = Mapping[str, int]
@@ -100,6 +99,8 @@ class ParameterShape:
             return None
         if self.role == "vocab" or len(self.shape) == 1:
             return 0
+        if "flatten" in self._steps:  # a convolution
+            return 0 if self.role == "colwise" else 1
         outputs, inputs = len(self.shape) - 2, len(self.shape) - 1
         if "transpose" in self._steps:  # stored in x out: the outputs come last
             outputs, inputs = inputs, outputs
@@ -121,35 +122,41 @@ class ModelShape:
 
     Attributes:
         name: what is typed.
-        architecture: transformers' ``model_type``, a key of the table of builders below.
-        config: the fields of its ``config.json`` that the shapes depend on.
-        source: where `config` was read: a repository on huggingface.co.
+        parameters: every trainable one, each tied tensor once, in the order of the layers:
+            embedding first, head last.
     """
 
     name: str
-    architecture: str
-    config: Config
-    source: str
+    parameters: tuple[ParameterShape, ...]
 
     @property
-    def parameters(self) -> tuple[ParameterShape, ...]:
-        """Every trainable parameter, each tied tensor once; embedding first, head last."""
-        return _BUILDERS[self.architecture](self.config)
+    def layers(self) -> int:
+        """How many layers there are."""
+        return max((p.layers.stop for p in self.parameters if p.layers is not None), default=0)
 
     def elements(self, algorithm: str | None = None) -> int:
         """The number of elements of all parameters, or of one algorithm's ("muon", "adamw")."""
         return sum(p.elements for p in self.parameters if algorithm in (None, p.algorithm))
 
 
-def find_model(name: str) -> ModelShape:
-    """The model of this name.
+@dataclass(frozen=True)
+class PublishedModel(ModelShape):
+    """A well-known model.
 
-    Raises:
-        LabError: there is none; the message has the names.
+    Attributes:
+        architecture: transformers' ``model_type``, a key of the table of builders below.
+        config: the fields of its ``config.json`` that the shapes depend on.
+        source: where `config` was read: a repository on huggingface.co.
     """
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
-    return MODELS[name]
+
+    architecture: str
+    config: Config
+    source: str
+
+
+def published(name: str, architecture: str, config: Config, source: str) -> PublishedModel:
+    """The model of an architecture with this configuration."""
+    return PublishedModel(name, _BUILDERS[architecture](config), architecture, config, source)
 
 
 # -- architectures --------------------------------------------------------------------------------
@@ -373,14 +380,14 @@ _KIMI_K2 = _DEEPSEEK_V3 | {
     "n_routed_experts": 384,
 }
 
-MODELS: dict[str, ModelShape] = {
+MODELS: dict[str, PublishedModel] = {
     model.name: model
     for model in (
-        ModelShape("gpt2-124m", "gpt2", _GPT2, "openai-community/gpt2"),
-        ModelShape("llama-8b", "llama", _LLAMA_8B, "meta-llama/Meta-Llama-3-8B"),
-        ModelShape("llama-70b", "llama", _LLAMA_70B, "meta-llama/Meta-Llama-3-70B"),
-        ModelShape("qwen3-30b-a3b", "qwen3_moe", _QWEN3_30B_A3B, "Qwen/Qwen3-30B-A3B"),
-        ModelShape("deepseek-v3", "deepseek_v3", _DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3"),
-        ModelShape("kimi-k2", "deepseek_v3", _KIMI_K2, "moonshotai/Kimi-K2-Base"),
+        published("gpt2-124m", "gpt2", _GPT2, "openai-community/gpt2"),
+        published("llama-8b", "llama", _LLAMA_8B, "meta-llama/Meta-Llama-3-8B"),
+        published("llama-70b", "llama", _LLAMA_70B, "meta-llama/Meta-Llama-3-70B"),
+        published("qwen3-30b-a3b", "qwen3_moe", _QWEN3_30B_A3B, "Qwen/Qwen3-30B-A3B"),
+        published("deepseek-v3", "deepseek_v3", _DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3"),
+        published("kimi-k2", "deepseek_v3", _KIMI_K2, "moonshotai/Kimi-K2-Base"),
     )
 }

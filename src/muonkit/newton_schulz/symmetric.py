@@ -113,8 +113,9 @@ def general_product(
     gamma: float = 0.0,
     name: str | None = None,
 ) -> Tensor:
-    """`symmetric_product` by torch's own product, whole: for those who know that they want that of
-    many small ones, of which the choices would take longer than the products.
+    """`symmetric_product` by torch's own whole product, without choosing a way.
+
+    For many small products, where choosing would take longer than multiplying.
     """
     right = L.mT if R is L else R
     if name is not None:

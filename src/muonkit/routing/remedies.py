@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UNDECIDED", "Open", "open_message", "unmatched_message", "warning_message"]
 
-# The reason of what AdamW trains because nothing is known of it begins so.
+# How the reason begins where AdamW trains a parameter because nothing decides about it.
 UNDECIDED = "undecided: "
 
 # Where more are open than this, those that differ in an index only are told on one line.
@@ -49,7 +49,7 @@ class Open:
         return "" if lazy else f" {tuple(self.param.shape)}"
 
     def sentence(self, name: str) -> str:
-        """What is not known of the parameter, or of all those that the pattern `name` stands for"""
+        """What is unknown about the parameter, or about all that the pattern `name` stands for."""
         joint = "" if self.error.final else ":"
         return f"{shown(name)}{self.shape} of {self.site.owner_class}{joint} {self.error}"
 
@@ -82,10 +82,10 @@ def open_message(model: nn.Module, found: Sequence[Open], others: Sequence[str])
 
 
 def warning_message(names: Sequence[str]) -> str:
-    """What undecided='adamw' did."""
+    """The warning that undecided='adamw' gives."""
     listed = ", ".join(map(shown, names))
     return (
-        f"undecided='adamw': AdamW trains {listed}, of which nothing says whether "
+        f"undecided='adamw': AdamW trains {listed}: nothing says whether "
         f"{'it is a hidden matrix' if len(names) == 1 else 'they are hidden matrices'}; "
         "Rule(name, algorithm='adamw') says so for good, Rule(name, view=...) gives it to Muon"
     )

@@ -1,0 +1,322 @@
+"""The planner: who computes what in a step, from shapes and placements. Pure Python, no tensors.
+
+`plan_step` plans the step of an optimizer and the simulated step of thousands of ranks. Every rank
+makes the same plan by itself: it is a function of shapes, layouts and constants.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from muonkit.distributed.machines import Machine, cheaper_repeated
+from muonkit.distributed.owners import make_gather, make_own, make_plan
+from muonkit.distributed.param_layout import Layout, computed_in_place, variant_placement
+from muonkit.distributed.plan import Plan, StepPlan
+from muonkit.distributed.transfers import Matrix, PlannedTensor
+from muonkit.views import Block, blocks_of, row_blocks, row_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping, Sequence
+
+    from muonkit.distributed.placement import Box
+
+__all__ = [
+    "GroupToPlan",
+    "MatrixBlock",
+    "ParamToPlan",
+    "PlannedGroup",
+    "PlannedParams",
+    "matrices_of",
+    "plan_step",
+]
+
+
+class ParamToPlan(NamedTuple):
+    """A parameter as the planner knows it.
+
+    Attributes:
+        name: for messages.
+        shape: the logical one.
+        layout: where it and its state lie.
+        kind: what must be equal for two parameters to travel together: their dtypes.
+        itemsize: bytes per element when it travels.
+        state_itemsize: bytes per element of the variant's state.
+        has_grad: False for a parameter that this step leaves as it is. If its matrices are computed
+            where they lie it counts nevertheless: the owners of others may not depend on which
+            experts got a token on one rank.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    kind: Hashable = None
+    itemsize: int = 4
+    state_itemsize: int = 4
+    has_grad: bool = True
+
+
+class GroupToPlan(NamedTuple):
+    """Parameters of equal hyperparameters.
+
+    Attributes:
+        params: by their indices in the group; those that are not trained may be left out.
+        view: how each is a batch of matrices; None for AdamW's.
+        flops: of one matrix, by the parameter's `kind`, rows and columns.
+        replicas: the option.
+        variant_state: what the variant keeps of a matrix: "none", "rows" or "entries".
+        cap: bytes that a rank may have in flight for one bucket.
+    """
+
+    params: Mapping[int, ParamToPlan]
+    view: str | None
+    flops: Callable[[Hashable, int, int], int]
+    cap: int
+    replicas: str = "auto"
+    variant_state: str = "none"
+
+
+class MatrixBlock(NamedTuple):
+    """Which block of which parameter (by its index in the group) a planned matrix is from.
+
+    Attributes:
+        param: the index in the group.
+        block: of the parameter.
+        variant_block: of the variant's state; the same block where it keeps none.
+    """
+
+    param: int
+    block: Block
+    variant_block: Block
+
+
+class PlannedParams(NamedTuple):
+    """Parameters that travel together, by their indices in the group, and their plan.
+
+    Attributes:
+        blocks: of the plan's matrices, one for each; empty for AdamW's.
+    """
+
+    params: tuple[int, ...]
+    plan: Plan
+    blocks: tuple[MatrixBlock, ...] = ()
+
+
+class PlannedGroup(NamedTuple):
+    """One group's part of a step.
+
+    Attributes:
+        own: indices of the parameters that are computed where they are.
+        shared: what several ranks compute for one another.
+    """
+
+    own: tuple[int, ...]
+    shared: tuple[PlannedParams, ...]
+
+
+def plan_step(
+    groups: Sequence[GroupToPlan], rates: Machine, ranks: int, merge_gathers: bool = False
+) -> tuple[StepPlan, list[PlannedGroup]]:
+    """Plan a step.
+
+    Args:
+        rates: of the ranks' products and links, for choices by cost.
+        ranks: how many there are.
+        merge_gathers: plan AdamW's parameters of one shape and layout once and count them as often
+            as there are, without a cap: the same bytes, in far less time where ranks are many.
+
+    Returns:
+        The plan of the whole step, and each group's part of it. In the order of the groups it has
+        what ranks compute where it is, then what they exchange, then AdamW's parameters.
+    """
+    loads = [0] * ranks
+    own_plans: list[Plan] = []
+    exchanged: list[Plan] = []
+    gathers: list[Plan] = []
+    times: list[int] = []
+    planned: list[PlannedGroup] = []
+    for group in groups:
+        own, shared = _sort(group)
+        if group.view is None:
+            if merge_gathers:
+                for plan, count in _merged_gathers(ranks, group, shared):
+                    gathers.append(plan)
+                    times.append(count)
+                planned.append(PlannedGroup(own, ()))
+                continue
+            found = [_gather(ranks, group, indices) for indices in shared]
+            gathers += [params.plan for params in found]
+            times += [1] * len(found)
+        else:
+            in_place = _own(ranks, group, loads)
+            if in_place.matrices:
+                own_plans.append(in_place)
+            found = [_shared(ranks, group, indices, rates, loads) for indices in shared]
+            exchanged += [params.plan for params in found]
+        planned.append(PlannedGroup(own, tuple(found)))
+    plans = (*own_plans, *exchanged, *gathers)
+    counts = (1,) * (len(plans) - len(times)) + tuple(times)
+    return StepPlan(ranks, plans, counts), planned
+
+
+def _sort(group: GroupToPlan) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Indices of the parameters with a gradient that are computed where they are, and of the
+    others by kind.
+    """
+    own: list[int] = []
+    shared: dict[Hashable, list[int]] = {}
+    for index, param in group.params.items():
+        if not param.has_grad:
+            continue
+        if _is_own(group, param):
+            own.append(index)
+        else:
+            shared.setdefault(param.kind, []).append(index)
+    return tuple(own), [tuple(indices) for indices in shared.values()]
+
+
+def _is_own(group: GroupToPlan, param: ParamToPlan) -> bool:
+    layout = param.layout
+    return layout.alone or computed_in_place(layout, param.shape, group.view, group.replicas)
+
+
+def _own(ranks: int, group: GroupToPlan, loads: list[int]) -> Plan:
+    """The plan of the matrices that are computed where they are. It leaves out parameters on other
+    ranks than these, of which only some ranks know.
+    """
+    indices = [
+        index
+        for index, param in group.params.items()
+        if _is_own(group, param) and (ranks == 1 or not param.layout.alone)
+    ]
+    tensors, matrices, _ = _describe(group, indices)
+    return make_own(ranks, tensors, matrices, loads)
+
+
+def _shared(
+    ranks: int, group: GroupToPlan, indices: tuple[int, ...], rates: Machine, loads: list[int]
+) -> PlannedParams:
+    """The plan of parameters of one kind that ranks compute for one another."""
+    tensors, matrices, blocks = _describe(group, indices)
+    first = group.params[indices[0]]
+    flops = [0] * len(tensors)
+    for matrix in matrices:
+        flops[matrix.tensor] += matrix.flops
+    costs: dict[Layout, list[int]] = {}
+    for index, number in zip(indices, flops, strict=True):
+        cost = costs.setdefault(group.params[index].layout, [0, 0])
+        cost[0] += number
+        cost[1] += math.prod(group.params[index].shape) * first.itemsize
+    repeats = {
+        layout: _repeated_axes(layout, group.replicas, rates, *cost)
+        for layout, cost in costs.items()
+    }
+    tensors = [
+        tensor._replace(repeat=repeats[group.params[index].layout])
+        for tensor, index in zip(tensors, indices, strict=True)
+    ]
+    plan = make_plan(
+        ranks, tensors, matrices, first.itemsize, group.cap, loads, first.state_itemsize
+    )
+    return PlannedParams(indices, plan, tuple(blocks))
+
+
+def _repeated_axes(
+    layout: Layout, replicas: str, rates: Machine, flops: int, size: int
+) -> tuple[int, ...]:
+    """The mesh axes along which the same matrices are computed again, rather than divided among
+    the ranks.
+
+    Along `process_group`'s axis they are always divided; along axes that a placement replicates as
+    `replicas` says, "auto" by cost. Where state is sharded, the work is divided too.
+
+    Args:
+        flops, size: of all matrices of this layout; the bytes that they have when they travel.
+    """
+    implied = layout.implied
+    known = (*layout.given, *implied)
+    axes = tuple(axis for axis in layout.state_placement.copies() if axis not in known)
+    if not axes or replicas == "split":
+        return implied
+    both = tuple(sorted((*axes, *implied)))
+    if replicas == "recompute":
+        return both
+    cheaper = cheaper_repeated(rates, layout.param_placement, axes, flops, size)
+    return both if cheaper else implied
+
+
+def _gather(ranks: int, group: GroupToPlan, indices: tuple[int, ...]) -> PlannedParams:
+    tensors = [_tensor(group.params[i]) for i in indices]
+    itemsize = group.params[indices[0]].itemsize
+    return PlannedParams(indices, make_gather(ranks, tensors, itemsize, group.cap))
+
+
+def _merged_gathers(
+    ranks: int, group: GroupToPlan, shared: Sequence[tuple[int, ...]]
+) -> list[tuple[Plan, int]]:
+    counts: dict[tuple[PlannedTensor, int], int] = {}
+    for index in (index for indices in shared for index in indices):
+        param = group.params[index]
+        kind = _tensor(param)._replace(name=""), param.itemsize
+        counts[kind] = counts.get(kind, 0) + 1
+    return [
+        (make_gather(ranks, [tensor], itemsize), count)
+        for (tensor, itemsize), count in counts.items()
+    ]
+
+
+# -- parameters and their matrices ----------------------------------------------------------------
+
+
+def _tensor(param: ParamToPlan) -> PlannedTensor:
+    layout = param.layout
+    return PlannedTensor(param.name, param.shape, layout.param_placement, layout.state_placement)
+
+
+def _describe(
+    group: GroupToPlan, indices: Sequence[int]
+) -> tuple[list[PlannedTensor], list[Matrix], list[MatrixBlock]]:
+    """Parameters of a group as tensors, all their matrices, and the block of each."""
+    assert group.view is not None
+    tensors: list[PlannedTensor] = []
+    matrices: list[Matrix] = []
+    blocks: list[MatrixBlock] = []
+    costs: dict[tuple[Hashable, int, int], int] = {}
+    for number, index in enumerate(indices):
+        param = group.params[index]
+        shape, tensor = param.shape, _tensor(param)
+        if group.variant_state != "none":
+            rows = group.variant_state == "rows"
+            like = row_shape(group.view, shape) if rows else shape
+            placement = variant_placement(param.layout, shape, like)
+            tensor = tensor._replace(variant_shape=like, variant_placement=placement)
+        tensors.append(tensor)
+        for block, variant_block, boxes in matrices_of(group.view, shape, group.variant_state):
+            of_kind = param.kind, block.rows, block.cols
+            if of_kind not in costs:
+                costs[of_kind] = group.flops(*of_kind)
+            blocks += [MatrixBlock(index, block, variant_block)] * len(boxes)
+            flops = costs[of_kind]
+            matrices += [Matrix(number, box, flops, state_box) for box, state_box in boxes]
+    return tensors, matrices, blocks
+
+
+@functools.lru_cache(maxsize=256)
+def matrices_of(
+    view: str, shape: tuple[int, ...], variant_state: str
+) -> tuple[tuple[Block, Block, tuple[tuple[Box, Box | None], ...]], ...]:
+    """The blocks of a parameter that hold matrices: the block, that of the variant's state, and
+    for each matrix its box, and the box of the variant's state (None where it keeps none).
+    """
+    found = []
+    for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
+        if not block.batch * block.rows * block.cols:
+            continue
+        variant_block = row_block if variant_state == "rows" else block
+        boxes = tuple(
+            (box, None if variant_state == "none" else state_box)
+            for box, state_box in zip(block.boxes(), variant_block.boxes(), strict=True)
+        )
+        found.append((block, variant_block, boxes))
+    return tuple(found)
