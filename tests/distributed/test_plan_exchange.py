@@ -357,27 +357,27 @@ def test_repeated_where_links_are_slow_and_shared_out_where_products_are() -> No
 
 
 @given(described(), st.sampled_from(CAPS))
-def test_an_owner_sends_no_more_than_the_cap_in_a_turn(
-    given_: tuple[int, list[Stored], list[Matrix]], cap: int
+def test_an_owner_sends_no_more_than_the_cap_in_a_chunk(
+    given_: tuple[int, list[PlannedTensor], list[Matrix]], cap: int
 ) -> None:
-    """Nor does it take more turns than that needs; the most are one for every other rank."""
+    """Nor are there more chunks than that needs; the most are one for every other rank."""
     ranks, tensors, matrices = given_
     plan = make_plan(ranks, tensors, matrices, 4, cap)
     for bucket in plan.buckets:
-        turns, most = plan.turns(bucket, cap), max(ranks - 1, 1)
+        chunks, most = plan.chunks(bucket, cap), max(ranks - 1, 1)
         sent = [
             sum(box_size(box) * 4 for at, _, box in plan.outbound(bucket, me).sends if at != me)
             for me in range(ranks)
         ]
-        assert max(sent) <= turns * cap or turns == most
-        assert turns == 1 or max(sent) > (turns - 1) * cap
+        assert max(sent) <= chunks * cap or chunks == most
+        assert chunks == 1 or max(sent) > (chunks - 1) * cap
 
 
 def test_what_adamw_exchanges_together_is_under_the_cap() -> None:
     """Three parameters of which each of two ranks sends 100 bytes to the other."""
     stored = Placement((2,), (Axis(None),), range(2))
-    lives = shared_out(stored, (10, 5), stored.copies())
-    tensors = [Stored(f"parameter {i}", (10, 5), stored, lives) for i in range(3)]
+    lives = shard_over(stored, (10, 5), stored.copies())
+    tensors = [PlannedTensor(f"parameter {i}", (10, 5), stored, lives) for i in range(3)]
     together = {
         cap: [
             len({plan.matrices[assignment.matrix].tensor for assignment in bucket})
@@ -391,7 +391,7 @@ def test_what_adamw_exchanges_together_is_under_the_cap() -> None:
 
 @given(described(), st.sampled_from(CAPS))
 def test_transfers_are_in_order_of_positions(
-    given_: tuple[int, list[Stored], list[Matrix]], cap: int
+    given_: tuple[int, list[PlannedTensor], list[Matrix]], cap: int
 ) -> None:
     """Buffers are cut by it, on both sides."""
     ranks, tensors, matrices = given_
