@@ -354,3 +354,50 @@ def test_repeated_where_links_are_slow_and_shared_out_where_products_are() -> No
     assert not cheaper_repeated(equal, stored, (0,), flops=1, size=1)
     slow_links = Machine(flops=1e9, intra=1.0, inter=0.1, node=2)
     assert cheaper_repeated(slow_links, stored, (0,), flops=1, size=1)
+
+
+@given(described(), st.sampled_from(CAPS))
+def test_an_owner_sends_no_more_than_the_cap_in_a_chunk(
+    given_: tuple[int, list[PlannedTensor], list[Matrix]], cap: int
+) -> None:
+    """Nor are there more chunks than that needs; the most are one for every other rank."""
+    ranks, tensors, matrices = given_
+    plan = make_plan(ranks, tensors, matrices, 4, cap)
+    for bucket in plan.buckets:
+        chunks, most = plan.chunks(bucket, cap), max(ranks - 1, 1)
+        sent = [
+            sum(box_size(box) * 4 for at, _, box in plan.outbound(bucket, me).sends if at != me)
+            for me in range(ranks)
+        ]
+        assert max(sent) <= chunks * cap or chunks == most
+        assert chunks == 1 or max(sent) > (chunks - 1) * cap
+
+
+def test_what_adamw_exchanges_together_is_under_the_cap() -> None:
+    """Three parameters of which each of two ranks sends 100 bytes to the other."""
+    stored = Placement((2,), (Axis(None),), range(2))
+    lives = shard_over(stored, (10, 5), stored.copies())
+    tensors = [PlannedTensor(f"parameter {i}", (10, 5), stored, lives) for i in range(3)]
+    together = {
+        cap: [
+            len({plan.matrices[assignment.matrix].tensor for assignment in bucket})
+            for bucket in plan.buckets
+        ]
+        for cap in (100, 250, 300)
+        for plan in [make_gather(2, tensors, 4, cap)]
+    }
+    assert together == {100: [1, 1, 1], 250: [2, 1], 300: [3]}
+
+
+@given(described(), st.sampled_from(CAPS))
+def test_transfers_are_in_order_of_positions(
+    given_: tuple[int, list[PlannedTensor], list[Matrix]], cap: int
+) -> None:
+    """Buffers are cut by it, on both sides."""
+    ranks, tensors, matrices = given_
+    plan = make_plan(ranks, tensors, matrices, 4, cap)
+    for bucket, me in itertools.product(plan.buckets, range(ranks)):
+        for way, (sends, recvs), _ in plan.rank_transfers(bucket, me):
+            for transfers in (sends, recvs):
+                positions = [transfer.position for transfer in transfers]
+                assert positions == sorted(positions), way

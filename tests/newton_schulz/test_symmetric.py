@@ -63,6 +63,16 @@ def test_equals_the_general_product(blocks: int, layout: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
+def test_factors_may_lie_apart(blocks: int) -> None:
+    """Each factor is read by its own strides: here one batch is dense and the other is not."""
+    X, _ = operands((3, 64, 64), "contiguous", torch.float64)
+    G = X @ X.mT
+    strided = torch.stack([G, torch.zeros_like(G)], 1)[:, 0]
+    for L, R in ((G, strided), (strided, G)):
+        torch.testing.assert_close(symmetric_product(L, R, blocks=blocks), G @ G)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
 def test_what_is_above_the_diagonal_is_not_computed(blocks: int) -> None:
     X = torch.randn(2, 64, 48)
     with FlopCounterMode(display=False) as counted:
