@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.param_layout",),
     ("distributed", "distributed.placement", "newton_schulz", "options", "scale", "views"),
-    ("_compile", "_shards", "_text"),
+    ("_compile", "_install", "_shards", "_text"),
     ("_torch",),
 )
 BY_FILE = ("distributed",)

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import requests
 import torch
 from torch import nn
 
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import LabError, did_you_mean
 
 #: More than any config.json has, in bytes.
 _MOST = 1 << 24
@@ -54,15 +55,39 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise LabError(
-                f"there is no module {name!r}: run from the folder that has it, or install it"
+                f"there is no module {name!r}: {_meant(name)}run from the folder that has it, or "
+                "install it"
             ) from error
         raise LabError(f"{name} needs {error.name}, which is not installed") from error
     except Exception as error:
         raise LabError(f"importing {name} failed: {_one_line(error)}") from error
 
 
+def _meant(name: str) -> str:
+    """A hint at the module of the current folder whose name is closest."""
+    folder = Path(*name.split(".")[:-1])
+    near = [path.with_suffix("") for path in folder.glob("*.py")]
+    return did_you_mean(name, [".".join(path.parts) for path in near])
+
+
+def _refuse_file(file: str, factory: str) -> None:
+    """Refuse ``folder/module.py:factory``, and say how the module is called.
+
+    Raises:
+        LabError: always.
+    """
+    path = Path(file)
+    with suppress(ValueError):
+        path = path.resolve().relative_to(Path.cwd())
+    name = ".".join(part for part in path.with_suffix("").parts if part.isidentifier())
+    meant = f"did you mean {f'{name}:{factory}'!r}? " if Path(file).is_file() else _meant(name)
+    raise LabError(f"{file!r} is a file's name: {meant}write package.module:factory")
+
+
 def _from_import(spec: str) -> nn.Module:
     module_name, _, path = spec.partition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        _refuse_file(module_name, path or "factory")
     if not module_name or not path:
         raise LabError(f"{spec!r} is not package.module:factory: write both sides of the colon")
     found = _import(module_name)
@@ -70,7 +95,8 @@ def _from_import(spec: str) -> nn.Module:
         if not hasattr(found, part):
             public = [n for n in dir(found) if not n.startswith("_")]
             raise LabError(
-                f"{module_name} has no {path!r}: it has {', '.join(public[:12]) or 'nothing'}"
+                f"{module_name} has no {path!r}: {did_you_mean(part, public)}it has "
+                f"{', '.join(public[:12]) or 'nothing'}"
             )
         found = getattr(found, part)
     if not isinstance(found, nn.Module):
@@ -110,6 +136,7 @@ def _config(transformers: Any, spec: str) -> Any:
     except Exception as error:
         raise LabError(
             f"{spec!r} is no model type, no file, and could not be had from the Hugging Face hub: "
+            f"{did_you_mean(spec, CONFIG_MAPPING)}"
             "use module:factory, a type such as gpt2, llama or bert, or a config.json"
         ) from error
 
