@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-oldest lint types unit format demo docs tutorial lock clean
+.PHONY: help setup test test-all test-oldest lint types unit format demo docs tutorial lock release-check clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -108,6 +108,18 @@ lock: ## renew requirements-dev.lock from pyproject.toml
 	mv $(LOCK).new $(LOCK)
 	rm -rf $(VENV)-lock
 
+# What a release is made with: twine brings twenty packages that nothing else needs.
+RELEASE := .venv-release
+
+$(RELEASE)/.up-to-date: Makefile
+	rm -rf $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install -qq --disable-pip-version-check 'build>=1.2' 'hatchling>=1.27' 'twine>=6'
+	touch $@
+
+release-check: $(STAMP) $(RELEASE)/.up-to-date ## build and check what a release uploads, into dist/ (TAG=v0.1.0: for that tag)
+	$(BIN)/python release/check.py --tools $(RELEASE)/bin/python $(if $(TAG),--tag $(TAG))
+
 clean: ## remove .venv, caches and builds (not runs/)
-	rm -rf $(VENV) $(VENV)-lock $(OLDEST) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lock $(OLDEST) $(RELEASE) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

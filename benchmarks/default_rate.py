@@ -30,7 +30,7 @@ from typing import Any
 import machine
 import rate_runs
 import torch
-from performance_page import replace_block
+from parts import replace_block
 from torch import nn
 
 from muonkit import MuonW

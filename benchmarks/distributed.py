@@ -31,9 +31,9 @@ All of these compute with torch.optim.Muon's own function, its cast to bfloat16 
 they compute. "muonkit's products" is a round robin with muonkit's orthogonalize instead: what is
 left of the difference then is owners, bytes and packing. "muonkit, each rank alone" shares nothing.
 
-Paired: every round runs each of them once, in an order that rotates. A step begins after a barrier
-and takes as long as on the rank that is slowest. Quoted are medians, and ratios to muonkit with
-the same dtype on the way, within a round, with their quartiles.
+Paired (harness.py). A step begins after a barrier and takes as long as on the rank that is slowest.
+Quoted are medians, and ratios to muonkit with the same dtype on the way, within a round, with their
+quartiles.
 
 Bytes are counted in one step, from every collective that reaches the dispatcher: what a rank sends
 to others at least. All-to-all: what is for others; all-gather: its own part to all others, which a
@@ -45,8 +45,8 @@ what it found, by torch's allocator, on the rank where it is most.
 
 from __future__ import annotations
 
-import argparse
 import datetime
+import functools
 import json
 import math
 import multiprocessing
@@ -56,7 +56,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,14 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+import harness
 import machine
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from distributed_peers import CONTENDERS, OURS, Contender, Other, Parameters, local_part
+from parts import mib, spread, table
 from peers import Implementation
-from performance_page import mib, spread, table
 from sets import SETS, Entry, gpt
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -180,7 +181,7 @@ def enter(contender: Contender, wire: str, parameters: Parameters) -> tuple[Runn
     parameters.restore()
     before = [w.clone() for w in parameters.weights]
     dist.barrier()
-    runner.first_seconds = machine.timed(runner.made.step)
+    runner.first_seconds = harness.timed(runner.made.step)
     return runner, list(torch._foreach_sub(parameters.weights, before))
 
 
@@ -230,12 +231,15 @@ def data_bytes(sent: Counter[str]) -> int:
     return sum(sent.values()) - sent["control"]
 
 
-def race(runners: Sequence[Runner], rounds: int) -> None:
-    for number in range(rounds):
-        start = number % len(runners)
-        for runner in [*runners[start:], *runners[:start]]:
-            dist.barrier()
-            runner.seconds.append(machine.timed(runner.made.step))
+def race(runners: Mapping[Any, Runner], rounds: int) -> None:
+    """Paired rounds; every runner keeps the seconds of its steps."""
+
+    def step(runner: Runner) -> None:
+        dist.barrier()
+        runner.seconds.append(harness.timed(runner.made.step))
+
+    tasks = {key: functools.partial(step, runner) for key, runner in runners.items()}
+    harness.paired(tasks, rounds)
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,7 @@ def measure(case: Case, deadline: float, mesh: DeviceMesh) -> dict[str, Any]:
     fitting = (deadline - time.monotonic()) / sum(r.first_seconds for r in runners.values())
     rounds = [min(case.rounds, max(FEWEST, int(fitting)))]
     dist.broadcast_object_list(rounds)  # all ranks take as many
-    race(list(runners.values()), rounds[0])
+    race(runners, rounds[0])
     elements = sum(shape.numel() for shape in parameters.shapes)
     return {
         **asdict(case),
@@ -298,10 +302,10 @@ def rows(runners: dict[tuple[str, str], Runner], elements: int) -> list[dict[str
             {
                 "name": name,
                 "wire": wire if any(data) else None,
-                "ms": statistics.median(seconds) * 1e3,
-                "quartiles_ms": [q * 1e3 for q in machine.quartiles(seconds)],
-                "times_muonkit": machine.quartiles(ratios),
-                "first_ms": max(firsts) * 1e3,
+                "ms": harness.ms(statistics.median(seconds)),
+                "quartiles_ms": harness.ms(harness.quartiles(seconds)),
+                "times_muonkit": harness.quartiles(ratios),
+                "first_ms": harness.ms(max(firsts)),
                 "sent_bytes": data,
                 "sent_of_all": sum(data) / len(data) / (elements * getattr(torch, wire).itemsize),
                 "sent_by_collective": sent,
@@ -389,24 +393,19 @@ def mib2(value: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__, rounds=15, threads=False)
     parser.add_argument("--set", nargs="+", choices=list(CHOICES), default=list(USUAL))
     parser.add_argument("--layout", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
-    parser.add_argument("--rounds", type=int, default=15, help="at most")
-    parser.add_argument("--seconds", type=float, default=200.0, help="for all; a goal, no limit")
+    parser.add_argument(
+        "--seconds", type=float, default=200.0, help="for all; fewer rounds than --rounds fit it"
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest set in a few rounds")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.quick:
         options.set, options.rounds = list(USUAL[:1]), FEWEST
-    if min(options.ranks) < 2 or options.rounds < 1:
-        parser.error(
-            "expected --ranks of at least 2 and --rounds of at least 1, "
-            f"got {options.ranks} and {options.rounds}"
-        )
+    if min(options.ranks) < 2:
+        parser.error(f"expected --ranks of at least 2, got {options.ranks}")
     torch.set_num_threads(1)
     facts = machine.facts()
     print(
@@ -423,10 +422,8 @@ def main() -> int:
         new = launch(ranks, cases, share * (end - time.monotonic()))
         results += new
         print("\n".join(markdown(result, facts["cores"]) for result in new), flush=True)
-        if options.json:  # after every number of ranks: a run that is stopped keeps what it has
-            record = {"kind": "distributed", "machine": facts, "cases": results}
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+        # After every number of ranks: a run that is stopped keeps what it has.
+        harness.write(options.json, {"kind": "distributed", "machine": facts, "cases": results})
     return 0
 
 

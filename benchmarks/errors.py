@@ -16,14 +16,12 @@ dtype is over twice as far away as `standard` on the same matrix.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+import harness
 import machine
 import torch
 from torch import Tensor
@@ -156,16 +154,12 @@ def show(rows: list[dict[str, Any]], every: bool) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     safe = [name for name in SCHEDULES if not resolve(name).strict]
     parser.add_argument("--schedules", nargs="+", choices=safe, default=safe)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--quick", action="store_true", help="matrices of at most 32 rows")
     parser.add_argument("--all", action="store_true", help="print every case")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = measure(options.schedules, options.dtypes, options.quick)
@@ -185,8 +179,7 @@ def main() -> int:
             "cases": cases,
             "failures": found,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        harness.write(options.json, record)
     return 1 if found else 0
 
 

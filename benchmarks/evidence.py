@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from performance_page import Record, replace_block, table
+from parts import Record, replace_block, table
 
 from muonkit.lab import results
 from muonkit.lab.optimizers import get_optimizer

@@ -13,7 +13,6 @@ projections of queries, keys and values apart, which is the same mathematics in 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -23,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import harness
 import machine
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -141,8 +141,9 @@ def main() -> None:
     if options.json:
         largest = {name: max(values) for name, values in deviations(runs).items()}
         facts = machine.facts() | {"threads": 1}  # of each rank
-        record = {"machine": facts, "largest_deviation": largest, "runs": runs}
-        options.json.write_text(json.dumps(record) + "\n")
+        record: dict[str, Any] = {"kind": "losses", "machine": facts}
+        record |= {"largest_deviation": largest, "runs": runs}
+        harness.write(options.json, record, indent=None)
     if options.plot:
         plot(runs, options.plot)
 

@@ -21,7 +21,7 @@ from typing import Any
 import rate_runs
 import torch
 from first_scripts import SCRIPTS, Make, Script
-from performance_page import replace_block
+from parts import replace_block
 from torch import nn
 
 from muonkit import MuonW

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import random
 import shutil
 import tempfile
@@ -28,6 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import harness
 
 from muonkit.lab import cli
 from muonkit.lab.compare import compare, comparison
@@ -235,8 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 kept.setdefault(title, {})[name] = dict(counts)
                 shown = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
                 print(f"{title}: {name}: {shown}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+    harness.write(options.json, kept)
 
 
 if __name__ == "__main__":

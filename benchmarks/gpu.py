@@ -17,7 +17,7 @@ tiny sizes, no events and graphs, the kernel replaced by plain products; those f
    with fused AdamW.
 5. The step captured in a CUDA graph and replayed: the same weights as steps taken one by one.
 
-Times are medians with quartiles, each round in an order that rotates. Exits with 0 if all checks
+Times are medians of paired rounds (harness.py), with quartiles. Exits with 0 if all checks
 pass, 1 if one fails, 2 where there is no GPU that the kernel runs on: then it says so, in one line.
 """
 
@@ -26,16 +26,15 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+import harness
 import torch
-from machine import facts, quartiles
+from harness import Spread, column, quartiles
+from machine import facts
 from sets import SETS, TINY, Entry, cheapest_flops
 from torch import Tensor, nn
 
@@ -85,10 +84,7 @@ class Device:
     def seconds(self, task: Task, times: int) -> float:
         """Of one call, the mean of `times` in a row, by the device's own clock."""
         if self.dry:
-            start = time.perf_counter()
-            for _ in range(times):
-                task()
-            return (time.perf_counter() - start) / times
+            return harness.timed(task, times)
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
         for _ in range(times):
@@ -98,33 +94,35 @@ class Device:
         return start_event.elapsed_time(end_event) / 1e3 / times
 
     def compare(self, tasks: dict[str, Task], graphs: bool = False) -> dict[str, list[float]]:
-        """Seconds of every task in every round; a round runs all of them, in a rotating order.
+        """Seconds of every task in every round.
 
         Args:
             graphs: replay each from a CUDA graph, so that the launches do not count.
         """
-        times = {}
+        timings: dict[str, Callable[[], float]] = {}
         graphs = graphs and not self.dry
         for name, task in tasks.items():
             for _ in range(2):
                 task()  # compiles, allocates, tunes
             self.wait()
             # Long enough that the events' own time does not count: 2 ms.
-            times[name] = max(1, min(200, round(2e-3 / max(self.seconds(task, 1), 1e-7))))
+            times = max(1, min(200, round(2e-3 / max(self.seconds(task, 1), 1e-7))))
             if graphs:
-                tasks = {**tasks, name: repeated(task, times[name])}
-        seconds: dict[str, list[float]] = {name: [] for name in tasks}
-        names = list(tasks)
-        for number in range(self.rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                calls = 1 if graphs else times[name]  # of a graph that has all of them
-                seconds[name].append(self.seconds(tasks[name], calls) * calls / times[name])
-        return seconds
+                replay = repeated(task, times)  # one replay makes all the calls
+                timings[name] = lambda replay=replay, n=times: self.seconds(replay, 1) / n
+            else:
+                timings[name] = functools.partial(self.seconds, task, times)
+        results = harness.paired(timings, self.rounds)
+        return {name: column(results, name) for name in tasks}
+
+
+def spread(one: list[float], other: list[float]) -> Spread:
+    """Quartiles of the ratios within a round."""
+    return quartiles([a / b for a, b in zip(one, other, strict=True)])
 
 
 def repeated(task: Task, times: int) -> Task:
-    """What replays so many calls of the task from one CUDA graph."""
+    """A function that replays so many calls of the task from one CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(times):
@@ -236,9 +234,7 @@ def time_product(
     needed = batch * m * (m + 1) * k  # FLOPs on and below the diagonal
     by_bytes = (operands + batch * m * m) * X.element_size() / rate["copy"]
     limit = max(needed / rate[name], by_bytes)
-    low, middle, high = quartiles(
-        [t / o for t, o in zip(seconds["torch"], seconds["muonkit"], strict=True)]
-    )
+    low, middle, high = spread(seconds["torch"], seconds["muonkit"])
     own = statistics.median(seconds["muonkit"])
     effective = 2 * batch * m * m * k / own / 1e12
     print(
@@ -285,8 +281,7 @@ def time_steps(device: Device, rate: dict[str, float], name: str) -> dict[str, o
         seconds = device.compare({n: each.step for n, each in optimizers.items()}, graphs)
         rows = {}
         for each, taken in seconds.items():
-            ratios = [t / o for t, o in zip(taken, seconds["muonkit.Muon"], strict=True)]
-            low, middle, high = quartiles(ratios)
+            low, middle, high = spread(taken, seconds["muonkit.Muon"])
             median = statistics.median(taken)
             rows[each] = {"seconds": taken, "times_muonkit": [low, middle, high]}
             share = "" if "AdamW" in each else f", {limit / median:.0%} of the limit"
@@ -322,9 +317,8 @@ def time_training(device: Device) -> dict[str, object]:
         optimizers[name].zero_grad()
 
     seconds = device.compare({name: functools.partial(step, name) for name in trained})
-    ratios = [m / a for m, a in zip(seconds["MuonW"], seconds["AdamW (fused)"], strict=True)]
     found = {name: statistics.median(taken) * 1e3 for name, taken in seconds.items()}
-    low, middle, high = quartiles(ratios)
+    low, middle, high = spread(seconds["MuonW"], seconds["AdamW (fused)"])
     print("  " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in found.items())
           + f": x{middle:.3f} [{low:.3f}, {high:.3f}]")  # fmt: skip
     return {
@@ -370,15 +364,6 @@ def capture(optimizer: torch.optim.Optimizer) -> Task:
     return recorded.replay
 
 
-def rounded(value: object) -> object:
-    """Seconds and rates to five digits, so that a file of them can be read."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def missing_gpu() -> str | None:
     """Why this cannot run here, or None."""
     need = "it needs an NVIDIA GPU of compute capability 8.0 or ROCm, and Triton"
@@ -391,9 +376,7 @@ def missing_gpu() -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
+    parser = harness.parser(__doc__, rounds=15, threads=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     options = parser.parse_args()
     why = missing_gpu() if options.device == "cuda" else None
@@ -420,9 +403,7 @@ def main() -> int:
     print("5. the step in a CUDA graph")
     record["graph"] = captured = graph(device)
     good = bool(captured["equal"]) and all(row["good"] for row in worst.values())
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rounded(record | {"good": good}), indent=1) + "\n")
+    harness.write(options.json, harness.rounded(record | {"good": good}))
     print("all checks passed" if good else "A CHECK FAILED: see above")
     return 0 if good else 1
 

@@ -1,17 +1,18 @@
 """Seconds that `import muonkit` adds to `import torch`: `python benchmarks/import_time.py`.
 
 Paired: each fresh process times both imports, one after the other, so a busy moment of the machine
-falls on both. The budget is 0.1 s.
+falls on both. The budget is 0.1 s: exit code 1 beyond it.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 
-PROCESSES = 11
+import harness
+import machine
+
 BUDGET = 0.1  # seconds
 
 MEASURE = """
@@ -35,15 +36,19 @@ def measure() -> tuple[float, float]:
 
 
 def main() -> int:
+    options = harness.parser(__doc__, rounds=11, threads=False).parse_args()
     measure()  # writes the .pyc files and warms the disk cache, for both
-    torch_seconds, added = zip(*(measure() for _ in range(PROCESSES)), strict=True)
-    median = statistics.median(added)
-    print(f"import torch:   median {statistics.median(torch_seconds):.3f} s")
+    pairs = harness.column(harness.paired({"both": measure}, options.rounds), "both")
+    low, torch_seconds, high = harness.quartiles([one for one, _ in pairs])
+    print(f"import torch:   median {torch_seconds:.3f} s [{low:.3f}, {high:.3f}]")
+    low, added, high = harness.quartiles([other for _, other in pairs])
     print(
-        f"import muonkit: median {median:.3f} s on top of it"
-        f" (from {min(added):.3f} to {max(added):.3f}, {PROCESSES} processes; budget {BUDGET} s)"
+        f"import muonkit: median {added:.3f} s [{low:.3f}, {high:.3f}] on top of it"
+        f" ({options.rounds} processes; budget {BUDGET} s)"
     )
-    return 0 if median < BUDGET else 1
+    record = {"kind": "import", "machine": machine.facts(), "seconds": pairs}
+    harness.write(options.json, harness.rounded(record))
+    return 0 if added < BUDGET else 1
 
 
 if __name__ == "__main__":

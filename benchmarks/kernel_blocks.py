@@ -11,19 +11,17 @@ Times are of replayed CUDA graphs: without the launches.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import hashlib
 import itertools
-import json
 import multiprocessing
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
+import harness
 import torch
-from gpu import Device, missing_gpu, rounded
+from gpu import Device, missing_gpu
 from machine import facts
 from torch import Tensor
 
@@ -105,12 +103,10 @@ def compiles(job: Job) -> tuple[Job, float | None, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = harness.parser(__doc__, rounds=5, threads=False)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--dtypes", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--groups", type=int, nargs="+", default=[8])
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if why := missing_gpu():
         print(why)
@@ -183,8 +179,7 @@ def main() -> int:
         "kind": "kernel_blocks", "machine": facts() | {"device": torch.cuda.get_device_name()},
         "rows": rows, "bits": bits,
     }  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(rounded(record)) + "\n")
+    harness.write(options.json, harness.rounded(record), indent=None)
     return 1 if wrong else 0
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
 from muonkit.newton_schulz.triton.blocks import BLOCKS, SMALLEST, UNALIGNED, Blocks
@@ -262,8 +262,7 @@ def main() -> int:
     show(results, options.every)
     if options.json:
         rows = [asdict(each) | {"fault": each.fault} for each in results]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        harness.write(options.json, rows)
     faults = [each.fault for each in results if each.fault]
     print("\n".join(["", *faults]) if faults else "\nnothing spills, no tensor core is missed")
     return 1 if faults else 0

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -39,6 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import machine
 import torch
 import torch.distributed.checkpoint as dcp
@@ -369,8 +369,8 @@ def main() -> None:
     )
     if options.json:
         facts = machine.facts() | {"threads": 1}  # of each rank
-        record = {"machine": facts, "runs": [asdict(o) for o in done]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"kind": "kill", "machine": facts, "runs": [asdict(o) for o in done]}
+        harness.write(options.json, record)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ import platform
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import timed
 
 # (rows, inner, cols) of the products whose best rate is the machine's: square ones, and the wide
 # and the deep ones that a 3072 x 768 matrix is made of.
@@ -49,24 +48,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def timed(function: Callable[[], object], times: int = 1) -> float:
-    """Seconds of one call, the mean of `times` calls in a row."""
-    start = time.perf_counter()
-    for _ in range(times):
-        function()
-    return (time.perf_counter() - start) / times
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile; of a single value, three times that value."""
-    if len(values) < 2:
-        return (values[0],) * 3
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
 def peak_bytes(profiler: torch.profiler.profile) -> int:
-    """The most bytes held at a time beyond what the profiled code found, by torch's allocator.
+    """The most bytes held at a time, beyond what was held before, by torch's allocator.
 
     Args:
         profiler: has run, with profile_memory=True.

@@ -4,7 +4,7 @@
     python benchmarks/monitor_overhead.py --width 384 --layers 6 --pairs 200
 
 Two copies of one training take their steps in turn on the same batches, the second with a monitor
-that samples every `--every` steps and writes JSON lines; who goes first alternates. Quoted are the
+that samples every `--every` steps and writes JSON lines (pairs as in harness.py). Quoted are the
 median step, what a sampled step takes longer than its partner, and what the others do. The overhead
 at a given `every` is (extra of a sample + (every - 1) * hooks) / (every * step), where `hooks` is
 the time of the hooks between samples, in a loop: the paired difference of two steps, also printed,
@@ -13,15 +13,14 @@ is mostly the machine's noise.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import harness
 import machine
 import torch
 from train_overhead import WARM_UP, Training, add_model_options
@@ -41,18 +40,21 @@ def measure(
     for training in trainings:
         training.block(WARM_UP)
     steps, samples, others = [], [], []
-    for number in range(pairs):
-        order = trainings if number % 2 == 0 else trainings[::-1]
-        seconds = {id(training): sum(training.step()) for training in order}
-        steps.append(seconds[id(bare)])
-        extra = seconds[id(watched)] - seconds[id(bare)]
-        (samples if monitor.step % monitor.every == 0 else others).append(extra)
+    named = {"bare": bare, "watched": watched}
+    tasks = {name: lambda each=each: sum(each.step()) for name, each in named.items()}
+    sampled: list[bool] = []
+    results = harness.paired(
+        tasks, pairs, after=lambda _: sampled.append(monitor.step % monitor.every == 0)
+    )
+    for seconds, is_sample in zip(results, sampled, strict=True):
+        steps.append(seconds["bare"])
+        (samples if is_sample else others).append(seconds["watched"] - seconds["bare"])
     hooks = _hooks(watched.optimizer, monitor)
     step, sample = statistics.median(steps), statistics.median(samples)
     return {
-        "step_ms": step * 1e3,
-        "sample_ms": [q * 1e3 for q in machine.quartiles(samples)],
-        "other_ms": [q * 1e3 for q in machine.quartiles(others)],
+        "step_ms": harness.ms(step),
+        "sample_ms": harness.ms(harness.quartiles(samples)),
+        "other_ms": harness.ms(harness.quartiles(others)),
         "hooks_us": hooks * 1e6,
         "overhead": {n: (sample + (n - 1) * hooks) / (n * step) for n in targets},
     }
@@ -64,7 +66,7 @@ def _hooks(optimizer: Any, monitor: Monitor) -> float:
     (before,) = optimizer._optimizer_step_pre_hooks.values()
     (after,) = optimizer._optimizer_step_post_hooks.values()
     seconds = min(
-        machine.timed(lambda: (before(optimizer, (), {}), after(optimizer, (), {})), CALLS)
+        harness.timed(lambda: (before(optimizer, (), {}), after(optimizer, (), {})), CALLS)
         for _ in range(5)
     )
     monitor.every = every
@@ -72,14 +74,12 @@ def _hooks(optimizer: Any, monitor: Monitor) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     add_model_options(parser)
-    parser.add_argument("--pairs", type=int, default=120)
-    parser.add_argument("--every", type=int, default=4, help="while it is measured")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--pairs", type=harness.at_least_one, default=120)
+    parser.add_argument(
+        "--every", type=harness.at_least_one, default=4, help="while it is measured"
+    )
     options = parser.parse_args()
     if options.pairs < 2 * options.every:
         parser.error(f"--pairs {options.pairs} has no two samples at --every {options.every}")
@@ -106,9 +106,7 @@ def main() -> int:
         **result,
     }
     show(record)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    harness.write(options.json, record)
     return 0
 
 

@@ -3,14 +3,14 @@
     python benchmarks/options.py                      # the 2-layer, d = 384 GPT
     python benchmarks/options.py --set gpt2-small --rounds 3
 
-Paired: all options are in one process on the same weights and gradients; every round takes a step
-with each, in an order that rotates. Quoted are the median of the ratios to the defaults' step in
-the same round, and its quartiles. The table is that of docs/choosing.md.
+Paired (harness.py): all options are in one process, on the same weights and gradients. Quoted are
+the median of the ratios to the defaults' step in the same round, and its quartiles. The
+table is that of docs/choosing.md; pages.py puts it there from docs/choosing/*.json.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import os
 import statistics
 from typing import Any
@@ -19,8 +19,10 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+import harness
 import machine
 import torch
+from performance_page import options_block
 from sets import SETS, TINY, Entry, Workload
 from step import state_bytes
 
@@ -71,17 +73,12 @@ def measure(entries: list[Entry], rounds: int) -> dict[str, dict[str, Any]]:
     made = {name: build(workload, options) for name, options in OPTIONS.items()}
     for optimizer in made.values():
         optimizer.step()
-    names = list(made)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            seconds[name].append(machine.timed(made[name].step))
-    base = seconds["the defaults"]
+    tasks = {name: functools.partial(harness.timed, each.step) for name, each in made.items()}
+    results = harness.paired(tasks, rounds)
     return {
         name: {
-            "ms": 1e3 * statistics.median(seconds[name]),
-            "ratio": machine.quartiles([s / b for s, b in zip(seconds[name], base, strict=True)]),
+            "ms": harness.ms(statistics.median(harness.column(results, name))),
+            "ratio": harness.quartiles(harness.ratios(results, name, "the defaults")),
             "state": state_bytes(optimizer.state_dict()["state"]),
             "peak": peak(optimizer),
         }
@@ -90,26 +87,15 @@ def measure(entries: list[Entry], rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, rounds=15)
     every = {**SETS, **TINY}
     parser.add_argument("--set", choices=list(every), default="gpt-2x384")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = measure(every[options.set], options.rounds)
-    facts = machine.facts()
-    print(
-        f"`{facts['command']}` on {facts['cpu']}, {facts['threads']} threads, "
-        f"{facts['capability']}; torch {facts['torch']}; {facts['date']}.\n"
-    )
-    print("| option | ms | × the defaults | state, MiB | peak, MiB |\n|---|--:|--:|--:|--:|")
-    for name, row in rows.items():
-        low, middle, high = row["ratio"]
-        print(
-            f"| `{name}` | {row['ms']:.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] "
-            f"| {row['state'] / MIB:.1f} | {row['peak'] / MIB:.1f} |"
-        )
+    record = {"kind": "options", "machine": machine.facts(), "set": options.set, "rows": rows}
+    print(options_block([record]))
+    harness.write(options.json, harness.rounded(record))
     return 0
 
 

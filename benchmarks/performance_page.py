@@ -1,55 +1,13 @@
-"""Write the tables of docs/performance.md from measurements.
+"""The generated blocks of docs/performance.md and docs/choosing.md: `pages.py` writes them.
 
-    python benchmarks/performance_page.py docs/performance/*.json --page docs/performance.md
-
-The files are what step.py, errors.py, train_overhead.py, gpu.py and kernel_blocks.py write with
---json; several of a kind go into one table. Between `<!-- begin: NAME -->` and `<!-- end: NAME -->`
-everything is replaced; the text around it is written by hand. A block whose kind is not among the
-files stays as it is.
+Each function gets the records of one kind, as the scripts write them with --json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import statistics
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def machine_line(record: Record) -> str:
-    m = record["machine"]
-    cores = f"{m['cores']} core{'s' if m['cores'] != 1 else ''}"
-    threads = f"{m['threads']} thread{'s' if m['threads'] != 1 else ''}"
-    return (
-        f"`{m['command']}` on {m['cpu']}, {cores}, {threads}, {m['capability']}, "
-        f"{m['system']}; torch {m['torch']}, Python {m['python']}; {m['date']}."
-    )
-
-
-def machine_lines(records: Iterable[Record]) -> str:
-    """A list in Markdown: one command and its machine each."""
-    return "\n".join(f"- {machine_line(record)}" for record in records)
-
-
-def spread(quartiles: Sequence[float], digits: int = 2) -> str:
-    low, middle, high = quartiles
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def mib(value: float | None) -> str:
-    return "" if value is None else f"{value / 2**20:.1f}"
+from parts import Record, machine_line, machine_lines, mib, spread, table
 
 
 def merged_sets(records: list[Record]) -> dict[str, Record]:
@@ -194,6 +152,22 @@ def overhead_block(records: list[Record]) -> str:
     return machine_lines(records) + "\n\n" + table(head, rows)
 
 
+def whole_steps(records: list[Record]) -> list[tuple[str, str, str, str]]:
+    """Tokens, step with MuonW, with AdamW, and their ratio, as the README quotes them."""
+    found = []
+    for r in records:
+        if r["kind"] == "gpu":
+            ms = [1e3 * statistics.median(s) for s in r["training"]["seconds"].values()]
+            found.append((r["training"]["tokens"], *ms, r["training"]["times_adamw"][1]))
+        elif r["kind"] == "overhead":
+            ms = [r[name]["step_ms"] for name in ("muonw", "adamw")]
+            found.append((r["tokens"], *ms, r["ratio"][1]))
+    return [
+        (f"{tokens:,} tokens", *(f"{ms:.{1 if ms < 100 else 0}f} ms" for ms in two), f"{ratio:.2f}")
+        for tokens, *two, ratio in found
+    ]
+
+
 def gpu_line(record: Record) -> str:
     m = record["machine"]
     return f"`{m['command']}` on {m['device']}; torch {m['torch']}; {m['date']}."
@@ -253,8 +227,25 @@ def gpu_products_block(records: list[Record]) -> str:
     return "\n\n".join(parts)
 
 
-# block of the page -> kind of file it is made from, and how
-BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+def options_block(records: list[Record]) -> str:
+    parts = []
+    for record in records:
+        rows = [
+            [
+                f"`{name}`",
+                f"{row['ms']:.1f}",
+                spread(row["ratio"]),
+                mib(row["state"]),
+                mib(row["peak"]),
+            ]
+            for name, row in record["rows"].items()
+        ]
+        head = ["option", "ms", "× the defaults", "state, MiB", "peak, MiB"]
+        parts += [machine_line(record), table(head, rows)]
+    return "\n\n".join(parts)
+
+
+BLOCKS = {
     "step": ("step", step_block),
     "memory": ("step", memory_block),
     "errors": ("errors", errors_block),
@@ -262,68 +253,4 @@ BLOCKS: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "gpu-step": ("gpu", gpu_step_block),
     "gpu-products": ("kernel_blocks", gpu_products_block),
 }
-
-
-def replace_block(page: str, name: str, content: str) -> str:
-    """The page with ``content`` between the markers of the block ``name``.
-
-    Raises:
-        ValueError: the page is without the markers.
-    """
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1 or page.index(end) < page.index(begin):
-        raise ValueError(
-            f"the page needs {begin!r} once and {end!r} once after it: put both markers where "
-            "the table belongs"
-        )
-    block = f"{begin}\n{content}\n{end}"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    return re.sub(pattern, lambda _: block, page, flags=re.DOTALL)
-
-
-def rewrite(page: str, records: list[Record]) -> str:
-    """The page with every block renewed whose kind is among the records.
-
-    Raises:
-        ValueError: a file of an unknown kind, or a page without the markers of a block.
-    """
-    kinds = {kind for kind, _ in BLOCKS.values()}
-    for record in records:
-        if record.get("kind") not in kinds:
-            raise ValueError(
-                f"got a file of kind {record.get('kind')!r}, expected one of {sorted(kinds)}: "
-                "give what step.py, errors.py, train_overhead.py, gpu.py or kernel_blocks.py "
-                "write with --json"
-            )
-    for name, (kind, make) in BLOCKS.items():
-        chosen = [record for record in records if record["kind"] == kind]
-        if chosen:
-            page = replace_block(page, name, make(chosen))
-    return page
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--page", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, help="also draw what step.py measured")
-    options = parser.parse_args()
-    try:
-        records = [json.loads(file.read_text()) for file in options.files]
-        page = rewrite(options.page.read_text(), records)
-    except (OSError, ValueError) as error:  # JSONDecodeError is a ValueError
-        print(f"performance_page.py: {error}", file=sys.stderr)
-        return 2
-    options.page.write_text(page)
-    steps = [record for record in records if record["kind"] == "step"]
-    if options.plot and steps:
-        from step import plot
-
-        plot(merged_sets(steps), steps[-1]["machine"], options.plot)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+CHOOSING = {"options": ("options", options_block)}

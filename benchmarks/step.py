@@ -4,8 +4,7 @@
     python benchmarks/step.py --set all --json step.json --plot step.svg
     python benchmarks/step.py --set vit-tiny --only "torch fp32,heavyball fp32"
 
-Paired: all implementations live in one process, on the same weights and gradients; every round runs
-each of them once, in an order that rotates, so that a change of the machine's speed meets all.
+Paired (harness.py): all implementations live in one process, on the same weights and gradients.
 Quoted are medians, and ratios to ours within a round with their quartiles.
 
 The limit is the time that the FLOPs of the cheapest exact form take (for each matrix the least of
@@ -21,9 +20,7 @@ torch.optim.Muon as shipped on a CPU without bf16 units: look at one-layer-768).
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import math
 import os
 import statistics
@@ -37,6 +34,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+import harness
 import machine
 import torch
 from peers import PEERS, Implementation, Peer
@@ -100,7 +98,7 @@ class Runner:
 
     def time(self) -> float:
         self.ready()
-        return machine.timed(self.made.step, max(1, math.ceil(SHORTEST / self.estimate)))
+        return harness.timed(self.made.step, max(1, math.ceil(SHORTEST / self.estimate)))
 
 
 def absence(error: BaseException, peer: Peer) -> str:
@@ -141,7 +139,7 @@ def enter(
     workload.restore_gradients()
     try:
         made = Implementation(peer, workload.parameters(peer.views))
-        first = machine.timed(made.step)
+        first = harness.timed(made.step)
         movement = list(torch._foreach_sub(workload.weights, before))
         runner = Runner(peer, made, workload, first, movement, workload.gradients_changed())
         if reference is not None:
@@ -149,7 +147,7 @@ def enter(
         runner.estimate = first
         if peer.compiled or first < limits.budget:  # else the first step has said enough
             runner.ready()
-            runner.estimate = max(1e-6, machine.timed(made.step))
+            runner.estimate = max(1e-6, harness.timed(made.step))
     except Exception as error:  # another package's: whatever it is, the others can still run
         return absence(error, peer)
     finally:
@@ -166,14 +164,14 @@ def race(
     for name, runner in runners.items():
         slow = name != OURS and runner.estimate > budget
         allowed[name] = rounds if not slow else 1 if runner.estimate > 2 * budget else 2
-    rate.probe(limits.probes)
-    results: list[dict[str, float]] = []
-    for number in range(rounds):
-        names = [name for name in runners if number < allowed[name]]
-        start = number % len(names)
-        results.append({name: runners[name].time() for name in names[start:] + names[:start]})
+
+    def between(number: int) -> None:
         if number % max(1, rounds // 4) == 0:
             rate.probe(1)
+
+    rate.probe(limits.probes)
+    tasks = {name: runner.time for name, runner in runners.items()}
+    results = harness.paired(tasks, rounds, allowed=allowed, after=between)
     rate.probe(limits.probes)
     return results
 
@@ -229,13 +227,13 @@ def row(
     slow = runner.estimate > budget
     calls, peak = (None, None) if slow else profile(runner)
     peer = runner.peer
-    pairs = [(r[name], r[OURS]) for r in results if name in r]
+    seconds = harness.column(results, name)
     needs = {e.view for e in runner.workload.entries} - peer.views
     return {
-        "ms": statistics.median(seconds for seconds, _ in pairs) * 1e3,
-        "quartiles_ms": [q * 1e3 for q in machine.quartiles([seconds for seconds, _ in pairs])],
-        "times_muonkit": machine.quartiles([seconds / ours for seconds, ours in pairs]),
-        "rounds": len(pairs),
+        "ms": harness.ms(statistics.median(seconds)),
+        "quartiles_ms": harness.ms(harness.quartiles(seconds)),
+        "times_muonkit": harness.quartiles(harness.ratios(results, name, OURS)),
+        "rounds": len(seconds),
         "first_ms": runner.first_seconds * 1e3,
         "products": peer.products,
         "distance_of_first_step": runner.distance,
@@ -247,7 +245,7 @@ def row(
         "peak_bytes": peak,
         "version": importlib.metadata.version(peer.package) if peer.package else None,
         "differs": peer.differs,
-        "seconds": [seconds for seconds, _ in pairs],
+        "seconds": seconds,
     }
 
 
@@ -368,19 +366,16 @@ def plot(sets: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    usual = Limits()
+    parser = harness.parser(__doc__, rounds=usual.rounds)
     every = {**SETS, **TINY}
     parser.add_argument("--set", choices=["all", *every], default="gpt-2x384")
-    usual = Limits()
-    parser.add_argument("--rounds", type=int, default=usual.rounds)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", help="names of implementations, with commas; muonkit always runs")
     parser.add_argument("--budget", type=float, default=usual.budget, help="seconds; see above")
     parser.add_argument("--longest", type=float, default=usual.longest, help="seconds; see above")
-    parser.add_argument("--probes", type=int, default=usual.probes, help="products timed per size")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--probes", type=harness.at_least_one, default=usual.probes, help="products timed per size"
+    )
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     names = list(PEERS)
@@ -390,11 +385,6 @@ def main() -> int:
         if unknown:
             parser.error(f"--only: unknown {unknown}; known are {', '.join(PEERS)}")
         names = list(dict.fromkeys([OURS, *chosen]))
-    if options.rounds < 1 or options.probes < 1:
-        parser.error(
-            "expected --rounds and --probes of at least 1, "
-            f"got {options.rounds} and {options.probes}"
-        )
     limits = Limits(options.rounds, options.budget, options.longest, options.probes)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="torch._inductor")
@@ -407,10 +397,8 @@ def main() -> int:
     for name in SETS if options.set == "all" else [options.set]:
         sets[name] = measure(every[name], names, limits)
         show(name, sets[name])
-        if options.json:  # after every set: a long run that is stopped keeps what it has
-            record = {"kind": "step", "machine": facts, "sets": sets}
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+        # After every set: a long run that is stopped keeps what it has.
+        harness.write(options.json, {"kind": "step", "machine": facts, "sets": sets})
     if options.plot:
         plot(sets, facts, options.plot)
     return 0

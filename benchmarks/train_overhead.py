@@ -6,22 +6,21 @@
 Model and data are the lab's `gpt` task (`muonkit compare gpt`), the optimizers those that it
 compares, each at its default learning rate: MuonW, and torch.optim.AdamW(fused=True), torch's
 fastest. Both train their own copy of one initial model on the same batches. A block is a few steps
-of one optimizer; blocks alternate, and so does which one goes first. Quoted are medians over
-blocks, and the ratio within a pair of blocks with its quartiles. `share` is the optimizer's part of
-a step.
+of one optimizer; the blocks are paired (harness.py). Quoted are medians over blocks, and the ratio
+within a pair of blocks with its quartiles. `share` is the optimizer's part of a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import functools
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import harness
 import machine
 import torch
 from torch import nn
@@ -70,22 +69,20 @@ def measure(trainings: dict[str, Training], blocks: int, steps: int) -> dict[str
     """Medians of each, and the ratios of MuonW's blocks to AdamW's."""
     for training in trainings.values():
         training.block(WARM_UP)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in trainings}
-    for number in range(blocks):
-        order = list(trainings) if number % 2 == 0 else list(trainings)[::-1]
-        for name in order:
-            taken[name].append(trainings[name].block(steps))
+    tasks = {n: functools.partial(each.block, steps) for n, each in trainings.items()}
+    taken = harness.paired(tasks, blocks)
+    whole, optimizer = ([{n: pair[i] for n, pair in r.items()} for r in taken] for i in (0, 1))
     result: dict[str, Any] = {}
-    for name, values in taken.items():
+    for name in trainings:
+        pairs = harness.column(taken, name)
         result[name] = {
-            "step_ms": statistics.median(step for step, _ in values) * 1e3,
-            "optimizer_ms": statistics.median(optimizer for _, optimizer in values) * 1e3,
-            "share": statistics.median(optimizer / step for step, optimizer in values),
-            "seconds": [step for step, _ in values],
+            "step_ms": harness.ms(statistics.median(step for step, _ in pairs)),
+            "optimizer_ms": harness.ms(statistics.median(part for _, part in pairs)),
+            "share": statistics.median(part / step for step, part in pairs),
+            "seconds": [step for step, _ in pairs],
         }
-    pairs = list(zip(taken["muonw"], taken["adamw"], strict=True))
-    result["ratio"] = machine.quartiles([m[0] / a[0] for m, a in pairs])
-    result["ratio_optimizer"] = machine.quartiles([m[1] / a[1] for m, a in pairs])
+    result["ratio"] = harness.quartiles(harness.ratios(whole, "muonw", "adamw"))
+    result["ratio_optimizer"] = harness.quartiles(harness.ratios(optimizer, "muonw", "adamw"))
     return result
 
 
@@ -99,14 +96,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     add_model_options(parser)
-    parser.add_argument("--blocks", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=5, help="in a block")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--blocks", type=harness.at_least_one, default=15)
+    parser.add_argument("--steps", type=harness.at_least_one, default=5, help="in a block")
     options = parser.parse_args()
     if options.width % options.heads:
         parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
@@ -134,9 +127,7 @@ def main() -> int:
         **result,
     }
     show(record)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    harness.write(options.json, record)
     return 0
 
 

@@ -29,6 +29,7 @@ import torch
 from hypothesis import settings
 
 from tests.helpers import sampling
+from tests.helpers.ranks import Ranks, end_kept
 
 torch.set_num_threads(1)
 
@@ -42,13 +43,24 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         f"{sampling.MARK}(together=2): a product of cases in part, see tests/helpers/sampling.py",
     )
+    config.addinivalue_line("markers", f"{sampling.LONG}: runs in `make test-all`, or when named")
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m: a case that they name runs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[sampling.COLLECTED] = list(items)
     if not sampling.is_whole():
-        kept = sampling.sampled_items(items)
+        kept = sampling.sampled_items(items, any("::" in argument for argument in config.args))
         kept_ones = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept_ones])
         items[:] = kept
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """The outcomes of the module's `CASES` on several ranks: see tests/helpers/ranks.py."""
+    return Ranks(request, tmp_path_factory)
+
+
+def pytest_sessionfinish() -> None:
+    end_kept()

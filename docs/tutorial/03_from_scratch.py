@@ -15,7 +15,7 @@
 #
 # **Result.** A class of forty lines is the library's Muon, to rounding. Each of its parts is taken
 # out in turn in this table, with six learning rates each: what costs most is to leave out the
-# orthogonalization. (On so small a problem a tuned AdamW does as well: no place to compare the two.)
+# orthogonalization. (On so small a problem a tuned AdamW does as well as the best of them.)
 #
 # Here are the forty lines, with a reason for each.
 

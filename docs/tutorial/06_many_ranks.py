@@ -88,9 +88,9 @@ for name, of in seen.items():
 # %% [markdown]
 # ## One idea for all layouts
 #
-# Each rank stores some rectangle of a parameter (the plan's `param_placement`) and some rectangle of
-# its momentum (`state_placement`), and every matrix is computed whole, by one **owner**. A layout
-# is these three, and the step is the same in all:
+# Each rank stores a rectangle of a parameter (the plan's `param_placement`) and one of its momentum
+# (`state_placement`), and every matrix is computed whole, by one **owner**. A layout is these
+# three, and the step is the same in all:
 #
 # 1. momentum, elementwise, where it is stored;
 # 2. one exchange: the rectangles of every matrix go to its owner;

@@ -14,6 +14,7 @@ from muonkit.muonw import MuonW
 from muonkit.newton_schulz.orthogonalizer import orthogonalize
 from muonkit.optim import Muon
 from muonkit.routing.routes import Route, Routes, RoutingError, Rule, route
+from muonkit.variants import Variant
 from muonkit.views import View
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "Routes",
     "RoutingError",
     "Rule",
+    "Variant",
     "View",
     "__version__",
     "ddp_reduce_scatter_hook",

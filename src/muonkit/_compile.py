@@ -1,4 +1,4 @@
-"""What torch.compile has to be told: what is a constant, and where a graph may break.
+"""Marks for torch.compile: which results are constants, and where a graph may break.
 
 torch's own decorators import all of torch._dynamo, two seconds on `import muonkit`; these set the
 marks that they set. Tests hold that the marks still work.
@@ -33,9 +33,9 @@ def graph_or_eager(function: Callable[P, R]) -> Callable[P, R]:
     """A function that is part of its caller's graph as a whole, or runs as it is with all that it
     calls: never in parts.
 
-    Where a graph breaks, torch.compile calls the function that it was tracing, and traces that, and
-    what it calls in turn, apart. Of some kinds of code (generators, loops, comprehensions) it then
-    runs a part twice or not at all.
+    Where a graph breaks, torch.compile calls the function that it was tracing, and traces that
+    function, and the functions that it calls, separately. Parts of some code (generators, loops,
+    comprehensions) then run twice or not at all.
     """
     never_begin_a_graph(function)
     return function

@@ -20,7 +20,7 @@ WHOLE = (
 
 
 def flat_shard(p: Any) -> str | None:
-    """What a parameter is a flat shard of; None where it says nothing of the kind."""
+    """Describes the flat shard that a parameter is; None for a parameter that is none."""
     if hasattr(p, "ds_id"):  # and ds_shape, ds_status; its own data is empty between two passes
         shape = tuple(getattr(p, "ds_shape", ()))
         return f"a flat part of a parameter {shape} that DeepSpeed's ZeRO-3 has sharded"

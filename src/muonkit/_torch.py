@@ -41,7 +41,7 @@ __all__ = [
     "whole_tensor",
 ]
 
-# What `torch.compiler.assume_constant_result` writes on a function (see `muonkit._compile`).
+# The attribute that `torch.compiler.assume_constant_result` sets on a function; `_compile` too.
 CONSTANT_MARK = "_dynamo_marked_constant"
 
 # torch.compile's, FSDP1's and activation checkpointing's wrappers put these into every name below
@@ -50,14 +50,14 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
-# What FSDP1 writes on the vector that it has made of several parameters.
+# The attribute that FSDP1 sets on the vector into which it packs several parameters.
 FLAT_MARK = "_is_flat_param"
 
-# What FSDP1 calls a parameter that it has made of several.
+# The name that FSDP1 gives to that vector.
 FLAT_PARAMETER = "_flat_param"
 
 
-# What `torch.compiler.disable` writes on a function.
+# The attributes that `torch.compiler.disable` sets on a function.
 OUTSIDE_MARKS = {
     "_torchdynamo_disable": True,
     "_torchdynamo_disable_msg": None,

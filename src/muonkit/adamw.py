@@ -95,7 +95,7 @@ def _update_(entries: Sequence[Any], group: dict[str, Any], fused: bool) -> None
 def _update_in_float32_(
     p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
 ) -> None:
-    """One parameter's update, of copies; the results are rounded to its own dtype."""
+    """Update one parameter through float32 copies; the results are rounded to its dtype."""
     own = {"p": p, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
     wide = {key: tensor.float() for key, tensor in own.items()}
     copies = {**state, "exp_avg": wide["exp_avg"], "exp_avg_sq": wide["exp_avg_sq"]}

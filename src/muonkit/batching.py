@@ -15,7 +15,7 @@ from muonkit._compile import copy_each_
 from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.newton_schulz.scratch import scratch
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 from muonkit.views import Block, blocks_of, row_blocks
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "MatrixRef",
     "MatrixStack",
     "MomentumShards",
+    "ObservedBatch",
     "ParamShards",
     "join",
     "make",
@@ -42,7 +43,7 @@ __all__ = [
 
 
 class LocalParam(NamedTuple):
-    """What a rank has of a parameter that has a gradient, each as a plain tensor.
+    """A rank's part of a parameter that has a gradient, each tensor a plain one.
 
     Attributes:
         param, grad, momentum: of one shape.
@@ -107,7 +108,7 @@ class MatrixStack(NamedTuple):
 
 
 class Batch(Protocol):
-    """What the step needs of a batch. Law: `to_params(to_owners(u))` is `u`."""
+    """A batch as the step uses it. Law: `to_params(to_owners(u))` is `u`."""
 
     @property
     def momentum_shards(self) -> Sequence[MomentumShards]: ...
@@ -120,9 +121,25 @@ class Batch(Protocol):
         """
         ...
 
+    def stacks(self, o: Sequence[Tensor]) -> Sequence[MatrixStack]:
+        """The matrices of `to_owners` without padding, by shape, with the variant's state."""
+        ...
+
+    def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
+        """Write the variant's state, as `stacks` has it now, back to the ranks that keep it."""
+        ...
+
+    def to_params(self, o: Sequence[Tensor]) -> Pending[Sequence[list[Tensor]]]:
+        """The inverse of `to_owners`: for each of `param_shards`, what belongs to each piece."""
+        ...
+
+
+class ObservedBatch(Batch, Protocol):
+    """A batch as an observer (a Monitor) reads it, beside what the step uses."""
+
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
-        """As `to_owners`, of any tensors that lie as the momentum: to be read, in full precision,
-        and without the variant's state.
+        """As `to_owners`, for any tensors that are sharded as the momentum is: to be read, in full
+        precision, and without the variant's state.
         """
         ...
 
@@ -131,19 +148,7 @@ class Batch(Protocol):
         ...
 
     def sources(self) -> Sequence[Sequence[MatrixRef]]:
-        """Which matrices `to_owners` gives, in its order; equal shapes side by side."""
-        ...
-
-    def stacks(self, o: Sequence[Tensor]) -> Sequence[MatrixStack]:
-        """The same matrices without padding, by shape, with the variant's state."""
-        ...
-
-    def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """The variant's state, as `stacks` has it now, back to where it lives."""
-        ...
-
-    def to_params(self, o: Sequence[Tensor]) -> Pending[Sequence[list[Tensor]]]:
-        """The inverse of `to_owners`: for each of `param_shards`, what belongs to each piece."""
+        """The matrices that `to_owners` gives, in its order; equal shapes side by side."""
         ...
 
 
@@ -214,7 +219,7 @@ class LocalBatch:
         )
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """Write the variant's state back to where it lives."""
+        """Write the variant's state back."""
         for part, whole in zip(self.parts, stacks, strict=True):
             if whole.variance is not None:
                 regions = part.state_block.to_regions(whole.variance)
@@ -222,7 +227,7 @@ class LocalBatch:
         return Pending(None)
 
     def _places(self, whole: Tensor) -> list[Tensor]:
-        """For each part, where its matrices `(N * batch, rows, cols)` are in the whole."""
+        """For each part a view of its matrices, `(N * batch, rows, cols)`, in the whole batch."""
         places = []
         start = 0
         for part in self.parts:
@@ -234,7 +239,7 @@ class LocalBatch:
 
 
 def place(whole: Tensor, rows: int, cols: int) -> Tensor:
-    """Where `rows` x `cols` matrices are in padded ones `(N, m, n)`: tall ones transposed."""
+    """The view of `rows` x `cols` matrices in padded ones `(N, m, n)`; tall ones lie transposed."""
     if (rows, cols) == tuple(whole.shape[1:]):
         return whole
     return whole[:, :cols, :rows].mT if rows > cols else whole[:, :rows, :cols]
@@ -249,7 +254,7 @@ def planned(
     # Plain loops: torch.compile cannot trace comprehensions that nest.
     items: list[Item] = []
     blocks: list[tuple[int, Block, Block]] = []
-    by_rows = VARIANTS[group["variant"]].state == "rows"
+    by_rows = variant_of(group["variant"]).state == "rows"
     for index, p in enumerate(params):
         shape = tuple(p.shape)
         whole = blocks_of(group["view"], shape)

@@ -1,5 +1,5 @@
-"""What a step refuses, before anything is written: options that were edited since, and tensors that
-do not fit each other.
+"""Checks of a step, before anything is written: options that were edited to invalid values, and
+tensors that do not fit each other.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from muonkit.groups import (
     STEP,
     parameter_names,
     state_shapes,
-    validate_group,
-    validate_options,
 )
 from muonkit.options import OPTION_KEYS
+from muonkit.validate import validate_group, validate_options
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,7 +120,7 @@ def check_gradients(
 
 def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any]) -> bool:
     """Whether what there is of the state has its shape; what is missing is made."""
-    if group["algorithm"] == "muon" and group["variant"] == "plain":
+    if group["algorithm"] == "muon" and variant_of(group["variant"]).state == "none":
         return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
     for key, wanted in state_shapes(p, group).items():
         # (torch 2.11 cannot compile that two shapes are *not* equal.)

@@ -70,8 +70,8 @@ class GradientCheck(NamedTuple):
     """Whether the step may take place.
 
     Attributes:
-        vote: 0 if it may, 1 if it is to be left out, 2 if it is an error. Of several ranks the
-            highest counts.
+        vote: 0 if it may, 1 if it is to be left out, 2 if it is an error. The highest vote of all
+            ranks counts.
         names: parameters with a non-finite gradient on this rank.
     """
 
@@ -152,7 +152,7 @@ def lies_elsewhere(p: Any) -> bool:
 
 
 class Scaled(NamedTuple):
-    """What a GradScaler hands over to an optimizer that decides itself.
+    """The scale and the overflow that a GradScaler hands over to an optimizer that skips by itself.
 
     Attributes:
         scale: that the gradients still have; None where they are unscaled already.
@@ -163,14 +163,14 @@ class Scaled(NamedTuple):
     overflow: bool
 
     def unscale_(self, work: Work) -> None:
-        """What the scaler would have done: in place, on the gradients."""
+        """Divide the gradients by the scale in place, as the scaler would have done."""
         grads = [local(cast("Tensor", p.grad)) for _, params in work for p in params]
         if self.scale is not None and grads:
             torch._foreach_mul_(grads, 1 / self.scale)
 
 
 def scaled_by(optimizer: Any) -> Scaled | None:
-    """What a GradScaler has set on the optimizer for this step; waits for it, as it would do."""
+    """The scale that a GradScaler has set on the optimizer for this step; waits for its value."""
     found = getattr(optimizer, "found_inf", None)
     if found is None:
         return None
@@ -206,8 +206,8 @@ def clip_gradients_(
     grads = [grad for some in by_copies.values() for grad in some]
     where = torch.device("cpu") if not grads else grads[0].device
     where = where if domain is None else domain.device
-    # The square of what a gradient's dtype holds may be beyond it: of 256 in float16. (MPS has no
-    # float64.)
+    # A gradient's dtype may not hold the square of its entries: 256² is beyond float16. (MPS has
+    # no float64.)
     wide = torch.float32 if where.type == "mps" else torch.float64
     square = torch.zeros((), dtype=wide, device=where)
     for copies, some in by_copies.items():

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from muonkit._shards import WHOLE, flat_shard
-from muonkit._text import shown
+from muonkit._text import shown, unknown
 from muonkit.batching import planned
-from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, check_choice, choose
-from muonkit.options import ADAMW, DEFAULTS, FILLS, MUON, OF_ALGORITHM
+from muonkit.newton_schulz.coefficients import Schedule
+from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose
+from muonkit.options import ADAMW, DEFAULTS, FILLS, MUON, OF_ALGORITHM, spelled
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
-from muonkit.variants import check_variant
-from muonkit.views import View, blocks_of, row_shape
+from muonkit.variants import variant_of
+from muonkit.views import View, row_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from muonkit.newton_schulz.orthogonalizer import Choice
 
 __all__ = [
+    "ALGORITHMS",
     "MOMENTUM",
     "NS_OPTIONS",
     "STEP",
@@ -44,16 +43,13 @@ __all__ = [
     "refuse_half_named",
     "refuse_held",
     "separate_lr",
-    "spell_dtypes_",
+    "spell_",
     "state_shapes",
     "unused_name",
-    "validate_defaults",
-    "validate_group",
-    "validate_options",
     "warn_of_eps",
 ]
 
-# What `orthogonalize` takes from a group, in its order.
+# The options that `orthogonalize` takes from a group, in the order of its arguments.
 NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 
 # The keys of the state; AdamW's are torch's.
@@ -63,18 +59,16 @@ MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
 EPS = DEFAULTS["eps"]
 
 ALGORITHMS = ("muon", "adamw")
-NONFINITE = ("propagate", "skip", "raise")
 
-# What `Optimizer.add_param_group` fills into every group, and a group of this algorithm has not.
+# Keys that `Optimizer.add_param_group` fills into every group, but that groups of this algorithm
+# do not have.
 _FOREIGN_KEYS = {"muon": tuple(FILLS.values()), "adamw": (*FILLS.values(), *MUON)}
-# What no group of this algorithm may say: nobody would read it.
+# Keys that no group of this algorithm may have: nobody would read them.
 _UNREAD_KEYS = {
     "muon": (*_FOREIGN_KEYS["muon"], *ADAMW),
     "adamw": (*_FOREIGN_KEYS["adamw"], "view"),
 }
 _DTYPE_KEYS = ("ns_dtype", "momentum_dtype", "exchange_dtype")
-EXCHANGE_DTYPES = ("auto", "float32", "bfloat16")
-REPLICAS = ("auto", "recompute", "split")
 
 
 def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -103,12 +97,12 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
             raise ValueError(f"a group says decay=False and weight_decay={decay}; give one of them")
     algorithm = group.setdefault("algorithm", "muon")
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {algorithm!r}; it is one of 'muon', 'adamw'")
+        raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
     _refuse_unread(group)
     if algorithm == "muon":
         warn_of_eps(group)
         group["view"] = str(View.parse(group.get("view", "matrix")))
-        spell_dtypes_(group)
+        spell_(group)
         return group
     no_lr = "lr" not in group and defaults["adamw_lr"] is None
     if no_lr and defaults["adjust_lr_fn"] not in ADAMW_UNITS:
@@ -140,11 +134,15 @@ def _refuse_unread(group: dict[str, Any]) -> None:
         )
 
 
-def spell_dtypes_(options: dict[str, Any]) -> None:
-    """`torch.float32` as "float32", which JSON and checkpoints can hold."""
+def spell_(options: dict[str, Any]) -> None:
+    """What JSON, checkpoints and torch.compile can hold: `torch.float32` as "float32", a
+    `Schedule` as its numbers.
+    """
     for key in _DTYPE_KEYS:
         if key in options:
             options[key] = str(options[key]).removeprefix("torch.")
+    if isinstance(schedule := options.get("ns_coefficients"), Schedule):
+        options["ns_coefficients"] = schedule.spelled()
 
 
 def refuse_half_named(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -224,7 +222,7 @@ def refuse_held(group: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def separate_lr(groups: list[dict[str, Any]], others: list[dict[str, Any]] | None = None) -> None:
-    """Give every group a tensor lr of its own.
+    """Give every group its own copy of a tensor lr.
 
     Schedulers fill a tensor lr group by group: shared between groups, it would be scaled once for
     each, or be the last group's.
@@ -240,7 +238,7 @@ def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
     shows, and wants to be unique. Its own, if it has one.
 
     Raises:
-        TypeError: its own is no string.
+        TypeError: the name that the group has is no string.
     """
     taken = {other["name"] for other in others}
     name = group.get("name")
@@ -283,102 +281,6 @@ def refuse_eps(eps: Any) -> None:
         )
 
 
-def validate_defaults(defaults: dict[str, Any]) -> None:
-    """Refuse constructor arguments out of range, before there is a group.
-
-    Raises:
-        ValueError, TypeError: as `validate_group`.
-    """
-    validate_group({**defaults, "algorithm": "muon", "params": []})
-    adamw = {key: defaults[name] for key, name in FILLS.items()}
-    given = {key: value for key, value in adamw.items() if value is not None}
-    if isinstance(defaults["weight_decay"], Tensor):
-        given.setdefault("weight_decay", 0.0)  # a group that takes Muon's is refused when it comes
-    validate_group({**defaults, **given, "algorithm": "adamw", "params": []})
-
-
-def validate_group(group: dict[str, Any]) -> None:
-    """Refuse options out of range, and parameters that the group's algorithm cannot train.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as documented in `Muon`.
-    """
-    validate_options(group)
-    for name, p in zip(parameter_names(group), group["params"], strict=True):
-        _validate_parameter(name, p, group)
-
-
-# A graph looks at these: classes stand in tuples, since torch 2.9's graphs have no `int | float`.
-def validate_options(group: dict[str, Any]) -> None:
-    """Refuse options out of range.
-
-    Raises:
-        ValueError, TypeError: there is one.
-    """
-    _validate_keys(group)
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    # The first words are torch.optim.Muon's.
-    _validate_number("Learning rate", lr)
-    decay = group["weight_decay"]
-    if isinstance(decay, Tensor) and (group["algorithm"] == "adamw" or decay.numel() != 1):
-        raise TypeError(
-            "weight decay is a number, or a 1-element tensor for Muon's groups, but is: "
-            f"{decay!r}; AdamW's own is adamw_wd"
-        )
-    _validate_number("weight decay", decay)
-    _validate_number("eps", group["eps"])
-    if group["nonfinite"] not in NONFINITE:
-        options = ", ".join(map(repr, NONFINITE))
-        raise ValueError(f"unknown nonfinite {group['nonfinite']!r}; it is one of {options}")
-    for key in ("maximize", "nesterov", "cautious"):
-        if key in group and not isinstance(group[key], (bool, int)):
-            raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
-    if group["algorithm"] == "adamw":
-        betas: Any = group.get("betas")
-        two = isinstance(betas, (tuple, list)) and len(betas) == 2
-        if not two or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas should be two numbers in [0, 1) but are: {betas}")
-        return
-    _validate_number("momentum", group["momentum"], below=1.0)
-    scale_factor(group["adjust_lr_fn"], 1, 1)
-    check_choice(*(group[key] for key in NS_OPTIONS))
-    if group["momentum_dtype"] not in ("auto", *NS_DTYPES):
-        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
-        raise ValueError(
-            f"unknown momentum_dtype {group['momentum_dtype']!r}; it is one of {options}"
-        )
-    check_variant(group["variant"])
-    if group["variant_beta2"] is not None:
-        _validate_number("variant_beta2", group["variant_beta2"], below=1.0)
-    for key, accepted in (("exchange_dtype", EXCHANGE_DTYPES), ("replicas", REPLICAS)):
-        if group[key] not in accepted:
-            listed = ", ".join(map(repr, accepted))
-            raise ValueError(f"unknown {key} {group[key]!r}; it is one of {listed}")
-    cap = group["bytes_in_flight"]
-    if isinstance(cap, bool) or not isinstance(cap, (Integral, type(None))):
-        raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
-    if cap is not None and cap < 1:
-        raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
-
-
-def _validate_keys(group: dict[str, Any]) -> None:
-    """Refuse a group whose algorithm was changed, or whose options were deleted, after it was made.
-
-    Raises:
-        ValueError: an option is missing.
-    """
-    if group["algorithm"] not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {group['algorithm']!r}; it is one of 'muon', 'adamw'")
-    for key in OF_ALGORITHM[group["algorithm"]]:
-        if key not in group:
-            raise ValueError(
-                f"a group of {group['algorithm']} has no {key!r}: put it back; for another "
-                "algorithm make the optimizer anew"
-            )
-
-
 def _choose(
     group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
 ) -> Choice:
@@ -404,62 +306,10 @@ def products_of(
     return f"{choice.form} in {str(choice.dtype).removeprefix('torch.')}{blocks}"
 
 
-def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
-    # A float is asked nothing that would make it a constant of a graph.
-    a_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
-    if not a_number or isinstance(value, (str, bytes)):
-        raise TypeError(f"{what} should be a number but is: {value!r}")
-    if not 0.0 <= value < below:  # also false for NaN
-        upper = f" and < {below:g}" if below < math.inf else ""
-        raise ValueError(f"{what} should be >= 0{upper} but is: {value}")
-
-
-def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
-    shape = tuple(p.shape)
-    if p.is_complex() and group["algorithm"] == "muon":
-        raise RuntimeError(
-            f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "
-            "AdamW trains it ('algorithm': 'adamw' in its group, Rule(name, algorithm='adamw')); "
-            "Rule(name, algorithm='ignore') leaves it out"
-        )
-    if p.is_complex():
-        return
-    if not p.is_floating_point() or p.dtype.itemsize < 2:
-        raise TypeError(
-            f"{name} of shape {shape} is {p.dtype}: only floating-point parameters of at least 16 "
-            "bits are trained; leave it out, or make it a buffer"
-        )
-    if p.layout != torch.strided:
-        raise RuntimeError(
-            f"Muon does not support sparse parameters: {name} has layout {p.layout}; "
-            "make it dense, or train it with torch.optim.SparseAdam"
-        )
-    flat = flat_shard(p)
-    # What AdamW does to a vector of parameters it does to each; ZeRO-3's hold nothing yet.
-    if flat is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
-        raise ValueError(f"{name} of shape {shape} is {flat}. {WHOLE}")
-    if group["algorithm"] == "muon":
-        if p.ndim != 2 and group["view"] == "matrix":
-            hint = (
-                f"train it with AdamW, unless it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}"
-                if p.ndim < 2
-                else "give its group a view: 'flatten' (convolution), 'experts' (E x m x n)"
-            )
-            raise ValueError(
-                "Muon only supports 2D parameters without a view whereas we found a parameter "
-                f"with size: {shape} ({name}); {hint}"
-            )
-        try:
-            blocks_of(group["view"], shape)
-        except ValueError as error:
-            hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
-            raise ValueError(f"{name}: {error}{hint}") from None
-
-
 def beta2_of(group: Mapping[str, Any]) -> float:
     """The weight of the past in the variant's state."""
     given: float | None = group["variant_beta2"]
-    default = check_variant(group["variant"]).beta2
+    default = variant_of(group["variant"]).beta2
     return given if given is not None else (default or 0.0)
 
 
@@ -470,7 +320,7 @@ def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ..
     shape = tuple(p.shape)
     if group["algorithm"] == "adamw":
         return {"exp_avg": shape, "exp_avg_sq": shape}
-    kept = check_variant(group["variant"]).state
+    kept = variant_of(group["variant"]).state
     if kept == "none":
         return {MOMENTUM: shape}
     rows = row_shape(group["view"], shape) if kept == "rows" else shape
@@ -544,6 +394,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "ns_dtype": str(choice.dtype),
                     "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
+                    "variant": spelled(group["variant"]),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

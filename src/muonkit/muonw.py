@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from muonkit._text import meant
 from muonkit.groups import refuse_eps
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.optim import Muon
 from muonkit.options import FILLS, OPTIONS
-from muonkit.routing.routes import Routes, Rule, is_models, route
+from muonkit.routing.routes import Rule, route
+from muonkit.routing.table import Routes, is_models
 from muonkit.scale import ROUTED
 
 if TYPE_CHECKING:
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 
     from torch.optim.optimizer import ParamsT
 
-    from muonkit.newton_schulz.coefficients import Coefficients
+    from muonkit.newton_schulz.coefficients import Coefficients, Schedule
+    from muonkit.scale import Scale
 
 __all__ = ["MuonW"]
 
-# What `MuonW` has when it routes: chosen by benchmarks/default_rate.py.
+# The learning rate of a routed `MuonW`, chosen by benchmarks/default_rate.py.
 _LR = 2e-3
 
 
@@ -59,7 +62,11 @@ class MuonW(Muon):
         undecided: what becomes of parameters that routing cannot judge: "raise", or "adamw", which
             trains them with AdamW and warns (see `muonkit.route`).
         heads: the output heads by hand, where the search for them errs (see `muonkit.route`).
-        **options: any other keyword argument of `Muon`.
+        **options: any other keyword argument of `Muon`, those for several ranks among them
+            (process_group, zero, exchange_dtype, replicas).
+
+    What has several names (decay, decay_1d, weight_decay, adamw_wd; scale, adjust_lr_fn):
+    [all of them](options.md#one-thing-several-names) stand in docs/api/options.md.
 
     Raises:
         RoutingError: parameters that nothing claims, a rule that matches nothing, an empty or
@@ -78,10 +85,10 @@ class MuonW(Muon):
         weight_decay: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = KELLER,
+        ns_coefficients: Coefficients | Schedule = KELLER,
         eps: float = 1e-7,
         ns_steps: int = DEFAULT_STEPS,
-        adjust_lr_fn: str | None = None,
+        adjust_lr_fn: str | Scale | None = None,
         *,
         rules: Rule | Iterable[Rule] | None = (),
         adamw_params: ParamsT | None = None,
@@ -172,14 +179,16 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
         elif name in _OF_TORCH:
             remedy = "nothing stands for it here, leave it out"
         else:
-            remedy = f"it has {', '.join(each for each in has if each != 'eps')}"
+            hint = meant(name, has)
+            it = f"{hint} It" if hint else "it"
+            remedy = f"{it} has {', '.join(each for each in has if each != 'eps')}"
         raise TypeError(f"MuonW has no argument {name!r}; {remedy}")
 
 
 def _routes(
     model: nn.Module | Mapping[str, nn.Module] | Routes,
     rules: Sequence[Rule],
-    scale: str | None,
+    scale: str | Scale | None,
     decay_1d: bool,
     undecided: str,
     heads: Iterable[str | nn.Module] | None,

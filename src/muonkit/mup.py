@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from muonkit import routing
+from muonkit._text import unknown
 from muonkit.routing.judge import Undecided, is_vector, judge
 from muonkit.routing.places import LORA, unwrap
 from muonkit.routing.routes import Routes, RoutingError
@@ -52,8 +53,8 @@ class Powers:
 
 # lr * weight_decay, the share of a weight that a step forgets, is the same in every role: a head's
 # decay grows as its lr falls, or its memory would grow with the width (arXiv 2510.19093 finds that
-# transfer needs this "independent" decay). Of two weights with the same memory, the size at which
-# updates and decay balance goes as the update's, so that the conditions hold late in training too.
+# transfer needs this "independent" decay). With the same memory, a weight settles at a size that is
+# proportional to its updates', so the conditions hold late in training too.
 RULES: dict[str, Powers] = {
     "hidden": Powers(lr=0, decay=0),  # by Muon: the scale "spectral" is the whole rule
     "embedding": Powers(lr=0, decay=0),  # one-hot inputs: entries and their updates of order 1
@@ -66,8 +67,8 @@ RULES: dict[str, Powers] = {
 # 2512.05620 finds 1 / width nearly optimal for Muon too.
 DECAYS: dict[str, int] = {"constant": 0, "width": 1}
 
-# What a matrix that is embedding and head at once is taken for. As an embedding it gives logits
-# that grow with the width, so the model has to multiply them by base_width / width.
+# How a matrix that is embedding and head at once is treated. As an embedding it gives logits that
+# grow with the width, so the model has to multiply them by base_width / width.
 TIED = ("refuse", "embedding")
 
 
@@ -357,7 +358,7 @@ def _number(what: str, value: Any) -> None:
 
 def _choice(what: str, value: object, options: Any) -> None:
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"unknown {what} {value!r}; it is one of {', '.join(map(repr, options))}")
+        raise ValueError(unknown(what, value, options))
 
 
 @torch.no_grad()

@@ -51,19 +51,18 @@ from muonkit.groups import (
     refuse_half_named,
     refuse_held,
     separate_lr,
-    spell_dtypes_,
+    spell_,
     unused_name,
-    validate_defaults,
-    validate_group,
     warn_of_eps,
 )
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.options import DEFAULTS, OF_ALGORITHM
-from muonkit.saved import merge_saved, whole_state
+from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
 from muonkit.step import muon_step
-from muonkit.variants import VARIANTS
+from muonkit.validate import validate_defaults, validate_group
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,12 +71,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim.optimizer import ParamsT
 
-    from muonkit.batching import Batch
+    from muonkit.batching import ObservedBatch
     from muonkit.distributed.plan import StepPlan
     from muonkit.distributed.step_plan import Present
     from muonkit.gradients import Scaled, Work
-    from muonkit.newton_schulz.coefficients import Coefficients
+    from muonkit.newton_schulz.coefficients import Coefficients, Schedule
+    from muonkit.scale import Scale
     from muonkit.step import Observer
+    from muonkit.variants import Variant
 
 __all__ = ["Muon"]
 
@@ -121,8 +122,8 @@ class Muon(Optimizer):
         params: parameters, named parameters or param groups. A group may hold any of the arguments
             below, and
 
-            - ``view``: how its parameters are matrices (see `muonkit.View`); "matrix" for 2-D
-              parameters unless given, needed for all others;
+            - ``view``: how its parameters are matrices, a `muonkit.View` or its spelling; "matrix"
+              for 2-D parameters unless given, needed for all others;
             - ``algorithm``: "muon" or "adamw". ``use_muon=True/False`` is accepted too.
 
             An AdamW group has lr, betas, eps and weight_decay; what it lacks comes from the
@@ -135,12 +136,13 @@ class Muon(Optimizer):
         momentum: weight of the past in the running average of gradients.
         nesterov: look ahead by one gradient.
         ns_coefficients: the schedule: a name (`muonkit.newton_schulz.coefficients.SCHEDULES` or
-            "svd"), one triple, or one triple per step.
+            "svd"), one triple, one triple per step, or a
+            `muonkit.newton_schulz.coefficients.Schedule`.
         eps: torch.optim.Muon's lower bound of the norm, kept for its signature. It has no effect:
             a gradient of any scale gives the same update, and zero gives zero.
         ns_steps: number of Newton-Schulz iterations.
-        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw", "spectral" or
-            "unit_rms".
+        adjust_lr_fn: the scale: "original" (also None), "match_rms_adamw", "spectral", "unit_rms",
+            or a function (rows, cols) -> float of one matrix.
         ns_form: how the polynomial is evaluated: "standard", "gram" or "auto", the one of them
             with the fewer FLOPs on each shape (see `muonkit.newton_schulz.forms`).
         ns_dtype: dtype of the matrix products: "auto" (the one of bfloat16 and float32 that the
@@ -156,24 +158,9 @@ class Muon(Optimizer):
             a few, elsewhere all) up to 3 + 6m/n times their bytes in the dtype of the products, m
             being the shorter side; on a CPU part of it is kept for the next step
             (`muonkit.newton_schulz.scratch`).
-        variant: what happens to the orthogonalized matrix: "plain", "normuon" or "adamuon" (see
-            `muonkit.variants`).
-        variant_beta2: weight of the past in the variant's state; None is its own default.
-        exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
-            update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of
-            float32; every rank still gets the same result; not for "adamuon", which divides every
-            entry by its magnitude, rounded ones too).
-        replicas: along mesh axes on which a DTensor is replicated (HSDP): "recompute" (each set of
-            shards computes all matrices by itself), "split" (every matrix is computed once, and
-            sent to all) or "auto", by the cost of FLOPs and bytes
-            (`muonkit.distributed.plan.MACHINES`).
-        process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
-            axes of their own mesh (data parallel copies of a tensor parallel model): a process
-            group or a 1-D device mesh. They share the matrices out, each computed once. None:
-            every rank computes all of its plain tensors. DTensors carry their own layout: for
-            FSDP2, HSDP, TP and experts nothing is to be said.
-        zero: 1 shares the state out too, AdamW's included (ZeRO-1), over the ranks that would have
-            copies of it: every rank keeps some rows of each, as a DTensor.
+        variant: what happens to the orthogonalized matrix: "plain", "normuon", "adamuon", or a
+            `muonkit.Variant` (see `muonkit.variants`).
+        variant_beta2: weight of the past in the variant's state; None is the variant's default.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -184,6 +171,27 @@ class Muon(Optimizer):
         adamw_lr, adamw_betas, adamw_eps, adamw_wd: defaults of AdamW groups. lr and decay are
             Muon's unless given; with another scale than "match_rms_adamw" and "unit_rms" Muon's lr
             means nothing to AdamW, and its own must be given here or in the group.
+
+    One thing has one name here, and another where torch or routing has it (scale and adjust_lr_fn,
+    decay and weight_decay): [all of them](options.md#one-thing-several-names) stand in
+    docs/api/options.md.
+
+    Keyword Args: Over several ranks
+        process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
+            axes of their own mesh (data parallel copies of a tensor parallel model): a process
+            group or a 1-D device mesh. They share the matrices out, each computed once. None:
+            every rank computes all of its plain tensors. DTensors carry their own layout: for
+            FSDP2, HSDP, TP and experts nothing is to be said.
+        zero: 1 shares the state out too, AdamW's included (ZeRO-1), over the ranks that would have
+            copies of it: every rank keeps some rows of each, as a DTensor.
+        exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
+            update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of
+            float32; every rank still gets the same result; not for "adamuon", which divides every
+            entry by its magnitude, rounded ones too).
+        replicas: along mesh axes on which a DTensor is replicated (HSDP): "recompute" (each set of
+            shards computes all matrices by itself), "split" (every matrix is computed once, and
+            sent to all) or "auto", by the cost of FLOPs and bytes
+            (`muonkit.distributed.machines.MACHINES`).
 
     Where ranks share parameters, all of them make the same optimizer and take its steps together;
     every step begins with a small collective in which they compare what they are about to do.
@@ -208,16 +216,16 @@ class Muon(Optimizer):
         weight_decay: float | Tensor = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = KELLER,
+        ns_coefficients: Coefficients | Schedule = KELLER,
         eps: float = 1e-7,
         ns_steps: int = DEFAULT_STEPS,
-        adjust_lr_fn: str | None = None,
+        adjust_lr_fn: str | Scale | None = None,
         *,
         ns_form: str = "auto",
         ns_dtype: str | torch.dtype = "auto",
         momentum_dtype: str | torch.dtype = "auto",
         bytes_in_flight: int | None = None,
-        variant: str = "plain",
+        variant: str | Variant = "plain",
         variant_beta2: float | None = None,
         exchange_dtype: str | torch.dtype = "auto",
         replicas: str = "auto",
@@ -233,7 +241,7 @@ class Muon(Optimizer):
     ) -> None:
         arguments = locals()
         defaults = {name: arguments[name] for name in DEFAULTS}
-        spell_dtypes_(defaults)
+        spell_(defaults)
         if isinstance(params, nn.Module):  # not iterable, or its parts are
             raise TypeError(
                 f"Muon takes parameters, and got a module ({type(params).__name__}), which is not "
@@ -366,17 +374,18 @@ class Muon(Optimizer):
 
         Where the state is sharded (zero=1, FSDP2) each rank's has its own part, as DTensors, which
         no other rank can load: see `consolidate_state_dict`, or save with
-        torch.distributed.checkpoint.
+        torch.distributed.checkpoint. A variant or scale that was given as an object is saved as its
+        name.
 
         Raises:
             ValueError: the groups hold parameters that cannot be mapped to what they held before.
         """
         self._settle()
         if self._whole is None:
-            return super().state_dict()
+            return spelled_groups(super().state_dict())
         parts, self.state = self.state, defaultdict(dict, self._whole)
         try:
-            return super().state_dict()
+            return spelled_groups(super().state_dict())
         finally:
             self.state = parts
 
@@ -407,7 +416,8 @@ class Muon(Optimizer):
 
         Hyperparameters that it lacks keep their value here. Names and structure (algorithm, view)
         are always the model's own: where both sides have the parameters' names, the state goes by
-        name, in whatever order it was saved; else by position.
+        name, in whatever order it was saved; else by position. The name of a variant or scale
+        stands for the object of that name in this optimizer's group, else for muonkit's own.
         For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
 
         Raises:
@@ -469,7 +479,7 @@ class Muon(Optimizer):
 
     @graph_or_eager
     def _work(self) -> Work:
-        """What has a gradient, once everything that can be refused was looked at."""
+        """The parameters with a gradient, once everything that can be refused was looked at."""
         try:
             self._settle()
             work = with_gradients(self.param_groups)
@@ -512,7 +522,7 @@ class Muon(Optimizer):
 
     @graph_or_eager
     def _update(self) -> None:
-        """What is written in a step of parameters that no other rank shares."""
+        """The writes of a step of parameters that no other rank shares."""
         # Asked for again: a graph takes a gradient that it meets behind a key of the state first,
         # and not behind the groups, for a constant.
         work = with_gradients(self.param_groups)
@@ -531,7 +541,7 @@ class Muon(Optimizer):
                 for _ in muon_step(batch, group, self._observer):
                     pass
 
-    # What is planned and exchanged is no part of a graph.
+    # Planning and exchanging are no part of a graph.
     @outside_graphs
     def _step_together(self) -> None:
         """A step with other ranks: what they share is exchanged."""
@@ -569,7 +579,7 @@ class Muon(Optimizer):
 
     @contextmanager
     def _telling(self, call: str) -> Iterator[None]:
-        """What this rank alone refuses in here is told to those that wait for it in `call`."""
+        """Tell the ranks that wait in `call` of an error that only this rank raises in here."""
         try:
             yield
         except Exception as error:
@@ -588,7 +598,8 @@ class Muon(Optimizer):
     def _count_(self, work: Work) -> None:
         """Count the step of the variants that keep state; AdamW's are counted by torch."""
         for group, params in work:
-            if params and group["algorithm"] == "muon" and VARIANTS[group["variant"]].beta2:
+            muon = params and group["algorithm"] == "muon"
+            if muon and variant_of(group["variant"]).state != "none":
                 torch._foreach_add_([self.state[p][STEP] for p in params], 1)
 
     def plan(self) -> StepPlan:
@@ -624,7 +635,7 @@ class Muon(Optimizer):
         return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
 
     def _agree(self, planned: PlannedStep, vote: int, scaled: Scaled | None) -> int:
-        """The vote of all ranks, which have to be about to do the same."""
+        """The largest vote of all ranks, once they are seen to be about to do the same."""
         assert self._layouts.domain is not None
         compared = [*options_to_compare(self.param_groups), *planned.compared.items()]
         if scaled is not None:
@@ -646,10 +657,12 @@ class Muon(Optimizer):
 
     def _batches(
         self, work: Work, planned: PlannedStep
-    ) -> tuple[list[tuple[dict[str, Any], Batch]], list[tuple[dict[str, Any], Batch]]]:
+    ) -> tuple[
+        list[tuple[dict[str, Any], ObservedBatch]], list[tuple[dict[str, Any], ObservedBatch]]
+    ]:
         """(group, batch) of Muon's parameters that are this rank's own, and of those it shares."""
-        own: list[tuple[dict[str, Any], Batch]] = []
-        shared: list[tuple[dict[str, Any], Batch]] = []
+        own: list[tuple[dict[str, Any], ObservedBatch]] = []
+        shared: list[tuple[dict[str, Any], ObservedBatch]] = []
         for number, (group, params) in enumerate(work):
             if group["algorithm"] == "adamw":
                 continue
@@ -662,13 +675,13 @@ class Muon(Optimizer):
         return own, shared
 
     def _local_param(self, p: Tensor, group: dict[str, Any]) -> LocalParam:
-        """What this rank has of a parameter of Muon's."""
+        """This rank's part of a parameter that Muon trains."""
         state = self.state[p]
         ensure_state(state, p, group, self._layouts)
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
         copies = () if layout is None else layout.param_placement.copies()
-        if VARIANTS[group["variant"]].state == "none":
+        if variant_of(group["variant"]).state == "none":
             return LocalParam(local(p), grad, momentum, copies=copies)
         return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
@@ -685,7 +698,7 @@ class Muon(Optimizer):
         return own, grads, states
 
     def describe(self) -> list[dict[str, Any]]:
-        """What each kind of matrix gets, with every "auto" replaced by what it chose.
+        """The settings of each kind of matrix, with every "auto" replaced by what it chose.
 
         Returns:
             One dict per param group and matrix shape: group, algorithm, and for AdamW parameters,
@@ -693,7 +706,7 @@ class Muon(Optimizer):
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.newton_schulz.forms`),
             blocks (of rows of a symmetric product), gflop (of the products for one matrix),
             ns_dtype, ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype,
-            scale, lr (after the scale).
+            variant (its name), scale, lr (after the scale).
         """
         self._settle()
         return [

@@ -2,18 +2,24 @@
 
 A new option is one row here, an argument of `Muon` of the same name and default, and its use: the
 constructor's defaults, the keys of groups, what a `Rule` may say, what `MuonW` passes on, what an
-older pickle lacks, what ranks compare, what a plan depends on and the table of
-docs/api/options.md are derived from the rows.
+older pickle lacks, what ranks compare, what a plan depends on, what the command line offers and the
+table of docs/api/options.md are derived from the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
+from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, SCHEDULES, SVD
+from muonkit.newton_schulz.dtypes import NS_DTYPES
+from muonkit.newton_schulz.forms import FORMS
+from muonkit.scale import SCALES, scale_name
+from muonkit.variants import VARIANTS, Variant
 
 __all__ = [
     "ADAMW",
+    "CHOICES",
     "DEFAULTS",
     "FILLS",
     "MUON",
@@ -23,6 +29,8 @@ __all__ = [
     "PLANNING",
     "STRUCTURE",
     "Option",
+    "spelled",
+    "unspelled",
 ]
 
 
@@ -36,6 +44,9 @@ class Option(NamedTuple):
         text: what it is, in a line.
         plans: whether a step's plan depends on it.
         fills: the key of AdamW's groups that it is the default of.
+        choices: the names that may stand there: the dict itself where one looks them up.
+        also: what else may stand there.
+        ranks: whether it matters only where several ranks share parameters.
     """
 
     name: str
@@ -44,9 +55,13 @@ class Option(NamedTuple):
     text: str
     plans: bool = False
     fills: str | None = None
+    choices: Collection[str] = ()
+    also: str = ""
+    ranks: bool = False
 
 
 _BOTH, _MUON = ("muon", "adamw"), ("muon",)
+_DTYPES = ("auto", *NS_DTYPES)
 
 # In the order of the constructor's arguments.
 OPTIONS = (
@@ -54,23 +69,82 @@ OPTIONS = (
     Option("weight_decay", 0.1, _BOTH, "decoupled decay per unit of lr"),
     Option("momentum", 0.95, _MUON, "weight of the past in the average of gradients"),
     Option("nesterov", True, _MUON, "look ahead by one gradient"),
-    Option("ns_coefficients", KELLER, _MUON, "the polynomials of Newton-Schulz", plans=True),
+    Option(
+        "ns_coefficients",
+        KELLER,
+        _MUON,
+        "the polynomials of Newton-Schulz",
+        plans=True,
+        choices=(*SCHEDULES, SVD),
+        also="a triple, a tuple of triples, a `Schedule`",
+    ),
     Option("eps", 1e-7, _BOTH, "AdamW's; of Muon torch's argument, without effect"),
     Option("ns_steps", DEFAULT_STEPS, _MUON, "iterations", plans=True),
-    Option("adjust_lr_fn", None, _MUON, "the scale: a factor on lr by a matrix's shape"),
-    Option("ns_form", "auto", _MUON, "in which order the products are taken", plans=True),
-    Option("ns_dtype", "auto", _MUON, "dtype of the matrix products", plans=True),
-    Option("momentum_dtype", "auto", _MUON, "dtype that the momentum is kept in", plans=True),
+    Option(
+        "adjust_lr_fn",
+        None,
+        _MUON,
+        "the scale: a factor on lr by a matrix's shape",
+        choices=SCALES,
+        also="a function (rows, cols) -> float",
+    ),
+    Option(
+        "ns_form",
+        "auto",
+        _MUON,
+        "in which order the products are taken",
+        plans=True,
+        choices=("auto", *FORMS),
+    ),
+    Option("ns_dtype", "auto", _MUON, "dtype of the matrix products", plans=True, choices=_DTYPES),
+    Option(
+        "momentum_dtype",
+        "auto",
+        _MUON,
+        "dtype that the momentum is kept in",
+        plans=True,
+        choices=_DTYPES,
+    ),
     Option("bytes_in_flight", None, _MUON, "cap on what is computed together", plans=True),
-    Option("variant", "plain", _MUON, "what happens to the orthogonalized matrix", plans=True),
+    Option(
+        "variant",
+        "plain",
+        _MUON,
+        "what happens to the orthogonalized matrix",
+        plans=True,
+        choices=VARIANTS,
+        also="a `Variant`",
+    ),
     Option("variant_beta2", None, _MUON, "weight of the past in the variant's average"),
-    Option("exchange_dtype", "auto", _MUON, "dtype on the way between ranks", plans=True),
-    Option("replicas", "auto", _MUON, "compute again, or send, along replicated axes", plans=True),
-    Option("process_group", None, (), "the ranks that have copies of the parameters"),
-    Option("zero", 0, (), "1 shares the state out over these ranks"),
+    Option(
+        "exchange_dtype",
+        "auto",
+        _MUON,
+        "dtype on the way between ranks",
+        plans=True,
+        choices=("auto", "float32", "bfloat16"),
+        ranks=True,
+    ),
+    Option(
+        "replicas",
+        "auto",
+        _MUON,
+        "compute again, or send, along replicated axes",
+        plans=True,
+        choices=("auto", "recompute", "split"),
+        ranks=True,
+    ),
+    Option("process_group", None, (), "the ranks that have copies of the parameters", ranks=True),
+    Option("zero", 0, (), "1 shares the state out over these ranks", ranks=True),
     Option("maximize", False, _BOTH, "ascend instead of descend"),
     Option("cautious", False, _MUON, "decay only where the update shrinks the weight too"),
-    Option("nonfinite", "propagate", _BOTH, "what a gradient that is not finite does"),
+    Option(
+        "nonfinite",
+        "propagate",
+        _BOTH,
+        "what a gradient that is not finite does",
+        choices=("propagate", "skip", "raise"),
+    ),
     Option("adamw_lr", None, (), "lr of AdamW's groups", fills="lr"),
     Option("adamw_betas", (0.9, 0.95), (), "betas of AdamW's groups", fills="betas"),
     Option("adamw_eps", 1e-8, (), "eps of AdamW's groups", fills="eps"),
@@ -80,13 +154,16 @@ OPTIONS = (
 # How a group's parameters are trained at all: never taken from a state dict, nor from a rule.
 STRUCTURE = ("algorithm", "view")
 
-# What the constructor gives `torch.optim.Optimizer` as defaults.
+# The defaults that the constructor gives to `torch.optim.Optimizer`.
 DEFAULTS = {row.name: row.default for row in OPTIONS if row.owners or row.fills}
+
+# Option -> the names that it accepts, where it is a choice of names.
+CHOICES = {row.name: row.choices for row in OPTIONS if row.choices}
 
 # Key of AdamW's groups -> the argument that is its default.
 FILLS = {row.fills: row.name for row in OPTIONS if row.fills}
 
-# Of one algorithm alone.
+# Options that only one of the two algorithms has.
 MUON = tuple(row.name for row in OPTIONS if row.owners == _MUON)
 ADAMW = tuple(
     key for key in FILLS if not any(row.name == key and "adamw" in row.owners for row in OPTIONS)
@@ -100,5 +177,24 @@ OF_ALGORITHM = {
 # All that a group may say, beside its parameters.
 OPTION_KEYS = (*STRUCTURE, *OF_ALGORITHM["muon"], *ADAMW)
 
-# What of a group a step's plan depends on.
+# Keys of a group that a step's plan depends on.
 PLANNING = (*STRUCTURE, *(row.name for row in OPTIONS if row.plans))
+
+
+def spelled(value: Any) -> Any:
+    """An option's value as state dicts, records and the comparison of ranks have it.
+
+    A variant or a function becomes its name; every other value stays as it is.
+    """
+    if isinstance(value, Variant):
+        return value.name
+    return scale_name(value) if callable(value) else value
+
+
+def unspelled(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, with the objects of this optimizer's group where it has their names."""
+    objects = {key: value for key, value in own.items() if spelled(value) is not value}
+    return {
+        **group,
+        **{key: value for key, value in objects.items() if group.get(key) == spelled(value)},
+    }

@@ -22,17 +22,18 @@ from muonkit.groups import (
     VARIANCE,
     parameter_names,
     state_shapes,
-    validate_options,
 )
+from muonkit.options import spelled, unspelled
+from muonkit.validate import validate_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from muonkit.distributed.layout import Layouts
 
-__all__ = ["merge_saved", "whole_state", "without_wrappers"]
+__all__ = ["merge_saved", "spelled_groups", "whole_state", "without_wrappers"]
 
-# What a group says of the model, beside its parameters.
+# Keys of a group that describe the model, beside its parameters.
 _STRUCTURE = ("algorithm", "view", "name", "param_names")
 
 _DDP = "module."  # what it puts before every name
@@ -49,6 +50,18 @@ _OTHER_GROUPS = (
     "another optimizer has saved has to be put into the form of optimizer.state_dict() first. "
     "Nothing was loaded"
 )
+
+
+def spelled_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with the names of variants and functions in their place: any process can
+    load names, `torch.load(weights_only=True)` among them.
+    """
+    groups = [
+        {key: value if key == "params" else spelled(value) for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
 
 # --- loading ----------------------------------------------------------------------------------
 
@@ -93,7 +106,7 @@ def merge_saved(
                 f"{len(own['params'])} here. {_OTHER_GROUPS}"
             )
         structure = {key: own[key] for key in _STRUCTURE if key in own}
-        group = {**own, **saved, **structure}
+        group = unspelled({**own, **saved, **structure}, own)
         if "param_names" not in own:
             group.pop("param_names", None)
         validate_options(group)
@@ -120,8 +133,8 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
         # What torch.distributed.checkpoint.state_dict hands over is by name already, in our order;
         # the names in it are those of one of the parts that it was put together from.
         return keys
-    for spelled in (list, without_wrappers):
-        theirs, here = spelled(names), spelled(ours)
+    for plain in (list, without_wrappers):
+        theirs, here = plain(names), plain(ours)
         if Counter(theirs) == Counter(here) and len(set(here)) == len(here):
             where = dict(zip(theirs, keys, strict=True))
             return [where[name] for name in here]
@@ -189,7 +202,7 @@ def _check_entry(
 def _incomplete(name: str, kind: str, there: Sequence[str], group: Mapping[str, Any]) -> str:
     has = f"the state dict has {', '.join(map(str, there))} for {name}, no {kind}"
     if group["algorithm"] == "muon" and MOMENTUM in there:
-        variant = group["variant"]
+        variant = spelled(group["variant"])
         return (
             f"{has}, which variant={variant!r} keeps: it was saved with another variant. Make the "
             "optimizer with that one ('plain' keeps the momentum alone) and load the state; then "
@@ -212,8 +225,9 @@ def _misshapen(
     wants = f"the state dict's {kind} for {name} has shape {got}, the parameter {tuple(p.shape)} "
     if kind == VARIANCE and own["variant"] != merged["variant"]:
         return (
-            f"{wants}wants {shape} with variant={own['variant']!r}: it was saved with "
-            f"variant={merged['variant']!r}; make the optimizer with that one. Nothing was loaded"
+            f"{wants}wants {shape} with variant={spelled(own['variant'])!r}: it was saved "
+            f"with variant={spelled(merged['variant'])!r}; make the optimizer with that one. "
+            "Nothing was loaded"
         )
     return f"{wants}wants {shape}; it was saved from another model"
 

@@ -96,14 +96,14 @@ def predecessors(
     state: Mapping[Tensor, Mapping[str, Any]],
     reset: Iterable[Tensor] = (),
 ) -> dict[Tensor, Tensor]:
-    """For every parameter of the groups that goes on with a state, whose that was.
+    """Maps every parameter that goes on with a state to the parameter that had this state.
 
-    A parameter that was there before goes on with its own. One that was not takes the place of one
-    that is gone: of the one of its name where there are names, else at its position in the group.
+    A parameter that was there before keeps its state. A new one takes the place of one that is
+    gone: the one of the same name where groups have names, else the one at the same position.
 
     Args:
-        state: of what was there before; what has none (it was frozen, or somebody took it out)
-            may come back in any shape.
+        state: by parameter, as before. A parameter without state (it was frozen, or somebody took
+            it out) may come back in any shape.
         reset: parameters that begin anew.
 
     Raises:
@@ -181,7 +181,7 @@ def _check_names(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) ->
 
 
 def _by_their_names(known: Sequence[Known]) -> dict[str, Tensor]:
-    """What was settled in groups that have names, by name."""
+    """The settled parameters of groups that have names, by name."""
     return {
         name: p
         for before in known

@@ -19,7 +19,7 @@ from muonkit.groups import (
     parameter_names,
     state_shapes,
 )
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]
     """The tensors that are kept for a parameter."""
     if group["algorithm"] == "adamw":
         return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
-    if VARIANTS[group["variant"]].state == "none":
+    if variant_of(group["variant"]).state == "none":
         return [(MOMENTUM, momentum_dtype(group, p))]
     most = torch.promote_types(p.dtype, torch.float32)
     return [(MOMENTUM, momentum_dtype(group, p)), (VARIANCE, most)]
@@ -61,7 +61,7 @@ def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts)
 def _own_shapes(
     p: Tensor, group: Mapping[str, Any], layouts: Layouts
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of what this rank has of every tensor that is kept for a parameter."""
+    """The shape of this rank's part of every state tensor of a parameter."""
     shapes = {}
     for key, dtype in _dtypes(p, group):
         _, _, shape, placement = _kept(key, dtype, p, group, layouts)
@@ -128,7 +128,7 @@ def ensure_state(
             continue  # a step refuses it; half of the state would be lost
         elif have.dtype != dtype or have.device != device or _is_frozen(have):
             state[key] = have.to(device, dtype, copy=True)
-    if adamw or VARIANTS[group["variant"]].state != "none":
+    if adamw or variant_of(group["variant"]).state != "none":
         count: Any = state.get(STEP)
         count = 0.0 if count is None or was_meta else count
         if adamw and p.is_meta:  # torch's AdamW reads its count in Python, as it does its own
@@ -154,8 +154,10 @@ def _is_frozen(tensor: Tensor) -> bool:
 def carried_state(
     before: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
 ) -> dict[str, Any]:
-    """The state of a parameter that another stood for until now, or that was laid out otherwise:
-    the same values, in the layout that it has now. What lies right is not copied.
+    """The state of a parameter that replaces another, or whose layout has changed.
+
+    The values stay, in the parameter's present layout. Tensors that have this layout already are
+    not copied.
     """
     state = dict(before)
     for key, dtype in _dtypes(p, group):
@@ -181,11 +183,12 @@ def adopt_state(
     group: Mapping[str, Any],
     layouts: Layouts,
 ) -> None:
-    """After loading: what torch has cast to the parameter's dtype, in its own again; what was saved
-    under another layout, in this one.
+    """Repair a state after torch has loaded it: every tensor in its dtype, and in this layout.
+
+    torch casts loaded tensors to the parameter's dtype, and keeps the layout of the saved ones.
 
     Args:
-        saved: as it was before torch loaded it.
+        saved: the state as it was before torch loaded it.
     """
     for key, dtype in _dtypes(p, group):
         if key not in saved:
@@ -219,7 +222,7 @@ def _zeros(kept: _Kept, p: Tensor, layouts: Layouts, preserve: bool = False) -> 
 
 
 def _moved(tensor: Tensor, like: Tensor, kept: _Kept, layouts: Layouts, p: Tensor) -> Tensor:
-    """The same values, laid out as `like`."""
+    """A tensor of these values that lies as `like` does."""
     if is_dtensor(tensor) and not is_a_part(tensor):
         tensor = local(tensor)
     if is_dtensor(tensor) and is_dtensor(like) and _spread(tensor) == _spread(like):

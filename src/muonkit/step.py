@@ -13,46 +13,46 @@ from muonkit.distributed.exchange import Pending
 from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from muonkit.scale import scale_factor
-from muonkit.variants import VARIANTS
+from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from muonkit.batching import Batch, MomentumShards, ParamShards
+    from muonkit.batching import Batch, MomentumShards, ObservedBatch, ParamShards
 
 __all__ = ["Observer", "muon_step"]
 
 
 class Observer(Protocol):
-    """Who is told of the whole matrices of a batch, on the rank that computes them.
+    """Is told of a batch's whole matrices, on the rank that computes them.
 
-    All ranks have one, or none: it may exchange in `before`. It writes to nothing that it is given.
+    All ranks have one, or none has: it may exchange in `before`. It never writes to its arguments.
     """
 
     def call(self, step: Callable[..., Any], closure: Any) -> Any:
         """Take the step, outside of torch.compile's graphs: what follows has no place in one."""
         ...
 
-    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
-        """What is about to be orthogonalized; momentum is new, parameters are as they were."""
+    def before(self, batch: ObservedBatch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+        """See the matrices before they are orthogonalized; parameters are as they were."""
         ...
 
     def orthogonalized(self, o: Sequence[Tensor]) -> None:
-        """The same batch, before the variant."""
+        """See the orthogonalized matrices before the variant."""
         ...
 
     def after(self, o: Sequence[Tensor]) -> None:
-        """What is about to be applied."""
+        """See the update before it is applied."""
         ...
 
 
 def muon_step(
-    batch: Batch, group: dict[str, Any], observer: Observer | None = None
+    batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
 ) -> Iterator[None]:
-    """The algorithm. It pauses while what it sent is on its way, so that others go on meanwhile."""
+    """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     u = batch.to_owners(
         _momentum_(batch.momentum_shards, group)
-    )  # elementwise, where the state lives
+    )  # elementwise, on the shards of the state
     yield
     whole = u.wait()
     if observer is not None:
@@ -107,8 +107,8 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
 
 
 def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Pending[None]:
-    """The variant, on whole matrices without padding; its state then goes back where it lives."""
-    variant = VARIANTS[group["variant"]]
+    """The variant, on whole matrices without padding; then its state goes back to its shards."""
+    variant = variant_of(group["variant"])
     if variant.state == "none":
         return Pending(None)
     stacks = batch.stacks(o)

@@ -10,25 +10,33 @@ zero before the first step and every norm over one matrix:
     adamuon   v <- lerp(v, O², 1 - β2)                             one v per entry, β2 = 0.999
               Ô  = O / (√(v / (1 - β2ᵗ)) + 1e-8);  O <- Ô · √min(rows, cols) / ‖Ô‖_F
 
+A variant of one's own is an object, `Muon(..., variant=Variant("clip_rows", clip_rows_))`; it needs
+nothing else, and gives the same result in every layout, since it only sees whole matrices.
+
 Sources: NorMuon, arXiv 2510.05491 and its authors' normuon.py; AdaMuon, arXiv 2507.11005 and its
 authors' adamuon.py.
 
 Laws, for O as the orthogonalizer returns it (singular values of at most a few units): a zero matrix
 stays zero and nothing becomes infinite or NaN; a stack gives what its matrices give one by one.
+`tests/optim/test_variants.py` holds every row of `VARIANTS` to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
+
+from muonkit._text import unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["VARIANTS", "Variant", "check_variant"]
+__all__ = ["VARIANTS", "Variant", "check_variant", "variant_of"]
+
+State: TypeAlias = Literal["none", "rows", "entries"]
 
 NORMUON_EPS = 1e-10
 ADAMUON_EPS = 1e-8
@@ -40,22 +48,72 @@ NO_NORM = 1e-15
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant.
+    """One variant: a name, a function on stacks of whole matrices, and what it keeps of each.
 
-    `state` is what it keeps of each matrix: "none", "rows" (one number per row) or "entries" (one
-    per entry); always zero at first. `beta2`, the weight of the past in it, is the default (None
-    without state). `apply_(O, v, beta2, step)` rewrites O and v in place:
+    Attributes:
+        name: an identifier. State dicts have it in the variant's place, ranks compare it, and
+            `describe()` and the Monitor tell it.
+        apply_: `apply_(O, v, beta2, step)` rewrites O and v in place:
 
-    - O: `(N, rows, cols)`, any strides, any float dtype; computed in float32 at least;
-    - v: `(N, rows, 1)` for "rows", `(N, rows, cols)` for "entries", None for "none"; float32 or
-      wider, any strides;
-    - step: how often v is updated with this call, 1 in the first; a number, or a tensor (with
-      torch.compile: a number is compiled in) that broadcasts to `(N, 1, 1)`.
+            - O: `(N, rows, cols)`, any strides, any float dtype; computed in float32 at least;
+            - v: `(N, rows, 1)` for "rows", `(N, rows, cols)` for "entries", None for "none";
+              float32 or wider, any strides;
+            - beta2: the group's `variant_beta2`, or the default below; 0.0 where there is neither;
+            - step: how often v is updated with this call, 1 in the first; a number, or a tensor
+              (with torch.compile: a number is compiled in) that broadcasts to `(N, 1, 1)`.
+        state: "none", "rows" (one number per row) or "entries" (one per entry); zero at first.
+        beta2: the default weight of the past in v; None where it is no average.
+
+    A new one is tried on a small stack of zeros on the CPU (a kernel for another device needs a way
+    around it there): by the laws above, these stay zero.
+
+    Raises:
+        TypeError: `apply_` cannot be called like this, or returns another tensor than O.
+        ValueError: no identifier, an unknown state, beta2 outside of [0, 1), or zero matrices do
+            not stay zero.
     """
 
-    state: Literal["none", "rows", "entries"]
-    beta2: float | None
-    apply_: Callable[[Tensor, Tensor | None, float, float | Tensor], None]
+    name: str
+    apply_: Callable[[Tensor, Tensor | None, float, float | Tensor], Any]
+    state: State = "none"
+    beta2: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"a variant's name is an identifier, got {self.name!r:.80}")
+        if self.state not in get_args(State):
+            raise ValueError(
+                unknown(f"state of variant {self.name!r}", self.state, get_args(State))
+            )
+        if self.beta2 is not None and not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 of variant {self.name!r} is in [0, 1), got {self.beta2!r}")
+        _try(self)
+
+    def __repr__(self) -> str:
+        # Without the function's address: ranks compare this, and plans depend on the state.
+        return f"Variant({self.name!r}, state={self.state!r}, beta2={self.beta2!r})"
+
+    def __deepcopy__(self, memo: object) -> Variant:
+        return self  # it cannot change
+
+
+def _try(variant: Variant) -> None:
+    O = torch.zeros(2, 3, 4, device="cpu")
+    sizes = {"rows": (2, 3, 1), "entries": (2, 3, 4)}
+    v = torch.zeros(sizes[variant.state], device="cpu") if variant.state in sizes else None
+    form = f"variant {variant.name!r} is a function apply_(O, v, beta2, step), which rewrites O"
+    try:
+        returned = variant.apply_(O, v, variant.beta2 or 0.0, 1)
+    except TypeError as error:
+        raise TypeError(f"{form}, called with four arguments; it failed: {error}") from error
+    if returned is not None and returned is not O:
+        what = type(returned).__name__
+        raise TypeError(f"{form} in place; it returned a {what}: write O.copy_(...) with it")
+    if O.any() or (v is not None and not v.isfinite().all()):
+        raise ValueError(
+            f"variant {variant.name!r} makes of a matrix of zeros one that is not zero, or not "
+            "finite: divide by a norm with .clamp_min(1e-15), which leaves zero at zero"
+        )
 
 
 def _plain_(O: Tensor, v: Tensor | None, beta2: float, step: float | Tensor) -> None:
@@ -88,20 +146,40 @@ def _adamuon_(O: Tensor, v: Tensor | None, beta2: float, step: float | Tensor) -
     O.copy_(quotient.mul_(target / norm.clamp_min_(NO_NORM)))
 
 
+# The names that the option `variant` accepts.
 VARIANTS: dict[str, Variant] = {
-    "plain": Variant("none", None, _plain_),
-    "normuon": Variant("rows", 0.95, _normuon_),
-    "adamuon": Variant("entries", 0.999, _adamuon_),
+    variant.name: variant
+    for variant in (
+        Variant("plain", _plain_),
+        Variant("normuon", _normuon_, "rows", 0.95),
+        Variant("adamuon", _adamuon_, "entries", 0.999),
+    )
 }
 
 
-def check_variant(name: str) -> Variant:
-    """The variant of this name.
+def variant_of(choice: str | Variant) -> Variant:
+    """The variant that the option stands for: itself, or the one of this name."""
+    return choice if isinstance(choice, Variant) else VARIANTS[choice]
+
+
+def check_variant(choice: str | Variant) -> Variant:
+    """`variant_of`, of whatever was given.
 
     Raises:
-        ValueError: not a key of `VARIANTS`.
+        ValueError: neither a key of `VARIANTS` nor a `Variant`, or one with the name of another.
     """
-    if not isinstance(name, str) or name not in VARIANTS:
-        options = ", ".join(map(repr, VARIANTS))
-        raise ValueError(f"unknown variant {name!r}; it is one of {options}")
-    return VARIANTS[name]
+    if isinstance(choice, Variant):
+        named = VARIANTS.get(choice.name, choice)
+        if named is not choice and named != choice:
+            raise ValueError(
+                f"the name of {choice!r} is that of muonkit's own {named!r}, and a state dict "
+                "could not tell them apart: give it another name"
+            )
+        return choice
+    if not isinstance(choice, str) or choice not in VARIANTS:
+        also = (
+            ", or a muonkit.Variant(name, function). One that a state dict names is given to the "
+            "optimizer that loads it, as variant="
+        )
+        raise ValueError(unknown("variant", choice, VARIANTS, also))
+    return VARIANTS[choice]

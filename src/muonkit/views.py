@@ -109,13 +109,15 @@ class View:
     steps: tuple[str, ...]
 
     @staticmethod
-    def parse(spec: str) -> View:
-        """Read a view from its spelling.
+    def parse(spec: str | View) -> View:
+        """Read a view from its spelling; a view is one already.
 
         Raises:
-            TypeError: `spec` is not a string.
+            TypeError: `spec` is neither a string nor a view.
             ValueError: it is not one of the spellings above.
         """
+        if isinstance(spec, View):
+            spec = str(spec)  # one that was made by hand is looked at, too
         if not isinstance(spec, str):
             raise TypeError(f"a view is a string, got {type(spec).__name__}; one of {_OPTIONS}")
         return View._parse(spec)
@@ -212,7 +214,7 @@ def _row_geometry(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
     regions = [list(b.shape) for b in blocks]
     indices = [list(b.index) for b in blocks]
     for dim in _column_dims(view, blocks[0].transposed, len(shape)):
-        # Of columns that are stored as rows a block holds a batch, see `_split`: several segments.
+        # A block of columns that are stored as rows is a batch (see `_split`): several segments.
         counts = [
             b.shape[dim] // b.cols if b.transposed and b.cols else min(b.shape[dim], 1)
             for b in blocks

@@ -299,7 +299,7 @@ def outside(text: str) -> str:
 def test_the_page_is_written_from_the_files(measured: Callable[[str], Path], page: Path) -> None:
     files = [measured(name) for name in ("step", "errors", "train_overhead")]
     before = page.read_text()
-    done = run("performance_page.py", *files, "--page", page)
+    done = run("pages.py", *files, "--page", page)
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert outside(text) == outside(before)
@@ -318,7 +318,7 @@ def test_the_page_is_written_from_the_files(measured: Callable[[str], Path], pag
     for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1  # no ragged rows
     # Written again from some of the files, the rest stays.
-    assert run("performance_page.py", files[2], "--page", page).returncode == 0
+    assert run("pages.py", files[2], "--page", page).returncode == 0
     assert page.read_text() == text
 
 
@@ -329,12 +329,12 @@ def test_the_page_refuses_what_it_does_not_know(
     other.write_text('{"kind": "weather"}')
     before = page.read_text()
     for files, said in (([other], "'weather'"), ([tmp_path / "none.json"], "No such file")):
-        done = run("performance_page.py", *files, "--page", page)
+        done = run("pages.py", *files, "--page", page)
         assert done.returncode == 2
         assert said in done.stderr
         assert page.read_text() == before
     page.write_text(before.replace("<!-- end: overhead -->", ""))
-    done = run("performance_page.py", measured("train_overhead"), "--page", page)
+    done = run("pages.py", measured("train_overhead"), "--page", page)
     assert done.returncode == 2
     assert "put both markers" in done.stderr
 

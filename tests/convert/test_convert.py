@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 from muonkit import Muon, MuonW, convert
 from tests.helpers import other_muons
 from tests.helpers.other_muons import SOURCES, Keller, Moonlight
-from tests.helpers.ranks import Cases, Ranks, ranks_of
+from tests.helpers.ranks import Cases, Ranks
 
 
 class Model(nn.Module):
@@ -312,9 +312,6 @@ def zero_shares_out_the_state_of_one_process() -> None:
         convert.from_muonkit("keller", taken.optimizer)
 
 
-ranks = ranks_of(CASES)
-
-
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
     ranks.outcome(world_size, case).check()
@@ -386,7 +383,7 @@ def test_several_values_in_one_group_of_the_optimizer_are_refused() -> None:
 
 def test_arguments_that_do_not_go_together_are_refused() -> None:
     model, theirs = trained()
-    with pytest.raises(ValueError, match="unknown format 'Torch'; it is one of 'torch'"):
+    with pytest.raises(ValueError, match="unknown format 'Torch': did you mean 'torch'"):
         convert.to_muonkit("Torch", theirs, model)
     with pytest.raises(TypeError, match="lr come from the states"):
         convert.to_muonkit("torch", theirs, model, lr=0.1)

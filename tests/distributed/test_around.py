@@ -33,14 +33,14 @@ from tests.helpers.measures import (
     bits,
     unchanged,
 )
-from tests.helpers.ranks import Cases, Ranks, counted_collectives, ranks_of
+from tests.helpers.ranks import Cases, Ranks, counted_collectives
 
 CASES = Cases()
 
 # What activation checkpointing puts into names.
 WRAPPED = "_checkpoint_wrapped_module."
 
-# One of each kind: what is whole, what is shared out, shards, shards on two axes, experts.
+# One of each kind: what is whole, what is sharded by ZeRO-1, shards, shards on two axes, experts.
 KINDS = ["ddp", "zero1", "fsdp2", "fsdp2_tp", "dp_tp_zero1", "ep_fsdp2"]
 
 
@@ -587,9 +587,7 @@ def the_hook_refuses_an_optimizer_that_needs_whole_gradients() -> str:
 # --- the tests ------------------------------------------------------------------------------------
 
 
-ranks = ranks_of(CASES)
-
-
+@pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_around_the_step(world_size: int, case: str, ranks: Ranks) -> None:
     values = ranks.outcome(world_size, case).check()

@@ -16,12 +16,9 @@ from torch import nn
 from muonkit import Muon, MuonW
 from muonkit.distributed import rank_dtypes
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
-from tests.helpers.ranks import Cases, Ranks, ranks_of, run, shared_folder
+from tests.helpers.ranks import Cases, Ranks, run, shared_folder
 
 CASES = Cases()
-
-
-ranks = ranks_of(CASES)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from muonkit import Muon
 from tests.helpers import measures, zoo
-from tests.helpers.ranks import Cases, Ranks, ranks_of
+from tests.helpers.ranks import Cases, Ranks
 
 CASES = Cases()
 
@@ -162,9 +162,7 @@ def sends_what_the_formula_says(layout: str, exchange_dtype: str) -> float:
 # --- the tests ----------------------------------------------------------------------------------
 
 
-ranks = ranks_of(CASES)
-
-
+@pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_a_layout_equals_one_process(world_size: int, case: str, ranks: Ranks) -> None:
     values = ranks.outcome(world_size, case).check()

@@ -29,7 +29,7 @@ from muonkit.distributed import layout as layouts
 from muonkit.distributed.machines import MACHINES
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 from tests.helpers import measures, zoo
-from tests.helpers.ranks import Cases, Ranks, ranks_of, run
+from tests.helpers.ranks import Cases, Ranks, run
 
 CASES = Cases()
 
@@ -458,9 +458,6 @@ def test_the_others_end_when_a_rank_does_not_come() -> None:
 
 
 # --- the tests ------------------------------------------------------------------------------------
-
-
-ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from muonkit import Muon
 from tests.helpers import measures, zoo
 from tests.helpers.measures import EXACT, assert_equals_one_process, assert_unchanged, bits
-from tests.helpers.ranks import Cases, Ranks, ranks_of
+from tests.helpers.ranks import Cases, Ranks
 
 CASES = Cases()
 
@@ -177,9 +177,7 @@ def clips_half_precision_beyond_the_range_of_its_square() -> None:
     torch.testing.assert_close(p.grad.float(), torch.ones(10, 10), rtol=2**-10, atol=0)
 
 
-ranks = ranks_of(CASES)
-
-
+@pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
     ranks.outcome(world_size, case).check()

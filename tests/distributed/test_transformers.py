@@ -20,7 +20,7 @@ from muonkit import MuonW
 from tests.helpers import zoo
 from tests.helpers.ranks import Cases, Ranks
 
-CASES = Cases()
+CASES = Cases(timeout=120.0, needs="transformers.distributed.expert_parallel", apart=True)
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -120,16 +120,6 @@ def trains_as_one_process(family: str, plan: str) -> None:
     assert set(parameters) == set(theirs)
     for name, p in theirs.items():
         assert zoo.deviation(parameters[name], p) <= NEARLY, name
-
-
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    pytest.importorskip("transformers")
-    pytest.importorskip(
-        "transformers.distributed.expert_parallel",
-        reason="needs a transformers whose plans are DTensors",
-    )
-    return Ranks(request, tmp_path_factory, CASES, timeout=120)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

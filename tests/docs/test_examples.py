@@ -51,6 +51,12 @@ def printed(example: str, *arguments: str) -> str:
     return output.getvalue()
 
 
+@functools.cache
+def alone(example: str, *arguments: str) -> dict[int, float]:
+    """The losses of one process."""
+    return losses(printed(example, *arguments))
+
+
 def on_ranks(count: int, example: str, *arguments: str) -> str:
     """What rank 0 printed; the others print nothing."""
     name = " ".join([example, *arguments])
@@ -62,7 +68,7 @@ def on_ranks(count: int, example: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize(("example", "ranks"), [("train_fsdp2", 2), ("train_dp_tp_zero1", 4)])
 def test_losses_are_those_of_one_process(example: str, ranks: int) -> None:
-    expected = losses(printed(example))
+    expected = alone(example)
     assert list(expected) == [1, 2, 3, 4]
     assert losses(on_ranks(ranks, example)) == pytest.approx(expected, abs=TOLERANCE)
 
@@ -77,7 +83,7 @@ def test_losses_under_torchrun_are_those_of_one_process() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    expected = losses(printed("train_ddp"))
+    expected = alone("train_ddp")
     assert list(expected) == [1, 2, 3, 4]
     assert losses(done.stdout) == pytest.approx(expected, abs=TOLERANCE)
 
@@ -103,7 +109,7 @@ def test_reduce_scatter_sends_half_of_the_gradients_and_gives_the_losses_of_one_
     # Four steps, one of two halves; a bucket's halves are made as long as the longer one.
     for _, sent in found["scattered"]:
         assert sent == pytest.approx(4 * size / 2, rel=0.01)
-    expected = losses(printed("train_ddp"))
+    expected = alone("train_ddp")
     for ranks in found.values():
         assert losses(ranks[0][0]) == pytest.approx(expected, abs=TOLERANCE)
 
@@ -112,7 +118,7 @@ def test_four_ranks_give_the_losses_of_one_process_which_goes_on_from_their_chec
     tmp_path: Path,
 ) -> None:
     example, folder, steps = "train_fsdp2_tp", tmp_path / "checkpoints", ("--steps", "6")
-    expected = losses(printed(example, *steps))
+    expected = alone(example, *steps)
     save = (*steps, "--checkpoint", str(folder), "--save-every", "2")
     assert losses(on_ranks(4, example, *save)) == pytest.approx(expected, abs=TOLERANCE)
     # The last two are kept, and nothing half written is.
@@ -128,7 +134,7 @@ def test_four_ranks_give_the_losses_of_one_process_which_goes_on_from_their_chec
 
 
 def test_separate_projections_are_the_same_model() -> None:
-    fused, separate = (losses(printed(name)) for name in ("train_ddp", "train_fsdp2_tp"))
+    fused, separate = (alone(name) for name in ("train_ddp", "train_fsdp2_tp"))
     assert separate == pytest.approx(fused, abs=TOLERANCE)
 
 

@@ -122,6 +122,7 @@ torch.cpu.get_capabilities = lambda: {**features, "avx512_bf16": True}
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "path",
     [path for path in NOTEBOOKS if path.name[:2] in ("03", "06", "08")],
@@ -135,10 +136,18 @@ def test_notebook_runs_where_products_are_in_bfloat16(path: Path, tmp_path: Path
     executed(path.read_text(encoding="utf-8") + check, PYTHONPATH=paths)
 
 
-def test_without_data_the_digits_stand_in(tmp_path: Path) -> None:
-    path = TUTORIAL / "04_experiments.py"
-    notebook = executed(path.read_text(encoding="utf-8"), data=tmp_path / "missing")
-    for name in ("mnist", "cifar10"):
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.whole)], ids=["its data", "all of it"]
+)
+def test_without_data_the_digits_stand_in(tmp_path: Path, whole: bool) -> None:
+    text = (TUTORIAL / "04_experiments.py").read_text(encoding="utf-8")
+    names = "mnist", "cifar10"
+    if not whole:
+        first, setup, *_ = text.split("\n# %%\n")
+        asked = [f"print(task_or_digits({name!r})[1].description)" for name in names]
+        text = "\n# %%\n".join([first, setup, *asked])
+    notebook = executed(text, data=tmp_path / "missing")
+    for name in names:
         said = f"NOTE: {name} is not to be had, scikit-learn's digits stand in for it."
         assert said in printed(notebook, "stdout")
 

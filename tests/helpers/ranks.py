@@ -1,8 +1,8 @@
 """Run test cases on several ranks: one group of processes per world size, many cases in it.
 
 A *case* is a module-level function without arguments (or a `functools.partial` of one) that every
-rank runs; it may use `torch.distributed` at once. A test module registers its cases and reads what
-became of them, each as a test of its own::
+rank runs; it may use `torch.distributed` at once. A test module registers its cases in `CASES` and
+reads what became of them, each as a test of its own, from the fixture `ranks` (tests/conftest.py)::
 
     CASES = Cases()
 
@@ -10,13 +10,12 @@ became of them, each as a test of its own::
     def sums(dtype: str) -> None:
         ...
 
-    @pytest.fixture(scope="module")
-    def ranks(request, tmp_path_factory):
-        return Ranks(request, tmp_path_factory, CASES)
-
     @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
     def test_on_ranks(world_size, case, ranks):
         ranks.outcome(world_size, case).check()
+
+The processes of a world size stay for the modules that follow, with what they have loaded and
+computed once; `Cases(apart=True)` are run in fresh ones, which end with them.
 
 Nothing here waits for ever: when a case has not ended in time, or goes on for `grace` seconds after
 another rank raised or died, the Python stacks of the ranks that are still in it are reported and
@@ -98,11 +97,36 @@ class Outcome:
         return self.values
 
 
-class Cases:
-    """The cases of a test module, by world size and name."""
+class CaseName(str):
+    """The name of a case, with the function and the values that it is made of."""
 
-    def __init__(self) -> None:
-        self.by_world_size: dict[int, dict[str, Case]] = {}
+    function: str
+    values: dict[str, Any]
+
+    def __new__(cls, function: str, values: dict[str, Any]) -> CaseName:
+        name = super().__new__(cls, "-".join([function, *map(str, values.values())]))
+        name.function, name.values = function, values
+        return name
+
+    def __getnewargs__(self) -> tuple[str, dict[str, Any]]:  # type: ignore[override]
+        return self.function, self.values
+
+
+class Cases:
+    """The cases of a test module, by world size and name.
+
+    Args:
+        timeout: seconds that one case may take.
+        needs: a package without which the module is skipped.
+        apart: whether they need processes of their own: those that leave something behind (what a
+            framework keeps for the whole process).
+    """
+
+    def __init__(
+        self, *, timeout: float = 60.0, needs: str | None = None, apart: bool = False
+    ) -> None:
+        self.timeout, self.needs, self.apart = timeout, needs, apart
+        self.by_world_size: dict[int, dict[CaseName, Case]] = {}
 
     def on(self, *world_sizes: int, **grid: Sequence[Any]) -> Callable[[Any], Any]:
         """Register a function for these world sizes, once for every combination of `grid`."""
@@ -110,7 +134,7 @@ class Cases:
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             for size, values in itertools.product(world_sizes, itertools.product(*grid.values())):
                 arguments = dict(zip(grid, values, strict=True))
-                name = "-".join([function.__name__, *map(str, values)])
+                name = CaseName(function.__name__, arguments)
                 cases = self.by_world_size.setdefault(size, {})
                 assert name not in cases, f"two cases are called {name!r}"
                 cases[name] = functools.partial(function, **arguments)
@@ -118,20 +142,8 @@ class Cases:
 
         return register
 
-    def ids(self) -> list[tuple[int, str]]:
+    def ids(self) -> list[tuple[int, CaseName]]:
         return [(size, name) for size, cases in self.by_world_size.items() for name in cases]
-
-
-def ranks_of(cases: Cases, timeout: float = 60.0, needs: str | None = None) -> Any:
-    """The fixture `ranks` of a module; skipped where the package that it needs is absent."""
-
-    @pytest.fixture(scope="module")
-    def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-        if needs is not None:
-            pytest.importorskip(needs)
-        return Ranks(request, tmp_path_factory, cases, timeout)
-
-    return ranks
 
 
 class Ranks:
@@ -141,14 +153,12 @@ class Ranks:
     """
 
     def __init__(
-        self,
-        request: pytest.FixtureRequest,
-        tmp_path_factory: pytest.TempPathFactory,
-        cases: Cases,
-        timeout: float = 60.0,
+        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         self._factory, self._module = tmp_path_factory, request.module.__name__
-        self._cases, self._timeout = cases, timeout
+        self._cases: Cases = request.module.CASES
+        if self._cases.needs is not None:
+            pytest.importorskip(self._cases.needs)
         self._outcomes: dict[int, dict[str, Outcome]] = {}
         self._selected = {
             (params.get("world_size"), params.get("case"))
@@ -169,7 +179,8 @@ class Ranks:
             if (world_size, name) in self._selected
         }
         name = f"{self._module}-{world_size}"
-        return once(self._factory, name, lambda: run(world_size, cases, timeout=self._timeout))
+        options = {"timeout": self._cases.timeout, "kept": not self._cases.apart}
+        return once(self._factory, name, lambda: run(world_size, cases, **options))
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[], T]) -> T:
@@ -192,21 +203,23 @@ def run(
     timeout: float = 60.0,
     grace: float = 5.0,
     init: bool = True,
+    kept: bool = False,
 ) -> dict[str, Outcome]:
-    """Run the cases, one after the other, on `world_size` fresh ranks that speak gloo.
+    """Run the cases, one after the other, on `world_size` ranks that speak gloo.
 
     Args:
         cases: by name, or functions that have one.
         init: False for a process that knows nothing of ranks.
         timeout: seconds that one case may take.
         grace: seconds that the other ranks have to end a case that one rank left by an error.
+        kept: in the processes that are kept for such cases, instead of fresh ones.
     """
     if not isinstance(cases, Mapping):
         cases = {case.__name__: case for case in cases}
     outcomes: dict[str, Outcome] = {}
     reason = ""
     assert init or world_size == 1
-    with _Processes(world_size, init) as processes:
+    with _kept(world_size, init) if kept else _Processes(world_size, init) as processes:
         for name, case in cases.items():
             if reason:
                 errors = (f"not run: {reason}\n",) * world_size
@@ -221,6 +234,30 @@ def run(
     return outcomes
 
 
+_KEPT: dict[tuple[int, bool], _Processes] = {}
+
+
+@contextlib.contextmanager
+def _kept(world_size: int, init: bool) -> Iterator[_Processes]:
+    """The processes of this world size, which stay unless a case left them out of step."""
+    key = world_size, init
+    if key not in _KEPT:
+        _KEPT[key] = _Processes(world_size, init).__enter__()
+    try:
+        yield _KEPT[key]
+    except BaseException:
+        _KEPT.pop(key).__exit__(*sys.exc_info())
+        raise
+    if not _KEPT[key].in_step:
+        _KEPT.pop(key).__exit__()
+
+
+def end_kept() -> None:
+    """End the processes that were kept."""
+    while _KEPT:
+        _KEPT.popitem()[1].__exit__()
+
+
 def _in_step() -> None:
     total = torch.ones(())
     dist.all_reduce(total)
@@ -232,6 +269,8 @@ class _Processes:
 
     def __init__(self, world_size: int, init: bool = True) -> None:
         self.world_size, self._init = world_size, init
+        self.in_step = True
+        self._told: dict[Path, int] = {}
 
     def __enter__(self) -> _Processes:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -254,7 +293,7 @@ class _Processes:
     def __exit__(self, *exception: object) -> None:
         for pipe in self._pipes:
             pipe.close()  # an idle rank ends by itself
-        deadline = time.monotonic() + (0.0 if exception[0] else 2.0)
+        deadline = time.monotonic() + (0.0 if any(exception) else 2.0)
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
@@ -263,6 +302,7 @@ class _Processes:
 
     def run(self, name: str, case: Case, timeout: float, grace: float) -> Outcome:
         deadline = time.monotonic() + timeout
+        self._told = {path: path.stat().st_size for path in self._path.glob("*[0-9]")}
         answers: dict[int, tuple[Any, str | None]] = {}
         lost: dict[int, str] = {}
         request = pickle.dumps(case)
@@ -290,6 +330,7 @@ class _Processes:
             lost[rank] if rank in lost else answers[rank][1] for rank in range(self.world_size)
         )
         poisoned = bool(lost) or 0 < sum(error is not None for error in errors) < self.world_size
+        self.in_step &= not poisoned
         return Outcome(name, values, errors, poisoned)
 
     def _death(self, rank: int) -> str:
@@ -299,8 +340,12 @@ class _Processes:
         how = (
             f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
         )
-        log, stack = (self._path / f"{kind}{rank}" for kind in ("log", "stack"))
-        return f"the process died ({how})\n{stack.read_text()}{log.read_text()}"
+        return f"the process died ({how})\n{self._new('stack', rank)}{self._new('log', rank)}"
+
+    def _new(self, kind: str, rank: int) -> str:
+        """What this rank has written since the case began."""
+        path = self._path / f"{kind}{rank}"
+        return path.read_bytes()[self._told.get(path, 0) :].decode(errors="replace")
 
     def _stacks(self, ranks: list[int], seconds: float) -> dict[int, str]:
         """What these ranks are doing; they are killed after it, since nothing can follow."""
@@ -308,7 +353,7 @@ class _Processes:
             with contextlib.suppress(ProcessLookupError, TypeError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)  # the handler writes at once, in C, whatever the rank waits for
-        stacks = {rank: (self._path / f"stack{rank}").read_text() for rank in ranks}
+        stacks = {rank: self._new("stack", rank) for rank in ranks}
         for rank in ranks:
             self._processes[rank].kill()
         return {

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from muonkit._torch import whole_tensor
 from tests.helpers import zoo
-from tests.helpers.ranks import Cases, Ranks, counted_collectives, ranks_of, run
+from tests.helpers.ranks import Cases, Ranks, counted_collectives, run
 
 CASES = Cases()
 
@@ -192,9 +192,6 @@ def trains_as_one_process(layout: str) -> None:
 def replicas_that_differ_are_found() -> None:
     with pytest.raises(AssertionError, match=r"w: rank 1 differs"):
         zoo.assemble({"w": torch.full((3,), float(dist.get_rank()))})
-
-
-ranks = ranks_of(CASES)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -42,7 +42,7 @@ def test_the_same_cases_in_any_order_and_others_of_another_test() -> None:
     others = {case.partition("[")[2] for case in sampling.sample(product("test_that"))}
     assert ids != others
     # Among 120; the least that shows all pairs is 30, of the two longest arguments.
-    assert 30 <= len(ids) <= 45
+    assert 30 <= len(ids) <= 36
 
 
 def test_the_sample_of_this_run_shows_what_its_tests_have(request: pytest.FixtureRequest) -> None:
@@ -51,10 +51,12 @@ def test_the_sample_of_this_run_shows_what_its_tests_have(request: pytest.Fixtur
     tests: dict[str, list[pytest.Function]] = {}
     for item in request.config.stash[sampling.COLLECTED]:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+            tests.setdefault(sampling.test_of(item), []).append(item)
     for test, items in tests.items():
-        whole = [item.callspec.params for item in items]
-        part = [item.callspec.params for item in items if item.nodeid in run]
+        if items[0].get_closest_marker(sampling.LONG) and not sampling.is_whole():
+            continue
+        whole = [sampling.values_of(item) for item in items]
+        part = [sampling.values_of(item) for item in items if item.nodeid in run]
         if sampling.is_whole() or items[0].get_closest_marker(sampling.MARK) is None:
             assert len(part) == len(whole), test
         else:
@@ -65,19 +67,19 @@ def test_the_sample_of_this_run_shows_what_its_tests_have(request: pytest.Fixtur
 class Case:
     """What the rule asks of an item of pytest."""
 
-    def __init__(self, name: str, marked: bool, params: dict[str, Any] | None = None) -> None:
-        self.name, self.nodeid, self.marked = name, f"test_x.py::{name}", marked
+    def __init__(self, name: str, mark: str | None, params: dict[str, Any] | None = None) -> None:
+        self.name, self.nodeid, self.mark = name, f"test_x.py::{name}", mark
         if params is not None:
             self.callspec = types.SimpleNamespace(params=params)
 
     def get_closest_marker(self, name: str) -> pytest.Mark | None:
-        return pytest.mark.sampled.mark if self.marked and name == "sampled" else None
+        return pytest.Mark(name, (), {}, _ispytest=True) if self.mark == name else None
 
 
 def test_only_marked_products_are_sampled_and_in_their_order() -> None:
-    marked = [Case(name, True, params) for name, params in product("test_it").items()]
-    plain = [Case(name, False, params) for name, params in product("test_plain").items()]
-    items: list[Any] = [Case("test_alone", True), *marked, *plain]
+    marked = [Case(name, sampling.MARK, params) for name, params in product("test_it").items()]
+    plain = [Case(name, None, params) for name, params in product("test_plain").items()]
+    items: list[Any] = [Case("test_alone", sampling.MARK), *marked, *plain]
     left = sampling.sampled_items(items)
     assert left == [item for item in items if item in set(left)]
     kept = sampling.sample(product("test_it"))
@@ -88,8 +90,14 @@ def test_only_marked_products_are_sampled_and_in_their_order() -> None:
 
 
 def test_a_case_that_is_named_runs() -> None:
-    items: list[Any] = [Case(name, True, params) for name, params in product().items()]
+    items: list[Any] = [Case(name, sampling.MARK, params) for name, params in product().items()]
     assert all(sampling.sampled_items([item]) == [item] for item in items)
+
+
+def test_what_repeats_at_length_runs_when_all_do_or_when_it_is_named() -> None:
+    items: list[Any] = [Case("test_short", None), Case("test_long", sampling.LONG)]
+    assert sampling.sampled_items(items) == items[:1]
+    assert sampling.sampled_items(items, named=True) == items
 
 
 @pytest.mark.parametrize(

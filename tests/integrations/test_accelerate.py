@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from muonkit import MuonW
 from tests.helpers import frameworks
-from tests.helpers.ranks import Cases, Ranks, ranks_of, shared_folder
+from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases()
+CASES = Cases(timeout=180.0, needs="accelerate", apart=True)
 
 
 @contextlib.contextmanager
@@ -126,9 +126,6 @@ def refuses_a_state_that_rank_0_saved_alone() -> str:
         with pytest.raises(ValueError, match="part of rank 0, and this is rank 1") as error:
             acc.load_state(str(folder))
     return str(error.value)
-
-
-ranks = ranks_of(CASES, timeout=180.0, needs="accelerate")
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

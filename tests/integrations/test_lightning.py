@@ -16,9 +16,9 @@ from torch import Tensor
 
 from muonkit import MuonW
 from tests.helpers import frameworks
-from tests.helpers.ranks import Cases, Ranks, ranks_of, shared_folder
+from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases()
+CASES = Cases(timeout=180.0, needs="lightning", apart=True)
 
 
 def fit(folder: Path, resume: bool = False, **options: Any) -> dict[str, Tensor]:
@@ -97,9 +97,6 @@ def equals_one_process_and_resumes(variant: str) -> tuple[float, float]:
         frameworks.deviation(done, frameworks.alone(variant)),
         frameworks.deviation(resumed, done),
     )
-
-
-ranks = ranks_of(CASES, timeout=180.0, needs="lightning")
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -20,9 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.helpers import frameworks
-from tests.helpers.ranks import Cases, Ranks, ranks_of, shared_folder
+from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases()
+CASES = Cases(timeout=180.0, apart=True)
 
 
 class OptimizersContainer(torch.optim.Optimizer):
@@ -131,9 +131,6 @@ def page_container_saves_and_loads() -> None:
         model.load_state_dict(saved["model"])
         optimizers.load_state_dict(saved["optimizer"])
         assert frameworks.deviation(train(model, optimizers), expected) <= frameworks.SAME
-
-
-ranks = ranks_of(CASES, timeout=180.0)
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from muonkit import MuonW
 from tests.helpers import frameworks
-from tests.helpers.ranks import Cases, Ranks, ranks_of, shared_folder
+from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases()
+CASES = Cases(timeout=180.0, needs="transformers", apart=True)
 
 
 @contextlib.contextmanager
@@ -227,9 +227,6 @@ def page_trains_and_resumes(layout: str) -> None:
         for p in trainer.model.parameters():
             assert isinstance(p, DTensor) == (layout == "fsdp2")
             assert isinstance(next(iter(optimizer.state[p].values())), DTensor)
-
-
-ranks = ranks_of(CASES, timeout=180.0, needs="transformers")
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

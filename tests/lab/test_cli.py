@@ -34,7 +34,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     ("words", "message"),
     [
         ("compare", "Missing argument 'TASK': see muonkit compare --help"),
-        ("compare dgits", "unknown task 'dgits': did you mean 'digits'? choose from gpt, digits"),
+        (
+            "compare dgits",
+            "unknown task 'dgits': did you mean 'digits'? It is one of 'gpt', 'digits",
+        ),
         ("compare digits --optimizers adamw,sdg", "unknown optimizer 'sdg': did you mean 'sgd'?"),
         ("compare digits --optimizers adamw,adamw", "name each optimizer once"),
         ("compare digits --optimizers ,", "unknown optimizer ''"),

@@ -16,7 +16,7 @@ from torch import nn
 from muonkit import Monitor, Muon
 from muonkit.monitor.sample import KINDS
 from tests.helpers import measures, zoo
-from tests.helpers.ranks import Cases, Ranks, ranks_of, shared_folder
+from tests.helpers.ranks import Cases, Ranks, shared_folder
 
 CASES = Cases()
 
@@ -198,9 +198,7 @@ def without_a_gradient_there_is_no_record() -> None:
     assert len(sample["matrices"]) == len(monitor.header["matrices"]) - 3 - zoo.EXPERTS
 
 
-ranks = ranks_of(CASES)
-
-
+@pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_the_monitor_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
     values = ranks.outcome(world_size, case).check()

@@ -14,11 +14,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from muonkit import Muon, MuonW
-from muonkit.groups import EXCHANGE_DTYPES, NONFINITE, REPLICAS
 from muonkit.newton_schulz.coefficients import KELLER, SCHEDULES
 from muonkit.newton_schulz.forms import FORMS
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
-from muonkit.options import OPTION_KEYS
+from muonkit.options import CHOICES, OPTION_KEYS
 from muonkit.scale import SCALES
 from muonkit.variants import VARIANTS
 from tests.helpers.optim import parameter
@@ -55,11 +54,11 @@ MUON: dict[str, Sequence[Any]] = {
     "bytes_in_flight": [None, 1, 2**20],
     "variant": list(VARIANTS),
     "variant_beta2": [None, 0.0, 0.9],
-    "exchange_dtype": EXCHANGE_DTYPES,
-    "replicas": REPLICAS,
+    "exchange_dtype": CHOICES["exchange_dtype"],
+    "replicas": CHOICES["replicas"],
     "maximize": [False, True],
     "cautious": [False, True],
-    "nonfinite": NONFINITE,
+    "nonfinite": CHOICES["nonfinite"],
 }
 ADAMW: dict[str, Sequence[Any]] = {
     "algorithm": ["adamw"],
@@ -68,7 +67,7 @@ ADAMW: dict[str, Sequence[Any]] = {
     "betas": [(0.9, 0.95), (0.0, 0.9), (0.9, 0.999)],
     "eps": [1e-8, 0.0, 1e-3],
     "maximize": [False, True],
-    "nonfinite": NONFINITE,
+    "nonfinite": CHOICES["nonfinite"],
 }
 # What the constructor has and no group: defaults of AdamW's groups, and ranks. Of ranks only these
 # values make a graph; a step over ranks is no part of one (tests of several ranks).
@@ -185,7 +184,7 @@ def test_adamws_arguments_of_the_constructor() -> None:
         assert max(found) <= CLOSE
 
 
-@pytest.mark.parametrize("policy", NONFINITE)
+@pytest.mark.parametrize("policy", CHOICES["nonfinite"])
 def test_a_broken_gradient(policy: str) -> None:
     """The host reads whether gradients are finite: around the graph, of which there is one."""
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from muonkit import Muon, MuonW
-from muonkit.options import DEFAULTS, FILLS, OF_ALGORITHM, OPTIONS
+from muonkit import Muon, MuonW, Rule, route
+from muonkit._text import one_of
+from muonkit.distributed.machines import MACHINES
+from muonkit.options import CHOICES, DEFAULTS, FILLS, OF_ALGORITHM, OPTIONS
+from muonkit.scale import ROUTED, SCALES
+from muonkit.variants import VARIANTS, Variant
 from tests.helpers import option_table
 
 
@@ -19,6 +24,38 @@ def test_the_constructor_has_these_arguments_with_these_defaults_in_this_order()
     assert {row.name: row.default for row in OPTIONS} == {
         name: argument.default for name, argument in arguments.items() if name != "params"
     }
+
+
+def test_a_constructor_has_no_more_than_26_keyword_arguments() -> None:
+    """Those that it names; `MuonW` passes on the rest of Muon's."""
+    for kind, first in ((Muon, "params"), (MuonW, "model")):
+        named = [
+            argument.name
+            for argument in inspect.signature(kind).parameters.values()
+            if argument.kind is not argument.VAR_KEYWORD and argument.name != first
+        ]
+        assert len(named) <= 26, named
+
+
+def test_the_ranks_arguments_are_one_group() -> None:
+    ranks = [row.name for row in OPTIONS if row.ranks]
+    assert sorted(ranks) == ["exchange_dtype", "process_group", "replicas", "zero"]
+    names = [row.name for row in OPTIONS]
+    first = names.index(ranks[0])
+    assert names[first : first + len(ranks)] == ranks
+    section = (Muon.__doc__ or "").partition("Keyword Args: Over several ranks")[2]
+    section = section.partition("Where ranks share")[0]
+    assert sorted(re.findall(r"^ {8}(\w+):", section, re.MULTILINE)) == sorted(ranks)
+
+
+def test_docstrings_lead_to_the_table_of_names() -> None:
+    anchor = "options.md#one-thing-several-names"
+    for documented in (Muon, MuonW, Rule, route):
+        assert anchor in (documented.__doc__ or "")
+    page = option_table.PAGE.read_text(encoding="utf-8")
+    names = page.partition("## One thing, several names")[2]
+    for name in ("scale", "adjust_lr_fn", "decay", "weight_decay", "adamw_wd", "decay_1d"):
+        assert f"| `{name}`" in names
 
 
 def test_groups_have_the_options_of_their_algorithm() -> None:
@@ -59,3 +96,57 @@ def test_the_guide_has_a_row_for_every_option() -> None:
     without_choice = {"eps"}  # no effect
     missing = {row.name for row in OPTIONS if f"`{row.name}`" not in table} - without_choice
     assert missing == set()
+
+
+def test_every_choice_of_the_table_is_one_and_nothing_else_is() -> None:
+    p = nn.Parameter(torch.zeros(4, 3))
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            # Some schedules are made for one number of steps, and need float32.
+            Muon([p], **{"ns_dtype": "float32", name: choice})
+        what = "Adjust learning rate" if name == "adjust_lr_fn" else f"unknown {name}"
+        listed = ", ".join(map(repr, choices))
+        with pytest.raises(ValueError, match=f"^{what} .*{re.escape(listed)}"):
+            Muon([p], **{name: "typo"})
+
+
+def test_choices_that_are_looked_up_are_the_dict_where_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert CHOICES["adjust_lr_fn"] is SCALES
+    assert CHOICES["variant"] is VARIANTS
+    monkeypatch.setitem(VARIANTS, "own", Variant("own", lambda O, v, beta2, step: None))
+    assert Muon([nn.Parameter(torch.zeros(4, 3))], variant="own").describe()[0]["variant"] == "own"
+
+
+def test_the_command_line_offers_what_the_tables_have() -> None:
+    typer = pytest.importorskip("typer")
+    from muonkit.lab.cli import DTYPES, app
+    from muonkit.lab.plan import assumptions
+    from muonkit.lab.plan_layouts import LAYOUTS
+    from muonkit.lab.shapes import MODELS
+
+    commands = typer.main.get_command(app).commands
+    offered = {
+        "plan": {
+            "exchange_dtype": CHOICES["exchange_dtype"],
+            "variant": CHOICES["variant"],
+            "replicas": CHOICES["replicas"],
+            "dtype": DTYPES,
+            "device": MACHINES,
+            "layout": LAYOUTS,
+        },
+        "route": {"adjust_lr_fn": CHOICES["adjust_lr_fn"]},
+    }
+    # Of an option of `Muon` that a command has, nothing is left out above.
+    for command, options in offered.items():
+        own = {parameter.name: parameter for parameter in commands[command].params}
+        assert options.keys() >= own.keys() & CHOICES.keys()
+        for name, choices in options.items():
+            assert one_of(choices) in own[name].help
+            if name in DEFAULTS:
+                assert own[name].default == (ROUTED if command == "route" else DEFAULTS[name])
+    assert ", ".join(MODELS) in commands["plan"].help
+    for name in ("exchange_dtype", "variant", "replicas", "dtype", "device"):
+        for choice in offered["plan"][name]:
+            assumptions(**{name: choice})

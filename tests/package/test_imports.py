@@ -29,14 +29,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim",),
     ("distributed.step_plan", "distributed.rank_dtypes", "state", "settle", "saved", "checks"),
     ("distributed.sharded", "gradients", "step"),
-    ("distributed.layout",),
+    ("distributed.layout", "validate"),
     ("groups",),
     ("routing", "batching", "adamw", "distributed.planner"),
-    ("distributed.owners", "distributed.exchange", "variants"),
-    ("distributed.plan",),
+    ("distributed.owners", "distributed.meshes"),
+    ("distributed.plan", "distributed.exchange"),
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.param_layout",),
-    ("distributed", "distributed.placement", "newton_schulz", "options", "scale", "views"),
+    ("options",),
+    ("distributed", "distributed.placement", "newton_schulz", "scale", "variants", "views"),
     ("_compile", "_install", "_shards", "_text"),
     ("_torch",),
 )
@@ -58,7 +59,7 @@ TORCHLESS = frozenset(
     }
 )
 # A folder that knows of nothing else of ours but what talks to torch.
-ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_torch"})}
+ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_text", "_torch"})}
 
 # torch alone loads about two thousand modules; ours are a few dozen at most, standard library's
 # included, which is what keeps `import muonkit` under a tenth of a second on top of it.

@@ -54,4 +54,6 @@ def test_the_documented_tables_are_the_tested_ones() -> None:
     text = architectures.PAGE.read_text(encoding="utf-8")
     for name in architectures.ARCHITECTURES:
         table = (architectures.TABLES / f"{name}.txt").read_text(encoding="utf-8")
-        assert f"## {name}\n\n```text\n{table}```" in text, "run python -m tests.helpers.architectures"
+        assert f"## {name}\n\n```text\n{table}```" in text, (
+            "run python -m tests.helpers.architectures"
+        )

@@ -389,7 +389,7 @@ def test_lazy_modules_are_to_be_run_first() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"takes an nn\.Module or a dict"):
         route([])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown scale 'big'; one of 'original'"):
+    with pytest.raises(ValueError, match="unknown scale 'big'; it is one of 'original'"):
         route(mlp(), scale="big")
     with pytest.raises(TypeError, match=r"rules are muonkit\.Rule objects, got str"):
         route(mlp(), ["fc*"])  # type: ignore[list-item]

@@ -121,7 +121,7 @@ def test_undecided_adamw_trains_nothing_that_has_no_shape_or_is_a_flat_shard() -
 
 
 def test_undecided_is_one_of_two_and_is_routes_own() -> None:
-    with pytest.raises(ValueError, match="unknown undecided 'muon'; one of 'raise', 'adamw'"):
+    with pytest.raises(ValueError, match="unknown undecided 'muon'; it is one of 'raise', 'adamw'"):
         route(Body(), undecided="muon")
     with pytest.raises(TypeError, match=r"give these to route\(model, .*undecided='adamw'"):
         MuonW(route(Body(fc=nn.Linear(D, D))), undecided="adamw")

@@ -1,4 +1,4 @@
-"""The conversion itself, parameter by parameter; `muonkit.convert` says of what."""
+"""The conversion itself, parameter by parameter; `muonkit.convert` has the overview."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from muonkit._text import unknown
 from muonkit.convert.formats import FORMATS, Format
 from muonkit.convert.match import Parameter, named_of, positions_of, read_all, refuse
 from muonkit.convert.values import same, written_parameter
 from muonkit.groups import parameter_names
 from muonkit.optim import Muon
-from muonkit.options import OF_ALGORITHM, STRUCTURE
+from muonkit.options import OF_ALGORITHM, STRUCTURE, unspelled
 from muonkit.views import blocks_of
 
 __all__ = ["FORMATS", "Exported", "Imported", "from_muonkit", "joined", "to_muonkit"]
@@ -85,7 +86,7 @@ def to_muonkit(
             a `Muon` with their groups, in their order, so that their schedulers' states fit too.
             A group is split where its parameters need different views or learning rates here
             (where their scale of a shape is not ours, the learning rate makes up for it).
-        hyperparameters: take these over into `optimizer` too; False leaves its own.
+        hyperparameters: take these over into `optimizer` too; False leaves those that it has.
         **options: other arguments of `Muon` for the one that is made: process_group, zero,
             ns_dtype, ... and ns_coefficients, where theirs are not those that their class has by
             default.
@@ -142,10 +143,10 @@ def from_muonkit(
     problems: list[str] = []
     groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
     for place, (group, kept) in enumerate(groups):
-        names = parameter_names(group)
+        names, own = parameter_names(group), unspelled(kept, group)
         for name, p, key in zip(names, group["params"], kept["params"], strict=True):
             try:
-                read = written_parameter(form, p, kept, saved["state"].get(key) or {})
+                read = written_parameter(form, p, own, saved["state"].get(key) or {})
             except ValueError as error:
                 problems.append(f"{name}: {error}")
                 continue
@@ -180,7 +181,7 @@ def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; it is one of {', '.join(map(repr, FORMATS))}")
+        raise ValueError(unknown("format", name, FORMATS))
     return FORMATS[name]
 
 

@@ -1,4 +1,4 @@
-"""What others' Muons keep and what their options are called: one entry of `FORMATS` for each.
+"""How other Muons name their options and state: one entry of `FORMATS` for each of them.
 
 Every entry was read from the source that it names. The momentum of a format is an average,
 M <- lerp(M, G, 1 - mu), or a sum, M <- mu M + G, which is 1 / (1 - mu) times the average: also with

@@ -46,10 +46,10 @@ class Named:
             self.by_name.setdefault(plain, p)
 
     def find(self, item: Any) -> str:
-        """The name of what stands in a list of parameters.
+        """The model's name of an entry in a list of parameters (a tensor or a name).
 
         Raises:
-            ValueError: the model has it not.
+            ValueError: the model does not have it.
         """
         p = item[1] if isinstance(item, tuple) and len(item) == 2 else item
         if isinstance(p, str):
@@ -96,7 +96,7 @@ def positions_of(
 
 
 def _in_order(saved: Mapping[str, Any], items: Any) -> list[Any]:
-    """What the keys in the groups of a state dict stand for, one for each."""
+    """The parameters that the keys in a state dict's groups stand for, one for each key."""
     groups = saved["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     if keys and all(isinstance(key, str) for key in keys):
@@ -129,7 +129,7 @@ def _flat(items: Any) -> list[Any]:
 def read_all(
     form: Format, sources: Sequence[tuple[Mapping[str, Any], list[Any]]], named: Named
 ) -> list[Parameter]:
-    """What every parameter of theirs has here.
+    """Every parameter of the other optimizer, converted.
 
     Raises:
         ValueError: all that does not fit.
@@ -176,10 +176,10 @@ def _in_their_order(
     items: list[Any],
     named: Named,
 ) -> list[Any]:
-    """The parameters of a group as its optimizer had them, who may have sorted what it was given.
+    """The parameters of a group in the order that its optimizer had, which may have sorted them.
 
-    The shapes of its state decide: where those fit both ways, both orders are the same, since the
-    sort keeps the order of what has one size.
+    The shapes of the state decide. Where they fit both orders, the two orders are the same, since
+    the sort keeps the order of parameters of one size.
     """
     if not form.by_size:
         return items

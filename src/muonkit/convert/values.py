@@ -1,7 +1,7 @@
 """One parameter's options and state, from a format to ours and back.
 
-What has no counterpart is a note; what makes no sense is a ValueError that says it of "it", the
-parameter, whose name the caller puts before.
+A value without a counterpart becomes a note. A value that makes no sense is a ValueError that
+speaks of the parameter as "it": the caller puts the name before.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from muonkit._text import unknown
 from muonkit.groups import MOMENTUM, STEP, VARIANCE, state_shapes
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, resolve
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
@@ -26,26 +27,26 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEDULERS", "Read", "read_parameter", "same", "written_parameter"]
 
-# What torch's schedulers leave in a group: learning rates, and values of other options.
+# Keys that torch's schedulers leave in a group: learning rates, and values of other options.
 _RATES = ("initial_lr", "max_lr", "min_lr", "base_lr")
 SCHEDULERS = (*_RATES, "max_momentum", "base_momentum")
 
-# What a group of ours has that theirs cannot say, and the value at which that is no loss.
+# Our options that other formats do not have -> the value at which nothing is lost.
 _OUR_NEUTRAL = {"maximize": False, "cautious": False, "variant": "plain"}
 _MOMENTS = {"exp_avg": "AdamW's first moment", "exp_avg_sq": "AdamW's second moment"}
 
 
 @dataclass(frozen=True)
 class Read:
-    """What one parameter has on the side that it goes to.
+    """One parameter's options and state after the conversion.
 
     Attributes:
-        side: the format's.
-        options: of its group.
-        state: its own; empty where it was never trained.
+        side: the key of its side in the format's `sides`.
+        options: its group's options.
+        state: its state; empty where it was never trained.
         schedule: what a scheduler left in its group.
-        view: ours; None for AdamW.
-        steps: taken so far, as far as they are counted.
+        view: muonkit's view of it; None for AdamW.
+        steps: steps taken so far, as far as they are counted.
         notes: what was not carried.
     """
 
@@ -75,7 +76,7 @@ def same(one: Any, other: Any) -> bool:
 def read_parameter(
     form: Format, p: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> Read:
-    """What a parameter has here that had `group` and `entry` there.
+    """Convert a parameter's options (`group`) and state (`entry`) from the format to muonkit's.
 
     Raises:
         ValueError: an algorithm that is not here, a shape that cannot be trained there, a key that
@@ -83,8 +84,8 @@ def read_parameter(
     """
     name = form.side_of(group, entry)
     if name not in form.sides:
-        known = ", ".join(form.sides)
-        raise ValueError(f"it is trained by {name!r} there, and what is converted is {known}")
+        told = unknown("algorithm", name, form.sides)
+        raise ValueError(f"it is trained by {name!r} there: {told}")
     side, notes = form.sides[name], list[str]()
     group = form.prepare(name, group)
     options = _read_options(form, side, group, notes)
@@ -125,9 +126,8 @@ def _read_options(
         if form.scale_key not in group:
             lacks.append(form.scale_key)
         elif group[form.scale_key] not in form.scales:
-            raise ValueError(
-                f"its group has the unknown {form.scale_key}={group[form.scale_key]!r}"
-            )
+            what = f"{form.scale_key} in its group"
+            raise ValueError(unknown(what, group[form.scale_key], form.scales))
     if lacks:
         raise ValueError(f"its group lacks {', '.join(lacks)}: it is no group of this format")
     if side.algorithm == "muon":
@@ -148,7 +148,7 @@ def _lr_factor(
     view: str,
     notes: list[str],
 ) -> float:
-    """Our scale of a parameter over theirs; of its first block, where the blocks differ in that."""
+    """muonkit's scale of a parameter over the format's; for its first block, if blocks differ."""
     given, named = form.scale(theirs, shape), form.scales[theirs]
     if given is None and named == ours:
         return 1.0
@@ -233,7 +233,7 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
 def written_parameter(
     form: Format, p: Tensor, group: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> Read:
-    """What a parameter of ours has there.
+    """Convert a parameter's options and state from muonkit's to the format.
 
     Raises:
         ValueError: a shape that cannot be trained there, a state that lies on several ranks.

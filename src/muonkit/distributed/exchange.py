@@ -58,7 +58,7 @@ T = TypeVar("T", covariant=True)
 
 
 class Pending(Generic[T]):
-    """What exchanges deliver: `wait` completes them and returns it.
+    """The value that exchanges deliver: `wait` completes them and returns the value.
 
     Until then nobody may write to what is sent, or read what is received.
 
@@ -81,7 +81,7 @@ class Pending(Generic[T]):
 
 
 class Exchange:
-    """One exchange on its way."""
+    """One exchange that has been started."""
 
     def __init__(self, work: Work | None, buffers: tuple[Tensor, ...], arrived: Sequence[Any]):
         self._work = work
@@ -126,8 +126,8 @@ def move(
     Args:
         outgoing: (position, tensor), ascending; what is for this rank itself is copied at once.
         incoming: (position, tensor to write into), ascending, in the sender's order.
-        dtype: on the way; the tensors' own are cast. What stays here is rounded to it too: copies
-            of one tensor have to be equal on all ranks.
+        dtype: in which elements travel; tensors of other dtypes are cast. What stays on this rank
+            is rounded to it too: copies of one tensor have to be equal on all ranks.
         together: False where no rank sends anything, and there is nothing to wait for.
         chunk: (k, n): only the k-th of n chunks, by who sends to whom; with the first one goes what
             stays on this rank.
@@ -276,7 +276,8 @@ def _difference(
                 return "the order", _told("the order of parameters", names, ranks)
     for number in range(max(map(len, orders))):
         here = {order[number] for order in orders if number < len(order)}
-        # What some ranks have not goes first, for it moves what comes after it; a refusal is why.
+        # A name that some ranks lack goes first, since it shifts all that follow; a refusal is the
+        # cause of such a shift, and goes before it.
         for name in sorted(here, key=lambda n: (n != _STEP, all(n in t for t in tables), n)):
             said = [table.get(name, "nothing") for table in tables]
             if len(set(said)) > 1:
@@ -297,7 +298,7 @@ def _told(what: str, said: Sequence[str], ranks: Sequence[int]) -> str:
 
 
 def run_overlapped(tasks: Sequence[Iterator[None]], depth: int) -> None:
-    """Run tasks that pause while something they sent is on its way.
+    """Run tasks that pause while something they sent has not arrived.
 
     Up to `depth` of them are under way at once; the order in which they go on is the same on every
     rank.

@@ -6,15 +6,24 @@ This is where placements, plain arithmetic, meet torch.distributed.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from muonkit._torch import local_tensor, root_mesh, strided_shard, timeout_of
-from muonkit.distributed.exchange import Domain
+from muonkit._torch import local_tensor, root_mesh, strided_shard
+from muonkit.distributed.meshes import (
+    axis_of_group,
+    group_of,
+    is_cut_from,
+    listed,
+    make_domain,
+    mesh_of_group,
+    other_ranks,
+    ranks_of,
+    whole_mesh,
+)
 from muonkit.distributed.param_layout import Layout, cuts_experts_only, with_state
 from muonkit.distributed.placement import Axis, Placement, replicated
 from muonkit.groups import parameter_names
@@ -25,14 +34,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from muonkit.distributed.exchange import Domain
+
 __all__ = [
     "Layouts",
     "dtensor_placements",
     "is_a_part",
     "is_dtensor",
-    "listed",
     "local",
-    "other_ranks",
 ]
 
 
@@ -52,11 +61,11 @@ class Layouts:
     def __init__(self, process_group: Any = None, zero: int = 0) -> None:
         if zero not in (0, 1) or isinstance(zero, bool):
             raise ValueError(
-                f"zero should be 0 (state on every rank that has the parameter) or 1 (shared out), "
+                f"zero should be 0 (state on every rank that has the parameter) or 1 (sharded), "
                 f"but is: {zero!r}; parameters are sharded by fully_shard, gradients by "
                 "muonkit.ddp_reduce_scatter_hook"
             )
-        group = _group_of(process_group)
+        group = group_of(process_group)
         self._asked = group is not None
         self.group: ProcessGroup | None = None if group is None or group.size() == 1 else group
         self.zero: int = zero
@@ -64,7 +73,7 @@ class Layouts:
         self._ranks: list[int] = []
         self.scattered = False  # whether gradients are averaged only on the ranks with the state
         self.averaged: dict[Tensor, Any] = {}  # what ddp_reduce_scatter_hook knows of gradients
-        self.mesh: DeviceMesh | None = None  # of all DTensors: the others' are cut from it
+        self.mesh: DeviceMesh | None = None  # the mesh of which all DTensors' meshes are part
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
         # For a parameter and its variant, see `state.check_parts`.
@@ -94,7 +103,7 @@ class Layouts:
         """Find the parameters' layouts.
 
         Raises:
-            ValueError: an unsupported placement, or another set of ranks than the others'.
+            ValueError: an unsupported placement, or a parameter on other ranks than the rest.
         """
         named = [
             (name, p, group)
@@ -103,11 +112,11 @@ class Layouts:
         ]
         meshes = [p.device_mesh for _, p, _ in named if is_dtensor(p)]
         if self.mesh is None and meshes:
-            self.mesh = _whole_mesh(meshes, self.group)
+            self.mesh = whole_mesh(meshes, self.group)
         for name, p, group in named:
             if is_dtensor(p):
                 self._keep(p, _of_dtensor(self, name, p, group))
-        for _, p, _ in named:  # these may lie on the others' mesh
+        for _, p, _ in named:  # these may lie on the DTensors' mesh
             if not is_dtensor(p):
                 self._keep(p, _of_plain(self, p))
         if self.zero and self.domain is None and not self._asked and other_ranks():
@@ -126,7 +135,7 @@ class Layouts:
     ) -> None:
         """Make these the optimizer's ranks, or see that they are."""
         if self.domain is None:
-            self.domain = _make_domain(group, ranks, device)
+            self.domain = make_domain(group, ranks, device)
             self._ranks = sorted(ranks)
         elif sorted(ranks) != self._ranks:
             raise ValueError(
@@ -138,7 +147,7 @@ class Layouts:
     def positions(self, mesh: DeviceMesh) -> range | tuple[int, ...]:
         """The positions of the mesh's ranks, in row-major order."""
         order = {rank: position for position, rank in enumerate(self._ranks)}
-        positions = tuple(order[rank] for rank in _ranks(mesh))
+        positions = tuple(order[rank] for rank in ranks_of(mesh))
         together = range(len(positions))
         return together if positions == tuple(together) else positions
 
@@ -164,11 +173,11 @@ class Layouts:
             return self.domain.size
         placement = layout.state_placement if self.scattered or of_state else layout.param_placement
         copies = math.prod(placement.mesh[axis] for axis in placement.copies())
-        # Each of as many meshes as its own as there is room for has all of it.
+        # A parameter whose mesh is a part of the ranks is there once in each such part.
         return copies * (self.domain.size // len(placement.positions))
 
     def part(self, p: Tensor, tensor: Tensor) -> Tensor:
-        """What this rank's state is for, of the parameter or its gradient; a view of its memory."""
+        """The part of a parameter, or of its gradient, for which this rank keeps state; a view."""
         layout = self._layouts.get(p)
         mine = local(tensor)
         if layout is None or layout.state_placement == layout.param_placement:
@@ -206,12 +215,6 @@ def local(tensor: Tensor) -> Tensor:
     return local_tensor(tensor)
 
 
-def other_ranks() -> bool:
-    """Whether this process is one of several."""
-    dist = torch.distributed
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -> Layout:
     own, full = p.device_mesh, layouts.mesh
     axes = tuple(_axis(name, placement) for placement in p.placements)
@@ -219,23 +222,25 @@ def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -
     if full.size() == 1:
         return _alone(name, p, axes)
     implied: tuple[int, ...] = ()
-    if own != full and not _is_cut_from(own, full):
+    if own != full and not is_cut_from(own, full):
         root = root_mesh(own)
         # The others may be on an axis made by flattening this one's among others.
-        if _is_cut_from(own, root) and set(_ranks(root)) == set(_ranks(full)):
+        if is_cut_from(own, root) and set(ranks_of(root)) == set(ranks_of(full)):
             full = root
-    if own != full and _is_cut_from(own, full):
+    if own != full and is_cut_from(own, full):
         named = dict(zip(own.mesh_dim_names, axes, strict=True))
         axes = tuple(named.get(axis, Axis(None)) for axis in full.mesh_dim_names or ())
         implied = tuple(i for i, axis in enumerate(full.mesh_dim_names or ()) if axis not in named)
     elif own != full:
-        if set(_ranks(own)) != set(_ranks(full)) and _needs_nobody(axes, p, group, layouts.zero):
+        if set(ranks_of(own)) != set(ranks_of(full)) and _needs_nobody(
+            axes, p, group, layouts.zero
+        ):
             return _alone(name, p, axes)
         full = own
     layouts.enter(
-        name, full.get_group() if full.ndim == 1 else None, _ranks(full), full.device_type
+        name, full.get_group() if full.ndim == 1 else None, ranks_of(full), full.device_type
     )
-    axis = _axis_of_group(full, layouts.group)
+    axis = axis_of_group(full, layouts.group)
     given = () if axis is None or axes[axis].dim is not None else (axis,)
     implied = tuple(i for i in implied if i not in given)
     assert layouts.domain is not None
@@ -258,7 +263,7 @@ def _alone(name: str, p: Any, axes: Sequence[Axis]) -> Layout:
     """On the ranks of the parameter's own mesh, counted in its order."""
     mesh = p.device_mesh
     placement = _placed(mesh, axes, range(mesh.size()))
-    at = _ranks(mesh).index(torch.distributed.get_rank())
+    at = ranks_of(mesh).index(torch.distributed.get_rank())
     _check_parts(name, p, placement, at)
     return Layout(placement, placement, mesh=mesh, at=at, alone=True)
 
@@ -275,7 +280,7 @@ def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
     if group is None:
         return None
     ranks = torch.distributed.get_process_group_ranks(group)
-    axis = None if mesh is None else _axis_of_group(mesh, group)
+    axis = None if mesh is None else axis_of_group(mesh, group)
     implied: tuple[int, ...] = ()
     if mesh is not None and axis is not None:
         sizes = tuple(mesh.shape)
@@ -287,7 +292,7 @@ def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
     assert layouts.domain is not None
     at = layouts.domain.position
     layout = with_state(placement, tuple(p.shape), layouts.zero, (axis,), implied)
-    mesh = (mesh or _mesh_of_group(group, p.device.type)) if layouts.zero else None
+    mesh = (mesh or mesh_of_group(group, p.device.type)) if layouts.zero else None
     return layout._replace(mesh=mesh, at=at)
 
 
@@ -319,7 +324,7 @@ def _check_parts(name: str, p: Any, placement: Placement, at: int) -> None:
 
 
 def dtensor_placements(axes: Sequence[Axis]) -> list[Any]:
-    """The same in DTensor's words: the inverse of reading them."""
+    """DTensor's placements for these axes: the inverse of `_axis`."""
     from torch.distributed.tensor import Replicate, Shard
 
     return [
@@ -342,170 +347,3 @@ def _as_dtensor(
     return DTensor.from_local(
         own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-
-
-def _group_of(given: Any) -> ProcessGroup | None:
-    if given is None:
-        return None
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if isinstance(given, DeviceMesh):
-        if given.ndim != 1:
-            raise ValueError(
-                f"process_group got a mesh of {given.ndim} axes {given.mesh_dim_names}: give the "
-                'axis over which parameters are repeated, as mesh["dp"]'
-            )
-        given = given.get_group()
-    if not isinstance(given, torch.distributed.ProcessGroup):
-        raise TypeError(
-            "process_group should be a torch.distributed.ProcessGroup or a 1-D DeviceMesh that "
-            f"this rank belongs to, got {given!r:.80}; the group of all ranks is "
-            "torch.distributed.group.WORLD, after init_process_group"
-        )
-    return given
-
-
-def _whole_mesh(meshes: Sequence[DeviceMesh], group: ProcessGroup | None) -> DeviceMesh:
-    """The mesh that the others are cut from, with the process group's axis.
-
-    Raises:
-        ValueError: the process group is no axis of it.
-    """
-    full = max(meshes, key=lambda mesh: mesh.size())
-    root = root_mesh(full)
-    if group is not None and _axis_of_group(full, group) is None:
-        axis = _axis_of_group(root, group)
-        if axis is None or not root.mesh_dim_names:
-            ranks = torch.distributed.get_process_group_ranks(group)
-            raise ValueError(
-                f"parameters are on {full}, of which process_group (ranks {listed(ranks)}) is no "
-                "axis, nor of the mesh that it was cut from: make one mesh with named axes, "
-                'init_device_mesh(..., mesh_dim_names=("dp", "tp")), shard over mesh["tp"], and '
-                'pass process_group=mesh["dp"]; or leave process_group out if the placements say '
-                "all (fully_shard, TP alone)"
-            )
-        name = root.mesh_dim_names[axis]
-        whole = _union(root, [full], {name})
-        if _axis_of_group(whole, group) is None:
-            raise ValueError(
-                f"parameters are on {full}, which was flattened, or cut from another mesh than the "
-                f"process group's axis {name!r}: give the mesh that they are sharded over its own "
-                "axis in init_device_mesh"
-            )
-        full = whole
-    outside = [m for m in meshes if m != full and not _is_cut_from(m, full)]
-    same_root = [m for m in outside if root_mesh(m) == root and m.mesh_dim_names]
-    if same_root and len(same_root) == len(outside):
-        return _union(root, [full, *outside], set())
-    return full
-
-
-def _union(root: DeviceMesh, meshes: Sequence[DeviceMesh], more: set[str]) -> DeviceMesh:
-    """The part of the root that has all axes of these meshes; the first mesh if it has not them."""
-    names = root.mesh_dim_names or ()
-    wanted = more.union(*(mesh.mesh_dim_names or () for mesh in meshes))
-    if not wanted <= set(names):
-        return meshes[0]
-    kept = tuple(name for name in names if name in wanted)
-    return root if len(kept) == len(names) else root[kept]
-
-
-def _is_cut_from(mesh: DeviceMesh, full: DeviceMesh) -> bool:
-    names, others = mesh.mesh_dim_names, full.mesh_dim_names
-    return (
-        names is not None
-        and others is not None
-        and set(names) <= set(others)
-        and root_mesh(mesh) == root_mesh(full)
-    )
-
-
-def _ranks(mesh: DeviceMesh) -> list[int]:
-    ranks: list[int] = mesh.mesh.flatten().tolist()
-    return ranks
-
-
-def _axis_of_group(mesh: DeviceMesh, group: ProcessGroup | None) -> int | None:
-    """The mesh axis whose ranks, from this rank's place, are the group's."""
-    if group is None:
-        return None
-    ranks = torch.distributed.get_process_group_ranks(group)
-    for axis in range(mesh.ndim):
-        if torch.distributed.get_process_group_ranks(mesh.get_group(axis)) == ranks:
-            return axis
-    return None
-
-
-_meshes: dict[tuple[ProcessGroup, str], DeviceMesh] = {}
-
-
-def _mesh_of_group(group: ProcessGroup, device: str) -> DeviceMesh:
-    """One mesh for each group: DTensors on two equal ones would not be on the same."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if (group, device) not in _meshes:
-        _meshes[group, device] = DeviceMesh.from_group(group, device)
-    return _meshes[group, device]
-
-
-_groups: dict[tuple[Any, ...], ProcessGroup] = {}
-
-
-def _make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) -> Domain:
-    dist = torch.distributed
-    if group is None or dist.get_process_group_ranks(group) != sorted(ranks):
-        group = _new_group(sorted(ranks))
-    backend = dist.get_backend(group)
-    # gloo moves tensors of other devices for some collectives only.
-    device = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else device
-    # A rank that skips a step would meet DDP's or FSDP's own collectives in the group that these
-    # use, and gloo ends a process that receives what it does not expect. Backends that only
-    # pretend have no others to meet.
-    control = group
-    if backend not in _PRETENDING and dist.is_gloo_available():
-        control = _new_group(sorted(ranks), "gloo", timeout_of(group))
-    where = torch.device(device)
-    if device != "cpu":
-        where = torch.device(device, torch.accelerator.current_device_index())
-    return Domain(group, group.rank(), group.size(), where, control, _ranks_per_node(control))
-
-
-# torch's backends for tests: one process that stands for many, or threads.
-_PRETENDING = ("fake", "threaded")
-
-
-_nodes: dict[ProcessGroup, int] = {}
-
-
-def _ranks_per_node(control: ProcessGroup) -> int:
-    """As torchrun told the first rank; all ranks are on one node where nobody did.
-
-    One rank's answer for all of them: on nodes of unequal size each has its own, and they would
-    plan different steps. It is asked for once: what one rank alone settles anew (a layer that it
-    unfroze) is for `check_ranks_agree` to tell.
-    """
-    if control not in _nodes:
-        node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)))
-        torch.distributed.broadcast(node, group=control, group_src=0)
-        _nodes[control] = int(node)
-    return _nodes[control]
-
-
-def _new_group(ranks: list[int], backend: str | None = None, timeout: Any = None) -> ProcessGroup:
-    """A group of these ranks; all of them, and nobody else, have to call this."""
-    dist = torch.distributed
-    world = dist.group.WORLD
-    assert world is not None
-    if backend is None and dist.get_process_group_ranks(world) == ranks:
-        return world
-    timeout = timeout or timeout_of(world)
-    key = (world, *ranks, backend, timeout)
-    if key not in _groups:
-        _groups[key] = dist.new_group(
-            ranks, timeout=timeout, backend=backend, use_local_synchronization=True
-        )
-    return _groups[key]
-
-
-def listed(ranks: Sequence[int]) -> str:
-    return f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"

@@ -53,7 +53,7 @@ def cheaper_repeated(
 
     Args:
         flops: of all matrices.
-        size: their bytes on the way.
+        size: bytes that all matrices have when they travel.
     """
     copies = 1
     for axis in axes:

@@ -166,9 +166,9 @@ def _fill(
 
 
 def _weights(tensor: PlannedTensor, box: Box, owner: int) -> tuple[int, int]:
-    """The size of a box, which its owner has whole, and of the largest part of it that a rank
-    stores. Both are the same for every owner of the box. (The buffers from which an owner sends to
-    all others are not counted: they are filled and sent in chunks.)
+    """The number of elements of a box, all of which its owner receives, and of the largest part of
+    it that a rank stores. Both are the same for every owner of the box. (The buffers from which an
+    owner sends to all others are not counted: they are filled and sent in chunks.)
     """
     way = Direction(tensor.param_placement, tensor.shape, box, tensor.repeat)
     sizes = way.sizes(tensor.param_placement.where(owner, tensor.repeat)).values()

@@ -86,7 +86,7 @@ class Placement(NamedTuple):
         return self.positions[index]
 
     def box(self, shape: tuple[int, ...], position: int) -> Box:
-        """What the rank at this position stores of a tensor of this shape; may be empty.
+        """The box of a tensor of this shape that the rank at this position stores; may be empty.
 
         Raises:
             ValueError: it is more than one rectangle.
@@ -110,7 +110,7 @@ class Placement(NamedTuple):
         return tuple(map(_total, self.runs(shape, position)))
 
     def parts(self, shape: tuple[int, ...], position: int, box: Box) -> tuple[Box, ...]:
-        """What the rank at this position stores of a box, in ascending order."""
+        """The parts of a box that the rank at this position stores, in ascending order."""
         found = []
         for (start, stop), runs in zip(box, self.runs(shape, position), strict=True):
             clipped = [(max(a, start), min(b, stop)) for a, b in runs]
@@ -118,7 +118,7 @@ class Placement(NamedTuple):
         return tuple(itertools.product(*found))
 
     def slices(self, shape: tuple[int, ...], position: int, box: Box) -> tuple[slice, ...]:
-        """What cuts a box, one of its `parts`, out of the tensor that this rank stores."""
+        """The index of a box, one of its `parts`, in the tensor that this rank stores."""
         runs = self.runs(shape, position)
         return tuple(_slice((interval,), some) for interval, some in zip(box, runs, strict=True))
 
@@ -137,7 +137,7 @@ class Placement(NamedTuple):
     def slices_within(
         self, outer: Placement, shape: tuple[int, ...], position: int
     ) -> tuple[slice, ...]:
-        """What cuts all that this rank stores here out of what it stores there, `outer`."""
+        """The index, in the tensor that this rank stores under `outer`, of what it stores here."""
         runs = zip(self.runs(shape, position), outer.runs(shape, position), strict=True)
         return tuple(_slice(inner, some) for inner, some in runs)
 
@@ -246,7 +246,7 @@ def _finer(inner: Placement, outer: Placement, length: int, dim: int) -> bool:
 
 
 def intersection(one: Box, other: Box) -> Box | None:
-    """What both contain; None if that is nothing."""
+    """The box that both contain; None if they have no element in common."""
     box = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return box if all(start < stop for start, stop in box) else None
 
@@ -262,7 +262,7 @@ def box_size(box: Box) -> int:
 
 
 def _slice(inner: Runs, outer: Runs) -> slice:
-    """Where a dim has these runs, if it has the outer ones one after the other.
+    """The slice of the inner runs in a dim that has the outer runs one after the other.
 
     Raises:
         ValueError: they do not follow one another there.
@@ -291,7 +291,7 @@ def _parts(runs: Runs) -> str:
 
 
 def slices(box: Box, inside: Box) -> tuple[slice, ...]:
-    """What cuts `box` out of a tensor that holds the box `inside`."""
+    """The index of `box` in a tensor that holds the box `inside`."""
     return tuple(
         slice(start - origin, stop - origin)
         for (start, stop), (origin, _) in zip(box, inside, strict=True)
@@ -383,7 +383,7 @@ def _along(placement: Placement, length: int, dim: int) -> dict[tuple[int, ...],
 
 @functools.lru_cache(maxsize=4096)
 def _intervals(length: int, cuts: tuple[tuple[int, int], ...]) -> dict[tuple[int, ...], Runs]:
-    """What each combination of coordinates along the cutting axes stores of `range(length)`."""
+    """The intervals of `range(length)` for each combination of coordinates along these axes."""
     runs: dict[tuple[int, ...], list[Interval]] = {(): [(0, length)] if length else []}
     for size, split in cuts:
         runs = {
@@ -395,7 +395,7 @@ def _intervals(length: int, cuts: tuple[tuple[int, int], ...]) -> dict[tuple[int
 
 
 def _cut(runs: list[Interval], size: int, split: int) -> list[list[Interval]]:
-    """What each of `size` ranks gets of these runs: the i-th part of each of `split` parts."""
+    """The runs that each of `size` ranks gets: the i-th part of each of `split` parts."""
     total = sum(stop - start for start, stop in runs)
     outer = -(-total // split)
     parts: list[list[Interval]] = [[] for _ in range(size)]

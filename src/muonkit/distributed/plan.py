@@ -43,7 +43,7 @@ class Transfer(NamedTuple):
 
 
 class Transfers(NamedTuple):
-    """One rank's part of an exchange: what it sends, and what it receives, its own included.
+    """One rank's part of an exchange: what it sends and receives, to and from itself included.
 
     Both are in order of positions, and for each position in order of assignments: the order in
     which the other side has it too.
@@ -60,10 +60,10 @@ class Traffic(NamedTuple):
         flops: of the products.
         matrices: orthogonalized.
         owned: elements of the matrices that it owns.
-        sent_in: bytes on the way to the owners.
-        received_in: the same, at the owners.
-        sent_out: bytes on the way back.
-        received_out: the same, where the parameters are stored.
+        sent_in: bytes sent to the owners.
+        received_in: bytes received by the owners.
+        sent_out: bytes sent by the owners.
+        received_out: bytes received by the ranks that store the parameters.
     """
 
     flops: list[int]
@@ -88,9 +88,9 @@ class Plan(NamedTuple):
         ranks: how many positions there are.
         tensors, matrices: what is planned for.
         buckets: assignments that are exchanged together, in order.
-        itemsize: bytes per element on the way.
-        state_itemsize: the same of the variant's state.
-        inward: whether there is a way to the owners; False where they have all they need.
+        itemsize: bytes per element when it travels; 0 where nothing does.
+        state_itemsize: bytes per element of the variant's state.
+        inward: whether anything is sent to the owners; False for AdamW's parameters.
     """
 
     ranks: int
@@ -154,7 +154,7 @@ class Plan(NamedTuple):
         )
 
     def _way(self, matrix: int, inward: bool, state: bool) -> Direction:
-        """How a matrix, or the variant's state that belongs to it, goes to its owner or back."""
+        """The direction of a matrix, or of its variant's state: to the owner, or back."""
         number, box, _, state_box = self.matrices[matrix]
         tensor = self.tensors[number]
         shape, place = tensor.shape, tensor.state_placement if inward else tensor.param_placement
@@ -193,7 +193,7 @@ class Plan(NamedTuple):
         return any(tensor.variant_placement is not None for tensor in self.tensors)
 
     def traffic(self, node: int = 1) -> Traffic:
-        """What the step costs each rank, the variant's state included.
+        """The costs of the step for each rank, those of the variant's state included.
 
         Args:
             node: ranks in a node; bytes are counted that go from one node to another, by default
@@ -279,7 +279,7 @@ class StepPlan(NamedTuple):
     counts: tuple[int, ...]
 
     def traffic(self, node: int = 1) -> Traffic:
-        """What the step costs each rank; bytes between nodes of so many ranks only."""
+        """The costs of the step for each rank, as `Plan.traffic`."""
         total = Traffic(*([0] * self.ranks for _ in Traffic._fields))
         for plan, count in zip(self.plans, self.counts, strict=True):
             for sums, figures in zip(total, plan.traffic(node), strict=True):
@@ -288,7 +288,7 @@ class StepPlan(NamedTuple):
         return total
 
     def messages(self, position: int) -> dict[str, dict[int, int]]:
-        """What the rank at this position sends: bytes to each other one, by direction:
+        """The bytes that the rank at this position sends to each other rank, by direction:
         "to_owners", "to_params" (the variant's state included), and "adamw" (the parameters
         themselves).
         """

@@ -27,7 +27,7 @@ _CAP_ELSEWHERE = 256 * 2**20
 _FLOPS_OF_A_LAUNCH = {"cpu": 10**8}
 _FLOPS_OF_A_LAUNCH_ELSEWHERE = 10**9
 
-# Of more shapes than this none are joined: looking at all pairs again and again takes seconds.
+# With more shapes than this none are joined: looking at all pairs again and again takes seconds.
 _MOST_CLASSES = 40
 
 # FLOPs that take as long as moving one element into a padded batch and out of it again.

@@ -34,14 +34,14 @@ __all__ = [
 
 
 class ParamToPlan(NamedTuple):
-    """What the planner knows of a parameter.
+    """A parameter as the planner knows it.
 
     Attributes:
         name: for messages.
         shape: the logical one.
         layout: where it and its state lie.
         kind: what must be equal for two parameters to travel together: their dtypes.
-        itemsize: bytes per element on the way.
+        itemsize: bytes per element when it travels.
         state_itemsize: bytes per element of the variant's state.
         has_grad: False for a parameter that this step leaves as it is. If its matrices are computed
             where they lie it counts nevertheless: the owners of others may not depend on which
@@ -104,7 +104,7 @@ class PlannedParams(NamedTuple):
 
 
 class PlannedGroup(NamedTuple):
-    """What one group's part of a step is.
+    """One group's part of a step.
 
     Attributes:
         own: indices of the parameters that are computed where they are.
@@ -182,8 +182,8 @@ def _is_own(group: GroupToPlan, param: ParamToPlan) -> bool:
 
 
 def _own(ranks: int, group: GroupToPlan, loads: list[int]) -> Plan:
-    """What every rank computes where it is. Without what lies on other ranks than these: only some
-    of them know of that.
+    """The plan of the matrices that are computed where they are. It leaves out parameters on other
+    ranks than these, of which only some ranks know.
     """
     indices = [
         index
@@ -197,7 +197,7 @@ def _own(ranks: int, group: GroupToPlan, loads: list[int]) -> Plan:
 def _shared(
     ranks: int, group: GroupToPlan, indices: tuple[int, ...], rates: Machine, loads: list[int]
 ) -> PlannedParams:
-    """What ranks compute for one another, of parameters of one kind."""
+    """The plan of parameters of one kind that ranks compute for one another."""
     tensors, matrices, blocks = _describe(group, indices)
     first = group.params[indices[0]]
     flops = [0] * len(tensors)
@@ -232,7 +232,7 @@ def _repeated_axes(
     `replicas` says, "auto" by cost. Where state is sharded, the work is divided too.
 
     Args:
-        flops, size: of all matrices of this layout; size in bytes on the way.
+        flops, size: of all matrices of this layout; the bytes that they have when they travel.
     """
     implied = layout.implied
     known = (*layout.given, *implied)

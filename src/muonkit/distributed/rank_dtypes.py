@@ -22,7 +22,7 @@ import torch
 
 from muonkit._compile import constant_result
 from muonkit._torch import default_store
-from muonkit.distributed.layout import listed
+from muonkit.distributed.meshes import listed
 from muonkit.groups import parameter_names
 from muonkit.newton_schulz.coefficients import resolve
 from muonkit.newton_schulz.dtypes import fastest_dtype

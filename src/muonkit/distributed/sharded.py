@@ -28,20 +28,20 @@ __all__ = ["ShardedGroup", "exchange_dtype", "state_dtype", "update_dtype"]
 
 
 def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
-    """What the update of a parameter is computed in, and travels in unless it is told otherwise."""
+    """The dtype in which the update of a parameter is computed, and by default exchanged."""
     most = torch.promote_types(p.dtype, torch.float32)
     dtype = computed_dtype(grad_dtype, momentum_dtype(group, p))
     return most if dtype.itemsize > most.itemsize else dtype
 
 
 def exchange_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
-    """What the update of a parameter travels in."""
+    """The dtype in which the update of a parameter is exchanged."""
     chosen = group["exchange_dtype"]
     return update_dtype(p, grad_dtype, group) if chosen == "auto" else getattr(torch, chosen)
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """What the variant's state travels in."""
+    """The dtype in which the variant's state is exchanged."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
@@ -151,8 +151,8 @@ class ShardedGroup:
         return self.plan.tensors[self.plan.matrices[matrix].tensor]
 
     def parts(self, matrix: int, where: str) -> list[_Part]:
-        """What this rank stores of a matrix: of the parameter ("param_placement"), or of the
-        momentum ("state_placement").
+        """The parts of a matrix that this rank stores: of the parameter ("param_placement"), or of
+        the momentum ("state_placement").
         """
         tensor, me = self.tensor(matrix), self.domain.position
         placement: Placement = getattr(tensor, where)
@@ -175,7 +175,11 @@ class ShardedGroup:
         return tensor[self._state_cuts[matrix, box]]
 
     def batches(self, entries: Mapping[int, LocalParam]) -> list[ShardedBatch]:
-        """Those of a step; entries by index in the group."""
+        """The batches of a step.
+
+        Args:
+            entries: by the parameters' indices in the group.
+        """
         return [ShardedBatch(self, bucket, entries) for bucket in self.buckets]
 
 
@@ -291,7 +295,7 @@ class ShardedBatch:
     def _state_transfers(
         self, transfers: Transfers, back: bool = False
     ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
-        """What is sent and received of the variance: to the owner, or `back` from it."""
+        """The pieces of the variance that are sent and received: to the owner, or `back`."""
         at_home, at_owner = (
             (transfers.recvs, transfers.sends) if back else (transfers.sends, transfers.recvs)
         )

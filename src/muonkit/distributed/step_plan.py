@@ -19,8 +19,8 @@ from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, state_dtype
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import flops_of, parameter_names, products_of
-from muonkit.options import OPTION_KEYS, PLANNING
-from muonkit.variants import VARIANTS
+from muonkit.options import OPTION_KEYS, PLANNING, spelled
+from muonkit.variants import variant_of
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ Present: TypeAlias = "Sequence[Mapping[int, Gradient]]"
 
 
 def gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = False) -> Present:
-    """What has a gradient now; or all that is trained, as if it had one of its own dtype."""
+    """The gradients that are there now; or one in its parameter's dtype for all that is trained."""
     if all_of_them:
         return [
             {i: Gradient(p.dtype) for i, p in enumerate(group["params"]) if p.requires_grad}
@@ -101,7 +101,7 @@ def options_to_compare(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str]
 
 
 def choices_to_compare(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """What this rank makes of options that leave a choice, or that no group has."""
+    """This rank's choices where options leave one, and options that no group has."""
     assert layouts.domain is not None
     device = layouts.domain.device
     compared = {"zero": str(layouts.zero), "the exchange's device": device.type}
@@ -120,13 +120,13 @@ def choices_to_compare(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> di
 
 
 def products_label(number: int) -> str:
-    """What the products of a group are called where ranks are compared."""
+    """The name under which ranks compare the products of a group."""
     return f"group {number}'s products"
 
 
 def _shown(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
-        return repr(value)
+        return repr(spelled(value) if callable(value) else value)
     # Reading it from another device would wait for all that is queued there.
     return repr(value.item()) if value.device.type == "cpu" else "a tensor"
 
@@ -193,7 +193,7 @@ class PlannedStep:
 
 
 def plan_alone(layouts: Layouts, groups: Sequence[dict[str, Any]], present: Present) -> StepPlan:
-    """What a step computes where no ranks share the parameters."""
+    """The plan of a step whose parameters no other rank shares."""
     to_plan = [_to_plan(layouts, groups, number, has) for number, has in enumerate(present)]
     plan, _ = plan_step(to_plan, machine("cpu", 1), ranks=1)
     return plan
@@ -231,7 +231,7 @@ def _to_plan(
         partial(_flops, group),
         _cap(domain, group["bytes_in_flight"]),
         group["replicas"],
-        VARIANTS[group["variant"]].state,
+        variant_of(group["variant"]).state,
     )
 
 
@@ -263,7 +263,7 @@ def _described(p: Tensor, layout: Layout, grad: Gradient | None) -> str:
 
 
 class Gather:
-    """AdamW's parameters of which every rank updates a part, and gets the others' from them."""
+    """AdamW's parameters of which every rank updates one part and receives the other parts."""
 
     def __init__(self, domain: Domain, group: Mapping[str, Any], shared: PlannedParams) -> None:
         self.domain, self.plan = domain, shared.plan
@@ -276,7 +276,7 @@ class Gather:
         ]
 
     def tasks(self) -> list[Iterator[None]]:
-        """The exchanges of a step, after this rank has updated its own parts."""
+        """The exchanges of a step, once this rank has updated its parts."""
         return [self._task(transfers, moves) for transfers, moves in self._transfers]
 
     def _task(self, transfers: Transfers, moves: bool) -> Iterator[None]:

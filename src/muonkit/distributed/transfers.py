@@ -62,11 +62,11 @@ class Matrix(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """One way of a matrix: between its owner and the ranks on which its parts lie.
+    """The way of a matrix between its owner and the ranks that store its parts, to or from them.
 
-    To the owner `axes` are those along which the momentum has copies: the copy that has the owner's
-    own place among them is sent. Back they are those along which the work is repeated: every owner
-    serves its own repetition.
+    On the way to the owner, `axes` are those along which the momentum is replicated: each owner
+    receives from the ranks of its own coordinates along them. On the way back they are those along
+    which the work is repeated: each owner sends to the ranks of its own repetition.
 
     Attributes:
         place: where the tensor lies whose box it is.
@@ -85,7 +85,7 @@ class Direction(NamedTuple):
         return [(position, piece.box) for piece in parts for position in piece.positions]
 
     def parts(self, position: int) -> tuple[Box, ...]:
-        """What the rank at this position has of the box."""
+        """The parts of the box that the rank at this position stores."""
         return self.place.parts(self.shape, position, self.box)
 
     def counts(self, position: int, owner: int) -> bool:
@@ -137,8 +137,8 @@ def alike(
 
 
 class _Extents:
-    """What matters of a box for how its parts lie: for each dim its length, and in which of the
-    intervals it is that the dim is cut in; where it is in several, from where to where.
+    """The features of a box on which the sizes of its parts depend: for each dim its length, and
+    the interval of the cut dim in which it lies; where it spans several, its start and stop.
 
     The intervals of a parameter are those of its momentum, or unions of them.
     """

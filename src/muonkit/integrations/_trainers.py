@@ -1,4 +1,4 @@
-"""What the trainers' integrations share: the optimizer in a wrapper, ZeRO-1's state at a save."""
+"""Shared by the trainers' integrations: unwrap the optimizer, consolidate ZeRO-1's state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm: "muonw" among its optimizers, for scripts that make theirs by name::
+"""timm: the name "muonw" for its optimizer factory, for scripts that make optimizers by name::
 
     from muonkit.integrations.timm import register
 
@@ -27,9 +27,10 @@ def register(registry: Any = None) -> None:
     """Add "muonw" to timm's registry of optimizers (or to another one of its class).
 
     timm gives an optimizer param groups, from which no model can be routed: from here on the
-    registry hands over the model's routes where "muonw" is asked for. What the groups would have
-    said is in them: the model's `no_weight_decay()`, `weight_decay_exclude_1d`, `layer_decay`
-    (which needs lr). betas and eps are AdamW's, and further keyword arguments are `MuonW`'s.
+    registry hands over the model's routes where "muonw" is asked for. The routes include what the
+    groups would have said: the model's `no_weight_decay()`, `weight_decay_exclude_1d`, and
+    `layer_decay` (which needs lr). betas and eps are AdamW's; further keyword arguments are for
+    `MuonW`.
     """
     from timm.optim import OptimInfo, _optim_factory
 

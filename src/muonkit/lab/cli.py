@@ -14,11 +14,15 @@ from typing import Annotated, Any
 import typer
 
 import muonkit
-from muonkit._text import shown
+from muonkit._text import one_of, shown
+from muonkit.distributed.machines import MACHINES
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.output import Console, any_stream, say
+from muonkit.lab.plan_layouts import LAYOUTS
+from muonkit.lab.shapes import MODELS
 from muonkit.lab.tasks import TASKS, Budget
+from muonkit.options import CHOICES, DEFAULTS
 from muonkit.scale import ROUTED
 
 app = typer.Typer(
@@ -28,6 +32,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+# What `muonkit plan` knows the size of an element of.
+DTYPES = [name for name in CHOICES["exchange_dtype"] if name != "auto"]
 
 _TASK_LIST = "\n".join(f"  {t.name:<11} {t.summary}; {t.budget}" for t in TASKS.values())
 _OPTIMIZER_LIST = "\n".join(f"  {o.name:<15} {o.summary}" for o in OPTIMIZERS.values())
@@ -77,13 +84,13 @@ Examples:
   muonkit route llama --rule '*.down_proj.weight=adamw'
 """
 
-_PLAN_HELP = """Predict what one optimizer step costs every rank of a mesh.
+_PLAN_HELP = f"""Predict what one optimizer step costs every rank of a mesh.
 
 FLOPs, bytes in and out, memory and time of muonkit's step, beside all-gather schemes and AdamW's
 ZeRO-1: from shapes and rates, nothing is measured. The optimizer's own planner makes the plan.
 
 \b
-Models:   gpt2-124m, llama-8b, llama-70b, qwen3-30b-a3b, deepseek-v3, kimi-k2; or your own:
+Models:   {", ".join(MODELS)}; or your own:
           package.module:factory, a Hugging Face model type or id, a config.json
 Mesh:     axes from left to right, neighbours in a node last: dp, fsdp (or shard), tp, ep; pp first
 Layouts:  by default what the axes say: dp is zero1; fsdp is fsdp; dp,fsdp is hsdp; tp is tp;
@@ -262,7 +269,11 @@ def route_command(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     adjust_lr_fn: Annotated[
-        str, typer.Option(metavar="NAME", help="The learning-rate scale to show.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"The learning-rate scale to show: {one_of(CHOICES['adjust_lr_fn'])}.",
+        ),
     ] = ROUTED,
     rule: Annotated[
         list[str] | None,
@@ -294,11 +305,12 @@ def plan_command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="ddp, zero1, fsdp, hsdp, tp, fsdp_tp, dp_tp_zero1 or ep "
-            "[default: what the mesh's axes say].",
+            help=f"{one_of(LAYOUTS)} [default: what the mesh's axes say].",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu: products and default rates.")] = "cuda",
+    device: Annotated[
+        str, typer.Option(help=f"{one_of(MACHINES)}: products and default rates.")
+    ] = "cuda",
     node: Annotated[int, typer.Option(min=1, help="Ranks in a node.")] = 8,
     flops: Annotated[
         float | None, typer.Option(min=1.0, metavar="RATE", help="Products, FLOP/s of a rank.")
@@ -313,15 +325,17 @@ def plan_command(
         float | None, typer.Option(min=1.0, metavar="RATE", help="Bytes/s of a rank's memory.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of parameters, gradients and state: float32 or bfloat16.")
+        str, typer.Option(help=f"Of parameters, gradients and state: {one_of(DTYPES)}.")
     ] = "float32",
     exchange_dtype: Annotated[
-        str, typer.Option(help="On the way between ranks: auto, float32 or bfloat16.")
-    ] = "auto",
-    variant: Annotated[str, typer.Option(help="plain, normuon or adamuon.")] = "plain",
+        str, typer.Option(help=f"On the way between ranks: {one_of(CHOICES['exchange_dtype'])}.")
+    ] = DEFAULTS["exchange_dtype"],
+    variant: Annotated[str, typer.Option(help=f"{one_of(CHOICES['variant'])}.")] = DEFAULTS[
+        "variant"
+    ],
     replicas: Annotated[
-        str, typer.Option(help="Copies by a placement: auto, recompute or split.")
-    ] = "auto",
+        str, typer.Option(help=f"Copies by a placement: {one_of(CHOICES['replicas'])}.")
+    ] = DEFAULTS["replicas"],
     tp: Annotated[
         list[str] | None,
         typer.Option(

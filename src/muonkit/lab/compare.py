@@ -260,7 +260,7 @@ class Session:
         return [fmean(losses[i : i + count]) for i in range(0, len(losses), count)]
 
     def _chosen(self) -> dict[str, tuple[float, float | None]]:
-        """What every optimizer chooses. What they want to try next is trained together."""
+        """Sweep all optimizers, side by side, and return the choice of each."""
         chosen: dict[str, tuple[float, float | None]] = {}
         searches = {name: self._choose(name) for name in self.asked.optimizers}
         losses: dict[str, list[float] | None] = dict.fromkeys(searches)

@@ -1,7 +1,8 @@
 """The lab's errors: each is one line with its remedy, and knows the exit status it stands for."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+
+from muonkit._text import unknown as unknown_message
 
 
 class LabError(Exception):
@@ -26,14 +27,6 @@ class Interrupted(LabError):
     exit_status = 130
 
 
-def did_you_mean(got: str, options: Iterable[str]) -> str:
-    """``did you mean 'X'? `` with the closest of the options, or nothing where none is close."""
-    close = get_close_matches(got, list(options), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
 def unknown(kind: str, got: str, options: Iterable[str]) -> LabError:
     """The error for a name that is not in a table: the closest one, and all there are."""
-    known = list(options)
-    hint = did_you_mean(got, known)
-    return LabError(f"unknown {kind} {got!r}: {hint}choose from {', '.join(known)}")
+    return LabError(unknown_message(kind, got, options))

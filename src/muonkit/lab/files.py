@@ -1,10 +1,10 @@
 """The one place where the lab opens files: a folder may have come from elsewhere.
 
-What is written is whole or not there: it gets a name that nobody can have guessed, in the same
-folder, made anew (``O_EXCL``), and is renamed when it is on the disk. No link is followed to what
-is written, locked or read back, and nothing but a plain file of a size that can be is read. So a
-crafted folder can neither have other files overwritten nor make a command wait for ever. What the
-user names, ``--out`` or a recording, may be a link: it is the user's own.
+A file is written as a whole or not at all: it is made anew (``O_EXCL``) in the same folder, under
+a name that nobody can have guessed, and renamed when it is on the disk. No link is followed to a
+file that is written, locked or read back, and only plain files of a plausible size are read. So a
+crafted folder can neither have other files overwritten nor make a command wait for ever. A path
+that the user names, ``--out`` or a recording, may be a link: it is the user's own.
 """
 
 import hashlib

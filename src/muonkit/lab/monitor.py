@@ -29,7 +29,7 @@ _SPELLED = {
 
 
 def fitting(text: object, encoding: str) -> Text:
-    """What prints as one line of the stream's letters; never markup."""
+    """The text as one line in letters that the stream has; it is never read as markup."""
     line = shown(text)
     try:
         line.encode(encoding)
@@ -44,7 +44,7 @@ def _lacks(encoding: str, letter: str) -> bool:
 
 
 def _extremes(recording: Recording) -> Iterator[list[str]]:
-    """Of each figure in the last sample: lowest, median and highest, and whose they are."""
+    """Lowest, median and highest value of each figure in the last sample, with their matrices."""
     for figure in FIGURES.values():
         last = [row[-1] for row in recording.values(figure)]
         there = {

@@ -31,7 +31,7 @@ _NAMED = 100
 _SHOWN, _CURVES = 6, 40
 
 
-#: What is drawn at most, and at least of what is not 0: beyond it axes overflow.
+#: The largest value that is drawn, and the smallest but 0: beyond these, axes overflow.
 _LARGEST, _SMALLEST = 1e100, 1e-100
 
 

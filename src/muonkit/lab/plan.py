@@ -1,4 +1,4 @@
-"""What a step will cost on a mesh, before there is one: ``muonkit plan``.
+"""The costs of a step on a mesh that one has not got: ``muonkit plan``.
 
 All figures follow from shapes, placements and assumed rates. Nothing is measured.
 """
@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from muonkit.distributed.machines import MACHINES, Machine, machine
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import LabError, unknown
 from muonkit.lab.plan_costs import Assumptions, Vector
 from muonkit.lab.plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
 from muonkit.lab.plan_schemes import Scheme, schemes, seconds
 from muonkit.lab.shapes import ModelShape
 from muonkit.lab.store import write_atomically, write_json
-from muonkit.variants import VARIANTS
+from muonkit.options import CHOICES
 
 __all__ = ["Forecast", "assumptions", "forecast", "show", "summary", "write"]
 
@@ -74,12 +74,12 @@ def assumptions(
     for what, got, options in (
         ("device", device, MACHINES),
         ("dtype", dtype, _ITEMSIZES),
-        ("exchange dtype", exchange_dtype, ("auto", *_ITEMSIZES)),
-        ("variant", variant, VARIANTS),
-        ("choice of replicas", replicas, ("auto", "recompute", "split")),
+        ("exchange dtype", exchange_dtype, CHOICES["exchange_dtype"]),
+        ("variant", variant, CHOICES["variant"]),
+        ("choice of replicas", replicas, CHOICES["replicas"]),
     ):
         if got not in options:
-            raise LabError(f"unknown {what} {got!r}: choose from {', '.join(options)}")
+            raise unknown(what, got, options)
     memory = given.pop("memory", MEMORY[device])
     flops, intra, inter, _ = machine(device, node)
     links = Machine(
@@ -192,7 +192,7 @@ def peak(scheme: Scheme) -> Vector:
 
 
 def panels(found: Forecast) -> tuple[str, list[str], list[Panel]]:
-    """What the picture shows: its title, the schemes, and three panels of stacked bars."""
+    """The contents of the picture: its title, the schemes, and three panels of stacked bars."""
     times = [seconds(scheme, found.assume) for scheme in found.schemes]
     costs = [scheme.costs for scheme in found.schemes]
 
@@ -303,7 +303,7 @@ def _notes(found: Forecast) -> str:
         f"products, {_si(rates.intra)}B/s within a node of {rates.node}, {_si(rates.inter)}B/s "
         f"between nodes, {_si(assume.memory)}B/s of memory; no latencies. Change them with "
         "--flops, --intra, --inter, --memory, --node.",
-        f"Elements have {assume.itemsize} bytes, on the way {assume.comm_bytes}. Bytes in: "
+        f"Elements have {assume.itemsize} bytes, {assume.comm_bytes} when they are sent. Bytes in: "
         "momentum to those who compute; out: results, and AdamW's parameters. Peak memory: "
         "parameters, gradients, state and what is transient; no activations.",
         f"Load of muonkit: max over mean {balance(ours.costs.flops):.3f}; whoever computed what, "

@@ -1,4 +1,4 @@
-"""What a step costs every rank: the optimizer's own plan, and the schemes it is compared with.
+"""The costs of a step for every rank, by the optimizer's own plan.
 
 The plan is made by `muonkit.distributed.planner.plan_step`, which plans a real step too, from the
 shapes of a model instead of its tensors. Nothing here is measured.
@@ -51,14 +51,14 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a prediction rests on, beside the model and the mesh.
+    """The assumptions of a prediction, beside the model and the mesh.
 
     Attributes:
         device: "cuda": products in bfloat16 by the symmetric kernel; "cpu": in float32 in blocks.
         rates: of products and links.
         memory: bytes/s of a rank's memory.
         itemsize: bytes of an element of parameters, gradients, momentum and moments.
-        comm_itemsize: the same on the way between ranks; None is `itemsize`.
+        comm_itemsize: bytes of an element between ranks; None is `itemsize`.
         variant: a key of `VARIANTS`.
         replicas: "auto", "recompute" or "split", as the optimizer's option.
     """
@@ -82,13 +82,14 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one step costs every rank, in bytes and FLOPs; nothing is in seconds.
+    """The costs of one step for every rank, in bytes and FLOPs; nothing is in seconds.
 
     Attributes:
         flops: of the products.
         matrices: orthogonalized.
-        received_in, sent_in: bytes of momentum on the way to those who compute.
-        received_out, sent_out: bytes of results on the way back.
+        received_in, sent_in: bytes of momentum, from the ranks that store it to the owners.
+        received_out, sent_out: bytes of results, from the owners to the ranks that store the
+            parameters.
         between: the larger direction of what of these leaves the node, in plus out.
         within: the same of what stays in the node.
         parameters, state: bytes kept. Gradients are as many as parameters.

@@ -37,8 +37,8 @@ class LayoutKind:
         summary: in a line.
         needs, may: axes that it has to have, and others that it may.
         shards: whether parameters are sharded over the data parallel ranks.
-        given: whether ``dp`` is a process group, over which work is always shared out.
-        zero: whether the state is shared out over ``dp``.
+        given: whether ``dp`` is a process group, over which work is always divided.
+        zero: whether the state is sharded over ``dp``.
     """
 
     summary: str
@@ -51,15 +51,13 @@ class LayoutKind:
 
 LAYOUTS: dict[str, LayoutKind] = {
     "ddp": LayoutKind("parameters and state whole on every rank", ("dp",), given=True),
-    "zero1": LayoutKind(
-        "parameters whole, state shared out (ZeRO-1)", ("dp",), given=True, zero=True
-    ),
+    "zero1": LayoutKind("parameters whole, state sharded (ZeRO-1)", ("dp",), given=True, zero=True),
     "fsdp": LayoutKind("parameters and state sharded (FSDP2)", ("fsdp",), shards=True),
     "hsdp": LayoutKind("sharded within a group, copied across", ("dp", "fsdp"), shards=True),
     "tp": LayoutKind("tensor parallel alone", ("tp",)),
     "fsdp_tp": LayoutKind("FSDP2 x TP (x copies)", ("fsdp", "tp"), ("dp",), shards=True),
     "dp_tp_zero1": LayoutKind(
-        "DP x TP, state shared out over DP", ("dp", "tp"), given=True, zero=True
+        "DP x TP, state sharded over DP", ("dp", "tp"), given=True, zero=True
     ),
     "ep": LayoutKind(
         "experts on dim 0 over ep, the rest FSDP2 over fsdp and ep together (x TP)",
@@ -194,7 +192,7 @@ def _check_experts(mesh: Mesh, model: ModelShape) -> None:
 
 
 def place(p: ParameterShape, layout: str, mesh: Mesh) -> Layout:
-    """Where a parameter and its state lie.
+    """The layout of a parameter.
 
     Stacks of experts are sharded on dim 0 over ``ep``, and over ``fsdp`` on dim 1 if there are more
     ranks than experts, as torchtitan does, else on dim 0, as FSDP2 does everything.
@@ -238,7 +236,7 @@ def _place(
 
 
 class _Cut(NamedTuple):
-    """What a mesh axis does to a parameter: it cuts a dim, or none."""
+    """The dim of a parameter that a mesh axis cuts, or none."""
 
     axis: str
     dim: int | None
@@ -255,7 +253,7 @@ def _split(cut: _Cut, inner: Sequence[_Cut]) -> int:
 
 
 def _merged(cuts: Sequence[_Cut]) -> list[_Cut]:
-    """For what is no expert, fsdp and ep are one axis of shards on dim 0."""
+    """The cuts of a parameter that is no stack of experts: fsdp and ep are one axis on dim 0."""
     merged: list[_Cut] = []
     for cut in cuts:
         if cut.axis not in ("fsdp", "ep"):

@@ -74,7 +74,7 @@ def shape_of(
     transformers model's own ``tp_plan`` does.
 
     Raises:
-        LabError: the model cannot be routed, has nothing to train, or a pattern of `roles` matches
+        LabError: the model cannot be routed, or a pattern of `roles` matches
             no parameter.
     """
     try:
@@ -82,8 +82,6 @@ def shape_of(
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error
     trained = [r for r in routes if r.algorithm in ("muon", "adamw")]
-    if not trained:
-        raise LabError(f"{name} has no trainable parameter: there is no step to plan")
     styles = _styles(model)
     unused = set(roles or ())
     layers: dict[str, int] = {}

@@ -57,7 +57,7 @@ class Seconds:
     Attributes:
         elementwise: what reads and writes memory.
         products: FLOPs of the busiest rank over the rate of products.
-        chain: the same of `Scheme.chain`: ranks wait for one another in every bucket.
+        chain: FLOPs of `Scheme.chain` over that rate: ranks wait for one another in every bucket.
         exchange: bytes over the rates of links, what leaves the node after what does not.
     """
 
@@ -78,7 +78,7 @@ class Seconds:
 
 
 def seconds(scheme: Scheme, assume: Assumptions) -> Seconds:
-    """What a step takes at the assumed rates, without latencies."""
+    """The seconds of a step at the assumed rates, without latencies."""
     costs = scheme.costs
     busiest = float(costs.flops.max())
     chain = busiest if scheme.chain is None else scheme.chain
@@ -151,8 +151,8 @@ def _chain(step: Simulation) -> float:
 def lower_bound(plans: Sequence[Plan], ranks: int) -> tuple[float, str]:
     """The least max over mean of FLOPs that any choice of owners could have, and why.
 
-    Of the (k - 1) N + 1 largest matrices, two or more of N ranks share out k - 1 each at most: one
-    rank has k of them, which are no less than the k smallest of these. What is whole on a rank
+    If each of N ranks has at most k - 1 of the (k - 1) N + 1 largest matrices, one is left over: so
+    one rank has k of them, which cost no less than the k smallest of these. What is whole on a rank
     already stays there.
     """
     flops: list[int] = []
@@ -224,7 +224,7 @@ def _all_gather(
         state = state + kept * assume.itemsize * (1 if p.view else 2)
         if p.view is None:
             touched = touched + 7 * kept * assume.itemsize
-            # AdamW as in muonkit: where the state is shared out, parts of parameters are gathered.
+            # AdamW as in muonkit: where the state is sharded, parts of parameters are gathered.
             got, along = (stored - kept) * assume.itemsize, layout.param_placement.copies()
             received = received + got
             between = between + got * _share_between(

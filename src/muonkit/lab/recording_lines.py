@@ -15,7 +15,7 @@ Key = tuple[str, int]
 
 #: Steps and counts are below this: larger ones are no integers for a picture's axes.
 _MOST = 2**53
-#: What of a matrix's record is read, beside its spectra.
+#: The figures that are read from a matrix's record, beside its spectra.
 _FIGURES = ("update_to_weight", "orthogonality_error")
 #: And of its group's.
 _GROUP = ("lr", "update_to_weight", "decay_share")

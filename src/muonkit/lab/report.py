@@ -96,7 +96,7 @@ def show(console: Console, task: str, outcomes: Sequence[Outcome], note: str = N
     for verdict in verdicts(outcomes):
         console.print(verdict, highlight=False, markup=False)
     headings, lines = transposed(rows(outcomes))
-    # Of `Text`, since plain strings in a table are markup.
+    # Cells are `Text`, since rich reads plain strings in a table as markup.
     filled = Table(title=Text(f"muonkit compare {shown(task)}"))
     filled.add_column(Text(headings[0]), no_wrap=True)
     for heading in headings[1:]:

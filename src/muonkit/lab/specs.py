@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ import requests
 import torch
 from torch import nn
 
-from muonkit.lab.errors import LabError, did_you_mean
+from muonkit._text import meant
+from muonkit.lab.errors import LabError
 
 #: More than any config.json has, in bytes.
 _MOST = 1 << 24
@@ -63,11 +65,17 @@ def _import(name: str) -> Any:
         raise LabError(f"importing {name} failed: {_one_line(error)}") from error
 
 
+def _hint(got: str, options: Iterable[str]) -> str:
+    """What may have been meant, with a blank behind it; empty where nothing is close."""
+    found = meant(got, options)
+    return f"{found} " if found else ""
+
+
 def _meant(name: str) -> str:
     """A hint at the module of the current folder whose name is closest."""
     folder = Path(*name.split(".")[:-1])
     near = [path.with_suffix("") for path in folder.glob("*.py")]
-    return did_you_mean(name, [".".join(path.parts) for path in near])
+    return _hint(name, [".".join(path.parts) for path in near])
 
 
 def _refuse_file(file: str, factory: str) -> None:
@@ -80,8 +88,8 @@ def _refuse_file(file: str, factory: str) -> None:
     with suppress(ValueError):
         path = path.resolve().relative_to(Path.cwd())
     name = ".".join(part for part in path.with_suffix("").parts if part.isidentifier())
-    meant = f"did you mean {f'{name}:{factory}'!r}? " if Path(file).is_file() else _meant(name)
-    raise LabError(f"{file!r} is a file's name: {meant}write package.module:factory")
+    hint = f"did you mean {f'{name}:{factory}'!r}? " if Path(file).is_file() else _meant(name)
+    raise LabError(f"{file!r} is a file's name: {hint}write package.module:factory")
 
 
 def _from_import(spec: str) -> nn.Module:
@@ -95,7 +103,7 @@ def _from_import(spec: str) -> nn.Module:
         if not hasattr(found, part):
             public = [n for n in dir(found) if not n.startswith("_")]
             raise LabError(
-                f"{module_name} has no {path!r}: {did_you_mean(part, public)}it has "
+                f"{module_name} has no {path!r}: {_hint(part, public)}it has "
                 f"{', '.join(public[:12]) or 'nothing'}"
             )
         found = getattr(found, part)
@@ -136,7 +144,7 @@ def _config(transformers: Any, spec: str) -> Any:
     except Exception as error:
         raise LabError(
             f"{spec!r} is no model type, no file, and could not be had from the Hugging Face hub: "
-            f"{did_you_mean(spec, CONFIG_MAPPING)}"
+            f"{_hint(spec, CONFIG_MAPPING)}"
             "use module:factory, a type such as gpt2, llama or bert, or a config.json"
         ) from error
 

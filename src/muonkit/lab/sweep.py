@@ -35,7 +35,7 @@ def _best(centre: float, factor: float, reach: int, extensions: int) -> Search:
     for extension in range(extensions + 1):
         found = yield [_value(centre, factor, power) for power in powers]
         losses.update(zip(powers, found, strict=True))
-        # Of equal ones the lower: where all diverged, the way to go is down.
+        # Between equal losses the lower rate wins: where all diverged, the way to go is down.
         best = min(losses, key=lambda power: (losses[power], power))
         if extension == extensions or min(losses) < best < max(losses):
             break

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from muonkit._text import shown
+from muonkit._text import shown, unknown
 from muonkit.groups import parameter_names
 from muonkit.monitor.records import (
     FIELDS,
@@ -187,9 +187,9 @@ class Monitor:
         self._listen(None)  # the last step may have raised
         if self.step == 1 or self.step % self.every == 0:
             _refuse_meta(self._optimizer)
-            # What is refused is so in the step itself, which tells the other ranks.
+            # Whatever is refused here is refused by the step too, which tells the other ranks.
             with suppress(Exception):
-                self._optimizer._settle()  # of what was replaced since the last step
+                self._optimizer._settle()  # parameters that were replaced since the last step
             sampler = Sampler(self._optimizer, self._spectra)
             self._skipped = self._optimizer.skipped_steps
             with torch.no_grad():
@@ -280,9 +280,12 @@ def _check(
 
 
 def _check_names(what: str, given: Any, known: Sequence[str], otherwise: str) -> None:
-    if isinstance(given, str) or any(name not in known for name in given):
+    if isinstance(given, str):
         listed = ", ".join(map(repr, known))
         raise ValueError(f"{what} is a list of {listed}, or {otherwise}, got {given!r}")
+    for name in given:
+        if name not in known:
+            raise ValueError(unknown(f"name in {what}", name, known, f", or {what} is {otherwise}"))
 
 
 def _refuse_meta(optimizer: Muon) -> None:

@@ -11,6 +11,7 @@ from muonkit.distributed.step_plan import gradients, plan_alone, plan_key
 from muonkit.groups import parameter_names
 from muonkit.monitor.sample import KINDS, Key, matrices_of
 from muonkit.monitor.spectra import SPECTRUM
+from muonkit.options import spelled
 from muonkit.scale import scale_factor
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = [
 Measured: TypeAlias = "Sequence[tuple[int, Sequence[tuple[Key, str, list[float]]]]]"
 Record: TypeAlias = dict[str, Any]
 
-# What of a record a monitor may be asked to keep.
+# The fields of a record that a monitor may be asked to keep.
 _SPECTRA = tuple(f"spectra.{measure}" for measure in (*SPECTRUM, "quantiles"))
 FIELDS = (
     "lr",
@@ -72,7 +73,7 @@ def _chosen(record: Record, fields: Container[str]) -> Record:
 
 
 def structure(optimizer: Muon) -> list[Any]:
-    """What a header tells of the optimizer, in a form that is compared cheaply."""
+    """The optimizer's groups as a header describes them, in a form that is compared cheaply."""
     keys = ("algorithm", "view", "variant", "adjust_lr_fn")
     return [
         (
@@ -85,7 +86,7 @@ def structure(optimizer: Muon) -> list[Any]:
 
 
 def header_of(optimizer: Muon) -> Record:
-    """What stays the same from sample to sample."""
+    """The header of a recording: all that stays the same from sample to sample."""
     groups, matrices, parameters = [], [], []
     for g, group in enumerate(optimizer.param_groups):
         muon = group["algorithm"] == "muon"
@@ -106,7 +107,7 @@ def header_of(optimizer: Muon) -> Record:
                         "view": group["view"],
                         "group": g,
                         "scale": scale_factor(group["adjust_lr_fn"], rows, cols),
-                        "variant": group["variant"],
+                        "variant": spelled(group["variant"]),
                     }
                 )
     return {"groups": groups, "matrices": matrices, "parameters": parameters}
@@ -258,7 +259,7 @@ def _number(value: float) -> float | None:
 
 
 class TrafficRecords:
-    """What a step computes and sends on every rank, by the plan of what has a gradient."""
+    """FLOPs and bytes of every rank in a step, by the plan for the parameters with a gradient."""
 
     def __init__(self, optimizer: Muon) -> None:
         self._optimizer = optimizer

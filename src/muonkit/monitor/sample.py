@@ -1,8 +1,7 @@
-"""One sample: what is measured in a step, on every rank, and put together.
+"""One sample: the measurements of one step on all ranks, gathered on each of them.
 
-Whole matrices are measured by the rank that computes them. What AdamW trains is measured by every
-rank that keeps a part of its state, as sums of squares that count every entry once. Then all ranks
-have all numbers.
+The rank that computes a matrix measures it whole. AdamW's parameters are measured by every rank
+that keeps a part of their state, as sums of squares that count every entry once.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from muonkit.batching import Batch, MatrixRef
+    from muonkit.batching import MatrixRef, ObservedBatch
     from muonkit.distributed.placement import Box
     from muonkit.optim import Muon
 
@@ -35,7 +34,7 @@ KINDS = ("gradient", "momentum", "update", "weight")
 
 
 class Key(NamedTuple):
-    """A matrix: the group's number, the parameter's in the group, its own in the parameter."""
+    """A matrix, by the numbers of its group, of its parameter there, and of the matrix in that."""
 
     group: int
     param: int
@@ -95,7 +94,7 @@ class Sampler:
 
     # --- Muon's matrices ------------------------------------------------------------------------
 
-    def before(self, batch: Batch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
+    def before(self, batch: ObservedBatch, group: dict[str, Any], u: Sequence[Tensor]) -> None:
         if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
             self._names = _Names(self._optimizer)
         sources = [list(some) for some in batch.sources()]
@@ -185,14 +184,14 @@ class Sampler:
                     yield (g, i), p, group
 
     def _copies(self, p: Any) -> int:
-        """How many ranks have each entry of what the state is for."""
+        """How many ranks have a copy of each entry of the parameter's state."""
         layouts = self._optimizer._layouts
         return 1 if layouts.domain is None else layouts.copies(p, of_state=True)
 
     # --- together -------------------------------------------------------------------------------
 
     def gather(self) -> list[tuple[int, list[tuple[Key, str, list[float]]]]]:
-        """What every rank measured, by its rank; all of them call this."""
+        """The measurements of every rank, in the order of ranks. All ranks have to call this."""
         mine = [
             (key, kind, numbers)
             for keys, kind, values in self._measured

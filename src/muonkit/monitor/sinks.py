@@ -28,7 +28,7 @@ __all__ = ["FORMAT", "JsonLines", "Sink", "copied", "deliver", "is_torn", "shut"
 
 Sink: TypeAlias = "str | os.PathLike[str] | Callable[[dict[str, Any]], Any]"
 
-# Of the records; a reader refuses another one.
+# The format of the records; a reader refuses any other.
 FORMAT = 1
 
 # How every line of ours begins, and the first line of a file.
@@ -42,7 +42,7 @@ _END_BYTES = 80
 
 
 class JsonLines:
-    """One JSON object a line; not finite is null. What is in the file stays.
+    """Writes one JSON object a line, with null for what is not finite, behind what the file has.
 
     A run that goes on appends, and writes its header only where it differs from the last one
     there. A last line of ours that was not written to its end is cut off.
@@ -197,7 +197,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _There(NamedTuple):
-    """What a file has: its last header, its size, and whether it was ended by `max_bytes`."""
+    """A file that exists: its last header, its size, and whether `max_bytes` ended it."""
 
     header: bytes | None
     size: int

@@ -32,7 +32,7 @@ __all__ = ["LEVELS", "SPECTRUM", "measurable", "norms", "orthogonality_error", "
 # Quantiles of the singular values: the smallest, every sixteenth of them, the largest.
 LEVELS = 17
 
-# What `spectra` gives of each matrix, in its order; LEVELS quantiles follow.
+# The measures that `spectra` returns for each matrix, in this order; LEVELS quantiles follow.
 SPECTRUM = ("min", "max", "entropy", "stable_rank", "effective_rank")
 
 # Bytes of the matrices that are taken together, in float64.

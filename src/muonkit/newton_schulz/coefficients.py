@@ -11,9 +11,10 @@ import functools
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from muonkit._compile import constant_result
+from muonkit._text import unknown
 
 __all__ = ["KELLER", "SCHEDULES", "SVD", "Coefficients", "Iterations", "Schedule", "resolve"]
 
@@ -24,12 +25,15 @@ KELLER: Triple = (3.4445, -4.7750, 2.0315)
 SVD = "svd"  # the exact orthogonal factor, by singular value decomposition
 
 MAX_STEPS = 99  # torch.optim.Muon's bound
+# How the tuple of a schedule's numbers begins, in a group.
+_SPELLED = "schedule"
+
 DEFAULT_STEPS = 5  # torch.optim.Muon's default; here also "as many as the schedule was made for"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A named schedule.
+    """A schedule: one of `SCHEDULES`, or one of your own as `ns_coefficients`.
 
     Attributes:
         table: the triples in order.
@@ -37,7 +41,7 @@ class Schedule:
         shortest: the least number of steps that makes sense. A schedule of *composed* minimax
             polynomials must not be cut: singular values up to 1.56 come out of four fifths of one.
         band: where singular values in [1e-3, 1] of the normalized input land after the default
-            number of steps (exact arithmetic; a test holds it).
+            number of steps (exact arithmetic; a test holds those of `SCHEDULES`). Nothing reads it.
         margin: the input is divided by margin * its Frobenius norm.
         strict: each polynomial explodes just above the interval that the one before maps to, so
             16-bit rounding makes the composition diverge.
@@ -45,12 +49,18 @@ class Schedule:
     """
 
     table: tuple[Triple, ...]
-    tail: Triple | None
-    shortest: int
-    band: tuple[float, float]
-    source: str
+    tail: Triple | None = None
+    shortest: int = 1
+    band: tuple[float, float] = (0.0, math.inf)
+    source: str = ""
     margin: float = 1.0
     strict: bool = False
+
+    def spelled(self) -> tuple[object, ...]:
+        """The form in which param groups and state dicts keep the schedule: everything that decides
+        the iterations, in plain numbers. `ns_coefficients` accepts this form too.
+        """
+        return (_SPELLED, self.table, self.tail, self.shortest, self.margin, self.strict)
 
 
 @dataclass(frozen=True)
@@ -175,8 +185,8 @@ def resolve(coefficients: object, steps: int = DEFAULT_STEPS) -> Iterations:
     """The iterations that `ns_coefficients` and `ns_steps` stand for.
 
     Args:
-        coefficients: a key of `SCHEDULES`, "svd", one triple (repeated `steps` times), or a
-            sequence of triples (one per step).
+        coefficients: a key of `SCHEDULES`, "svd", one triple (repeated `steps` times), a sequence
+            of triples (one per step), or a `Schedule`.
         steps: number of iterations. The default, 5, also stands for the length of a schedule or
             sequence that has a fixed one.
 
@@ -184,16 +194,23 @@ def resolve(coefficients: object, steps: int = DEFAULT_STEPS) -> Iterations:
         ValueError: unknown name, no triple, too few or too many steps for the schedule.
         TypeError: none of the above types.
     """
-    if isinstance(coefficients, list | tuple):  # JSON and YAML have no tuples
-        coefficients = tuple(tuple(c) if isinstance(c, list) else c for c in coefficients)
+    if isinstance(coefficients, Schedule):
+        coefficients = coefficients.spelled()
+    coefficients = _tuples(coefficients)
     if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise TypeError(f"ns_steps is a whole number, got {steps!r}")
     steps = int(steps)
     if not isinstance(coefficients, str | tuple):
         raise TypeError(
-            f"ns_coefficients is a name, a triple or a sequence of triples, got {coefficients!r}"
+            "ns_coefficients is a name, a triple, a sequence of triples or a Schedule, got "
+            f"{coefficients!r:.80}"
         )
     return _resolve(coefficients, steps)
+
+
+def _tuples(value: object) -> object:
+    """The same with tuples for lists: JSON and YAML have no tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 @functools.lru_cache(maxsize=256)
@@ -202,6 +219,8 @@ def _resolve(coefficients: str | tuple[object, ...], steps: int) -> Iterations:
         raise ValueError(f"Number of steps must be from 1 to {MAX_STEPS}, got ns_steps={steps}")
     if isinstance(coefficients, str):
         return _named(coefficients, steps)
+    if coefficients and coefficients[0] == _SPELLED:
+        return _scheduled("the schedule", _schedule(coefficients), steps)
     if coefficients and all(isinstance(c, Real) for c in coefficients):
         return Iterations((_triple(coefficients),) * steps)
     triples = tuple(_triple(c) for c in coefficients)
@@ -230,21 +249,38 @@ def _named(name: str, steps: int) -> Iterations:
         return Iterations((), exact=True)
     schedule = SCHEDULES.get(name)
     if schedule is None:
-        options = ", ".join(map(repr, [*SCHEDULES, SVD]))
+        also = ", or (a, b, c) triples, or a Schedule"
+        raise ValueError(unknown("ns_coefficients", name, [*SCHEDULES, SVD], also))
+    return _scheduled(repr(name), schedule, steps)
+
+
+def _schedule(spelled: tuple[Any, ...]) -> Schedule:
+    """The schedule that is spelled like this, without what decides no iteration."""
+    if len(spelled) != 6:
+        raise ValueError(f"no schedule: {spelled!r:.80}; give Schedule(table, ...)")
+    _, table, tail, shortest, margin, strict = spelled
+    triples = tuple(map(_triple, table)) if isinstance(table, tuple) else ()
+    if not triples or not 1 <= shortest <= MAX_STEPS or not 1 <= margin < math.inf:
         raise ValueError(
-            f"unknown ns_coefficients {name!r}; it is one of {options}, or (a, b, c) triples"
+            "a Schedule has at least one triple in its table, shortest from 1 to "
+            f"{MAX_STEPS} and a margin of at least 1, got {len(triples)}, {shortest}, {margin}"
         )
+    last = None if tail is None else _triple(tail)
+    return Schedule(triples, last, shortest, margin=float(margin), strict=bool(strict))
+
+
+def _scheduled(name: str, schedule: Schedule, steps: int) -> Iterations:
     table = schedule.table
     if schedule.tail is None:
         if steps not in (DEFAULT_STEPS, len(table)):
             raise ValueError(
-                f"ns_steps={steps} would cut or stretch {name!r}, which is made for "
+                f"ns_steps={steps} would cut or stretch {name}, which is made for "
                 f"{len(table)} steps; leave ns_steps out or give {len(table)}"
             )
         steps = len(table)
     elif steps < schedule.shortest:
         raise ValueError(
-            f"ns_steps={steps} would cut {name!r} short, which needs at least "
+            f"ns_steps={steps} would cut {name} short, which needs at least "
             f"{schedule.shortest} steps; for fewer use 'keller'"
         )
     triples = table[:steps]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from muonkit._text import unknown
 from muonkit._torch import cpu_capabilities
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ def resolve_dtype(
             )
         return dtype
     if name != "auto":
-        options = ", ".join(map(repr, ["auto", *NS_DTYPES]))
-        raise ValueError(f"unknown ns_dtype {ns_dtype!r}; it is one of {options}")
+        raise ValueError(unknown("ns_dtype", ns_dtype, ["auto", *NS_DTYPES]))
     if input_dtype == torch.float64:
         return torch.float64  # whoever keeps float64 weights asked for its precision
     if strict:
@@ -126,7 +126,7 @@ class Fastest(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def fastest_dtype(device_type: str, index: int | None) -> Fastest:
-    """What "auto" is on this device; see the module."""
+    """The dtype that "auto" stands for on this device; the module's docstring has the rule."""
     if device_type == "cpu":
         return _fastest_on_cpu()
     if device_type == "cuda":

@@ -21,21 +21,24 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
+from muonkit._text import unknown
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 __all__ = ["FORMS", "Evaluation", "check_form", "choose_form", "product_flops", "segments"]
 
-# What rounding leaves in A where X is rank-deficient, PAP multiplies by about a^2 in an iteration,
-# the products' own values by less, and X never sees it before the segment's end: by how much it may
-# grow within one. Measured against float64 (benchmarks/errors.py) over all schedules, full-rank,
-# power-law, rank m/2, m/8, 1, constant and spiked matrices, 64 x 256 to 768 x 3072. In float32 up
-# to 200 (one restart in five iterations) keeps the error below 5e-4 wherever the standard form's
-# is; 2e4 (none) gives 1e-3 for rank 1 in general products, 2e-2 in blocks, which are not all summed
-# in one order, and 3e-1 for a constant matrix. In 16 bits errors of every segment but the last are
-# also amplified by the iterations after it: one segment of two iterations, at the end, keeps the
-# error within twice the standard form's (1.8); two of them give 4 times (cubic5), one of three 10
-# times (keller).
+# The growth that a rounding error may have within a segment. Where X is rank-deficient, rounding
+# leaves an error in A that PAP multiplies by about a^2 in every iteration; the true values grow by
+# less, and X meets the error only at the segment's end. Measured against float64
+# (benchmarks/errors.py) over all schedules, full-rank, power-law, rank m/2, m/8, 1, constant and
+# spiked matrices, 64 x 256 to 768 x 3072. In float32 a growth of up to 200 (one restart in five
+# iterations) keeps the error below 5e-4 wherever the standard form's is; 2e4 (no restart) gives
+# 1e-3 for rank 1 in general products, 2e-2 in blocks, which are not all summed in one order, and
+# 3e-1 for a constant matrix. In 16 bits the errors of every segment but the last are amplified by
+# the iterations after it too: one segment of two iterations, at the end, keeps the error within
+# twice the standard form's (1.8); two such segments give 4 times (cubic5), one of three iterations
+# 10 times (keller).
 _GROWTH = 200.0
 _GROWTH_16_BITS = 20.0
 
@@ -106,8 +109,7 @@ def check_form(ns_form: str) -> None:
     ValueError: not a key of `FORMS` nor "auto".
     """
     if not isinstance(ns_form, str) or ns_form not in ("auto", *FORMS):
-        options = ", ".join(map(repr, ["auto", *FORMS]))
-        raise ValueError(f"unknown ns_form {ns_form!r}; it is one of {options}")
+        raise ValueError(unknown("ns_form", ns_form, ["auto", *FORMS]))
 
 
 @functools.lru_cache(maxsize=4096)

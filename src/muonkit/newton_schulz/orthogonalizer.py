@@ -226,8 +226,9 @@ def _constants(
     input_dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[bool, tuple[Triple, ...], float, torch.dtype]:
-    """What does not depend on a shape, as the plain tuple that torch.compile takes for a constant:
-    exact, triples, margin and dtype of `Choice`.
+    """Those fields of `Choice` that do not depend on a shape: exact, triples, margin and dtype.
+
+    They are a plain tuple, which torch.compile takes for a constant.
     """
     iterations = resolve(ns_coefficients, ns_steps)
     dtype = products_dtype(ns_dtype, input_dtype, device, iterations)

@@ -1,10 +1,10 @@
-"""Which layers give what leaves the model: its output heads.
+"""Which layers are output heads: their results leave the model.
 
 Three kinds of evidence, the strongest first: the model says so itself (`get_output_embeddings`),
 a name says so, or the layer is the last of the model or of one of its towers. A tower is a part
 whose result leaves the model by itself: an actor beside its critic, a generator beside its
-discriminator, one of two models in a dict. What feeds another part, and what stands in a stack of
-blocks, in an attention or before an activation, is hidden.
+discriminator, one of two models in a dict. A layer is hidden if it feeds another part, or stands in
+a stack of blocks, in an attention or before an activation.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _MLPS = name_set("Mlp MLP SwiGLU GatedMLP GEGLU")
 
 # Raw parameters that are output heads: CLIP's projections beside its embeddings and blocks.
 _RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(ding)?|proj|W_U")
-# What holds nothing but a head, whatever it calls its weight.
+# Modules that hold nothing but a head, whatever they call its weight.
 _RAW_HEAD_HOLDER = re.compile(r"lm_head|unembed(ding)?")
 
 # Modules without weights after which a layer gives features, not an output.

@@ -143,7 +143,7 @@ def _vector(site: Site, param: nn.Parameter) -> Verdict | None:
 
 def _is_weight(site: Site, param: nn.Parameter) -> bool:
     """Whether this is the weight of a layer, which decays however few rows it has."""
-    # Of a weight norm's two the gain has not the layer's widths.
+    # A weight norm's gain is called a weight too, but does not have the layer's widths.
     return site.label == "weight" and _has_widths(site.owner, param)
 
 

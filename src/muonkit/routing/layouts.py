@@ -64,7 +64,7 @@ _TAKES_OUTPUT = {
 
 _KEY_DIM = ("key_dim", "dim_key", "head_k_dim", "qk_dim", "qk_head_dim", "d_k")
 _VALUE_DIM = ("val_dim", "value_dim", "dim_value", "head_v_dim", "v_head_dim", "d_v", "d")
-# What LeViT's attention and its descendants keep beside; they store head by head.
+# Attributes by which LeViT's attention and its descendants are known: these store head by head.
 _LEVIT = ("nh_kd", "key_attn_dim")
 _EXPERT_NAME = re.compile(r"[Ee]xpert|MoE|Moe|MOE|(^|_)moe(_|$)")
 _DOWN = re.compile(r"(^|_)(down|w2|wo|output|fc2|c_proj|dense_4h_to_h)(_|$)")
@@ -266,7 +266,7 @@ def _is_by_head(site: Site) -> bool:
 
 
 def _is_unnamed_attention(site: Site, width: int) -> bool:
-    # Beside a projection of its own for one of the three this is something else: the offsets of
+    # Where q, k or v has a layer of its own too, this layer is no fused one: the offsets of
     # deformable attention have three times the width by chance.
     if site.parent is None or any(_ONE_OF_QKV.search(name) for name in own_modules(site.parent)):
         return False
@@ -399,7 +399,7 @@ def _is_transposed(site: Site, shape: Sequence[int]) -> tuple[bool | None, str]:
     _, first, second = shape
     up, down = _partners(site)
     if up is not None and down is not None:
-        # What one gives, or half of it, the other takes; they meet the model in the same width.
+        # The second takes all or half of what the first gives; both have the model's width outside.
         stored_out_in = up[0] in (down[1], 2 * down[1]) and up[1] == down[0]
         stored_in_out = up[1] in (down[0], 2 * down[0]) and up[0] == down[1]
         if stored_out_in != stored_in_out:

@@ -40,8 +40,8 @@ EXPERT_COUNTS = (
     "n_routed_experts",
 )
 
-# What a layer takes and gives: torch's and Hugging Face's, convolutions', graph libraries' (PyG,
-# DGL), Megatron's, and those of small public packages.
+# The attributes with a layer's inputs and outputs: torch's and Hugging Face's, convolutions',
+# graph libraries' (PyG, DGL), Megatron's, and those of small public packages.
 _WIDTHS = (
     ("in_features", "out_features"),
     ("nx", "nf"),
@@ -64,8 +64,10 @@ OUTPUTS = ("out_features", "nf", "out_channels")
 
 
 def stated(source: object, name: str) -> Any:
-    """What an object keeps under a name; None also where asking for it fails, as some properties
-    do until a module is set up."""
+    """The attribute of this name, or None.
+
+    None also where the attribute is a property that raises, as some do until a module is set up.
+    """
     try:
         return getattr(source, name, None)
     except Exception:

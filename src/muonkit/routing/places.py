@@ -104,8 +104,9 @@ class Site:
 
     @property
     def key(self) -> str:
-        """What the parameter does, by name: `gate_up_proj` of both
-        `experts.gate_up_proj` and `mlp.gate_up_proj.weight`."""
+        """The name that tells what the parameter does: `gate_up_proj` for both
+        `experts.gate_up_proj` and `mlp.gate_up_proj.weight`.
+        """
         return self.owner_name if self.label == "weight" else self.label
 
 

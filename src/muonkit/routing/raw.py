@@ -54,11 +54,11 @@ _TOKENS = name_set(
     "prototypes centroid centroids center centers codebook codebooks codevector codevectors "
     "codes codewords dictionary landmark landmarks"
 )
-# Of these an nn.Embedding may be made too; its vocabulary is called "tokens" as well.
+# An nn.Embedding may hold such learned tokens too; its vocabulary is called "tokens" as well.
 _LEARNED = name_set(
     "cls register registers latent latents prompt prompts query queries slot slots probe probes"
 )
-# What acts entry by entry, is a table of coefficients, or is structured (a state-space model's).
+# Parameters that act entry by entry, tables of coefficients, and a state-space model's structure.
 _ENTRIES = name_set(
     "scale scales scaling scaler scalers gamma gammas beta betas alpha alphas sigma sigmas rho "
     "std var logvar log temperature temp tau lambda lambdas gain gains norm offset offsets shift "
@@ -72,7 +72,7 @@ _WEIGHT = name_set(
     "weight weights w proj projs projection projections projector kernel kernels matrix matrices "
     "mat linear lin fc mlp ffn dense fn gate root wq wk wv wo wi wh wx wz wr wu wqkv ws"
 )
-# What a layer's weight is called for sure: `rel_pos_w` is a table for the width.
+# Names that only a layer's weight has. "w" is none of them: `rel_pos_w` is a table for the width.
 _SURELY_WEIGHT = _WEIGHT - {"w", "gate", "root", "fn"}
 _PROJECTION = name_set("proj projs projection projections projector linear lin fc mlp dense")
 # A query beside keys or values is projected to; one that stands alone is a token.
@@ -209,7 +209,7 @@ def _is_embedding(site: Site, param: nn.Parameter) -> bool:
 
 
 def _by_shape(site: Site, param: nn.Parameter) -> Verdict | None:
-    """What a shape says of itself: no layer has it."""
+    """The verdict on a shape that no layer's weight has; None for any other shape."""
     shape, experts = tuple(param.shape), None
     stored = "×".join(map(str, shape))
     if param.ndim == 3:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UNDECIDED", "Open", "open_message", "unmatched_message", "warning_message"]
 
-# The reason of what AdamW trains because nothing is known of it begins so.
+# How the reason begins where AdamW trains a parameter because nothing decides about it.
 UNDECIDED = "undecided: "
 
 # Where more are open than this, those that differ in an index only are told on one line.
@@ -49,7 +49,7 @@ class Open:
         return "" if lazy else f" {tuple(self.param.shape)}"
 
     def sentence(self, name: str) -> str:
-        """What is not known of the parameter, or of all those that the pattern `name` stands for"""
+        """What is unknown about the parameter, or about all that the pattern `name` stands for."""
         joint = "" if self.error.final else ":"
         return f"{shown(name)}{self.shape} of {self.site.owner_class}{joint} {self.error}"
 

@@ -9,232 +9,32 @@ a `Rule` settles such a case, and overrides any other.
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeGuard, overload
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch.nn as nn
-from torch import Tensor
 
 from muonkit._shards import WHOLE, flat_model
-from muonkit._text import shown
+from muonkit._text import unknown
 from muonkit.routing.judge import Undecided, Verdict, is_vector, judge
-from muonkit.routing.places import Models, Site, unwrap
+from muonkit.routing.places import Site, unwrap
 from muonkit.routing.remedies import UNDECIDED, Open, open_message, warning_message
 from muonkit.routing.rules import HYPERPARAMETERS, RoutingError, Rule, choose_rules
 from muonkit.routing.survey import Survey, survey
-from muonkit.scale import ROUTED, SCALES, scale_factor
+from muonkit.routing.table import Algorithm, Route, Routes, as_module, shape_of
+from muonkit.scale import ROUTED, SCALES, Scale, check_scale, scale_factor
 from muonkit.views import View
 
 __all__ = ["Route", "Routes", "RoutingError", "Rule", "route"]
-
-Algorithm = Literal["muon", "adamw", "frozen", "ignore"]
-
-_COLUMNS = ("name", "shape", "view", "algorithm", "scale", "decay", "reason")
-
-
-@dataclass(frozen=True)
-class Route:
-    """What one parameter gets.
-
-    Attributes:
-        name: the dotted name, without what torch.compile, DDP and FSDP put in front.
-        aliases: the other names of the same tensor, if it is tied or shared.
-        shape: the parameter's shape, as stored.
-        algorithm: "muon", "adamw", "frozen" (requires_grad is False) or "ignore" (a `Rule` leaves
-            it out: the optimizer does not hold it).
-        view: how the parameter is a batch of matrices (see `muonkit.views`); None unless "muon".
-        decay: whether weight decay applies.
-        scale: the factor on lr of its matrices, one number, or one per block where blocks differ;
-            None unless "muon".
-        reason: why, in a few words.
-        options: further hyperparameters for its param group, from a `Rule`.
-        param: the parameter itself.
-        unfrozen: of a frozen parameter what it gets once its requires_grad is True again; None
-            where that cannot be decided, or could not be trained.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    shape: tuple[int, ...]
-    algorithm: Algorithm
-    view: str | None
-    decay: bool
-    scale: float | tuple[float, ...] | None
-    reason: str
-    options: Mapping[str, object] = field(hash=False)
-    param: nn.Parameter = field(repr=False, compare=False)
-    unfrozen: Route | None = field(default=None, repr=False, compare=False)
-
-
-class Routes(Sequence[Route]):
-    """The routes of a model, in registration order. `print` it to see the table."""
-
-    def __init__(self, routes: Sequence[Route], scale: str = ROUTED) -> None:
-        self._routes = tuple(routes)
-        self.scale = scale  # what the table's scales are, unless a rule says otherwise
-
-    @overload
-    def __getitem__(self, index: int) -> Route: ...
-    @overload
-    def __getitem__(self, index: slice) -> Routes: ...
-    def __getitem__(self, index: int | slice) -> Route | Routes:
-        if isinstance(index, slice):
-            return Routes(self._routes[index], self.scale)
-        return self._routes[index]
-
-    def __len__(self) -> int:
-        return len(self._routes)
-
-    def __iter__(self) -> Iterator[Route]:
-        return iter(self._routes)
-
-    def __repr__(self) -> str:
-        return f"<Routes: {self.summary()}>"
-
-    def __str__(self) -> str:
-        """The table, one parameter a line, and the counts as its last line."""
-        rows = [_COLUMNS, *(tuple(map(shown, _cells(route))) for route in self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*(line.rstrip() for line in lines), self.summary()])
-
-    def summary(self) -> str:
-        """Parameters and elements per algorithm, in one line."""
-        counts = [
-            f"{name}: {count:,} parameters, {elements:,} elements"
-            for name, (count, elements) in self._counts().items()
-        ]
-        return "; ".join(counts)
-
-    def to_json(self) -> str:
-        """The routes as JSON text: {"routes": [...], "summary": {...}}, without the tensors.
-
-        Option values that JSON does not know are written as their repr.
-        """
-        rows = [
-            {
-                "name": r.name,
-                "aliases": r.aliases,
-                "shape": r.shape,
-                "algorithm": r.algorithm,
-                "view": r.view,
-                "decay": r.decay,
-                "scale": r.scale,
-                "reason": r.reason,
-                "options": dict(r.options),
-            }
-            for r in self
-        ]
-        summary = {
-            name: {"parameters": count, "elements": elements}
-            for name, (count, elements) in self._counts().items()
-        }
-        return json.dumps({"routes": rows, "summary": summary}, indent=2, default=repr)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Param groups for `Muon`: {"params": [(name, parameter), ...], "algorithm",
-        "view" (muon only), "decay" (False stands for weight_decay 0), **options}.
-
-        Parameters that agree in all but themselves share a group; groups come in the order of
-        their first parameter. A frozen parameter is in the group that trains it once it is
-        unfrozen: an optimizer leaves it alone until then.
-        """
-        groups: list[dict[str, Any]] = []
-        for r in (each.unfrozen if each.algorithm == "frozen" else each for each in self):
-            if r is None or r.algorithm == "ignore":
-                continue
-            key: dict[str, Any] = {"algorithm": r.algorithm, "decay": r.decay, **r.options}
-            if r.view is not None:
-                key["view"] = r.view
-            group = next((g for g in groups if _same_key(g, key)), None)
-            if group is None:
-                group = {"params": [], **key}
-                groups.append(group)
-            group["params"].append((r.name, r.param))
-        return groups
-
-    def of(self, part: nn.Module | Mapping[str, nn.Module]) -> Routes:
-        """The routes of a part of the model, such as one stage of a pipeline: what routing decided
-        with the whole model in view, under the part's own names.
-
-        The part's parameters are found by identity, or, where it was copied, by their names in the
-        whole model: a copy from which layers were deleted keeps those.
-
-        Raises:
-            RoutingError: the part has a parameter that is not of this model.
-        """
-        facts = survey(unwrap(as_module(part)), [])
-        by_param = {id(r.param): r for r in self}
-        by_name = {name: r for r in self for name in (r.name, *r.aliases)}
-        routes = []
-        for key, param in facts.params.items():
-            names = [site.name for site in facts.sites[key]]
-            same = by_param.get(key) or next((by_name[n] for n in names if n in by_name), None)
-            if same is None or _shape(param) != same.shape:
-                raise RoutingError(
-                    f"{names[0]} {_shape(param)} of {type(part).__name__} is no parameter of the "
-                    "model that was routed, neither by identity nor by its name and shape: route "
-                    "the whole model that the part was taken from"
-                )
-            routes.append(_moved(same, names, param))
-        return Routes(routes, self.scale)
-
-    def _counts(self) -> dict[str, tuple[int, int]]:
-        counts = {}
-        for algorithm in ("muon", "adamw", "frozen", "ignore"):
-            sizes = [_elements(r.param) for r in self if r.algorithm == algorithm]
-            if sizes or algorithm != "ignore":
-                counts[algorithm] = (len(sizes), sum(sizes))
-        return counts
-
-
-def _elements(param: nn.Parameter) -> int:
-    return 0 if isinstance(param, nn.parameter.UninitializedParameter) else param.numel()
-
-
-def _moved(route: Route, names: Sequence[str], param: nn.Parameter) -> Route:
-    """The same decision for a parameter at another place."""
-    unfrozen = route.unfrozen and _moved(route.unfrozen, names, param)
-    return replace(route, name=names[0], aliases=tuple(names[1:]), param=param, unfrozen=unfrozen)
-
-
-def _same_key(group: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
-    # Compared by spelling too: 1 is not True. A tensor is only itself: it may be filled later.
-    have = {name: value for name, value in group.items() if name != "params"}
-    return have.keys() == key.keys() and all(
-        have[name] is value
-        or (
-            not isinstance(value, Tensor)
-            and type(have[name]) is type(value)
-            and repr(have[name]) == repr(value)
-        )
-        for name, value in key.items()
-    )
-
-
-def _cells(route: Route) -> tuple[str, ...]:
-    also = f" (also {', '.join(route.aliases)})" if route.aliases else ""
-    scales = route.scale if isinstance(route.scale, tuple) else (route.scale,)
-    return (
-        route.name,
-        "×".join(map(str, route.shape)) or "scalar",
-        route.view or "-",
-        route.algorithm,
-        "/".join("-" if scale is None else f"{scale:.4g}" for scale in scales),
-        "-" if route.algorithm in ("frozen", "ignore") else "yes" if route.decay else "no",
-        route.reason + also,
-    )
 
 
 @dataclass(frozen=True)
 class _Asked:
     """The arguments of `route` that each parameter's route depends on."""
 
-    scale: str
+    scale: str | Scale
     decay_1d: bool
     undecided: str
 
@@ -251,7 +51,7 @@ def route(
     model: nn.Module | Mapping[str, nn.Module],
     rules: Sequence[Rule] | None = (),
     *,
-    scale: str = ROUTED,
+    scale: str | Scale = ROUTED,
     decay_1d: bool = False,
     undecided: str = "raise",
     heads: Iterable[str | nn.Module] | None = None,
@@ -262,9 +62,10 @@ def route(
         model: any module; `torch.compile`, DistributedDataParallel and the like are looked through.
             Several models come as a dict, whose keys begin their parameters' names.
         rules: overrides; for each parameter the first rule that matches decides.
-        scale: the name of the learning-rate scale that the table shows (a key of
-            `muonkit.scale.SCALES`), and that `MuonW` uses; a rule's option "adjust_lr_fn" goes
-            before it.
+        scale: the learning-rate scale that the table shows, and that `MuonW` uses: a key of
+            `muonkit.scale.SCALES` or a function (rows, cols) -> float; a rule's option
+            "adjust_lr_fn" goes before it
+            ([all names](options.md#one-thing-several-names): docs/api/options.md).
         decay_1d: decay gains, biases and other vectors too, where no rule decides.
         undecided: what becomes of parameters of which nothing tells whether they are hidden
             matrices, or which matrices: "raise" (one error with all of them and the lines that
@@ -286,10 +87,12 @@ def route(
     model = as_module(model)
     if isinstance(heads, str | nn.Module):
         raise TypeError("heads is a list of modules or names: put the one in brackets")
-    if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(map(repr, SCALES))}")
+    if callable(scale):
+        check_scale(scale)
+    elif scale not in SCALES:
+        raise ValueError(unknown("scale", scale, SCALES))
     if undecided not in ("raise", "adamw"):
-        raise ValueError(f"unknown undecided {undecided!r}; one of 'raise', 'adamw'")
+        raise ValueError(unknown("undecided", undecided, ("raise", "adamw")))
     if flat := flat_model(model):
         raise RoutingError(f"{type(model).__name__}: {flat}. {WHOLE}")
     facts = survey(unwrap(model), None if heads is None else list(heads))
@@ -305,30 +108,6 @@ def route(
     if guessed:
         warnings.warn(warning_message(guessed), UserWarning, stacklevel=2)
     return found
-
-
-def as_module(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
-    """The model, or the one that holds the models of a dict.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if isinstance(model, nn.Module):
-        return model
-    if not is_models(model):
-        raise TypeError(
-            f"route() takes an nn.Module or a dict of them by name, got {type(model).__name__}"
-        )
-    return Models(model)
-
-
-def is_models(model: object) -> TypeGuard[Mapping[str, nn.Module]]:
-    """Whether this is a dict of models by name."""
-    return (
-        isinstance(model, Mapping)
-        and len(model) > 0
-        and all(isinstance(k, str) and isinstance(v, nn.Module) for k, v in model.items())
-    )
 
 
 def _route_all(model: nn.Module, facts: Survey, rules: Sequence[Rule], asked: _Asked) -> Routes:
@@ -382,7 +161,7 @@ def _untrained(
     return Route(
         name=sites[0].name,
         aliases=tuple(site.name for site in sites[1:]),
-        shape=_shape(param),
+        shape=shape_of(param),
         algorithm=algorithm,
         view=None,
         decay=False,
@@ -392,11 +171,6 @@ def _untrained(
         param=param,
         unfrozen=why if isinstance(why, Route) else None,
     )
-
-
-def _shape(param: nn.Parameter) -> tuple[int, ...]:
-    lazy = isinstance(param, nn.parameter.UninitializedParameter)
-    return () if lazy else tuple(param.shape)
 
 
 def _trained(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Route:
@@ -416,7 +190,7 @@ def _trained(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Route
     return Route(
         name=sites[0].name,
         aliases=tuple(site.name for site in sites[1:]),
-        shape=_shape(param),
+        shape=shape_of(param),
         algorithm=algorithm,
         view=verdict.view,
         decay=decay,
@@ -456,7 +230,7 @@ def _overridden(site: Site, param: nn.Parameter, judged: Verdict | None, rule: R
     if algorithm == "adamw":
         view = None
     elif algorithm == "muon":
-        view = rule.view or view or ("matrix" if param.ndim == 2 else None)
+        view = (str(rule.view) if rule.view else view) or ("matrix" if param.ndim == 2 else None)
         if view is None:
             raise RoutingError(_no_view(site, param, rule))
     verdict = Verdict(

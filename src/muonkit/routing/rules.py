@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch.nn as nn
 
+from muonkit._text import unknown
 from muonkit.options import OF_ALGORITHM
 from muonkit.routing.remedies import unmatched_message
 from muonkit.views import View
@@ -42,8 +43,9 @@ class Rule:
         algorithm: "muon", "adamw", or "ignore": no algorithm of this optimizer trains them, it does
             not hold them, and its state dicts are whole without them (codebooks with updates of
             their own, what another optimizer trains). To freeze, call `requires_grad_(False)`.
-        view: a view; implies algorithm="muon".
-        decay: whether weight decay applies.
+        view: a view (`muonkit.View`, or its spelling); implies algorithm="muon".
+        decay: whether weight decay applies; "weight_decay" among the options says how much
+            ([all names](options.md#one-thing-several-names): docs/api/options.md).
         options: param group hyperparameters, such as {"lr": 1e-4}: any option of its algorithm.
             "weight_decay" is for those of its parameters that decay: gains and biases do not,
             unless decay=True.
@@ -55,7 +57,7 @@ class Rule:
 
     match: str | re.Pattern[str] | type[nn.Module] | Predicate
     algorithm: Literal["muon", "adamw", "ignore"] | None = None
-    view: str | None = None
+    view: str | View | None = None
     decay: bool | None = None
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
@@ -68,15 +70,16 @@ class Rule:
         if isinstance(self.match, type) and not issubclass(self.match, nn.Module):
             raise TypeError(f"Rule.match: {self.match.__name__} is no nn.Module class")
         if self.algorithm not in (None, "muon", "adamw", "ignore"):
-            raise RoutingError(
-                f"{self} has algorithm={self.algorithm!r}, expected 'muon', 'adamw' or 'ignore'; "
-                "to freeze a parameter call requires_grad_(False)"
-            )
+            freeze = "; to freeze a parameter call requires_grad_(False)"
+            told = unknown("algorithm", self.algorithm, ("muon", "adamw", "ignore"), freeze)
+            raise RoutingError(f"{self}: {told}")
         if self.algorithm == "ignore" and (self.view or self.decay is not None or self.options):
             raise RoutingError(
                 f"{self} leaves its parameters out, and says how they are trained: drop "
                 "algorithm='ignore', or view, decay and options"
             )
+        if isinstance(self.view, View):
+            object.__setattr__(self, "view", str(self.view))
         if self.view is not None:
             if self.algorithm == "adamw":
                 raise RoutingError(
@@ -86,12 +89,9 @@ class Rule:
                 View.parse(self.view)
             except ValueError as error:
                 raise RoutingError(f"{self}: {error}") from error
-        unknown = sorted(self.options.keys() - _OPTIONS - _RESERVED)
-        if unknown:
-            raise RoutingError(
-                f"{self} has options {unknown}, which no param group has; they are "
-                f"{', '.join(sorted(_OPTIONS))}"
-            )
+        foreign = sorted(self.options.keys() - _OPTIONS - _RESERVED)
+        if foreign:
+            raise RoutingError(f"{self}: {unknown('option', foreign[0], sorted(_OPTIONS))}")
         reserved = sorted(_RESERVED.intersection(self.options))
         if reserved:
             raise RoutingError(

@@ -1,4 +1,4 @@
-"""What routing says of one parameter: a verdict, or that nothing decides it."""
+"""The outcome of routing for one parameter: a verdict, or that nothing decides about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Undecided", "Verdict", "adamw", "is_vector", "muon"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a parameter. `view` is None exactly where `algorithm` is "adamw"."""
+    """How a parameter is trained. `view` is None exactly where `algorithm` is "adamw"."""
 
     algorithm: str
     view: str | None

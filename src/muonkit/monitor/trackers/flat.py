@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["histograms", "load", "scalars"]
 
-# What of a record is no measurement.
+# Keys of a record that are no measurements.
 _NAMES = frozenset({"name", "index", "group", "algorithm", "members", "owners", "rank"})
 
 

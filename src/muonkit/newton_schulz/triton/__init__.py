@@ -16,7 +16,7 @@ from muonkit.newton_schulz.triton.blocks import FEWEST_ROWS, choose, kind_of
 
 __all__ = ["DTYPES", "available", "pays", "precision", "row_blocks", "symmetric_product"]
 
-# What the kernel multiplies, always with sums in float32. Not float64: sums would lose it.
+# Dtypes that the kernel multiplies. Sums are float32, in which float64 would lose its precision.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -57,7 +57,7 @@ def tile_of(t, T, GROUP: tl.constexpr):
 
 # One compiled variant for all sizes and strides: without the two lists Triton would compile anew
 # for every pattern of integers that are 1 or divisible by 16, and for every alignment of four
-# pointers. What alignment is worth is said by VECTOR instead. The annotations make every size and
+# pointers. VECTOR says instead what is known of the alignment. The annotations make every size and
 # stride 64 bits wide, and with them every offset.
 @triton.jit(
     do_not_specialize=[*INTEGERS, "alpha", "beta", "gamma"],

@@ -1,0 +1,170 @@
+"""What a param group may say: options in range, and parameters that its algorithm can train."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from muonkit._shards import WHOLE, flat_shard
+from muonkit._text import unknown
+from muonkit.groups import ALGORITHMS, NS_OPTIONS, parameter_names
+from muonkit.newton_schulz.orthogonalizer import check_choice
+from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
+from muonkit.scale import check_scale
+from muonkit.variants import check_variant
+from muonkit.views import blocks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["validate_defaults", "validate_group", "validate_options"]
+
+
+def validate_defaults(defaults: dict[str, Any]) -> None:
+    """Refuse constructor arguments out of range, before there is a group.
+
+    Raises:
+        ValueError, TypeError: as `validate_group`.
+    """
+    validate_group({**defaults, "algorithm": "muon", "params": []})
+    adamw = {key: defaults[name] for key, name in FILLS.items()}
+    given = {key: value for key, value in adamw.items() if value is not None}
+    if isinstance(defaults["weight_decay"], Tensor):
+        given.setdefault("weight_decay", 0.0)  # a group that takes Muon's is refused when it comes
+    validate_group({**defaults, **given, "algorithm": "adamw", "params": []})
+
+
+def validate_group(group: dict[str, Any]) -> None:
+    """Refuse options out of range, and parameters that the group's algorithm cannot train.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as documented in `Muon`.
+    """
+    validate_options(group)
+    for name, p in zip(parameter_names(group), group["params"], strict=True):
+        _validate_parameter(name, p, group)
+
+
+# A graph looks at these: classes stand in tuples, since torch 2.9's graphs have no `int | float`.
+def validate_options(group: dict[str, Any]) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        ValueError, TypeError: there is one.
+    """
+    _validate_keys(group)
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    # The first words are torch.optim.Muon's.
+    _validate_number("Learning rate", lr)
+    decay = group["weight_decay"]
+    if isinstance(decay, Tensor) and (group["algorithm"] == "adamw" or decay.numel() != 1):
+        raise TypeError(
+            "weight decay is a number, or a 1-element tensor for Muon's groups, but is: "
+            f"{decay!r}; AdamW's own is adamw_wd"
+        )
+    _validate_number("weight decay", decay)
+    _validate_number("eps", group["eps"])
+    _validate_choice(group, "nonfinite")
+    for key in ("maximize", "nesterov", "cautious"):
+        if key in group and not isinstance(group[key], (bool, int)):
+            raise TypeError(f"{key} should be True or False but is: {group[key]!r}")
+    if group["algorithm"] == "adamw":
+        betas: Any = group.get("betas")
+        two = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not two or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas should be two numbers in [0, 1) but are: {betas}")
+        return
+    _validate_number("momentum", group["momentum"], below=1.0)
+    check_scale(group["adjust_lr_fn"])
+    check_choice(*(group[key] for key in NS_OPTIONS))
+    for key in ("momentum_dtype", "exchange_dtype", "replicas"):
+        _validate_choice(group, key)
+    check_variant(group["variant"])
+    if group["variant_beta2"] is not None:
+        _validate_number("variant_beta2", group["variant_beta2"], below=1.0)
+    cap = group["bytes_in_flight"]
+    if isinstance(cap, bool) or not isinstance(cap, (Integral, type(None))):
+        raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
+    if cap is not None and cap < 1:
+        raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
+
+
+def _validate_choice(group: Mapping[str, Any], key: str) -> None:
+    if group[key] not in CHOICES[key]:
+        raise ValueError(unknown(key, group[key], CHOICES[key]))
+
+
+def _validate_keys(group: dict[str, Any]) -> None:
+    """Refuse a group whose algorithm was changed, or whose options were deleted, after it was made.
+
+    Raises:
+        ValueError: an option is missing.
+    """
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(unknown("algorithm", group["algorithm"], ALGORITHMS))
+    for key in OF_ALGORITHM[group["algorithm"]]:
+        if key not in group:
+            raise ValueError(
+                f"a group of {group['algorithm']} has no {key!r}: put it back; for another "
+                "algorithm make the optimizer anew"
+            )
+
+
+def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
+    # A float is asked nothing that would make it a constant of a graph.
+    a_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    if not a_number or isinstance(value, (str, bytes)):
+        raise TypeError(f"{what} should be a number but is: {value!r}")
+    if not 0.0 <= value < below:  # also false for NaN
+        upper = f" and < {below:g}" if below < math.inf else ""
+        raise ValueError(f"{what} should be >= 0{upper} but is: {value}")
+
+
+def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
+    shape = tuple(p.shape)
+    if p.is_complex() and group["algorithm"] == "muon":
+        raise RuntimeError(
+            f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "
+            "AdamW trains it ('algorithm': 'adamw' in its group, Rule(name, algorithm='adamw')); "
+            "Rule(name, algorithm='ignore') leaves it out"
+        )
+    if p.is_complex():
+        return
+    if not p.is_floating_point() or p.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} of shape {shape} is {p.dtype}: only floating-point parameters of at least 16 "
+            "bits are trained; leave it out, or make it a buffer"
+        )
+    if p.layout != torch.strided:
+        raise RuntimeError(
+            f"Muon does not support sparse parameters: {name} has layout {p.layout}; "
+            "make it dense, or train it with torch.optim.SparseAdam"
+        )
+    flat = flat_shard(p)
+    # AdamW may train a flat vector of many parameters; ZeRO-3's parameters hold nothing yet.
+    if flat is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
+        raise ValueError(f"{name} of shape {shape} is {flat}. {WHOLE}")
+    if group["algorithm"] == "muon":
+        if p.ndim != 2 and group["view"] == "matrix":
+            hint = (
+                f"train it with AdamW, unless it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}"
+                if p.ndim < 2
+                else "give its group a view: 'flatten' (convolution), 'experts' (E x m x n)"
+            )
+            raise ValueError(
+                "Muon only supports 2D parameters without a view whereas we found a parameter "
+                f"with size: {shape} ({name}); {hint}"
+            )
+        try:
+            blocks = blocks_of(group["view"], shape)
+        except ValueError as error:
+            hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
+            raise ValueError(f"{name}: {error}{hint}") from None
+        for block in blocks:
+            check_scale(group["adjust_lr_fn"], block.rows, block.cols)
