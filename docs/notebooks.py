@@ -324,10 +324,13 @@ def outputs(found: list[Any], name: str, heading: str, pictures: dict[str, str |
             pictures[file] = base64.b64decode(data["image/png"])
             parts.append(f"![{heading}]({file})")
         elif "text/plain" in data:
-            parts.append("```{ .text .output }\n" + data["text/plain"] + "\n```")
+            text = COLOURS.sub("", data["text/plain"])
+            parts.append("```{ .text .output }\n" + text.rstrip() + "\n```")
     return "\n\n".join(parts)
 
 
+#: What a terminal takes for colours and bold letters.
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 DISPLAYED = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 INLINE = re.compile(r"\$([^$\n]+(?:\n[^$\n]+)?)\$")
 
