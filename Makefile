@@ -7,7 +7,6 @@ LOCK  := requirements-dev.lock
 # One worker per core; each worker is held to one thread by tests/conftest.py.
 JOBS  ?= 2
 DEMO_OUT ?= runs/demo
-TUTORIAL_OUT ?= runs/tutorial
 
 # The first of these that is Python 3.11 or later; `make PYTHON=/path/to/python` overrides it.
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -92,19 +91,11 @@ format: $(STAMP) ## let ruff mend what it can
 demo: $(STAMP) ## Muon against AdamW on real text, with a picture (under 4 minutes)
 	$(BIN)/muonkit compare gpt --out $(DEMO_OUT)
 
-docs: $(STAMP) ## the documentation site, into site/; broken links and anchors are errors
+docs: $(STAMP) ## the documentation site, into site/; broken links and stale notebooks are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# Beside the notebooks goes the module that one of them needs.
-tutorial: $(STAMP) ## execute the tutorial's notebooks in full, into runs/tutorial (minutes)
-	@mkdir -p $(TUTORIAL_OUT)
-	@cp docs/tutorial/ranks.py $(TUTORIAL_OUT)
-	@for notebook in docs/tutorial/[0-9]*.py; do \
-		out=$(TUTORIAL_OUT)/$$(basename $$notebook .py).ipynb; start=$$(date +%s); \
-		$(BIN)/jupytext --quiet --to ipynb --output $$out $$notebook && \
-		MUONKIT_TUTORIAL=full $(BIN)/jupyter-execute --inplace $$out || exit 1; \
-		echo "$$out: $$(( $$(date +%s) - start )) s"; \
-	done
+tutorial: $(STAMP) ## execute the tutorial's notebooks whose code changed (minutes), into docs/tutorial/*.ipynb
+	$(BIN)/python docs/notebooks.py
 
 # The lock is what the extras of pyproject.toml resolve to today in an empty environment. A local
 # version such as torch's +cpu is cut off: which build fits is the installing machine's choice.

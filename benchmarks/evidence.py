@@ -7,9 +7,9 @@
 For each task it runs `muonkit compare`: every optimizer with its learning rate and its decay swept
 on the same grids; and, where there is a public claim, AdamW at its default learning rate 1e-3,
 untuned. What follows `--` goes to either. Stopped, the same command goes on. The figures are kept
-in docs/evidence/TASK.json and the pictures beside them; the blocks of the page between
-`<!-- begin: NAME -->` and `<!-- end: NAME -->` are written from those files, the text around them
-by hand. `--page-only` writes the page again and trains nothing.
+in docs/evidence/TASK.json; the pictures beside them and the blocks of the page between
+`<!-- begin: NAME -->` and `<!-- end: NAME -->` are made from those files, the text around them
+by hand. `--page-only` draws and writes again and trains nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,10 +30,11 @@ from parts import Record, replace_block, table
 from muonkit.lab import results
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.results import Curve, Figure, Outcome, p_value, rows, welch
+from muonkit.lab.tasks import TASKS
 from muonkit.lab.train import Result
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = ("loss-steps.png", "loss-seconds.png")
+PICTURES = {"step": "loss-steps.svg", "seconds": "loss-seconds.svg"}
 UNTUNED = 1e-3
 
 
@@ -133,8 +133,6 @@ def run(task: str, plan: Plan, options: argparse.Namespace) -> None:
         if budgets[0] != budgets[1]:
             raise ValueError(f"{task}: tuned runs of {budgets[0]}, untuned ones of {budgets[1]}")
     options.results.mkdir(parents=True, exist_ok=True)
-    for picture in PICTURES:
-        shutil.copyfile(out / picture, options.results / f"{task}-{picture}")
     text = json.dumps({"kind": "evidence", "task": task, **record}, indent=1) + "\n"
     (options.results / f"{task}.json").write_text(text)
 
@@ -211,9 +209,9 @@ def sweep_table(record: Record) -> str:
 
 
 def task_block(record: Record) -> str:
-    headings, cells = results.table(rows([*outcomes(record), *_untuned(record)]))
+    headings, cells = results.transposed(rows([*outcomes(record), *_untuned(record)]))
     task, seeds = record["task"], record["config"]["seeds"]
-    picture = f"evidence/{task}-{PICTURES[0]}"
+    picture = f"evidence/{task}-{PICTURES['step']}"
     swept = record["config"].get("sweep_seeds", 1)
     chosen_on = "seed 0" if swept == 1 else f"the first {swept} seeds (means)"
     said = [
@@ -223,7 +221,7 @@ def task_block(record: Record) -> str:
         table(headings, cells),
         f"Tried on {chosen_on}, the chosen ones in bold:",
         sweep_table(record),
-        f"![Training and validation loss of each optimizer against steps]({picture})",
+        f"![Validation loss of each optimizer against steps]({picture})",
     ]
     return "\n\n".join(said)
 
@@ -272,6 +270,17 @@ def claim_block(record: Record, claim: str) -> str:
 
 
 NOT_RUN = "Not yet run."
+
+
+def draw(record: Record, folder: Path) -> None:
+    """The pictures of a task's validation curves, from its figures."""
+    # Here, because it brings matplotlib.
+    from muonkit.lab.plots import loss_plot
+
+    title = f"{record['task']}: {TASKS[record['task']].summary}"
+    for against, name in PICTURES.items():
+        image = loss_plot(title, against, outcomes(record), {}, "svg")
+        (folder / f"{record['task']}-{name}").write_bytes(image)
 
 
 def write_page(page: str, records: dict[str, Record]) -> str:
@@ -332,7 +341,10 @@ def main(words: Sequence[str] | None = None) -> int:
             for task in options.task or PLANS:
                 run(task, PLANS[task], options)
         text = (page if page.exists() else source).read_text()
-        page.write_text(write_page(text, kept(options.results)))
+        records = kept(options.results)
+        for record in records.values():
+            draw(record, options.results)
+        page.write_text(write_page(text, records))
     except (OSError, ValueError) as error:  # JSONDecodeError is a ValueError
         print(f"evidence.py: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """The examples' losses at several ranks beside those of one process, as a table and a plot.
 
-    python benchmarks/example_losses.py --json losses.json --plot losses.png
+    python benchmarks/example_losses.py --json losses.json --plot losses.svg
     python benchmarks/example_losses.py --only "FSDP2, 2" --steps 40
 
 Every run is an example as its command starts it, at its defaults: one model, one schedule, and one
@@ -94,6 +94,8 @@ def plot(runs: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from muonkit.lab.pictures import rendered
+
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, sharex=True)
@@ -113,7 +115,7 @@ def plot(runs: Mapping[str, Any], path: Path) -> None:
     below.set_yscale("log")
     below.set_ylabel("|loss - loss of one process|, 0 as 5e-7")
     below.set_xlabel("step")
-    figure.savefig(path, dpi=100)
+    path.write_bytes(rendered(figure, path.suffix.removeprefix(".")))
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from muonkit.lab.train import Run, Setting, StopRequest, Trainer
 
 STEPS, EVALUATIONS, EVERY = 12, 3, 4
 NAMES = ("adamw", "muonw")
-UNREAD = ("measurements.jsonl", "summary.json", "report.html", "*.png")
+UNREAD = ("measurements.jsonl", "summary.json", "report.html", "*.png", "*.svg")
 #: Rows of the table that a clock decides.
 TIMES = ("s to AdamW's loss", "ms/step", "of it optimizer", "s in all")
 

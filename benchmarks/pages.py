@@ -1,7 +1,7 @@
 """Write the tables of the pages under docs/ from measurements.
 
     python benchmarks/pages.py                                       # every page, from docs/
-    python benchmarks/pages.py docs/performance/step.json --page docs/performance.md --plot step.png
+    python benchmarks/pages.py docs/performance/step.json --page docs/performance.md --plot step.svg
 
 The files are what the scripts write with --json. Between `<!-- begin: NAME -->` and
 `<!-- end: NAME -->` everything is replaced; the text around it is written by hand. Several files of

@@ -2,7 +2,7 @@
 
 The lab's GPT on Python's own source at five widths, with muP (`muonkit.mup`) and without, at
 learning rates a factor of two or of √2 apart. Each finished run is a line of docs/mup/runs.jsonl: a
-killed command goes on where it was. Then docs/mup/width_transfer.json and .png and the table of
+killed command goes on where it was. Then docs/mup/width_transfer.json and .svg and the table of
 docs/mup.md are written from what is there. The runs took 16 minutes on a busy machine, those of
 --widths 512 ten more on a free core.
 
@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import ticker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from muonkit import MuonW, mup
 from muonkit.lab.data import TextData, stdlib_text
 from muonkit.lab.models import GPT
+from muonkit.lab.pictures import human, rendered
 from muonkit.lab.train import evaluate, loss_of, lr_factor
 
 PAGE = Path(__file__).parents[1] / "docs" / "mup.md"
@@ -61,11 +61,11 @@ WIDTHS = (32, 64, 128, 256)
 
 # Okabe and Ito's colours, each with a dash pattern and a marker of its own.
 _STYLES = (
-    ("#0072B2", "-", "o"),
-    ("#D55E00", "--", "s"),
-    ("#009E73", "-.", "^"),
-    ("#000000", ":", "D"),
-    ("#CC79A7", (0, (1, 1)), "v"),
+    ("#1B9E9E", "-", "o"),
+    ("#8C6BB1", "--", "s"),
+    ("#A6761D", "-.", "^"),
+    ("#808080", ":", "D"),
+    ("#A0456B", (0, (1, 1)), "v"),
 )
 
 
@@ -188,7 +188,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def plot(summary: dict[str, Any]) -> Figure:
     """Loss against learning rate, one curve per width, with muP and without."""
-    figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for (width, found), (color, dash, marker) in zip(
@@ -200,10 +200,13 @@ def plot(summary: dict[str, Any]) -> Figure:
             if "vertex" in found:
                 axis.axvline(2 ** found["vertex"], color=color, linestyle=dash, alpha=0.5)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda lr, _: f"{lr:.3g}"))
+        axis.xaxis.set_major_locator(ticker.LogLocator(base=2, numticks=6))
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda lr, _: human(lr)))
         axis.set(title=title, xlabel="learning rate (vertical lines: the best of each width)")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.spines[["top", "right"]].set_visible(False)
+    # Beside the axes: within, it would hide a curve.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     axes[0].set_ylabel("validation loss, nats per byte")
     return figure
 
@@ -235,7 +238,7 @@ def write(runs: Sequence[dict[str, Any]]) -> None:
     """JSON, picture, and the table between the page's markers."""
     summary = summarise(runs)
     (FOLDER / "width_transfer.json").write_text(json.dumps(summary, indent=1) + "\n")
-    FigureCanvasAgg(plot(summary)).print_png(FOLDER / "width_transfer.png")
+    (FOLDER / "width_transfer.svg").write_bytes(rendered(plot(summary), "svg"))
     text = PAGE.read_text()
     pattern = re.escape(MARKERS[0]) + ".*" + re.escape(MARKERS[1])
     between = f"{MARKERS[0]}\n\n{table(summary)}\n\n{MARKERS[1]}"

@@ -13,21 +13,29 @@
 # %% [markdown]
 # # 1. The problem
 #
+# **Result.** A GPT's momentum has few directions: in every matrix of its first block fewer than a
+# quarter, in effect. A step that gives all of them one size, $UV^\top$, lowers the loss faster than
+# AdamW's update and than the momentum itself, when all three change no output by more than the same
+# bound. That step is Muon's.
+#
 # Most of a network's weights are in matrices. An optimizer such as SGD or AdamW does not know that:
 # it sees a long list of numbers. In this notebook we train a small GPT, look at the momentum of its
 # matrices *as matrices*, and find that nearly all of a step goes into a few directions.
 #
 # You know PyTorch. Nothing is assumed about Muon.
 
-# %%
+# %% tags=["hide-input"]
 import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 
-if importlib.util.find_spec("muonkit") is None:  # on Colab, say
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "muonkit[lab]"], check=True)
+REPOSITORY = ""  # the address in pyproject.toml: docs/notebooks.py writes it into the .ipynb
+if importlib.util.find_spec("muonkit") is None and REPOSITORY:  # on Colab, say
+    wanted = f"muonkit[tutorial] @ git+{REPOSITORY}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
+    importlib.invalidate_caches()
 warnings.filterwarnings("ignore", "IProgress not found")  # no progress bars here
 try:
     import matplotlib.pyplot as plt
@@ -36,10 +44,13 @@ try:
     from muonkit.lab.data import stdlib_text
     from muonkit.lab.models import GPT
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing}: pip install "muonkit[tutorial]"') from None
+    remedy = 'in a checkout of muonkit, pip install ".[tutorial]"'
+    raise SystemExit(f"{missing}: {remedy}") from None
 
 QUICK = os.environ.get("MUONKIT_TUTORIAL") == "quick"  # the short form, for automatic checks
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's
+# Optimizers have the colours of every picture of muonkit; what is none has others.
+MUON, ADAMW, SGD = "#0072B2", "#D55E00", "#009E73"
+OTHERS = ("#8C6BB1", "#1B9E9E", "#A6761D", "#808080")
 
 # %% [markdown]
 # ## A real network
@@ -48,7 +59,7 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe 
 # is on your disk already, nothing is downloaded), and learns to predict the next byte. We train it
 # twice from the same weights on the same batches: with AdamW, and with SGD with momentum.
 
-# %%
+# %% tags=["hide-input"]
 context, width, layers, batch, steps = (64, 64, 2, 8, 60) if QUICK else (128, 128, 4, 16, 150)
 text = stdlib_text(context)
 print(text.description)
@@ -93,7 +104,7 @@ assert losses[-1] < losses[0] - 1, "the network learns: what follows is about a 
 # the first block, each divided by the largest.
 
 
-# %%
+# %% tags=["hide-input"]
 def matrices(model, optimizer, key):
     """What the optimizer keeps under `key` for the first block (of the fused qkv: the query's)."""
     block = model.blocks[0]
@@ -112,7 +123,7 @@ momenta = {
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
 for ax, (name, of) in zip(axes, momenta.items(), strict=True):
-    styles = zip((BLUE, ORANGE, GREEN, PINK), ("-", "--", "-.", ":"), strict=True)
+    styles = zip(OTHERS, ("-", "--", "-.", ":"), strict=True)
     for (label, M), (color, dash) in zip(of.items(), styles, strict=True):
         s = torch.linalg.svdvals(M)
         ax.semilogy(torch.arange(1, len(s) + 1), s / s[0], dash, color=color, label=label)
@@ -132,7 +143,7 @@ plt.show()
 # - **top tenth**: the share of $\|M\|_F^2 = \sum_i \sigma_i^2$ that is in the largest tenth of the
 #   directions.
 
-# %%
+# %% tags=["hide-input"]
 print("momentum of  matrix         rank  largest/median  stable rank  top tenth")
 for name, of in momenta.items():
     for label, M in of.items():
@@ -207,7 +218,7 @@ for label, M in momenta["AdamW"].items():
 # theirs.
 
 
-# %%
+# %% tags=["hide-input", "result"]
 def hidden(model):
     return [p for name, p in model.named_parameters() if name.startswith("blocks") and p.ndim == 2]
 
@@ -250,7 +261,7 @@ along = {
 before = mean_loss().item()
 sizes = torch.logspace(-3, -0.5, 8 if QUICK else 14).tolist()
 fig, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-styles = zip((BLUE, ORANGE, GREEN), ("o-", "s--", "^-."), strict=True)
+styles = zip((SGD, ADAMW, MUON), ("^-.", "s--", "o-"), strict=True)
 gained = {}
 for (name, D), (color, dash) in zip(along.items(), styles, strict=True):
     gained[name] = [before - loss_after(D, t) for t in sizes]

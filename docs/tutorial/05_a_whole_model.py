@@ -13,19 +13,26 @@
 # %% [markdown]
 # # 5. A whole model
 #
+# **Result.** `route(model)` finds the hidden matrices of a model and `MuonW(model)` trains all of
+# it. Coming from a tuned AdamW with the scale `match_rms_adamw`, its learning rate is safe and too
+# small: the loss falls on while it is multiplied.
+#
 # Muon is for hidden matrices. A model also has embeddings, heads, gains and biases, fused
 # projections, convolutions, experts. This notebook is about who gets what, and about moving a
 # training from AdamW.
 
-# %%
+# %% tags=["hide-input"]
 import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 
-if importlib.util.find_spec("muonkit") is None:  # on Colab, say
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "muonkit[lab]"], check=True)
+REPOSITORY = ""  # the address in pyproject.toml: docs/notebooks.py writes it into the .ipynb
+if importlib.util.find_spec("muonkit") is None and REPOSITORY:  # on Colab, say
+    wanted = f"muonkit[tutorial] @ git+{REPOSITORY}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
+    importlib.invalidate_caches()
 warnings.filterwarnings("ignore", "IProgress not found")  # no progress bars here
 try:
     import matplotlib.pyplot as plt
@@ -36,7 +43,8 @@ try:
     from muonkit.lab.data import stdlib_text
     from muonkit.lab.models import GPT
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing}: pip install "muonkit[tutorial]"') from None
+    remedy = 'in a checkout of muonkit, pip install ".[tutorial]"'
+    raise SystemExit(f"{missing}: {remedy}") from None
 
 QUICK = os.environ.get("MUONKIT_TUTORIAL") == "quick"  # the short form, for automatic checks
 
@@ -172,7 +180,7 @@ print(route(nn.Sequential(Experts()), [Rule("*.up", view="experts")])[0].reason)
 # so? Train with AdamW and look at $\hat m / (\sqrt{\hat v} + \epsilon)$, its update per unit of
 # learning rate.
 
-# %%
+# %% tags=["hide-input"]
 text = stdlib_text(64)
 steps, batch = (40, 8) if QUICK else (200, 16)
 
@@ -220,8 +228,8 @@ def measure(model, optimizer, step):
 
 reference = train(adamw, 2e-3, after=measure)
 plt.figure(figsize=(6.5, 3.4), layout="constrained")
-plt.semilogx(*zip(*rms, strict=True), "o-", color="#0072B2", markersize=3, label="AdamW, measured")
-plt.axhline(0.2, color="#D55E00", linestyle="--", label="Muon with match_rms_adamw")
+plt.semilogx(*zip(*rms, strict=True), "o-", color="#D55E00", markersize=3, label="AdamW, measured")
+plt.axhline(0.2, color="#0072B2", linestyle="--", label="Muon with match_rms_adamw")
 plt.xlabel("step (log)")
 plt.ylabel("RMS of the update / lr (no unit)")
 plt.ylim(0, 1.1)
@@ -247,7 +255,7 @@ assert rms[-1][1] < rms[0][1]
 #    gradient counts in Muon's average (the scale of the average drops out), but acts on the AdamW
 #    part as ever.
 
-# %%
+# %% tags=["result"]
 print(f"validation loss after {steps} steps of 64 x {batch} bytes (nats)")
 tuned = {2e-3: reference} | {lr: train(adamw, lr) for lr in (() if QUICK else (1e-3, 4e-3))}
 best = min(tuned, key=tuned.get)

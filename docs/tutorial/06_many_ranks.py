@@ -13,19 +13,28 @@
 # %% [markdown]
 # # 6. Many ranks on a laptop
 #
+# **Result.** Four ranks train in four layouts, and end with the weights of one process: to the
+# rounding of float32 sums, and with all ranks equal bit for bit.
+#
 # Large models lie on many devices, cut in pieces. Newton-Schulz needs *whole* matrices. This
 # notebook starts four ranks on your CPU and shows, for four layouts, what each rank holds, who
 # computes what, and what is sent. Nothing is simulated: the ranks train, and end with the weights
 # of one process.
 
-# %%
+# %% tags=["hide-input"]
 import importlib.util
 import inspect
 import subprocess
 import sys
 
-if importlib.util.find_spec("muonkit") is None:  # on Colab, say
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "muonkit[lab]"], check=True)
+REPOSITORY = ""  # the address in pyproject.toml: docs/notebooks.py writes it into the .ipynb
+if importlib.util.find_spec("muonkit") is None and REPOSITORY:  # on Colab, say
+    wanted = f"muonkit[tutorial] @ git+{REPOSITORY}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
+    # What the ranks run lies beside the notebook, in the repository.
+    subprocess.run(["git", "clone", "-q", "--depth", "1", REPOSITORY, "repository"], check=True)
+    sys.path.insert(0, "repository/docs/tutorial")
+    importlib.invalidate_caches()
 try:
     import matplotlib.pyplot as plt
     import torch
@@ -33,10 +42,12 @@ try:
 
     import muonkit
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing}: pip install "muonkit[tutorial]"') from None
-if importlib.util.find_spec("ranks") is None:
-    raise SystemExit("this notebook needs ranks.py beside it: copy it from docs/tutorial")
-import ranks
+    remedy = 'in a checkout of muonkit, pip install ".[tutorial]"'
+    raise SystemExit(f"{missing}: {remedy}") from None
+try:
+    import ranks
+except ModuleNotFoundError:
+    raise SystemExit("this notebook needs ranks.py beside it: copy it from docs/tutorial") from None
 
 # %% [markdown]
 # ## The ranks
@@ -61,7 +72,7 @@ for layout in ranks.LAYOUTS.values():
 #
 # Run three steps in each layout on four ranks, and in this process alone.
 
-# %%
+# %% tags=["hide-input", "result"]
 N = 4
 seen = ranks.run(N, ranks.LAYOUTS)
 alone = ranks.train(None)
@@ -77,22 +88,23 @@ for name, of in seen.items():
 # %% [markdown]
 # ## One idea for all layouts
 #
-# A parameter is **stored** in some rectangles, one on each rank. Its momentum **lives** in some
-# rectangles. And every matrix is **computed** whole, by one *owner*. A layout is these three, and
-# the step is the same in all:
+# Each rank stores a rectangle of a parameter (the plan's `param_placement`) and one of its momentum
+# (`state_placement`), and every matrix is computed whole, by one **owner**. A layout is these
+# three, and the step is the same in all:
 #
-# 1. momentum, elementwise, where it lives;
+# 1. momentum, elementwise, where it is stored;
 # 2. one exchange: the rectangles of every matrix go to its owner;
 # 3. the owner orthogonalizes the whole matrix;
-# 4. one exchange: the result goes to everywhere where the parameter is stored;
-# 5. decay and update, elementwise, where it is stored.
+# 4. one exchange: the result goes to every rank that stores some of the parameter;
+# 5. decay and update, elementwise, where the parameter is stored.
 #
 # `optimizer.plan()` has all of it before the first step. Here are the rectangles of `up` (128
 # rows, 32 columns) and `down` (32 rows, 128 columns) of the first block; a number is the rank that
 # has it.
 
-# %%
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's, one for each rank
+# %% tags=["hide-input"]
+COLORS = ("#7A5AA6", "#14807F", "#8F6414", "#A0456B")  # one for each rank
+WHITE, BLACK = "#fffffe", "#000001"  # the site's dark pages turn other greys round
 
 
 def muon_plan(of):
@@ -111,34 +123,34 @@ def rectangles(ax, shape, boxes):
         ax.add_patch(
             Rectangle((c0, r0), c1 - c0, r1 - r0, facecolor=color, edgecolor="white", lw=2)
         )
-        text = dict(ha="center", va="center", color="white" if len(who) == 1 else "black")
+        text = dict(ha="center", va="center", color=WHITE if len(who) == 1 else "black")
         ax.text((c0 + c1) / 2, (r0 + r1) / 2, ",".join(map(str, who)), fontsize=9, **text)
     ax.set(xlim=(0, shape[1]), ylim=(shape[0], 0), xticks=(0, shape[1]), yticks=(0, shape[0]))
     ax.tick_params(labelsize=7)
 
 
 def draw(parameter):
-    """One row a layout: where the parameter is stored, its momentum lives, who computes it."""
+    """One row a layout: where the parameter and its momentum are, and who computes it."""
     fig, axes = plt.subplots(len(seen), 3, figsize=(6.6, 7.2), layout="constrained")
     for (name, of), row in zip(seen.items(), axes, strict=True):
         plan = muon_plan(of)
         number, tensor = next((i, t) for i, t in enumerate(plan.tensors) if t.name == parameter)
-        stored = {rank: tensor.stored.box(tensor.shape, rank) for rank in range(N)}
-        lives = {rank: tensor.lives.box(tensor.shape, rank) for rank in range(N)}
+        stored = {rank: tensor.param_placement.box(tensor.shape, rank) for rank in range(N)}
+        momentum = {rank: tensor.state_placement.box(tensor.shape, rank) for rank in range(N)}
         owner = {
             rank: plan.matrices[matrix].box
             for matrix, owners in plan.assignments()
             for rank in owners
             if plan.matrices[matrix].tensor == number
         }
-        for ax, boxes in zip(row, (stored, lives, owner), strict=True):
+        for ax, boxes in zip(row, (stored, momentum, owner), strict=True):
             rectangles(ax, tensor.shape, boxes)
         row[0].set_ylabel(f"{name}\nrow", fontsize=9)
         # What is drawn is what the ranks really had.
         for rank in range(N):
-            for boxes, had in ((stored, of[rank].stored), (lives, of[rank].state)):
+            for boxes, had in ((stored, of[rank].stored), (momentum, of[rank].state)):
                 assert tuple(end - start for start, end in boxes[rank]) == had[parameter]
-    for ax, title in zip(axes[0], ("stored", "momentum lives", "computed"), strict=True):
+    for ax, title in zip(axes[0], ("parameter", "momentum", "computed by"), strict=True):
         ax.set_title(title, fontsize=10)
     for ax in axes[-1]:
         ax.set_xlabel("column", fontsize=8)
@@ -158,7 +170,7 @@ draw("1.down.weight")
 # Here is the whole step of one rank, from the plan: a part is [rows, columns].
 
 
-# %%
+# %% tags=["hide-input"]
 def part(box):
     return "[" + ", ".join(f"{start}:{end}" for start, end in box) + "]"
 
@@ -174,16 +186,16 @@ def narrate(name, rank):
     (bucket,) = plan.buckets  # larger models have several, one under way while another is computed
     there, back = plan.inbound(bucket, rank), plan.outbound(bucket, rank)
     own = [plan.tensors[plan.matrices[i].tensor] for i, owners in bucket if rank in owners]
-    lives = [f"{t.name} {part(t.lives.box(t.shape, rank))}" for t in plan.tensors]
-    stored = [f"{t.name} {part(t.stored.box(t.shape, rank))}" for t in plan.tensors]
+    momenta = [f"{t.name} {part(t.state_placement.box(t.shape, rank))}" for t in plan.tensors]
+    parameters = [f"{t.name} {part(t.param_placement.box(t.shape, rank))}" for t in plan.tensors]
     for title, lines in {
-        "1. momentum of": lives,
+        "1. momentum of": momenta,
         "2. momentum out, to": of(there.sends),
         "   momentum in, from": of(there.recvs),
         "3. orthogonalizes": [f"{t.name} {t.shape[0]} x {t.shape[1]}, whole" for t in own],
         "4. results out, to": of(back.sends),
         "   results in, from": of(back.recvs),
-        "5. updates": stored,
+        "5. updates": parameters,
     }.items():
         print(f"{title:22}" + "; ".join(lines or ["nothing"]))
 
@@ -197,7 +209,7 @@ narrate("DP x TP, ZeRO-1", 0)
 # `plan().messages(rank)` says how many bytes a rank sends to which other: to the owners, back to
 # the parameters, and what AdamW's part shares with ZeRO-1.
 
-# %%
+# %% tags=["hide-input"]
 fig, axes = plt.subplots(1, len(seen), figsize=(11, 3.1), layout="constrained")
 tables = {}
 for name, of in seen.items():
@@ -214,7 +226,7 @@ for ax, (name, table) in zip(axes, tables.items(), strict=True):
         for j in range(N):
             dark = table[i, j] < top / 2
             text = f"{table[i, j]:.0f}" if table[i, j] else ""
-            ax.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+            ax.text(j, i, text, ha="center", va="center", color=WHITE if dark else BLACK)
     ax.set(title=name, xlabel="to rank", xticks=range(N), yticks=range(N))
 axes[0].set_ylabel("from rank")
 fig.colorbar(image, ax=axes, label="KiB per step", shrink=0.8)
@@ -240,7 +252,7 @@ for name, of in seen.items():
 #
 # (The gradients' own all-reduce under DDP is $2\frac{N-1}{N} S b$, for comparison.)
 
-# %%
+# %% tags=["hide-input"]
 S, b, M = sum(p.numel() for n, p in alone.weights.items() if ".up." in n or ".down." in n), 4, 2
 piece, copy = (N - 1) / N**2 * S * b, (N - 1) / N * S * b
 formulas = {
@@ -288,7 +300,7 @@ for count in (1, 2, 4, 8):
 #
 # ## What to remember
 #
-# - Three placements: where a parameter is stored, where its momentum lives, who computes it.
+# - Three placements: of a parameter, of its momentum, and who computes each matrix.
 # - One exchange to the owners, one back, whatever the layout; each matrix is computed once.
 # - Never orthogonalize a shard.
 # - `optimizer.plan()` says who sends how much to whom, before the first step.

@@ -13,11 +13,14 @@
 # %% [markdown]
 # # 7. Reading the instruments
 #
+# **Result.** The monitor points at the two matrices whose gradients were spoiled on purpose (the
+# arrows), of which a loss curve says nothing. It changes no bit of the training that it watches.
+#
 # `muonkit.Monitor` shows what the optimizer does while it trains: sizes of steps, spectra before
 # and after orthogonalization, learning rates as they arrive. It reads and never writes: the
 # training is the same with it, bit for bit.
 
-# %%
+# %% tags=["hide-input"]
 import importlib.util
 import json
 import os
@@ -27,8 +30,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
-if importlib.util.find_spec("muonkit") is None:  # on Colab, say
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "muonkit[lab]"], check=True)
+REPOSITORY = ""  # the address in pyproject.toml: docs/notebooks.py writes it into the .ipynb
+if importlib.util.find_spec("muonkit") is None and REPOSITORY:  # on Colab, say
+    wanted = f"muonkit[tutorial] @ git+{REPOSITORY}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
+    importlib.invalidate_caches()
 warnings.filterwarnings("ignore", "IProgress not found")  # no progress bars here
 try:
     import matplotlib.pyplot as plt
@@ -39,10 +45,11 @@ try:
     from muonkit.lab.models import GPT
     from muonkit.lab.train import lr_factor
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing}: pip install "muonkit[tutorial]"') from None
+    remedy = 'in a checkout of muonkit, pip install ".[tutorial]"'
+    raise SystemExit(f"{missing}: {remedy}") from None
 
 QUICK = os.environ.get("MUONKIT_TUTORIAL") == "quick"  # the short form, for automatic checks
-STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+STYLES = (("#8C6BB1", "-"), ("#1B9E9E", "--"), ("#A6761D", "-."), ("#808080", ":"))
 
 # %% [markdown]
 # ## A training with a monitor
@@ -97,7 +104,7 @@ assert all(equal)
 # One record for every *matrix* (a fused projection has three, by `index`), every AdamW parameter,
 # every param group and every rank. Here is one matrix, late in the training.
 
-# %%
+# %% tags=["hide-input"]
 matrix = next(m for m in samples[-2]["matrices"] if m["name"] == "blocks.1.up.weight")
 for key, value in matrix.items():
     if key != "spectra":
@@ -122,7 +129,7 @@ for which, spectrum in matrix["spectra"].items():
 # A sample has 17 quantiles of the singular values of momentum, update and weight. This is the
 # picture of notebook 1 again, and the answer to it.
 
-# %%
+# %% tags=["hide-input"]
 fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.4), layout="constrained")
 shown = ["blocks.0.attention.qkv.weight", "blocks.1.attention.out.weight", "blocks.1.up.weight"]
 last = {m["name"]: m for m in samples[-2]["matrices"] if m["index"] == 0}
@@ -150,7 +157,7 @@ print(f"orthogonality error of all matrices: {min(errors):.2f} to {max(errors):.
 # Three things to look at in any run.
 
 
-# %%
+# %% tags=["hide-input"]
 def series(samples, key):
     """Steps, and one list of values for each matrix."""
     found = {}
@@ -194,7 +201,7 @@ for sample in samples:
 # start.
 
 
-# %%
+# %% tags=["result"]
 def fault(model, step):
     if step > steps // 2:
         model.blocks[0].down.weight.grad.zero_()

@@ -13,18 +13,23 @@
 # %% [markdown]
 # # 8. Lessons
 #
-# Muon is forty lines, and many of its implementations have shipped with a bug. None of these bugs
-# raises an error: the loss goes down, a little less than it should. Each cell shows one, and how
-# muonkit's tests look for it. Some are bugs of releases of others, which may have been mended
-# since: those cells print what the release that you have does.
+# **Result.** None of the bugs on this page raises an error: the loss goes down, a little less than
+# it should. The first of them in numbers, a gradient that is very small or very large:
+#
+# Muon is forty lines, and many of its implementations have shipped with a bug. Each cell shows
+# one, and how muonkit's tests look for it. Some are bugs of releases of others, which may have
+# been mended since: those cells print what the release that you have does.
 
-# %%
+# %% tags=["hide-input"]
 import importlib.util
 import subprocess
 import sys
 
-if importlib.util.find_spec("muonkit") is None:  # on Colab, say
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "muonkit[lab]"], check=True)
+REPOSITORY = ""  # the address in pyproject.toml: docs/notebooks.py writes it into the .ipynb
+if importlib.util.find_spec("muonkit") is None and REPOSITORY:  # on Colab, say
+    wanted = f"muonkit[tutorial] @ git+{REPOSITORY}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wanted], check=True)
+    importlib.invalidate_caches()
 try:
     import matplotlib.pyplot as plt
     import torch
@@ -33,7 +38,8 @@ try:
     from muonkit import Muon, orthogonalize
     from muonkit.newton_schulz.coefficients import resolve
 except ModuleNotFoundError as missing:
-    raise SystemExit(f'{missing}: pip install "muonkit[tutorial]"') from None
+    remedy = 'in a checkout of muonkit, pip install ".[tutorial]"'
+    raise SystemExit(f"{missing}: {remedy}") from None
 print("torch", torch.__version__)
 
 
@@ -53,7 +59,7 @@ def one_step(kind, gradient, **options):
 # the gradient's norm *is* that small. Then the singular values start far below $10^{-3}$ and never
 # arrive. At the other end the squares overflow, and the update is zero. Neither says anything.
 
-# %%
+# %% tags=["result"]
 torch.manual_seed(0)
 G = torch.randn(64, 64)
 print("norm of the update of a 64 x 64 gradient (8 if it were exactly orthogonal)")
@@ -90,15 +96,15 @@ for name, kind in (("torch.optim.Muon", torch.optim.Muon), ("muonkit.Muon", Muon
 # interval that the one before leaves. Leave out the last, "to save 20%", and singular values of
 # 1.5 come out.
 
-# %%
+# %% tags=["hide-input"]
 x = torch.logspace(-3, 0, 2001, dtype=torch.float64)
 y, maps = x, []
 for a, b, c in resolve("polar_express").triples:
     y = a * y + b * y**3 + c * y**5
     maps.append(y)
 plt.figure(figsize=(6.5, 3.4), layout="constrained")
-plt.semilogx(x, maps[4], color="#0072B2", label="five of five")
-plt.semilogx(x, maps[3], "--", color="#D55E00", label="four of five")
+plt.semilogx(x, maps[4], color="#8C6BB1", label="five of five")
+plt.semilogx(x, maps[3], "--", color="#1B9E9E", label="four of five")
 plt.xlabel("singular value before (log)")
 plt.ylabel("after")
 plt.legend()

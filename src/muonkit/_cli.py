@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from muonkit._install import install_line
+
 __all__ = ["main"]
 
 
@@ -23,9 +25,9 @@ def main() -> int | None:
         missing = (error.name or "muonkit").partition(".")[0]
         if missing == "muonkit" or missing in sys.stdlib_module_names:
             raise
-        remedy = 'pip install "muonkit[lab]"'
         print(
-            f"error: the muonkit command needs {missing}, which is not installed: {remedy}",
+            f"error: the muonkit command needs {missing}, which is not installed: "
+            f"{install_line('lab')}",
             file=sys.stderr,
         )
         return 2

@@ -7,6 +7,7 @@ directions that may stand above a block.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -51,6 +52,21 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     # What a browser loads by itself; links that a reader may follow are none of it.
     loads = re.compile(r"<(?:script|img|link)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
     assert {name: loads.findall(text) for name, text in pages.items() if loads.search(text)} == {}
+    # Of pages with the words, search shows first the one that answers.
+    index = json.loads((tmp_path / "search" / "search_index.json").read_text("utf-8"))["docs"]
+    boosts = {entry["location"]: entry.get("boost", 1) for entry in index}
+    assert boosts["learning-rate/"] == max(boosts.values()) > boosts["decisions/"]
+    assert "learning rate" in next(e for e in index if e["location"] == "learning-rate/")["title"]
+    # A picture has a form for each scheme; a wide table's cells know their heading.
+    for name in (
+        "index.html",
+        "performance/index.html",
+        "tutorial/02_orthogonalization/index.html",
+    ):
+        shown = re.findall(r'<img [^>]*src="([^"]*\.svg)(#only-\w+)"', pages[name])
+        assert {theme for _, theme in shown} == {"#only-light", "#only-dark"}, name
+        assert all(((tmp_path / name).parent / file).resolve().is_file() for file, _ in shown), name
+    assert '<td data-label="ratio"' in pages["performance/index.html"]
     # The tutorial's notebooks are pages, their equations drawn, and lead from one to the next.
     notebooks = sorted(name for name in pages if re.match(r"tutorial/\d", name))
     sources = sorted((ROOT / "docs/tutorial").glob("[0-9]*.py"))

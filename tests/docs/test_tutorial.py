@@ -6,8 +6,10 @@ from the folder that they are in.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from muonkit._install import install_line
 from tests.helpers import warm
 from tests.helpers.paths import ROOT, SHARED
 
@@ -66,9 +69,9 @@ def executed(text: str, data: Path = DATA, **variables: str) -> Any:
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
     """
-    jupytext = pytest.importorskip("jupytext", reason='pip install "muonkit[tutorial]"')
-    nbclient = pytest.importorskip("nbclient", reason='pip install "muonkit[tutorial]"')
-    pytest.importorskip("ipykernel", reason='pip install "muonkit[tutorial]"')
+    jupytext = pytest.importorskip("jupytext", reason=install_line("tutorial"))
+    nbclient = pytest.importorskip("nbclient", reason=install_line("tutorial"))
+    pytest.importorskip("ipykernel", reason=install_line("tutorial"))
     from jupyter_client.manager import KernelManager
 
     notebook = jupytext.reads(f"# %%{_ANEW}\n{text}", fmt="py:percent")
@@ -150,7 +153,7 @@ def test_without_data_the_digits_stand_in(tmp_path: Path, whole: bool) -> None:
 
 
 def test_a_false_claim_fails() -> None:
-    nbclient = pytest.importorskip("nbclient", reason='pip install "muonkit[tutorial]"')
+    nbclient = pytest.importorskip("nbclient", reason=install_line("tutorial"))
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
         executed("# %%\nassert 1 + 1 == 3\n")
 
@@ -168,13 +171,13 @@ def test_notebook_without_the_extra_is_one_line(path: Path, tmp_path: Path) -> N
     done = warm.run(["-c", code], cwd=tmp_path, env=environment())
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert 'pip install "muonkit[tutorial]"' in done.stderr
+    assert 'in a checkout of muonkit, pip install ".[tutorial]"' in done.stderr
 
 
 @names
 def test_notebook_has_its_parts(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    code = re.findall(r"^# %%$", text, re.MULTILINE)
+    code = re.findall(r"^# %%(?! \[)", text, re.MULTILINE)
     assert 5 <= len(code) <= 15
     number = path.stem.split("_")[0].removeprefix("0")
     assert f"# # {number}. " in text
@@ -182,8 +185,97 @@ def test_notebook_has_its_parts(path: Path) -> None:
     answers = text.index("<details><summary>Answers</summary>")
     assert remembered < exercises < answers
     # Colab: the first cell installs muonkit where it is not there, and only there.
-    first = text.index("# %%\n")
+    first = text.index('# %% tags=["hide-input"]\n')
     assert text.index('find_spec("muonkit") is None') < text.index("# %%", first + 1)
+    # The page begins with what came out: in words, and what one of the cells shows.
+    assert "**Result.**" in text[:first]
+    assert text.count('"result"') == 1
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """docs/notebooks.py, on copies of two notebooks, one with a file beside it."""
+    for name in ("jupytext", "nbformat"):
+        pytest.importorskip(name, reason=install_line("docs"))
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("08_lessons.py", "08_lessons.ipynb", "06_many_ranks.py", "06_many_ranks.ipynb"):
+        shutil.copy(TUTORIAL / name, tmp_path)
+    shutil.copy(TUTORIAL / "ranks.py", tmp_path)
+    monkeypatch.setattr(module, "TUTORIAL", tmp_path)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "why"),
+    [
+        ("08_lessons.py", ("torch.manual_seed(0)", "torch.manual_seed(1)"), "are of other code"),
+        ("08_lessons.py", ("Muon is forty lines", "Muon is fifty lines"), "its text is another"),
+        ("08_lessons.py", ('["hide-input"]', '["result"]'), "its text is another"),
+        ("ranks.py", ("def ", "def  "), "are of other code"),
+        ("08_lessons.ipynb", ("", ""), "it was never executed"),
+    ],
+)
+def test_a_build_of_the_site_ends_where_a_notebook_is_stale(
+    site: Any, tmp_path: Path, file: str, change: tuple[str, str], why: str
+) -> None:
+    from mkdocs.exceptions import PluginError
+
+    site.on_config(None)
+    path = tmp_path / file
+    if path.suffix == ".ipynb":
+        path.unlink()
+    else:
+        path.write_text(path.read_text("utf-8").replace(*change, 1), encoding="utf-8")
+    with pytest.raises(PluginError, match=rf"stale notebooks .*{why}.*run `make tutorial`"):
+        site.on_config(None)
+
+
+def test_a_new_version_makes_every_notebook_stale(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muonkit.__version__", "99.0.0")
+    assert all("other code" in (site.stale(source) or "") for source in site.sources())
+
+
+def test_text_is_renewed_without_executing_anything(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "08_lessons.py"
+    path.write_text(path.read_text("utf-8").replace("forty lines", "41 lines", 1), "utf-8")
+    before = site.nbformat.read(site.kept(path), 4)
+    monkeypatch.setattr(site, "execute", None)
+    assert site.renew(path) == "text renewed"
+    assert site.stale(path) is None
+    after = site.nbformat.read(site.kept(path), 4)
+    assert [c.get("outputs") for c in after.cells] == [c.get("outputs") for c in before.cells]
+    assert "41 lines" in after.cells[0].source
+
+
+def test_the_address_is_said_once_and_used_in_cells_and_badges(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "08_lessons.py"
+    page, _ = site.page(site.nbformat.read(site.kept(path), 4), path.stem)
+    assert ("Open in Colab" in page) is (site.repository() is not None)
+    address = "https://github.com/owner/muonkit"
+    monkeypatch.setattr(site, "repository", lambda: address)
+    assert site.stale(path) == "its text is another"
+    site.renew(path)
+    notebook = site.nbformat.read(site.kept(path), 4)
+    assert f'REPOSITORY = "{address}"' in notebook.cells[1].source
+    page, pictures = site.page(notebook, path.stem)
+    assert (
+        "(https://colab.research.google.com/github/owner/muonkit/blob/main/docs/tutorial/"
+        "08_lessons.ipynb)"
+    ) in page
+    # What the cells printed and drew is on the page, the result first, plumbing folded.
+    assert page.index("gradient times   torch.optim.Muon") < page.index("[the notebook]")
+    assert page.count('<details class="code"') == path.read_text("utf-8").count('"hide-input"')
+    assert {"08_lessons-1.svg", "08_lessons-1-dark.svg"} == set(pictures)
 
 
 def test_muon_from_scratch_is_forty_lines() -> None:

@@ -61,8 +61,14 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ("compare mnist", "no train-images-idx3-ubyte.gz"),
         ("campare", "No such command 'campare'"),
         ("route", "Missing argument 'SPEC'"),
-        ("route nowhere:build", "there is no module 'nowhere'"),
+        ("route nowhere:build", "there is no module 'nowhere': run from the folder that has it"),
+        ("route ovn:net", "there is no module 'ovn': did you mean 'own'? run from"),
+        ("route own.py:net", "'own.py' is a file's name: did you mean 'own:net'? write package."),
+        ("route below/deep.py:net", "is a file's name: did you mean 'below.deep:net'? write"),
+        ("route onw.py:net", "'onw.py' is a file's name: did you mean 'own'? write package.mod"),
         ("route own:absent", "own has no 'absent': it has Linear, bad, bare"),
+        ("route own:bear", "own has no 'bear': did you mean 'bare'? it has Linear, bad, bare"),
+        ("route gtp2", "could not be had from the Hugging Face hub: did you mean 'gpt2'? use"),
         ("route own:number", "own:number is of type int: name a factory or a model"),
         ("route own:bad", "own:bad() failed (ValueError: two lines)"),
         ("route own:needs", "name a factory that takes no arguments"),
@@ -96,6 +102,8 @@ def test_an_error_is_one_line_with_its_remedy(
         "def needs(x): return x\n"
         "def bare(): return {}\n"
     )
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "deep.py").write_text("")
     (tmp_path / "broken.py").write_text("import no_such_package\n")
     (tmp_path / "wrong.py").write_text("1 / 0\n")
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)

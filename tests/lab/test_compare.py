@@ -17,13 +17,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from muonkit.lab import data, report
+from muonkit.lab import data, plots, report
 from muonkit.lab.cli import main
 from muonkit.lab.compare import Comparison, Session, comparison
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.progress import Lines
-from muonkit.lab.results import Curve, figure, rows, table
+from muonkit.lab.results import Curve, Outcome, figure, rows, table, verdicts
 from muonkit.lab.store import (
     Folder,
     MeasurementFile,
@@ -386,6 +386,76 @@ def test_all_seeds_diverged_says_so() -> None:
     assert dict(zip(headings, cells, strict=True))["train loss"] == "diverged"
 
 
+def _outcome(name: str, seed: int, losses: list[float], second: float = 0.1) -> Outcome:
+    """A run of ten steps a validation, which ends at its last loss."""
+    steps = [10.0 * i for i in range(len(losses))]
+    curve = Curve(steps, [second * step for step in steps], losses)
+    result = _result(name, seed, losses[-1])
+    return replace(result, steps=int(steps[-1]), seconds=curve.seconds[-1]), curve
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        (
+            [_outcome("muonw", 0, [4, 2, 1]), _outcome("adamw", 0, [4, 3, 2])],
+            ["MuonW reached AdamW's final loss in 10 of 20 steps, 1.0 of 2.0 s; one seed."],
+        ),
+        (  # slower in seconds
+            [_outcome("muonw", 0, [4, 2, 1], 0.4), _outcome("adamw", 0, [4, 3, 2])],
+            [
+                "MuonW reached AdamW's final loss in 10 of 20 steps, but 4.0 s where AdamW took "
+                "2.0 s in all; one seed."
+            ],
+        ),
+        (
+            [_outcome("adamw", 0, [4, 2, 1]), _outcome("sgd", 0, [4, 3, 2])],
+            [
+                "SGD did not reach AdamW's final loss in 20 steps: it ended at 2.0000 nats, AdamW "
+                "at 1.0000; one seed."
+            ],
+        ),
+        (  # MuonW first; some seeds only, and no difference that could not be chance
+            [
+                *(_outcome("sgd", seed, [4, 3, 3]) for seed in (0, 1)),
+                _outcome("adamw", 0, [4, 3, 2]),
+                _outcome("adamw", 1, [4, 3, 2.2]),
+                _outcome("muonw", 0, [4, 2, 1]),
+                _outcome("muonw", 1, [4, 4, 3]),
+            ],
+            [
+                "MuonW reached AdamW's final loss with 1 of 2 seeds in 10 of 20 steps, 1.0 of 2.0 "
+                "s; mean of 2 seeds; the final losses may differ by chance (p = 0.937).",
+                "SGD did not reach AdamW's final loss in 20 steps: it ended at 3.0000 nats, AdamW "
+                "at 2.1000; mean of 2 seeds.",
+            ],
+        ),
+        (
+            [_outcome("sgd", 0, [4, 3, 2]), _outcome("muonw", 0, [4, 2, 1])],
+            ["MuonW ended at the lowest validation loss, 1.0000 nats; one seed."],
+        ),
+        ([_outcome("adamw", 0, [4, 3])], ["AdamW ended at 3.0000 nats; one seed."]),
+    ],
+)
+def test_the_verdict_is_a_sentence_for_each_optimizer(
+    outcomes: list[Outcome], said: list[str]
+) -> None:
+    assert verdicts(outcomes) == said
+
+
+def test_the_verdict_of_runs_that_diverged() -> None:
+    lost = (_result("muonw", 0, None), Curve([0], [0], [1.0]))
+    assert verdicts([lost]) == ["Every run diverged."]
+    assert verdicts([lost, _outcome("adamw", 0, [4, 3])]) == ["MuonW diverged; one seed."]
+
+
+def test_seeds_are_drawn_as_their_mean_and_range() -> None:
+    runs = [_outcome("muonw", 0, [4, 3, 2]), _outcome("muonw", 1, [4, 2, 1, 1], second=0.3)]
+    drawn = plots.band(runs, "seconds")
+    assert drawn.x == [0, 2, 4]  # mean seconds, as far as both have losses
+    assert (drawn.low, drawn.mean, drawn.high) == ([4, 2, 1], [4, 2.5, 1.5], [4, 3, 2])
+
+
 # --- the report ---
 
 
@@ -399,8 +469,14 @@ def test_the_report_needs_nothing_beside_it(
     page = (out / "report.html").read_text()
     sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
     assert len(sources) == 2
-    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert page.count('<source srcset="data:image/svg+xml;base64,') == 2  # for a dark system
     assert "url(" not in page
+    verdict = page.index('<p class="verdict">MuonW ')
+    assert verdict < page.index("<picture>") < page.index("<table>")
+    # Transposed, as in the terminal: a column for each optimizer.
+    heading = page[page.index("<thead>") : page.index("</thead>")]
+    assert re.findall(r">(\w+)</th>", heading) == ["optimizer", "muonw", "adamw"]
     for part in ("muonw", "adamw", "batch_size", "hidden linear layer", torch.__version__):
         assert part in page
     for name in ("loss-steps.png", "loss-seconds.png"):

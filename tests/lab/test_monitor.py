@@ -40,7 +40,7 @@ Record = dict[str, Any]
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of a third of the width take a third less time; what is in them is the same."""
-    monkeypatch.setattr(plots, "_DPI", 40)
+    monkeypatch.setattr("muonkit.lab.pictures.DPI", 40)
 
 
 @pytest.fixture
@@ -750,13 +750,14 @@ def test_compare_shows_the_pictures_of_seed_0(
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert (out / "runs" / "muonw-lr0.004-seed1" / "monitor.jsonl").exists()
     page = (out / "report.html").read_text()
-    assert len(re.findall("<img src=.data:image/png;base64,iVBOR", page)) == 4
+    assert len(re.findall("<img src=.data:image/svg.xml;base64,", page)) == 4
     assert "What muonw lr 0.004 seed 0 did" in page
+    assert "0.5 to 0.6 is normal" in page
     # A recording that is damaged afterwards is said, and the comparison is reported all the same.
     (out / "runs" / key / "monitor.jsonl").write_text("no recording\n")
     assert main([*command, "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
-    assert len(re.findall("<img src=.data:image/png;base64,iVBOR", page)) == 2
+    assert len(re.findall("<img src=.data:image/svg.xml;base64,", page)) == 2
     assert "draw a copy that lies in no run" in page
     assert main([*command[:-2], "--out", str(out)]) == 2
     assert "holds a comparison with monitor = 4, not null" in capsys.readouterr().err

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.param_layout",),
     ("options",),
     ("distributed", "distributed.placement", "newton_schulz", "scale", "variants", "views"),
-    ("_compile", "_shards", "_text"),
+    ("_compile", "_install", "_shards", "_text"),
     ("_torch",),
 )
 BY_FILE = ("distributed",)

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import muonkit._cli
+from muonkit._install import install_line
 from tests.helpers.paths import ROOT
 
 
@@ -141,8 +142,19 @@ def test_without_the_lab_extra_the_command_names_the_remedy(
     assert shown.returncode == 2
     assert shown.stdout == ""
     (line,) = shown.stderr.splitlines()
-    assert 'pip install "muonkit[lab]"' in line
+    assert install_line("lab") in line
     assert "typer" in line or "rich" in line
+
+
+def test_the_line_that_installs_names_the_repository_once_it_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The package is on no index: `pip install "muonkit[lab]"` would find nothing, or another's."""
+    assert install_line("lab") == 'pip install ".[lab]" in a checkout of muonkit'
+    given = Message()
+    given["Project-URL"] = "Repository, https://example.org/muonkit"
+    monkeypatch.setattr("importlib.metadata.metadata", lambda _: given)
+    assert install_line("lab") == 'pip install "muonkit[lab] @ git+https://example.org/muonkit"'
 
 
 def test_a_fault_of_our_own_is_not_called_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:

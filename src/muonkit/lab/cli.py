@@ -56,7 +56,7 @@ Optimizers:
 \b
 Examples:
   muonkit compare gpt
-  muonkit compare digits --optimizers muonw,adamw,sgd --sweep --sweep-decay --seeds 3 --jobs 2
+  muonkit compare gpt --optimizers muonw,adamw,sgd --sweep --sweep-decay --seeds 3 --jobs 2
   muonkit compare mnist --epochs 3 --lr muonw=2e-3,adamw=1e-3
   MUONKIT_DATA=/data muonkit compare cifar10 --out runs/cifar
 
@@ -120,8 +120,8 @@ RUN is one of
 
 \b
 Examples:
-  muonkit compare digits --monitor 20 --out runs/digits
-  muonkit monitor runs/digits/runs/muonw-lr0.004-seed0
+  muonkit compare gpt --monitor 20 --out runs/gpt
+  muonkit monitor runs/gpt/runs/muonw-lr0.016-seed0
   muonkit monitor run.jsonl --layers '*.attention.*' --out .
 """
 

@@ -21,7 +21,7 @@ from muonkit.lab.jobs import Workers
 from muonkit.lab.optimizers import get_optimizer
 from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
-from muonkit.lab.results import Curve, Outcome, rows
+from muonkit.lab.results import Curve, Outcome
 from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read_result
 from muonkit.lab.store import DATA, Folder, Record, write_atomically
 from muonkit.lab.sweep import POINTS, Search, best_decay, best_rate
@@ -381,7 +381,7 @@ def compare(
             runs = session.all_runs()
             material = _material(session, runs)
         path = report.write(folder.path, material, lines.say)
-    report.show(output, asked.task, rows(material.outcomes), report.notes(asked.config()))
+    report.show(output, asked.task, material.outcomes, report.notes(asked.config()))
     if not session.trained:
         said = f"{shown(folder.path)} was finished already: nothing was trained"
         output.print(said, soft_wrap=True, markup=False)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from muonkit._install import install_line
 from muonkit.lab.download import RemoteFile, fetch, local_copy
 from muonkit.lab.errors import DataError, LabError
 
@@ -223,7 +224,7 @@ def digits() -> ImageData:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise DataError('the task digits needs scikit-learn: pip install "muonkit[lab]"') from error
+        raise DataError(f"the task digits needs scikit-learn: {install_line('lab')}") from error
     bunch = load_digits()
     # 0…16 in the file; the pipeline's range is 0…255.
     images = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8).unsqueeze(1)

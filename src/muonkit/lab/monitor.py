@@ -11,7 +11,7 @@ from rich.text import Text
 
 from muonkit._text import shortened, shown
 from muonkit.lab.errors import LabError
-from muonkit.lab.recording import FIGURES, Recording, read, remarks
+from muonkit.lab.recording import FIGURES, Recording, normal, read, remarks
 from muonkit.lab.store import write_atomically
 from muonkit.lab.train import RECORDING
 
@@ -84,7 +84,7 @@ def show(console: Console, recording: Recording) -> None:
     title = f"{len(recording.matrices)} matrices, step {steps[-1]}"
     columns = ("figure", "lowest", "median", "highest")
     _table(console, title, columns, _extremes(recording), right=("median",))
-    for line in remarks(recording):
+    for line in (*remarks(recording), *normal(recording)):
         _say(console, line)
 
 
@@ -111,14 +111,14 @@ def _text(value: float | None) -> str:
     return "—" if value is None else f"{value:.3g}"
 
 
-def draw(recording: Recording, title: str) -> dict[str, bytes]:
-    """The pictures as PNG, by file name."""
+def draw(recording: Recording, title: str, form: str = "png") -> dict[str, bytes]:
+    """The pictures, "png" or "svg", by file name."""
     # Here, because it brings matplotlib, which takes a second that no error should wait for.
     from muonkit.lab import monitor_plots as plots
 
     return {
-        "monitor-layers.png": plots.heat_maps(recording, title),
-        "monitor-spectra.png": plots.spectra(recording, title),
+        f"monitor-layers.{form}": plots.heat_maps(recording, title, form),
+        f"monitor-spectra.{form}": plots.spectra(recording, title, form),
     }
 
 

@@ -4,7 +4,6 @@ Colours are matplotlib's cividis and viridis, which are told apart with every co
 vision and in black and white. Grey is where there is no figure.
 """
 
-import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,19 +12,18 @@ from typing import TypeVar
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from muonkit._text import shortened
+from muonkit.lab.pictures import rendered
 from muonkit.lab.recording import FIGURES, Recording
 from muonkit.lab.recording import Figure as Quantity
 from muonkit.lab.store import Record
 
 T = TypeVar("T")
 
-_DPI = 130
 _ROW = 0.2  # inches: room for a name of 8 points
 #: More rows than this are named one in several; each stays a row of the map.
 _NAMED = 100
@@ -37,13 +35,11 @@ _SHOWN, _CURVES = 6, 40
 _LARGEST, _SMALLEST = 1e100, 1e-100
 
 
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
+def _drawn(figure: Figure, form: str) -> bytes:
     with warnings.catch_warnings():
         # A name may have letters that the font lacks: they are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        FigureCanvasAgg(figure).print_png(image)  # type: ignore[no-untyped-call]
-    return image.getvalue()
+        return rendered(figure, form)
 
 
 def _literal(text: str) -> str:
@@ -80,7 +76,9 @@ def _heat_map(axes: Axes, recording: Recording, quantity: Quantity) -> None:
     norm = _norm([value for row in values for value in row], quantity.is_log)
     rows = [place - 0.5 for place in range(len(values) + 1)]
     axes.set_facecolor("0.85")
-    mesh = axes.pcolormesh(_edges(recording.steps), rows, values, cmap="cividis", norm=norm)
+    mesh = axes.pcolormesh(
+        _edges(recording.steps), rows, values, cmap="cividis", norm=norm, rasterized=True
+    )
     axes.invert_yaxis()
     axes.set_xlabel("step")
     axes.set_title(quantity.label, fontsize="medium")
@@ -100,11 +98,11 @@ def _ticks(norm: Normalize) -> list[float]:
     return [10 ** (low + (high - low) * i / 4) for i in range(5)]
 
 
-def heat_maps(recording: Recording, title: str) -> bytes:
-    """The PNG of every figure: a row for each matrix, the first layer on top, against steps."""
+def heat_maps(recording: Recording, title: str, form: str = "png") -> bytes:
+    """The picture of every figure: a row for each matrix, the first layer on top, against steps."""
     count = len(recording.matrices)
     height = 2.4 + _ROW * min(max(count, 8), _NAMED)
-    figure = Figure(figsize=(5.0 * len(FIGURES), height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(5.0 * len(FIGURES), height), layout="constrained")
     figure.suptitle(_literal(shortened(title, 80)))
     panels = figure.subplots(1, len(FIGURES), sharey=True, squeeze=False)[0]
     for axes, quantity in zip(panels, FIGURES.values(), strict=True):
@@ -112,7 +110,7 @@ def heat_maps(recording: Recording, title: str) -> bytes:
     named = range(0, count, math.ceil(count / _NAMED))
     labels = [_literal(recording.label(recording.matrices[place])) for place in named]
     panels[0].set_yticks(list(named), labels, fontsize=8)
-    return _png(figure)
+    return _drawn(figure, form)
 
 
 def _quantiles(record: Record | None, kind: str) -> list[float] | None:
@@ -144,12 +142,12 @@ def _curves(
     axes.grid(alpha=0.3)
 
 
-def spectra(recording: Recording, title: str) -> bytes:
-    """The PNG of the momentum's singular values beside those of the update made of it."""
+def spectra(recording: Recording, title: str, form: str = "png") -> bytes:
+    """The picture of the momentum's singular values beside those of the update made of it."""
     keys = _spread(recording.matrices, _SHOWN)
     steps = recording.steps
     norm = Normalize(steps[0], max(steps[-1], steps[0] + 1))
-    figure = Figure(figsize=(10.0, 1.6 + 1.9 * len(keys)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(10.0, 1.6 + 1.9 * len(keys)), layout="constrained")
     figure.suptitle(_literal(shortened(title, 80)))
     panels = figure.subplots(len(keys), 2, sharex=True, squeeze=False)
     for key, (before, after) in zip(keys, panels, strict=True):
@@ -171,4 +169,4 @@ def spectra(recording: Recording, title: str) -> bytes:
     figure.colorbar(
         ScalarMappable(norm, "viridis"), ax=list(panels.flat), label="step", shrink=0.6, aspect=40
     )
-    return _png(figure)
+    return _drawn(figure, form)

@@ -161,11 +161,13 @@ class OptimizerSpec:
     """One line on what an optimizer is, and how it is made.
 
     Attributes:
+        title: its name in sentences and pictures.
         make: from a model, a learning rate and a weight decay.
         weight_decay: the default, and the centre of its sweep.
     """
 
     name: str
+    title: str
     summary: str
     make: Callable[[nn.Module, float, float], Optimizer]
     weight_decay: float = WEIGHT_DECAY
@@ -178,20 +180,27 @@ class OptimizerSpec:
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
-        OptimizerSpec("muonw", f"muonkit.MuonW(model), scale {SCALE}", _make_muonw),
+        OptimizerSpec("muonw", "MuonW", f"muonkit.MuonW(model), scale {SCALE}", _make_muonw),
         OptimizerSpec(
-            "normuon", f'muonkit.MuonW(model, variant="normuon"), scale {SCALE}', _make_normuon
+            "normuon",
+            "NorMuon",
+            f'muonkit.MuonW(model, variant="normuon"), scale {SCALE}',
+            _make_normuon,
         ),
-        OptimizerSpec("adamw", "torch.optim.AdamW, decay on matrices only", _make_adamw),
-        OptimizerSpec("sgd", "torch.optim.SGD, Nesterov momentum 0.9", _make_sgd, SGD_WEIGHT_DECAY),
+        OptimizerSpec("adamw", "AdamW", "torch.optim.AdamW, decay on matrices only", _make_adamw),
+        OptimizerSpec(
+            "sgd", "SGD", "torch.optim.SGD, Nesterov momentum 0.9", _make_sgd, SGD_WEIGHT_DECAY
+        ),
         OptimizerSpec(
             "torch-muon",
+            "torch.optim.Muon",
             "torch.optim.Muon for the 2-D hidden matrices, torch.optim.AdamW for the rest; "
             "its bfloat16 products are about 100 times slower than float32 on most CPUs",
             _make_torch_muon,
         ),
         OptimizerSpec(
             "torch-muon-fp32",
+            "torch.optim.Muon in float32",
             "the same, its cast to bfloat16 changed to float32",
             _make_torch_muon_fp32,
         ),
@@ -204,3 +213,8 @@ def get_optimizer(name: str) -> OptimizerSpec:
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name]
+
+
+def title_of(name: str) -> str:
+    """The name in sentences and pictures of the optimizer called ``name``, or of anything else."""
+    return OPTIMIZERS[name].title if name in OPTIMIZERS else name

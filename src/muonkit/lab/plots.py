@@ -1,9 +1,8 @@
 """Pictures: loss curves against steps and against seconds, and what a step is predicted to cost."""
 
-import io
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from statistics import fmean
+from typing import NamedTuple
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -12,21 +11,17 @@ from matplotlib.figure import Figure
 
 from muonkit._text import shown
 from muonkit.lab.errors import unknown
+from muonkit.lab.optimizers import title_of
+from muonkit.lab.pictures import Style, apart, human, rendered, style_of
 from muonkit.lab.results import Outcome
+from muonkit.lab.saved import Result
 from muonkit.lab.store import Record
 
-#: Okabe and Ito's colours, told apart with every common kind of colour vision; with a dash
-#: pattern and a marker each, also in black and white.
-_STYLES = (
-    ("#0072B2", "-", "o"),
-    ("#D55E00", "--", "s"),
-    ("#009E73", "-.", "^"),
-    ("#CC79A7", ":", "D"),
-    ("#E69F00", "-", "v"),
-    ("#56B4E9", "--", "P"),
-)
-_HATCHES = ("", "//", "..", "xx")
-_SIZE, _DPI = (8.0, 4.8), 130
+#: Parts of a bar: shades of one slate, which is no optimizer's colour.
+_PARTS = (("#36456F", ""), ("#7386B5", "//"), ("#A7B4D4", ".."), ("#CBD3E7", "xx"))
+_SIZE = (8.0, 4.8)
+#: Points from one label at the curves' ends to the next: those of 9 points do not touch.
+_LABEL = 12.0
 
 
 def plain(text: str) -> str:
@@ -40,72 +35,152 @@ def _smoothed(values: Sequence[float], window: int) -> list[float]:
     return [fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
-def _training(axes: Axes, x: str, records: Sequence[Record], color: str, dash: str) -> None:
-    points = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
-    window = max(1, len(points) // 40)
+class Band(NamedTuple):
+    """One optimizer's validation over its seeds, point by point.
+
+    Attributes:
+        x: steps or mean seconds.
+        low, mean, high: of the losses; equal where there is one seed.
+    """
+
+    x: list[float]
+    low: list[float]
+    mean: list[float]
+    high: list[float]
+
+
+def band(outcomes: Sequence[Outcome], against: str) -> Band:
+    """The curves of one optimizer's seeds as one; a seed that diverged ends it where it ends."""
+    curves = [curve for _, curve in outcomes if curve.losses]
+    count = min((len(curve.losses) for curve in curves), default=0)
+    points = [[curve.losses[i] for curve in curves] for i in range(count)]
+    places = [curve.steps if against == "step" else curve.seconds for curve in curves]
+    return Band(
+        [fmean(place[i] for place in places) for i in range(count)],
+        [min(losses) for losses in points],
+        [fmean(losses) for losses in points],
+        [max(losses) for losses in points],
+    )
+
+
+def _training(axes: Axes, x: str, runs: Sequence[Sequence[Record]], style: Style) -> None:
+    """The training loss, smoothed, its mean over seeds: a thin line."""
+    lines = []
+    for records in runs:
+        points = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
+        window = max(1, len(points) // 40)
+        losses = _smoothed([r["loss"] for r in points], window)
+        lines.append([(r[x], loss) for r, loss in zip(points, losses, strict=True)][window - 1 :])
+    count = min(map(len, lines), default=0)
     axes.plot(
-        [r[x] for r in points[window - 1 :]],
-        _smoothed([r["loss"] for r in points], window)[window - 1 :],
-        color=color,
-        linestyle=dash,
-        linewidth=1.0,
-        alpha=0.45,
+        [fmean(line[i][0] for line in lines) for i in range(count)],
+        [fmean(line[i][1] for line in lines) for i in range(count)],
+        color=style.color,
+        linewidth=0.9,
+        alpha=0.4,
     )
 
 
 def loss_plot(
-    title: str, against: str, outcomes: Sequence[Outcome], records: dict[str, list[Record]]
+    title: str,
+    against: str,
+    outcomes: Sequence[Outcome],
+    records: Mapping[str, Sequence[Record]],
+    form: str = "png",
 ) -> bytes:
-    """The PNG of all loss curves.
+    """The picture of all loss curves: for each optimizer the mean over seeds, and their range.
 
     Args:
         title: the heading.
         against: ``"step"`` or ``"seconds"``.
-        outcomes: the runs to draw; runs of one optimizer share a colour.
-        records: each run's measurements, by optimizer and seed as ``"NAME/SEED"``.
+        outcomes: the runs to draw.
+        records: each run's measurements, by optimizer and seed as ``"NAME/SEED"``; a run that has
+            none is drawn without its training loss.
+        form: "png" or "svg".
     """
-    canvas_figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(canvas_figure)
-    axes = canvas_figure.add_subplot()
-    styles = cycle(_STYLES)
-    style = {result.optimizer: (result.lr, next(styles)) for result, _ in _first(outcomes)}
-    heads = _first(outcomes)
-    for result, curve in outcomes:
-        lr, (color, dash, marker) = style[result.optimizer]
-        _training(axes, against, records[f"{result.optimizer}/{result.seed}"], color, dash)
-        is_first = (result, curve) in heads
-        name = f"{result.optimizer}, lr {lr:g}" + (" (diverged)" if result.diverged else "")
-        axes.plot(
-            curve.steps if against == "step" else curve.seconds,
-            curve.losses,
-            color=color,
-            linestyle=dash,
-            marker=marker,
-            markersize=4,
-            linewidth=1.8,
-            label=plain(name) if is_first else None,
-        )
-    limits = _limits(outcomes, records)
-    if limits and limits[1] / max(limits[0], 1e-9) > 4:
-        axes.set_yscale("log")
-        # Losses often span less than a decade, whose powers of ten would be one label or none.
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=20))
-        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    if limits:
-        axes.set_ylim(limits[0] / 1.15, limits[1] * 1.15)
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ends = []
+    for place, (name, runs) in enumerate(_by_optimizer(outcomes).items()):
+        style, losses = style_of(name, place), band(runs, against)
+        _training(axes, against, [_of(records, result) for result, _ in runs], style)
+        axes.fill_between(losses.x, losses.low, losses.high, color=style.color, alpha=0.2, lw=0)
+        axes.plot(losses.x, losses.mean, style.dash, color=style.color, linewidth=2.0)
+        diverged = any(result.diverged for result, _ in runs)
+        label = f"{title_of(name)}, lr {runs[0][0].lr:g}" + (" (diverged)" if diverged else "")
+        if losses.x:
+            ends.append((losses.x[-1], losses.mean[-1], plain(label), style))
+    _scale(axes, _limits(outcomes, records))
     axes.set_xlabel("step" if against == "step" else "seconds of training")
     axes.set_ylabel("cross-entropy, nats")
-    axes.set_title(plain(title))
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(title="validation (bold), training (thin, smoothed)")
-    image = io.BytesIO()
-    canvas.print_png(image)  # type: ignore[no-untyped-call]
-    return image.getvalue()
+    several = max((len(runs) for runs in _by_optimizer(outcomes).values()), default=1) > 1
+    of = "mean over seeds, shaded from the lowest to the highest" if several else "one seed"
+    thin = "; thin: training, smoothed" if any(records.values()) else ""
+    axes.set_title(plain(title), loc="left", fontsize="medium", pad=20)
+    axes.annotate(
+        f"bold: validation, {of}{thin}", (0, 1), xycoords="axes fraction", xytext=(0, 7),
+        textcoords="offset points", fontsize="small", color="0.35",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, None)
+    _name_ends(figure, axes, ends)
+    return rendered(figure, form)
+
+
+def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, Style]]) -> None:
+    """Name every curve to the right of the axes, at the height of its end, without touching."""
+    figure.draw_without_rendering()  # which settles the height of the axes
+    points = [axes.transData.transform((x, y))[1] * 72 / figure.dpi for x, y, _, _ in ends]
+    low, high = (y * 72 / figure.dpi for y in axes.get_window_extent().intervaly)
+    points = apart([min(max(y, low), high) for y in points], _LABEL)
+    for (x, y, label, style), height in zip(ends, points, strict=True):
+        axes.annotate(
+            label,
+            (x, min(max(y, axes.get_ylim()[0]), axes.get_ylim()[1])),
+            xytext=(1.02, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=style.color,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": style.color, "linewidth": 0.8, "alpha": 0.6,
+                "linestyle": style.dash, "shrinkA": 0, "shrinkB": 0,
+            },
+        )  # fmt: skip
+
+
+def _scale(axes: Axes, limits: tuple[float, float] | None) -> None:
+    """The limits of the losses, by factors where they span one of 4."""
+    if not limits:
+        return
+    if limits[1] / max(limits[0], 1e-9) > 4:
+        axes.set_yscale("log")
+        # Losses often span less than a decade, whose powers of ten would be one label or none.
+        span = limits[1] / max(limits[0], 1e-9)
+        subs = (1, 1.5, 2, 3, 5, 7) if span < 30 else (1, 2, 5) if span < 1e4 else (1,)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=20))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda loss, _: human(loss)))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_ylim(limits[0] / 1.15, limits[1] * 1.15)
+
+
+def _of(records: Mapping[str, Sequence[Record]], result: Result) -> Sequence[Record]:
+    return records.get(f"{result.optimizer}/{result.seed}", ())
+
+
+def _by_optimizer(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """The runs of every optimizer, in the order of first appearance."""
+    found: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(outcome[0].optimizer, []).append(outcome)
+    return found
 
 
 def _limits(
-    outcomes: Sequence[Outcome], records: dict[str, list[Record]]
+    outcomes: Sequence[Outcome], records: Mapping[str, Sequence[Record]]
 ) -> tuple[float, float] | None:
     """Lowest and highest loss to show: from where the runs begin down to where the sound ones get.
 
@@ -117,7 +192,7 @@ def _limits(
     sound = [o for o in outcomes if not o[0].diverged] or outcomes
     shown = [loss for _, curve in sound for loss in curve.losses]
     for result, _ in sound:
-        mine = [r for r in records[f"{result.optimizer}/{result.seed}"] if r["kind"] == "train"]
+        mine = [r for r in _of(records, result) if r["kind"] == "train"]
         window = max(1, len(mine) // 40)
         losses = [r["loss"] for r in mine if r["loss"] is not None]
         shown += _smoothed(losses, window)[window - 1 :]
@@ -125,12 +200,24 @@ def _limits(
     return max(low, 1e-9), max(first)
 
 
-def _first(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The first run of each optimizer."""
-    seen: dict[str, Outcome] = {}
-    for outcome in outcomes:
-        seen.setdefault(outcome[0].optimizer, outcome)
-    return list(seen.values())
+#: Units of a thousandth each, for bars that would all be small fractions of the first.
+_SMALLER = {"seconds": ("ms", "µs"), "GB": ("MB", "KB"), "TB": ("GB", "MB")}
+
+
+def _readable(
+    unit: str, parts: Mapping[str, Sequence[float]]
+) -> tuple[str, dict[str, list[float]]]:
+    """The same lengths in a unit in which the longest bar is 1 or more, if there is one."""
+    totals = [sum(lengths) for lengths in zip(*parts.values(), strict=True)]
+    longest, factor = max(totals, default=0.0), 1.0
+    first = unit.replace(",", " ").split()[0]
+    name = first
+    for smaller in _SMALLER.get(first, ()):
+        if longest * factor >= 1 or not longest:
+            break
+        name, factor = smaller, factor * 1e3
+    scaled = {part: [x * factor for x in lengths] for part, lengths in parts.items()}
+    return name + unit.removeprefix(first), scaled
 
 
 def bars_plot(
@@ -139,7 +226,7 @@ def bars_plot(
     panels: Sequence[tuple[str, Mapping[str, Sequence[float]]]],
     form: str,
 ) -> bytes:
-    """Panels of stacked horizontal bars side by side, the largest rank's.
+    """Panels of stacked horizontal bars side by side, the largest rank's, all from zero.
 
     Args:
         names: of the bars, from top to bottom.
@@ -149,39 +236,40 @@ def bars_plot(
     Raises:
         LabError: one that it does not.
     """
-    figure = Figure(figsize=(13.0, 1.8 + 0.45 * len(names)), dpi=_DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    forms = canvas.get_supported_filetypes()
+    figure = Figure(figsize=(14.0, 2.2 + 0.45 * len(names)), layout="constrained")
+    forms = FigureCanvasAgg(figure).get_supported_filetypes()
     if form not in forms:
         raise unknown("kind of picture", form, forms)
     figure.suptitle(plain(title))
-    places = list(reversed(range(len(names))))
     for axes, (unit, parts) in zip(
         figure.subplots(1, len(panels), sharey=True), panels, strict=True
     ):
-        start = [0.0] * len(names)
-        for (part, lengths), (color, _, _), hatch in zip(
-            parts.items(), _STYLES, _HATCHES, strict=False
-        ):
-            axes.barh(
-                places, lengths, left=start, color=color, hatch=hatch, label=part, edgecolor="white"
-            )
-            start = [a + b for a, b in zip(start, lengths, strict=True)]
-        for place, length in zip(places, start, strict=True):
-            axes.annotate(
-                f" {length:.3g}",
-                (length, place),
-                va="center",
-                xytext=(2, 0),
-                textcoords="offset points",
-                fontsize="small",
-            )
-        axes.set_xlim(0, 1.15 * max(*start, 1e-12))
-        axes.set_yticks(places, list(map(plain, names)))
-        axes.set_xlabel(f"{unit}, largest rank")
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.legend(fontsize="small")
-    image = io.BytesIO()
-    figure.savefig(image, format=form)
-    return image.getvalue()
+        _bars(axes, names, *_readable(unit, parts))
+    return rendered(figure, form)
+
+
+def _bars(
+    axes: Axes, names: Sequence[str], unit: str, parts: Mapping[str, Sequence[float]]
+) -> None:
+    places = list(reversed(range(len(names))))
+    start = [0.0] * len(names)
+    for (part, lengths), (color, hatch) in zip(parts.items(), _PARTS, strict=False):
+        axes.barh(
+            places, lengths, left=start, color=color, hatch=hatch, label=part, edgecolor="white"
+        )
+        start = [a + b for a, b in zip(start, lengths, strict=True)]
+    for place, length in zip(places, start, strict=True):
+        axes.annotate(
+            human(length), (length, place), va="center", xytext=(5, 0),
+            textcoords="offset points", fontsize="small",
+        )  # fmt: skip
+    axes.set_xlim(0, 1.2 * max(*start, 1e-12))
+    axes.set_yticks(places, list(map(plain, names)))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda length, _: human(length)))
+    axes.set_xlabel(f"{unit}, largest rank")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Above the bars: on them, a legend would hide one.
+    axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)

@@ -7,6 +7,7 @@ one is an error of one line that says where it is and what was expected.
 
 import math
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -225,3 +226,18 @@ def remarks(recording: Recording) -> list[str]:
     if recording.skipped:
         said.append(f"{recording.skipped} sampled steps were skipped by the optimizer: not drawn")
     return said
+
+
+def normal(recording: Recording) -> list[str]:
+    """What is normal of the last sample, for a reader who has not seen others."""
+    last = [row[-1] for row in recording.values(FIGURES["orthogonality"])]
+    there = [value for value in last if math.isfinite(value)]
+    if not there:
+        return []
+    middle = statistics.median(there)
+    return [
+        f"Orthogonality error {middle:.2f} (median): 0.5 to 0.6 is normal with the default, five "
+        "of Keller Jordan's steps: they leave singular values between 0.7 and 1.2, the smallest "
+        "below. Near 1 most of them stay small (more ns_steps lift more); the schedule svd gives "
+        "0. docs/monitor.md says what the other figures tell."
+    ]

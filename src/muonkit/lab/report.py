@@ -24,7 +24,8 @@ import muonkit
 from muonkit._text import shown
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import get_optimizer
-from muonkit.lab.results import NOTES, Outcome, Row, rows, table
+from muonkit.lab.pictures import dark
+from muonkit.lab.results import NOTES, Outcome, rows, transposed, verdicts
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
 
@@ -90,16 +91,18 @@ def notes(config: Record) -> str:
     return " ".join(said)
 
 
-def show(console: Console, task: str, lines: Sequence[Row], note: str = NOTES) -> None:
-    """Print the table of results: a column per optimizer, so that it fits 80 characters."""
-    headings, cells = table(lines)
+def show(console: Console, task: str, outcomes: Sequence[Outcome], note: str = NOTES) -> None:
+    """Print the verdict and the table of results: a column per optimizer, to fit 80 characters."""
+    for verdict in verdicts(outcomes):
+        console.print(verdict, highlight=False, markup=False)
+    headings, lines = transposed(rows(outcomes))
     # Cells are `Text`, since rich reads plain strings in a table as markup.
     filled = Table(title=Text(f"muonkit compare {shown(task)}"))
     filled.add_column(Text(headings[0]), no_wrap=True)
-    for row in cells:
-        filled.add_column(Text(shown(row[0])), justify="right", no_wrap=True)
-    for i, heading in enumerate(headings[1:], start=1):
-        filled.add_row(Text(heading), *(Text(shown(row[i])) for row in cells))
+    for heading in headings[1:]:
+        filled.add_column(Text(shown(heading)), justify="right", no_wrap=True)
+    for name, *cells in lines:
+        filled.add_row(Text(name), *(Text(shown(cell)) for cell in cells))
     console.print(filled)
     console.print(note, highlight=False, markup=False)
 
@@ -149,8 +152,13 @@ def _sweep_table(material: Material) -> list[list[str]]:
     return lines
 
 
-def _inline(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+def _inline(svg: bytes) -> dict[str, str]:
+    """A picture's light and dark form, as addresses that hold all of it."""
+    text = svg.decode("utf-8")
+    return {
+        name: "data:image/svg+xml;base64," + base64.b64encode(form.encode()).decode()
+        for name, form in (("light", text), ("dark", dark(text)))
+    }
 
 
 def _drawn(
@@ -160,26 +168,26 @@ def _drawn(
     which is also said.
     """
     from muonkit.lab.monitor import draw
-    from muonkit.lab.recording import read, remarks
+    from muonkit.lab.recording import normal, read, remarks
 
     try:
         recording = read(path)
-        images = draw(recording, title)
+        images = {form: draw(recording, title, form) for form in ("png", "svg")}
     except LabError as error:  # a run that is well is not to be lost for its recording
         say(f"the recording of {title} is left out: {error}")
         return {"title": title, "remarks": [str(error)], "images": []}
     name = path.parent.name
-    for file, image in images.items():
+    for file, image in images["png"].items():
         write_atomically(folder / f"{name}-{file}", image)
     return {
         "title": title,
-        "remarks": remarks(recording),
-        "images": [_inline(image) for image in images.values()],
+        "remarks": [*remarks(recording), *normal(recording)],
+        "images": [_inline(image) for image in images["svg"].values()],
     }
 
 
 def write(folder: Path, material: Material, say: Callable[[str], None] = print) -> Path:
-    """Write the PNGs, ``summary.json`` and ``report.html`` to ``folder``; the report's path.
+    """Write the pictures, ``summary.json`` and ``report.html`` to ``folder``; the report's path.
 
     What is left out of the report is told to ``say``.
     """
@@ -189,12 +197,13 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     task = material.config["task"]
     lines = rows(material.outcomes)
     images = {}
-    for against, name in (("step", "loss-steps.png"), ("seconds", "loss-seconds.png")):
+    for against, name in (("step", "loss-steps"), ("seconds", "loss-seconds")):
         title = f"{task}: {material.summary}"
-        image = loss_plot(title, against, material.outcomes, material.records)
-        write_atomically(folder / name, image)
+        for form in ("png", "svg"):
+            image = loss_plot(title, against, material.outcomes, material.records, form)
+            write_atomically(folder / f"{name}.{form}", image)
         images[against] = _inline(image)
-    headings, cells = table(lines)
+    headings, cells = transposed(lines)
     is_decay_swept = material.config.get("sweep_decay", False)
     is_swept = material.config["sweep"] or is_decay_swept
     templates = Environment(
@@ -202,6 +211,7 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     )
     page = templates.get_template("report.html.j2").render(
         task=task,
+        verdicts=verdicts(material.outcomes),
         summary=material.summary,
         data=material.data,
         notes=notes(material.config),

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.optimizers import get_optimizer, title_of
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record
 
@@ -148,6 +148,64 @@ def rows(outcomes: Sequence[Outcome]) -> list[Row]:
     reference = [result for result, _ in outcomes if result.optimizer == REFERENCE]
     names = list(dict.fromkeys(result.optimizer for result, _ in outcomes))
     return [_row([o for o in outcomes if o[0].optimizer == name], reference) for name in names]
+
+
+def transposed(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """`table` with a column for each optimizer, which fits 80 characters and a telephone."""
+    headings, cells = table(rows)
+    first, *figures = zip(headings, *cells, strict=True)
+    return list(first), [list(line) for line in figures]
+
+
+def verdicts(outcomes: Sequence[Outcome]) -> list[str]:
+    """What came out in a sentence for each optimizer, against AdamW; MuonW's is the first."""
+    lines = rows(outcomes)
+    steps = max((result.steps for result, _ in outcomes), default=0)
+    reference = next((row for row in lines if row.optimizer == REFERENCE), None)
+    if reference is None or reference.val_loss is None or reference.diverged:
+        return [_lowest(lines)]
+    others = [row for row in lines if row is not reference]
+    others.sort(key=lambda row: row.optimizer != "muonw")
+    return [_verdict(row, reference, steps) for row in others] or [_lowest(lines)]
+
+
+def _seeds(row: Row) -> str:
+    return "one seed" if row.seeds == 1 else f"mean of {row.seeds} seeds"
+
+
+def _lowest(lines: Sequence[Row]) -> str:
+    """Where there is no AdamW to be compared with."""
+    sound = [row for row in lines if row.val_loss is not None]
+    if not sound:
+        return "Every run diverged."
+    best = min(sound, key=lambda row: row.val_loss.mean if row.val_loss else math.inf)
+    assert best.val_loss is not None
+    loss = f"{best.val_loss.mean:.{_decimals(best.val_loss.mean)}f}"
+    lowest = "ended at" if len(lines) == 1 else "ended at the lowest validation loss,"
+    return f"{title_of(best.optimizer)} {lowest} {loss} nats; {_seeds(best)}."
+
+
+def _verdict(row: Row, reference: Row, steps: int) -> str:
+    name, theirs = title_of(row.optimizer), reference.val_loss
+    assert theirs is not None
+    if row.val_loss is None:
+        return f"{name} diverged; {_seeds(row)}."
+    digits = _decimals(min(row.val_loss.mean, theirs.mean))
+    ends = f"it ended at {row.val_loss.mean:.{digits}f} nats, AdamW at {theirs.mean:.{digits}f}"
+    reached, took, whole = row.steps_to_reference, row.seconds_to_reference, reference.seconds
+    if reached is None or took is None or whole is None:
+        return f"{name} did not reach AdamW's final loss in {steps:,} steps: {ends}; {_seeds(row)}."
+    digits = 1 if whole.mean >= 1 else 3
+    if took.mean <= whole.mean:
+        time = f"{took.mean:,.{digits}f} of {whole.mean:,.{digits}f} s"
+    else:
+        time = f"but {took.mean:,.{digits}f} s where AdamW took {whole.mean:,.{digits}f} s in all"
+    some = "" if reached.of == reached.runs else f" with {reached.of} of {reached.runs} seeds"
+    said = f"{name} reached AdamW's final loss{some} in {reached.mean:,.0f} of {steps:,} steps"
+    chance = ""
+    if row.val_loss_p is not None and row.val_loss_p >= 0.05:
+        chance = f"; the final losses may differ by chance (p = {p_value(row.val_loss_p)})"
+    return f"{said}, {time}; {_seeds(row)}{chance}."
 
 
 def _decimals(loss: float) -> int:

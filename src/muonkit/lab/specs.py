@@ -10,6 +10,8 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import requests
 import torch
 from torch import nn
 
+from muonkit._text import meant
 from muonkit.lab.errors import LabError
 
 #: More than any config.json has, in bytes.
@@ -54,15 +57,45 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise LabError(
-                f"there is no module {name!r}: run from the folder that has it, or install it"
+                f"there is no module {name!r}: {_meant(name)}run from the folder that has it, or "
+                "install it"
             ) from error
         raise LabError(f"{name} needs {error.name}, which is not installed") from error
     except Exception as error:
         raise LabError(f"importing {name} failed: {_one_line(error)}") from error
 
 
+def _hint(got: str, options: Iterable[str]) -> str:
+    """What may have been meant, with a blank behind it; empty where nothing is close."""
+    found = meant(got, options)
+    return f"{found} " if found else ""
+
+
+def _meant(name: str) -> str:
+    """A hint at the module of the current folder whose name is closest."""
+    folder = Path(*name.split(".")[:-1])
+    near = [path.with_suffix("") for path in folder.glob("*.py")]
+    return _hint(name, [".".join(path.parts) for path in near])
+
+
+def _refuse_file(file: str, factory: str) -> None:
+    """Refuse ``folder/module.py:factory``, and say how the module is called.
+
+    Raises:
+        LabError: always.
+    """
+    path = Path(file)
+    with suppress(ValueError):
+        path = path.resolve().relative_to(Path.cwd())
+    name = ".".join(part for part in path.with_suffix("").parts if part.isidentifier())
+    hint = f"did you mean {f'{name}:{factory}'!r}? " if Path(file).is_file() else _meant(name)
+    raise LabError(f"{file!r} is a file's name: {hint}write package.module:factory")
+
+
 def _from_import(spec: str) -> nn.Module:
     module_name, _, path = spec.partition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        _refuse_file(module_name, path or "factory")
     if not module_name or not path:
         raise LabError(f"{spec!r} is not package.module:factory: write both sides of the colon")
     found = _import(module_name)
@@ -70,7 +103,8 @@ def _from_import(spec: str) -> nn.Module:
         if not hasattr(found, part):
             public = [n for n in dir(found) if not n.startswith("_")]
             raise LabError(
-                f"{module_name} has no {path!r}: it has {', '.join(public[:12]) or 'nothing'}"
+                f"{module_name} has no {path!r}: {_hint(part, public)}it has "
+                f"{', '.join(public[:12]) or 'nothing'}"
             )
         found = getattr(found, part)
     if not isinstance(found, nn.Module):
@@ -110,6 +144,7 @@ def _config(transformers: Any, spec: str) -> Any:
     except Exception as error:
         raise LabError(
             f"{spec!r} is no model type, no file, and could not be had from the Hugging Face hub: "
+            f"{_hint(spec, CONFIG_MAPPING)}"
             "use module:factory, a type such as gpt2, llama or bert, or a config.json"
         ) from error
 

@@ -6,7 +6,7 @@
     OUT/runs/KEY/measurements.jsonl   one line per step and per validation, appended while it runs
     OUT/runs/KEY/checkpoint.pt        the run in progress, replaced from time to time
     OUT/runs/KEY/result.json          the run's figures; its presence means the run is finished
-    OUT/measurements.jsonl, summary.json, *.png, report.html          written at the end
+    OUT/measurements.jsonl, summary.json, pictures, report.html        written at the end
 
 The measurements are only appended to; the checkpoint holds their length, and what lies behind it is
 cut off. Every file that is read back is held to a SHA-256: ``config.json`` and ``result.json`` have
