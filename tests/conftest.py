@@ -29,7 +29,7 @@ import torch
 from hypothesis import settings
 
 from tests.helpers import sampling
-from tests.helpers.ranks import Ranks, end_kept
+from tests.helpers.ranks import Ranks
 
 torch.set_num_threads(1)
 
@@ -60,7 +60,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """The outcomes of the module's `CASES` on several ranks: see tests/helpers/ranks.py."""
     return Ranks(request, tmp_path_factory)
-
-
-def pytest_sessionfinish() -> None:
-    end_kept()

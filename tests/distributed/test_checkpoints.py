@@ -115,8 +115,8 @@ def travel(base: Path, trips: list[Trip]) -> dict[str, Outcome]:
         )
     outcomes: dict[str, Outcome] = {}
     for ranks, cases in ((1, saves[1]), (2, saves[2]), (4, saves[4] | loads[4]), (2, loads[2])):
-        outcomes |= run(ranks, cases, init=ranks > 1, kept=True)
-    return outcomes | run(1, loads[1], init=False, kept=True)
+        outcomes |= run(ranks, cases, init=ranks > 1)
+    return outcomes | run(1, loads[1], init=False)
 
 
 @pytest.fixture(scope="module")

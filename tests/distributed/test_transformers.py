@@ -20,7 +20,7 @@ from muonkit import MuonW
 from tests.helpers import zoo
 from tests.helpers.ranks import Cases, Ranks
 
-CASES = Cases(timeout=120.0, needs="transformers.distributed.expert_parallel", apart=True)
+CASES = Cases(timeout=120.0, needs="transformers.distributed.expert_parallel")
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -14,8 +14,8 @@ reads what became of them, each as a test of its own, from the fixture `ranks` (
     def test_on_ranks(world_size, case, ranks):
         ranks.outcome(world_size, case).check()
 
-The processes of a world size stay for the modules that follow, with what they have loaded and
-computed once; `Cases(apart=True)` are run in fresh ones, which end with them.
+The processes of a module end with it: what a case leaves behind (process groups that one rank made
+and another did not, what a framework keeps) would be met by the cases of another module.
 
 Nothing here waits for ever: when a case has not ended in time, or goes on for `grace` seconds after
 another rank raised or died, the Python stacks of the ranks that are still in it are reported and
@@ -118,14 +118,10 @@ class Cases:
     Args:
         timeout: seconds that one case may take.
         needs: a package without which the module is skipped.
-        apart: whether they need processes of their own: those that leave something behind (what a
-            framework keeps for the whole process).
     """
 
-    def __init__(
-        self, *, timeout: float = 60.0, needs: str | None = None, apart: bool = False
-    ) -> None:
-        self.timeout, self.needs, self.apart = timeout, needs, apart
+    def __init__(self, *, timeout: float = 120.0, needs: str | None = None) -> None:
+        self.timeout, self.needs = timeout, needs
         self.by_world_size: dict[int, dict[CaseName, Case]] = {}
 
     def on(self, *world_sizes: int, **grid: Sequence[Any]) -> Callable[[Any], Any]:
@@ -179,8 +175,8 @@ class Ranks:
             if (world_size, name) in self._selected
         }
         name = f"{self._module}-{world_size}"
-        options = {"timeout": self._cases.timeout, "kept": not self._cases.apart}
-        return once(self._factory, name, lambda: run(world_size, cases, **options))
+        timeout = self._cases.timeout
+        return once(self._factory, name, lambda: run(world_size, cases, timeout=timeout))
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[], T]) -> T:
@@ -200,10 +196,9 @@ def run(
     world_size: int,
     cases: Mapping[str, Case] | Sequence[Case],
     *,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     grace: float = 5.0,
     init: bool = True,
-    kept: bool = False,
 ) -> dict[str, Outcome]:
     """Run the cases, one after the other, on `world_size` ranks that speak gloo.
 
@@ -212,14 +207,13 @@ def run(
         init: False for a process that knows nothing of ranks.
         timeout: seconds that one case may take.
         grace: seconds that the other ranks have to end a case that one rank left by an error.
-        kept: in the processes that are kept for such cases, instead of fresh ones.
     """
     if not isinstance(cases, Mapping):
         cases = {case.__name__: case for case in cases}
     outcomes: dict[str, Outcome] = {}
     reason = ""
     assert init or world_size == 1
-    with _kept(world_size, init) if kept else _Processes(world_size, init) as processes:
+    with _Processes(world_size, init) as processes:
         for name, case in cases.items():
             if reason:
                 errors = (f"not run: {reason}\n",) * world_size
@@ -234,30 +228,6 @@ def run(
     return outcomes
 
 
-_KEPT: dict[tuple[int, bool], _Processes] = {}
-
-
-@contextlib.contextmanager
-def _kept(world_size: int, init: bool) -> Iterator[_Processes]:
-    """The processes of this world size, which stay unless a case left them out of step."""
-    key = world_size, init
-    if key not in _KEPT:
-        _KEPT[key] = _Processes(world_size, init).__enter__()
-    try:
-        yield _KEPT[key]
-    except BaseException:
-        _KEPT.pop(key).__exit__(*sys.exc_info())
-        raise
-    if not _KEPT[key].in_step:
-        _KEPT.pop(key).__exit__()
-
-
-def end_kept() -> None:
-    """End the processes that were kept."""
-    while _KEPT:
-        _KEPT.popitem()[1].__exit__()
-
-
 def _in_step() -> None:
     total = torch.ones(())
     dist.all_reduce(total)
@@ -269,7 +239,6 @@ class _Processes:
 
     def __init__(self, world_size: int, init: bool = True) -> None:
         self.world_size, self._init = world_size, init
-        self.in_step = True
         self._told: dict[Path, int] = {}
 
     def __enter__(self) -> _Processes:
@@ -330,7 +299,6 @@ class _Processes:
             lost[rank] if rank in lost else answers[rank][1] for rank in range(self.world_size)
         )
         poisoned = bool(lost) or 0 < sum(error is not None for error in errors) < self.world_size
-        self.in_step &= not poisoned
         return Outcome(name, values, errors, poisoned)
 
     def _death(self, rank: int) -> str:

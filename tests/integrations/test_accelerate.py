@@ -17,7 +17,7 @@ from muonkit import MuonW
 from tests.helpers import frameworks
 from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases(timeout=180.0, needs="accelerate", apart=True)
+CASES = Cases(timeout=180.0, needs="accelerate")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from muonkit import MuonW
 from tests.helpers import frameworks
 from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases(timeout=180.0, needs="lightning", apart=True)
+CASES = Cases(timeout=180.0, needs="lightning")
 
 
 def fit(folder: Path, resume: bool = False, **options: Any) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from tests.helpers import frameworks
 from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases(timeout=180.0, apart=True)
+CASES = Cases(timeout=180.0)
 
 
 class OptimizersContainer(torch.optim.Optimizer):

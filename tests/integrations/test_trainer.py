@@ -19,7 +19,7 @@ from muonkit import MuonW
 from tests.helpers import frameworks
 from tests.helpers.ranks import Cases, Ranks, shared_folder
 
-CASES = Cases(timeout=180.0, needs="transformers", apart=True)
+CASES = Cases(timeout=180.0, needs="transformers")
 
 
 @contextlib.contextmanager
