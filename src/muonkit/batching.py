@@ -155,7 +155,7 @@ class _Part(NamedTuple):
     """Regions of one geometry, each `block.batch` matrices, with what belongs to them."""
 
     block: Block
-    state_block: Block
+    variant_block: Block
     origins: list[tuple[Tensor, Block]]  # of each region: the parameter, and where in it
     params: list[Tensor]
     grads: list[Tensor]
@@ -202,7 +202,7 @@ class LocalBatch:
         for part, matrices in zip(self.parts, self._places(o[0]), strict=True):
             variance = steps = None
             if part.variances:
-                variance = part.state_block.to_matrices(torch.stack(part.variances))
+                variance = part.variant_block.to_matrices(torch.stack(part.variances))
             if part.steps:
                 steps = torch.stack(part.steps).repeat_interleave(part.block.batch)
                 steps = steps.to(matrices.device).reshape(-1, 1, 1)
@@ -221,7 +221,7 @@ class LocalBatch:
         """Write the variant's state back."""
         for part, whole in zip(self.parts, stacks, strict=True):
             if whole.variance is not None:
-                regions = part.state_block.to_regions(whole.variance)
+                regions = part.variant_block.to_regions(whole.variance)
                 copy_each_(part.variances, regions.unbind())
         return Pending(None)
 
@@ -274,19 +274,19 @@ def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatc
     copies = [entry.copies for entry in entries]
     for rows, cols, blocks in planned([entry.param for entry in entries], group, copies):
         parts: dict[tuple[Any, ...], _Part] = {}
-        for index, block, state_block in blocks:
+        for index, block, variant_block in blocks:
             entry = entries[index]
             shape = block.shape, block.batch, block.rows, block.cols, block.transposed
             geometry = *shape, entry.grad.dtype
             if geometry not in parts:
-                parts[geometry] = _Part(block, state_block, [], [], [], [], [], [])
+                parts[geometry] = _Part(block, variant_block, [], [], [], [], [], [])
             part = parts[geometry]
             part.origins.append((entry.param, block))
             part.params.append(block.region(entry.param))
             part.grads.append(block.region(entry.grad))
             part.momenta.append(block.region(entry.momentum))
             if entry.variance is not None:
-                part.variances.append(state_block.region(entry.variance))
+                part.variances.append(variant_block.region(entry.variance))
             if entry.steps is not None:
                 part.steps.append(entry.steps)
         batches.append(LocalBatch(rows, cols, list(parts.values())))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Options", "check_gradients"]
+__all__ = ["SeenOptions", "check_gradients"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # torch's AdamW trains the real and imaginary parts of a complex parameter.
@@ -34,7 +34,7 @@ def _dtypes(group: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
     return _DTYPES if group["algorithm"] == "muon" else _ADAMW_DTYPES
 
 
-class Options:
+class SeenOptions:
     """The options of every group as they were last seen to make sense."""
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GradientCheck",
     "Scaled",
+    "Vote",
     "Work",
     "clip_gradients_",
     "forget_scaler",
@@ -66,32 +68,39 @@ def warn_if_idle(work: Work) -> None:
         )
 
 
+class Vote(enum.IntEnum):
+    """What a rank's gradients want of a step; the highest vote of all ranks counts."""
+
+    STEP = 0
+    SKIP = 1
+    RAISE = 2
+
+
 class GradientCheck(NamedTuple):
-    """Whether the step may take place.
+    """What one rank's gradients say of a step.
 
     Attributes:
-        vote: 0 if it may, 1 if it is to be left out, 2 if it is an error. The highest vote of all
-            ranks counts.
+        vote: for or against it.
         names: parameters with a non-finite gradient on this rank.
     """
 
-    vote: int
+    vote: Vote
     names: list[str]
 
     def may_step(self, vote: int) -> bool:
-        """Whether the step takes place, after the vote of all ranks.
+        """Whether the step takes place, by the highest vote of all ranks.
 
         Raises:
             FloatingPointError: a non-finite gradient in a group that says "raise".
         """
-        if vote == 2:
+        if vote == Vote.RAISE:
             some = ", ".join(self.names[:5]) or "a parameter on another rank"
             raise FloatingPointError(
                 f"the gradient of {some}{' ...' if len(self.names) > 5 else ''} is not "
                 "finite; nothing was changed. Lower lr or clip gradients; nonfinite='skip' leaves "
                 "such steps out"
             )
-        return vote == 0
+        return vote == Vote.STEP
 
 
 def judge(work: Work) -> GradientCheck:
@@ -108,13 +117,13 @@ def judge(work: Work) -> GradientCheck:
     ]
     checked = [(policy, name, grad) for policy, name, grad in checked if grad.numel()]
     if not checked:
-        return GradientCheck(0, [])
+        return GradientCheck(Vote.STEP, [])
     finite = _are_finite([grad for _, _, grad in checked])
     broken = [
         (policy, name) for (policy, name, _), ok in zip(checked, finite, strict=True) if not ok
     ]
-    vote = max((2 if policy == "raise" else 1 for policy, _ in broken), default=0)
-    return GradientCheck(vote, [name for _, name in broken])
+    votes = [Vote.RAISE if policy == "raise" else Vote.SKIP for policy, _ in broken]
+    return GradientCheck(max(votes, default=Vote.STEP), [name for _, name in broken])
 
 
 def _are_finite(grads: Sequence[Tensor]) -> list[bool]:
@@ -161,6 +170,10 @@ class Scaled(NamedTuple):
 
     scale: float | None
     overflow: bool
+
+    def check(self) -> GradientCheck:
+        """This rank's vote: a step whose gradients overflowed is skipped."""
+        return GradientCheck(Vote.SKIP if self.overflow else Vote.STEP, [])
 
     def unscale_(self, work: Work) -> None:
         """Divide the gradients by the scale in place, as the scaler would have done."""

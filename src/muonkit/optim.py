@@ -17,16 +17,16 @@ from torch.optim import Optimizer
 from muonkit._compile import graph_or_eager, outside_graphs
 from muonkit.adamw import adamw_step_
 from muonkit.batching import LocalParam, make
-from muonkit.checks import Options, check_gradients
+from muonkit.checks import SeenOptions, check_gradients
 from muonkit.distributed.exchange import announce, check_ranks_agree, run_overlapped
 from muonkit.distributed.layout import Layouts, local
 from muonkit.distributed.rank_dtypes import look_at_others, post
 from muonkit.distributed.step_plan import (
     PlannedStep,
-    gradients,
     options_to_compare,
     plan_alone,
     plan_key,
+    present_gradients,
     products_label,
 )
 from muonkit.gradients import (
@@ -334,7 +334,7 @@ class Muon(Optimizer):
         # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
         self._step_supports_amp_scaling = layouts.domain is not None
         self._planned_steps: dict[tuple[Any, ...], PlannedStep] = {}
-        self._options = Options()
+        self._options = SeenOptions()
         # In one order on all ranks: what gathers a state dict goes by it.
         held = [p for group in self.param_groups for p in group["params"]]
         kept = {p: self.state[before[p]] for p in held if before.get(p) in self.state}
@@ -557,9 +557,9 @@ class Muon(Optimizer):
             self._step_alone()
             return
         with self._telling("step"):
-            planned = self._planned_step(gradients(self.param_groups))
+            planned = self._planned_step(present_gradients(self.param_groups))
             scaled = scaled_by(self)
-            verdict = judge(work) if scaled is None else GradientCheck(int(scaled.overflow), [])
+            verdict = judge(work) if scaled is None else scaled.check()
         vote = self._agree(planned, verdict.vote, scaled)
         if not self._takes_place(verdict, vote):
             return
@@ -612,7 +612,7 @@ class Muon(Optimizer):
             group; there is one where none share this optimizer's parameters.
         """
         self._settle()
-        present = gradients(self.param_groups, all_of_them=True)
+        present = present_gradients(self.param_groups, all_of_them=True)
         if self._layouts.domain is None:
             return plan_alone(self._layouts, self.param_groups, present)
         return self._planned_step(present).plan

@@ -91,8 +91,8 @@ def test_what_one_rank_sends_another_receives_in_the_same_order(
 ) -> None:
     plan = make_plan(*given_, 4, cap)
     for bucket in plan.buckets:
-        for way in ("inbound", "outbound", "state_inbound", "state_outbound"):
-            if way.startswith("state") and not plan.has_state:
+        for way in ("inbound", "outbound", "variant_inbound", "variant_outbound"):
+            if way.startswith("variant") and not plan.has_variant_state:
                 continue
             rank_transfers = [getattr(plan, way)(bucket, me) for me in range(plan.ranks)]
             for me, other in itertools.product(range(plan.ranks), repeat=2):
@@ -102,7 +102,7 @@ def test_what_one_rank_sends_another_receives_in_the_same_order(
             local = all(
                 at == me for me, e in enumerate(rank_transfers) for at, _, _ in (*e.sends, *e.recvs)
             )
-            inward, state = way.endswith("inbound"), way.startswith("state")
+            inward, state = way.endswith("inbound"), way.startswith("variant")
             assert plan.moves(bucket, inward, state) == (not local)
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonkit import Muon
-from muonkit.distributed.step_plan import gradients
+from muonkit.distributed.step_plan import present_gradients
 from muonkit.views import blocks_of
 from tests.helpers import internals, zoo
 from tests.helpers.ranks import counted_collectives
@@ -268,7 +268,7 @@ def check_identity(model: nn.Module, optimizer: Muon) -> None:
     for p in model.parameters():
         p.grad = p.detach().clone()
     work = [(group, group["params"]) for group in optimizer.param_groups]
-    planned = optimizer._planned_step(gradients(optimizer.param_groups))
+    planned = optimizer._planned_step(present_gradients(optimizer.param_groups))
     own, shared = optimizer._batches(work, planned)
     for _, batch in [*shared, *own]:
         stacks = [torch.stack(shards.grads) for shards in batch.momentum_shards]

@@ -89,7 +89,7 @@ class Plan(NamedTuple):
         tensors, matrices: what is planned for.
         buckets: assignments that are exchanged together, in order.
         itemsize: bytes per element when it travels; 0 where nothing does.
-        state_itemsize: bytes per element of the variant's state.
+        variant_itemsize: bytes per element of the variant's state.
         inward: whether anything is sent to the owners; False for AdamW's parameters.
     """
 
@@ -98,7 +98,7 @@ class Plan(NamedTuple):
     matrices: tuple[Matrix, ...]
     buckets: tuple[tuple[Assignment, ...], ...]
     itemsize: int
-    state_itemsize: int = 4
+    variant_itemsize: int = 4
     inward: bool = True
 
     def assignments(self) -> Iterable[Assignment]:
@@ -112,11 +112,11 @@ class Plan(NamedTuple):
         """Results, from the owners to the ranks that store the parameters."""
         return self._transfers_of(bucket, me, inward=False)
 
-    def state_inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
+    def variant_inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
         """The variant's state, to the owners; boxes are in the state's coordinates."""
         return self._transfers_of(bucket, me, inward=True, state=True)
 
-    def state_outbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
+    def variant_outbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
         """The variant's state, from the owners to all ranks that store it."""
         return self._transfers_of(bucket, me, inward=False, state=True)
 
@@ -129,9 +129,9 @@ class Plan(NamedTuple):
         if self.inward:
             yield "to_owners", self.inbound(bucket, me), self.itemsize
         yield "to_params", self.outbound(bucket, me), self.itemsize
-        if self.has_state:
-            yield "to_owners", self.state_inbound(bucket, me), self.state_itemsize
-            yield "to_params", self.state_outbound(bucket, me), self.state_itemsize
+        if self.has_variant_state:
+            yield "to_owners", self.variant_inbound(bucket, me), self.variant_itemsize
+            yield "to_params", self.variant_outbound(bucket, me), self.variant_itemsize
 
     def _transfers_of(
         self, bucket: Sequence[Assignment], me: int, inward: bool, state: bool = False
@@ -155,13 +155,13 @@ class Plan(NamedTuple):
 
     def _way(self, matrix: int, inward: bool, state: bool) -> Direction:
         """The direction of a matrix, or of its variant's state: to the owner, or back."""
-        number, box, _, state_box = self.matrices[matrix]
+        number, box, _, variant_box = self.matrices[matrix]
         tensor = self.tensors[number]
         shape, place = tensor.shape, tensor.state_placement if inward else tensor.param_placement
         if state:
             assert tensor.variant_placement is not None
-            assert state_box is not None
-            shape, box, place = tensor.variant_shape, state_box, tensor.variant_placement
+            assert variant_box is not None
+            shape, box, place = tensor.variant_shape, variant_box, tensor.variant_placement
         return Direction(place, shape, box, place.copies() if inward else tensor.repeat)
 
     def moves(self, bucket: Sequence[Assignment], inward: bool, state: bool = False) -> bool:
@@ -179,7 +179,7 @@ class Plan(NamedTuple):
         sent: dict[int, int] = {}
         for matrix, owners in bucket:
             way = self._way(matrix, inward=False, state=state)
-            itemsize = self.state_itemsize if state else self.itemsize
+            itemsize = self.variant_itemsize if state else self.itemsize
             for owner in owners:
                 sizes = way.sizes(way.place.where(owner, way.axes))
                 away = sum(sizes.values()) - sizes.get(owner, 0)
@@ -188,7 +188,7 @@ class Plan(NamedTuple):
         return min(max(chunks, 1), max(self.ranks - 1, 1))
 
     @property
-    def has_state(self) -> bool:
+    def has_variant_state(self) -> bool:
         """Whether a variant's state travels too."""
         return any(tensor.variant_placement is not None for tensor in self.tensors)
 
@@ -219,7 +219,7 @@ class Plan(NamedTuple):
             ):
                 kinds = self._kinds(inward)
             for matrix, count in kinds.items():
-                for state in (False, True) if self.has_state else (False,):
+                for state in (False, True) if self.has_variant_state else (False,):
                     self._count(total, matrix, count, inward, state, node)
         return total
 
@@ -249,7 +249,7 @@ class Plan(NamedTuple):
             (total.sent_in, total.received_in) if inward else (total.received_out, total.sent_out)
         )
         way = self._way(matrix, inward, state)
-        itemsize = self.state_itemsize if state else self.itemsize
+        itemsize = self.variant_itemsize if state else self.itemsize
         partners: dict[Where, list[int]] = {}
         for owner in assignments:
             partners.setdefault(way.place.where(owner, way.axes), []).append(owner)

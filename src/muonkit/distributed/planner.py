@@ -42,7 +42,7 @@ class ParamToPlan(NamedTuple):
         layout: where it and its state lie.
         kind: what must be equal for two parameters to travel together: their dtypes.
         itemsize: bytes per element when it travels.
-        state_itemsize: bytes per element of the variant's state.
+        variant_itemsize: bytes per element of the variant's state.
         has_grad: False for a parameter that this step leaves as it is. If its matrices are computed
             where they lie it counts nevertheless: the owners of others may not depend on which
             experts got a token on one rank.
@@ -53,7 +53,7 @@ class ParamToPlan(NamedTuple):
     layout: Layout
     kind: Hashable = None
     itemsize: int = 4
-    state_itemsize: int = 4
+    variant_itemsize: int = 4
     has_grad: bool = True
 
 
@@ -217,7 +217,7 @@ def _shared(
         for tensor, index in zip(tensors, indices, strict=True)
     ]
     plan = make_plan(
-        ranks, tensors, matrices, first.itemsize, group.cap, loads, first.state_itemsize
+        ranks, tensors, matrices, first.itemsize, group.cap, loads, first.variant_itemsize
     )
     return PlannedParams(indices, plan, tuple(blocks))
 
@@ -298,7 +298,7 @@ def _describe(
                 costs[of_kind] = group.flops(*of_kind)
             blocks += [MatrixBlock(index, block, variant_block)] * len(boxes)
             flops = costs[of_kind]
-            matrices += [Matrix(number, box, flops, state_box) for box, state_box in boxes]
+            matrices += [Matrix(number, box, flops, variant_box) for box, variant_box in boxes]
     return tensors, matrices, blocks
 
 
@@ -315,8 +315,8 @@ def matrices_of(
             continue
         variant_block = row_block if variant_state == "rows" else block
         boxes = tuple(
-            (box, None if variant_state == "none" else state_box)
-            for box, state_box in zip(block.boxes(), variant_block.boxes(), strict=True)
+            (box, None if variant_state == "none" else variant_box)
+            for box, variant_box in zip(block.boxes(), variant_block.boxes(), strict=True)
         )
         found.append((block, variant_block, boxes))
     return tuple(found)

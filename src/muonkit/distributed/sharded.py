@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from muonkit.distributed.transfers import PlannedTensor
     from muonkit.views import Block
 
-__all__ = ["ShardedGroup", "exchange_dtype", "state_dtype", "update_dtype"]
+__all__ = ["ShardedGroup", "exchange_dtype", "update_dtype", "variant_dtype"]
 
 
 def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
@@ -40,7 +40,7 @@ def exchange_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any])
     return update_dtype(p, grad_dtype, group) if chosen == "auto" else getattr(torch, chosen)
 
 
-def state_dtype(p: Tensor) -> torch.dtype:
+def variant_dtype(p: Tensor) -> torch.dtype:
     """The dtype in which the variant's state is exchanged."""
     return torch.promote_types(p.dtype, torch.float32)
 
@@ -64,17 +64,20 @@ class _Bucket:
         plan, me = sharded.plan, sharded.domain.position
         self.assignments = assignments
         self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
-        self.state: tuple[Transfers, Transfers] | None = None
-        if plan.has_state:
-            self.state = plan.state_inbound(assignments, me), plan.state_outbound(assignments, me)
+        self.variant_transfers: tuple[Transfers, Transfers] | None = None
+        if plan.has_variant_state:
+            self.variant_transfers = (
+                plan.variant_inbound(assignments, me),
+                plan.variant_outbound(assignments, me),
+            )
         self.moves = {
             (inward, state): plan.moves(assignments, inward, state)
             for inward in (True, False)
-            for state in ((False, True) if plan.has_state else (False,))
+            for state in ((False, True) if plan.has_variant_state else (False,))
         }
         self.chunks = {
             state: plan.chunks(assignments, sharded.cap, state)
-            for state in ((False, True) if plan.has_state else (False,))
+            for state in ((False, True) if plan.has_variant_state else (False,))
         }
         self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
         self.param_shards: dict[tuple[int, int], list[_Part]] = {}
@@ -141,9 +144,9 @@ class ShardedGroup:
         p, grad_dtype = self.params[first], grads[first]
         self.dtype = update_dtype(p, grad_dtype, group)
         self.comm_dtype = exchange_dtype(p, grad_dtype, group)
-        self.state_dtype = state_dtype(p)
+        self.variant_dtype = variant_dtype(p)
         self.cap: int = group["bytes_in_flight"] or default_cap(domain.device.type)
-        self._state_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
+        self._variant_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
         self.buckets = [_Bucket(self, assignments) for assignments in self.plan.buckets]
 
     def tensor(self, matrix: int) -> PlannedTensor:
@@ -164,15 +167,15 @@ class ShardedGroup:
         planned = self.tensor(part.matrix)
         return shard[planned.param_placement.slices(planned.shape, self.domain.position, part.box)]
 
-    def state_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
+    def variant_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
         """A box of the variant's state, of this rank's own tensor of it."""
-        if (matrix, box) not in self._state_cuts:
+        if (matrix, box) not in self._variant_cuts:
             planned = self.tensor(matrix)
             assert planned.variant_placement is not None
-            self._state_cuts[matrix, box] = planned.variant_placement.slices(
+            self._variant_cuts[matrix, box] = planned.variant_placement.slices(
                 planned.variant_shape, self.domain.position, box
             )
-        return tensor[self._state_cuts[matrix, box]]
+        return tensor[self._variant_cuts[matrix, box]]
 
     def batches(self, entries: Mapping[int, LocalParam]) -> list[ShardedBatch]:
         """The batches of a step.
@@ -215,8 +218,8 @@ class ShardedBatch:
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Any]:
         whole = self._owner_buffers()
         pending = [self._inward(u, whole, self.sharded.comm_dtype)]
-        if self.bucket.state is not None:
-            pending.append(self._fetch_state(self.bucket.state[0]))
+        if self.bucket.variant_transfers is not None:
+            pending.append(self._fetch_variant_state(self.bucket.variant_transfers[0]))
         return Pending(whole, pending)
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Any]:
@@ -278,21 +281,21 @@ class ShardedBatch:
     def _inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
         return slices(box, self.sharded.plan.matrices[matrix].box)
 
-    def _fetch_state(self, transfers: Transfers) -> Exchange:
+    def _fetch_variant_state(self, transfers: Transfers) -> Exchange:
         """Receive the variance of the owned matrices, oriented as it is kept."""
         for _, matrix, _ in transfers.recvs:
             if matrix not in self._variances:
-                state = self.sharded.plan.matrices[matrix].state_box
+                state = self.sharded.plan.matrices[matrix].variant_box
                 assert state is not None
                 self._variances[matrix] = torch.empty(
                     [b - a for a, b in state],
-                    dtype=self.sharded.state_dtype,
+                    dtype=self.sharded.variant_dtype,
                     device=self.sharded.domain.device,
                 )
-        outgoing, incoming = self._state_transfers(transfers)
-        return self._move(outgoing, incoming, self.sharded.state_dtype, inward=True, state=True)
+        outgoing, incoming = self._variant_transfers(transfers)
+        return self._move(outgoing, incoming, self.sharded.variant_dtype, inward=True, state=True)
 
-    def _state_transfers(
+    def _variant_transfers(
         self, transfers: Transfers, back: bool = False
     ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
         """The pieces of the variance that are sent and received: to the owner, or `back`."""
@@ -303,10 +306,10 @@ class ShardedBatch:
         for position, matrix, box in at_home:
             variance = self._entry(matrix).variance
             assert variance is not None
-            home.append((position, self.sharded.state_piece(matrix, box, variance)))
+            home.append((position, self.sharded.variant_piece(matrix, box, variance)))
         owner = []
         for position, matrix, box in at_owner:
-            state = self.sharded.plan.matrices[matrix].state_box
+            state = self.sharded.plan.matrices[matrix].variant_box
             assert state is not None
             owner.append((position, self._variances[matrix][slices(box, state)]))
         return (owner, home) if back else (home, owner)
@@ -324,8 +327,8 @@ class ShardedBatch:
                     stop += 1
                 some = members[start:stop]
                 variance = None
-                if self.bucket.state is not None:
-                    variance = torch.stack([self._logical_state(matrix) for matrix in some])
+                if self.bucket.variant_transfers is not None:
+                    variance = torch.stack([self._logical_variant_state(matrix) for matrix in some])
                     self._stacks.append((some, variance))
                 steps = [self._entry(matrix).steps for matrix in some]
                 count = None
@@ -337,19 +340,19 @@ class ShardedBatch:
                 start = stop
         return stacks
 
-    def _logical_state(self, matrix: int) -> Tensor:
+    def _logical_variant_state(self, matrix: int) -> Tensor:
         """`(rows, 1)` or `(rows, cols)`."""
         block = self.sharded.blocks[matrix].variant_block
         return block.to_matrices(self._variances[matrix])[0]
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
         """Send the variant's state back to everywhere where it is kept."""
-        assert self.bucket.state is not None
+        assert self.bucket.variant_transfers is not None
         for some, variance in self._stacks:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
-                self._logical_state(matrix).copy_(rows)
-        outgoing, incoming = self._state_transfers(self.bucket.state[1], back=True)
-        exchange = self._move_out(outgoing, incoming, self.sharded.state_dtype, state=True)
+                self._logical_variant_state(matrix).copy_(rows)
+        outgoing, incoming = self._variant_transfers(self.bucket.variant_transfers[1], back=True)
+        exchange = self._move_out(outgoing, incoming, self.sharded.variant_dtype, state=True)
         return Pending(None, [exchange])
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Any]:

@@ -16,7 +16,7 @@ from muonkit.distributed.param_layout import ONE_RANK, computed_in_place
 from muonkit.distributed.plan import StepPlan, fingerprint
 from muonkit.distributed.plan_batches import default_cap
 from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
-from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, state_dtype
+from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, variant_dtype
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import flops_of, parameter_names, products_of
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
@@ -38,10 +38,10 @@ __all__ = [
     "Gather",
     "PlannedStep",
     "Present",
-    "gradients",
     "options_to_compare",
     "plan_alone",
     "plan_key",
+    "present_gradients",
     "products_label",
 ]
 
@@ -57,7 +57,7 @@ class Gradient(NamedTuple):
 Present: TypeAlias = "Sequence[Mapping[int, Gradient]]"
 
 
-def gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = False) -> Present:
+def present_gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = False) -> Present:
     """The gradients that are there now; or one in its parameter's dtype for all that is trained."""
     if all_of_them:
         return [
@@ -219,7 +219,7 @@ def _to_plan(
             layouts.get(p) or ONE_RANK,
             (p.dtype, grad_dtype, device),
             comm_dtype.itemsize,
-            state_dtype(p).itemsize,
+            variant_dtype(p).itemsize,
             has_grad=index in has,
         )
     if adamw:

@@ -52,13 +52,13 @@ class Matrix(NamedTuple):
         tensor: the parameter's index.
         box: of the parameter, which holds it.
         flops: that it costs to orthogonalize.
-        state_box: of the variant's state, which belongs to it.
+        variant_box: of the variant's state, which belongs to it.
     """
 
     tensor: int
     box: Box
     flops: int
-    state_box: Box | None = None
+    variant_box: Box | None = None
 
 
 class Direction(NamedTuple):
@@ -126,12 +126,12 @@ def alike(
     first: dict[tuple[Any, ...], int] = {}
     known: dict[tuple[int, Box, Box | None], int] = {}
     like = []
-    for i, (tensor, box, _, state_box) in enumerate(matrices):
+    for i, (tensor, box, _, variant_box) in enumerate(matrices):
         k = kind[tensor]
-        same = known.get((k, box, state_box))
+        same = known.get((k, box, variant_box))
         if same is None:
-            key = (k, *extents[k].of(box), *of_state[k].of(state_box or ()))
-            same = known[k, box, state_box] = first.setdefault(key, i)
+            key = (k, *extents[k].of(box), *of_state[k].of(variant_box or ()))
+            same = known[k, box, variant_box] = first.setdefault(key, i)
         like.append(same)
     return like
 

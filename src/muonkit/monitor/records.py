@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from muonkit.distributed.step_plan import gradients, plan_alone, plan_key
+from muonkit.distributed.step_plan import plan_alone, plan_key, present_gradients
 from muonkit.groups import parameter_names
 from muonkit.monitor.sample import KINDS, Key, matrices_of
 from muonkit.monitor.spectra import SPECTRUM
@@ -270,7 +270,7 @@ class TrafficRecords:
         rank: this one's, where it shares its parameters with no other.
         """
         optimizer = self._optimizer
-        present = gradients(optimizer.param_groups)
+        present = present_gradients(optimizer.param_groups)
         # With the shapes: a parameter that was replaced may have the memory, and the id, of the old
         key = plan_key(optimizer.param_groups, present), structure(optimizer)
         if self._known[0] != key:
