@@ -274,6 +274,7 @@ def test_compare_sweeps_on_seed_0_and_reports_it(tmp_path: Path) -> None:
     (second,) = [r for r in results if r["seed"] == 1]
     assert first[second["lr"]] == min(first.values())
     page = (out / "report.html").read_text()
+    assert "2.263" in page, "the scale that the runs had, not MuonW's default"
     assert "Learning rates tried" in page
     assert all(f"<td>{lr:g}</td>" in page for lr in first)
 
@@ -394,6 +395,12 @@ def _outcome(name: str, seed: int, losses: list[float], second: float = 0.1) -> 
     return replace(result, steps=int(steps[-1]), seconds=curve.seconds[-1]), curve
 
 
+def _slowed(outcome: Outcome, times: float) -> Outcome:
+    """The same run, each step of which took this many times as long, but for its optimizer."""
+    result, curve = outcome
+    return replace(result, step_ms=times * result.step_ms), curve
+
+
 @pytest.mark.parametrize(
     ("outcomes", "said"),
     [
@@ -406,6 +413,14 @@ def _outcome(name: str, seed: int, losses: list[float], second: float = 0.1) -> 
             [
                 "MuonW reached AdamW's final loss in 10 of 20 steps, but 4.0 s where AdamW took "
                 "2.0 s in all; one seed."
+            ],
+        ),
+        (  # another program took the machine from AdamW's run
+            [_outcome("muonw", 0, [4, 2, 1]), _slowed(_outcome("adamw", 0, [4, 3, 2]), 1.5)],
+            [
+                "MuonW reached AdamW's final loss in 10 of 20 steps; one seed. The seconds do not "
+                "compare: forward and backward took 80 ms a step in its runs and 130 ms in "
+                "AdamW's, so something else used this machine."
             ],
         ),
         (

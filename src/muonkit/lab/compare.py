@@ -18,7 +18,7 @@ from muonkit.lab import report
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.files import is_there
 from muonkit.lab.jobs import Workers
-from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.optimizers import SCALE, get_optimizer
 from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome
@@ -305,7 +305,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         config=session.asked.config() | {DATA: session.setting.data.fingerprint},
         summary=task.summary,
         data=session.setting.data.description,
-        routing=str(muonkit.route(task.build())),
+        routing=str(muonkit.route(task.build(), scale=SCALE)),
         outcomes=[measured[run][0] for run in runs],
         attempts=[outcome for outcome, _, _ in measured.values()],
         records={f"{run.optimizer}/{run.seed}": measured[run][1] for run in runs},

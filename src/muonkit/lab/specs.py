@@ -142,6 +142,11 @@ def _config(transformers: Any, spec: str) -> Any:
             spec, local_files_only=not _online(spec), trust_remote_code=False
         )
     except Exception as error:
+        if spec.isidentifier() and Path(f"{spec}.py").is_file():
+            raise LabError(
+                f"{spec!r} is no model type, but {spec}.py is here: name its factory, as "
+                f"{spec}:build"
+            ) from error
         raise LabError(
             f"{spec!r} is no model type, no file, and could not be had from the Hugging Face hub: "
             f"{_hint(spec, CONFIG_MAPPING)}"
