@@ -53,7 +53,9 @@ def test_the_sample_of_this_run_shows_what_its_tests_have(request: pytest.Fixtur
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             tests.setdefault(sampling.test_of(item), []).append(item)
     for test, items in tests.items():
-        if items[0].get_closest_marker(sampling.LONG) and not sampling.is_whole():
+        if not sampling.is_whole():  # one parameter of a test may be marked, or all of it
+            items = [item for item in items if not item.get_closest_marker(sampling.LONG)]
+        if not items:
             continue
         whole = [sampling.values_of(item) for item in items]
         part = [sampling.values_of(item) for item in items if item.nodeid in run]
