@@ -104,9 +104,17 @@ class Block:
 
 @dataclass(frozen=True)
 class View:
-    """A parsed view; `str(view)` is its canonical spelling."""
+    """A parsed view; `str(view)` is its canonical spelling.
+
+    Raises:
+        TypeError: it is given a spelling, which `View.parse` reads.
+    """
 
     steps: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, str):
+            raise TypeError(f"View takes a tuple of steps; write View.parse({self.steps!r})")
 
     @staticmethod
     def parse(spec: str | View) -> View:

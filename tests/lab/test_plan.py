@@ -474,7 +474,10 @@ def test_the_axes_say_the_layout(mesh: str, layout: str) -> None:
         ("--model kimi-k2 --mesh dp=8 --tp x=colwise", "leave --tp and --rule out"),
         ("--model t:t --mesh dp=8", "no module 't'"),
         ("--model gpt2-124m --mesh dq=8", "unknown mesh axis 'dq': did you mean 'dp'?"),
-        ("--model gpt2-124m --mesh dp", "'dp' is no axis and its number of ranks; write --mesh dp"),
+        (
+            "--model gpt2-124m --mesh dp",
+            "'dp' is no axis and its number of ranks, 1 or more; write",
+        ),
         ("--model gpt2-124m --mesh dp=0", "'dp=0' is no axis and its number of ranks"),
         ("--model gpt2-124m --mesh dp=-8", "'dp=-8' is no axis and its number of ranks"),
         ("--model gpt2-124m --mesh dp=2,dp=4", "dp is there twice"),

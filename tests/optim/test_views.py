@@ -138,6 +138,8 @@ def test_unknown_spellings_are_refused(spec: str) -> None:
 
 
 def test_a_view_is_a_string() -> None:
+    with pytest.raises(TypeError, match=r"write View.parse\('split\(rows=3\)'\)"):
+        View("split(rows=3)")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a view is a string, got int"):
         View.parse(3)  # type: ignore[arg-type]
 

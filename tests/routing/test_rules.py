@@ -283,8 +283,12 @@ def test_options_are_hyperparameters_of_the_algorithm_that_gets_them() -> None:
         Rule("fc1.weight", options={"learning_rate": 1e-9})
     with pytest.raises(RoutingError, match=r"gives \['ns_steps'\] to fc1.bias, which adamw trains"):
         route(Model(), [Rule("fc1.*", options={"ns_steps": 7})])
-    with pytest.raises(TypeError, match="put the one in brackets"):
-        route(Model(), Rule("fc1.*", decay=True))  # type: ignore[arg-type]
+
+
+def test_one_rule_needs_no_brackets() -> None:
+    rule = Rule("fc1.weight", algorithm="adamw")
+    assert list(route(Model(), rule)) == list(route(Model(), [rule]))
+    assert list(route(Model(), rule)) != list(route(Model()))
 
 
 def test_the_scale_in_the_table_is_the_one_that_is_used() -> None:

@@ -117,8 +117,8 @@ def forecast(model: ModelShape, mesh: str, layout: str | None, assume: Assumptio
     if "tp" in axes.names and all(p.tp_dim is None for p in model.parameters):
         raise LabError(
             f"the mesh {axes} has an axis tp, but {model.name} has no tensor parallel plan: leave "
-            "tp out, or say what is cut, as --tp '*.q_proj.weight=colwise' "
-            "--tp '*.o_proj.weight=rowwise'"
+            "tp out, or say what is cut, by the names that muonkit route prints, as "
+            "--tp '*.q_proj.weight=colwise' --tp '*.o_proj.weight=rowwise'"
         )
     return Forecast(model, name, axes, assume, schemes(model, name, axes, assume))
 

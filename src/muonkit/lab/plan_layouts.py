@@ -105,8 +105,8 @@ def parse_mesh(text: str) -> Mesh:
         name = "fsdp" if name == "shard" else name
         if not equals or not number.isdecimal() or not int(number):
             raise LabError(
-                f"--mesh {text!r}: {part.strip()!r} is no axis and its number of ranks; write "
-                "--mesh dp=64,tp=8"
+                f"--mesh {text!r}: {part.strip()!r} is no axis and its number of ranks, 1 or more; "
+                "write --mesh dp=64,tp=8"
             )
         if name not in AXES:
             raise unknown("mesh axis", name, AXES)

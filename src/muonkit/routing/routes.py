@@ -49,7 +49,7 @@ class _Unsettled(RoutingError):
 
 def route(
     model: nn.Module | Mapping[str, nn.Module],
-    rules: Sequence[Rule] | None = (),
+    rules: Rule | Sequence[Rule] | None = (),
     *,
     scale: str | Scale = ROUTED,
     decay_1d: bool = False,
@@ -110,7 +110,9 @@ def route(
     return found
 
 
-def _route_all(model: nn.Module, facts: Survey, rules: Sequence[Rule], asked: _Asked) -> Routes:
+def _route_all(
+    model: nn.Module, facts: Survey, rules: Rule | Sequence[Rule], asked: _Asked
+) -> Routes:
     chosen = choose_rules(facts, rules)
     routes: list[Route] = []
     unsettled: list[Open] = []

@@ -125,11 +125,11 @@ def _spell(match: object) -> str:
     return repr(match) if isinstance(match, str) else str(getattr(match, "__name__", match))
 
 
-def choose_rules(facts: Survey, rules: Sequence[Rule]) -> dict[int, Rule]:
+def choose_rules(facts: Survey, rules: Rule | Sequence[Rule]) -> dict[int, Rule]:
     """The deciding rule of every parameter that has one; every rule has to decide something."""
     chosen: dict[int, Rule] = {}
     if isinstance(rules, Rule):
-        raise TypeError("rules is a sequence of rules: put the one in brackets")
+        rules = [rules]
     for position, rule in enumerate(rules):
         if not isinstance(rule, Rule):
             raise TypeError(f"rules are muonkit.Rule objects, got {type(rule).__name__}")
