@@ -331,7 +331,7 @@ def test_a_plan_counts_the_state_of_a_variant() -> None:
     """Each matrix's box of what its variant keeps."""
     for name, columns in (("clip_rows", None), ("settle_rows", 1), ("smooth", 6)):
         (plan,) = trained(0, variant=OWN[name]).plan().plans
-        box = plan.matrices[0].state_box
+        box = plan.matrices[0].variant_box
         assert (box if box is None else box[1][1]) == columns
 
 
