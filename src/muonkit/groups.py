@@ -14,8 +14,8 @@ from muonkit.newton_schulz.coefficients import Schedule
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose
 from muonkit.options import ADAMW, DEFAULTS, FILLS, MUON, OF_ALGORITHM, spelled
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
-from muonkit.variants import variant_of
-from muonkit.views import View, row_shape
+from muonkit.variants import kept_shape, variant_of
+from muonkit.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -323,8 +323,7 @@ def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ..
     kept = variant_of(group["variant"]).state
     if kept == "none":
         return {MOMENTUM: shape}
-    rows = row_shape(group["view"], shape) if kept == "rows" else shape
-    return {MOMENTUM: shape, VARIANCE: rows}
+    return {MOMENTUM: shape, VARIANCE: kept_shape(kept, group["view"], shape)}
 
 
 def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:

@@ -23,18 +23,19 @@ stays zero and nothing becomes infinite or NaN; a stack gives what its matrices 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
 from muonkit._text import unknown
+from muonkit.views import row_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PLAIN", "VARIANTS", "Variant", "check_variant", "variant_of"]
+__all__ = ["PLAIN", "VARIANTS", "Variant", "check_variant", "kept_shape", "variant_of"]
 
 State: TypeAlias = Literal["none", "rows", "entries"]
 
@@ -170,6 +171,11 @@ VARIANTS: dict[str, Variant] = {
 def variant_of(choice: str | Variant) -> Variant:
     """The variant that the option stands for: itself, or the one of this name."""
     return choice if isinstance(choice, Variant) else VARIANTS[choice]
+
+
+def kept_shape(state: str, view: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what a variant with this `state`, "rows" or "entries", keeps for a parameter."""
+    return row_shape(view, shape) if state == "rows" else tuple(shape)
 
 
 def check_variant(choice: str | Variant) -> Variant:

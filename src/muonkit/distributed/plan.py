@@ -140,7 +140,7 @@ class Plan(NamedTuple):
         recvs: list[Transfer] = []
         mine, theirs = (sends, recvs) if inward else (recvs, sends)
         for assignment in bucket:
-            way = self._way(assignment.matrix, inward, state)
+            way = self.direction(assignment.matrix, inward, state)
             parts = way.parts(me)
             for owner in assignment.owners:
                 if way.counts(me, owner):
@@ -153,7 +153,7 @@ class Plan(NamedTuple):
             tuple(sorted(recvs, key=lambda transfer: transfer.position)),
         )
 
-    def _way(self, matrix: int, inward: bool, state: bool) -> Direction:
+    def direction(self, matrix: int, inward: bool, state: bool = False) -> Direction:
         """The direction of a matrix, or of its variant's state: to the owner, or back."""
         number, box, _, variant_box = self.matrices[matrix]
         tensor = self.tensors[number]
@@ -167,7 +167,8 @@ class Plan(NamedTuple):
     def moves(self, bucket: Sequence[Assignment], inward: bool, state: bool = False) -> bool:
         """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
         return any(
-            {at for at, _ in self._way(assignment.matrix, inward, state).others(owner)} != {owner}
+            {at for at, _ in self.direction(assignment.matrix, inward, state).others(owner)}
+            != {owner}
             for assignment in bucket
             for owner in assignment.owners
         )
@@ -178,7 +179,7 @@ class Plan(NamedTuple):
         """
         sent: dict[int, int] = {}
         for matrix, owners in bucket:
-            way = self._way(matrix, inward=False, state=state)
+            way = self.direction(matrix, inward=False, state=state)
             itemsize = self.variant_itemsize if state else self.itemsize
             for owner in owners:
                 sizes = way.sizes(way.place.where(owner, way.axes))
@@ -248,7 +249,7 @@ class Plan(NamedTuple):
         there, here = (
             (total.sent_in, total.received_in) if inward else (total.received_out, total.sent_out)
         )
-        way = self._way(matrix, inward, state)
+        way = self.direction(matrix, inward, state)
         itemsize = self.variant_itemsize if state else self.itemsize
         partners: dict[Where, list[int]] = {}
         for owner in assignments:

@@ -10,7 +10,7 @@ from muonkit._compile import constant_result
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = ["Item", "PlannedBatch", "default_cap", "make_batches"]
+__all__ = ["Item", "PlannedBatch", "cap_of", "make_batches"]
 
 # Cap on the bytes of one batch of matrices, above which no batch grows (but a single parameter may
 # be larger); the transient peak of a step is a small multiple of the largest batch. On a CPU as
@@ -64,9 +64,9 @@ class PlannedBatch(NamedTuple):
     positions: tuple[int, ...]
 
 
-def default_cap(device: str) -> int:
-    """Bytes that may be in flight at once on a device of this type."""
-    return _CAP.get(device, _CAP_ELSEWHERE)
+def cap_of(device: str, given: int | None = None) -> int:
+    """Bytes that may be in flight at once on a device of this type, unless a cap is given."""
+    return given or _CAP.get(device, _CAP_ELSEWHERE)
 
 
 def make_batches(items: tuple[Item, ...], cap: int | None = None) -> list[PlannedBatch]:
@@ -151,8 +151,7 @@ def _under_cap(
     elements: int, at: list[int], items: tuple[Item, ...], cap: int | None
 ) -> list[tuple[int, ...]]:
     """In as few batches as the cap allows, of about equal size."""
-    if cap is None:
-        cap = default_cap(items[at[0]].device)
+    cap = cap_of(items[at[0]].device, cap)
     sizes = {i: items[i].matrices * elements * items[i].itemsize for i in at}
     total, largest = sum(sizes.values()), max(sizes.values())
     even = total // -(-total // cap) + largest - 1

@@ -15,7 +15,8 @@ from muonkit.distributed.owners import make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout, computed_in_place, variant_placement
 from muonkit.distributed.plan import Plan, StepPlan
 from muonkit.distributed.transfers import Matrix, PlannedTensor
-from muonkit.views import Block, blocks_of, row_blocks, row_shape
+from muonkit.variants import kept_shape
+from muonkit.views import Block, blocks_of, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -127,8 +128,8 @@ def plan_step(
             as there are, without a cap: the same bytes, in far less time where ranks are many.
 
     Returns:
-        The plan of the whole step, and each group's part of it. In the order of the groups it has
-        what ranks compute where it is, then what they exchange, then AdamW's parameters.
+        The plan of the whole step, and each group's part of it. The plan has first what ranks
+        compute where it is, then what they exchange, then AdamW's parameters.
     """
     loads = [0] * ranks
     own_plans: list[Plan] = []
@@ -137,7 +138,8 @@ def plan_step(
     times: list[int] = []
     planned: list[PlannedGroup] = []
     for group in groups:
-        own, shared = _sort(group)
+        in_place = [i for i, param in group.params.items() if _is_in_place(group, param)]
+        own, shared = _sort(group, set(in_place))
         if group.view is None:
             if merge_gathers:
                 for plan, count in _merged_gathers(ranks, group, shared):
@@ -149,9 +151,9 @@ def plan_step(
             gathers += [params.plan for params in found]
             times += [1] * len(found)
         else:
-            in_place = _own(ranks, group, loads)
-            if in_place.matrices:
-                own_plans.append(in_place)
+            plan = _own(ranks, group, in_place, loads)
+            if plan.matrices:
+                own_plans.append(plan)
             found = [_shared(ranks, group, indices, rates, loads) for indices in shared]
             exchanged += [params.plan for params in found]
         planned.append(PlannedGroup(own, tuple(found)))
@@ -160,7 +162,7 @@ def plan_step(
     return StepPlan(ranks, plans, counts), planned
 
 
-def _sort(group: GroupToPlan) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+def _sort(group: GroupToPlan, in_place: set[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Indices of the parameters with a gradient that are computed where they are, and of the
     others by kind.
     """
@@ -169,27 +171,23 @@ def _sort(group: GroupToPlan) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     for index, param in group.params.items():
         if not param.has_grad:
             continue
-        if _is_own(group, param):
+        if index in in_place:
             own.append(index)
         else:
             shared.setdefault(param.kind, []).append(index)
     return tuple(own), [tuple(indices) for indices in shared.values()]
 
 
-def _is_own(group: GroupToPlan, param: ParamToPlan) -> bool:
+def _is_in_place(group: GroupToPlan, param: ParamToPlan) -> bool:
     layout = param.layout
     return layout.alone or computed_in_place(layout, param.shape, group.view, group.replicas)
 
 
-def _own(ranks: int, group: GroupToPlan, loads: list[int]) -> Plan:
+def _own(ranks: int, group: GroupToPlan, in_place: Sequence[int], loads: list[int]) -> Plan:
     """The plan of the matrices that are computed where they are. It leaves out parameters on other
     ranks than these, of which only some ranks know.
     """
-    indices = [
-        index
-        for index, param in group.params.items()
-        if _is_own(group, param) and (ranks == 1 or not param.layout.alone)
-    ]
+    indices = [i for i in in_place if ranks == 1 or not group.params[i].layout.alone]
     tensors, matrices, _ = _describe(group, indices)
     return make_own(ranks, tensors, matrices, loads)
 
@@ -287,8 +285,7 @@ def _describe(
         param = group.params[index]
         shape, tensor = param.shape, _tensor(param)
         if group.variant_state != "none":
-            rows = group.variant_state == "rows"
-            like = row_shape(group.view, shape) if rows else shape
+            like = kept_shape(group.variant_state, group.view, shape)
             placement = variant_placement(param.layout, shape, like)
             tensor = tensor._replace(variant_shape=like, variant_placement=placement)
         tensors.append(tensor)

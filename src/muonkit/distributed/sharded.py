@@ -10,7 +10,7 @@ from muonkit.batching import MatrixRef, MatrixStack, MomentumShards, ParamShards
 from muonkit.distributed.exchange import Exchange, Pending, move
 from muonkit.distributed.placement import Box, Placement, slices
 from muonkit.distributed.plan import Assignment, Transfers
-from muonkit.distributed.plan_batches import Item, default_cap, make_batches
+from muonkit.distributed.plan_batches import Item, cap_of, make_batches
 from muonkit.groups import computed_dtype, momentum_dtype
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class ShardedGroup:
         self.dtype = update_dtype(p, grad_dtype, group)
         self.comm_dtype = exchange_dtype(p, grad_dtype, group)
         self.variant_dtype = variant_dtype(p)
-        self.cap: int = group["bytes_in_flight"] or default_cap(domain.device.type)
+        self.cap: int = cap_of(domain.device.type, group["bytes_in_flight"])
         self._variant_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
         self.buckets = [_Bucket(self, assignments) for assignments in self.plan.buckets]
 

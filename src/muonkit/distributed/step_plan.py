@@ -14,7 +14,7 @@ from muonkit.distributed.layout import local
 from muonkit.distributed.machines import machine
 from muonkit.distributed.param_layout import ONE_RANK, computed_in_place
 from muonkit.distributed.plan import StepPlan, fingerprint
-from muonkit.distributed.plan_batches import default_cap
+from muonkit.distributed.plan_batches import cap_of
 from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, variant_dtype
 from muonkit.gradients import lies_elsewhere
@@ -222,14 +222,15 @@ def _to_plan(
             variant_dtype(p).itemsize,
             has_grad=index in has,
         )
+    kind = "cpu" if domain is None else domain.device.type
     if adamw:
         caps = [other["bytes_in_flight"] for other in groups if other["algorithm"] == "muon"]
-        return GroupToPlan(params, None, _no_flops, _cap(domain, caps[0] if caps else None))
+        return GroupToPlan(params, None, _no_flops, cap_of(kind, caps[0] if caps else None))
     return GroupToPlan(
         params,
         group["view"],
         partial(_flops, group),
-        _cap(domain, group["bytes_in_flight"]),
+        cap_of(kind, group["bytes_in_flight"]),
         group["replicas"],
         variant_of(group["variant"]).state,
     )
@@ -242,10 +243,6 @@ def _flops(group: dict[str, Any], kind: Any, rows: int, cols: int) -> int:
 
 def _no_flops(kind: Any, rows: int, cols: int) -> int:
     return 0
-
-
-def _cap(domain: Domain | None, given: int | None) -> int:
-    return given or default_cap("cpu" if domain is None else domain.device.type)
 
 
 def _may_lack_a_gradient(layout: Layout, in_place: bool, grad: Gradient | None) -> bool:

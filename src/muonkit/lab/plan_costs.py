@@ -19,7 +19,7 @@ from muonkit.distributed.machines import Machine
 from muonkit.distributed.param_layout import Layout, variant_placement
 from muonkit.distributed.placement import Box, Placement, Where, box_size, cells
 from muonkit.distributed.plan import Plan, StepPlan
-from muonkit.distributed.plan_batches import default_cap
+from muonkit.distributed.plan_batches import cap_of
 from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.transfers import Direction, alike
 from muonkit.lab.plan_layouts import Mesh
@@ -28,8 +28,7 @@ from muonkit.newton_schulz import triton as kernels
 from muonkit.newton_schulz.coefficients import KELLER, resolve
 from muonkit.newton_schulz.forms import choose_form, product_flops
 from muonkit.newton_schulz.symmetric import block_count
-from muonkit.variants import VARIANTS
-from muonkit.views import row_shape
+from muonkit.variants import VARIANTS, kept_shape
 
 __all__ = [
     "Assumptions",
@@ -193,7 +192,7 @@ class Simulation:
                 params,
                 view,
                 self._flops,
-                default_cap(self.assume.device),
+                cap_of(self.assume.device),
                 self.assume.replicas,
                 VARIANTS[self.assume.variant].state,
             )
@@ -229,7 +228,7 @@ def costs_of(step: Simulation, assume: Assumptions) -> Costs:
         touched = touched + (4 * kept + 3 * stored) * assume.itemsize
         variant_state = VARIANTS[assume.variant].state
         if variant_state != "none":
-            like = row_shape(p.view, p.shape) if variant_state == "rows" else p.shape
+            like = kept_shape(variant_state, p.view, p.shape)
             state = state + 4 * elements(variant_placement(layout, p.shape, like), like)
     return Costs(
         flops=total["flops"],
@@ -282,7 +281,7 @@ def _buckets(plan: Plan, assume: Assumptions) -> Iterator[tuple[Vector, Vector]]
     arrives, as pieces. What stays on its rank is counted as if it were sent.
     """
     likes = [alike(plan.tensors, plan.matrices, inward) for inward in (True, False)]
-    cap, both = default_cap(assume.device), assume.itemsize + plan.itemsize
+    cap, both = cap_of(assume.device), assume.itemsize + plan.itemsize
     known: dict[tuple[int, Where, bool], _Lying] = {}
     kinds: dict[int, tuple[int, int, tuple[tuple[int, bool, Direction], ...]]] = {}
     for bucket in plan.buckets:
@@ -293,7 +292,7 @@ def _buckets(plan: Plan, assume: Assumptions) -> Iterator[tuple[Vector, Vector]]
             if kind not in kinds:
                 box = plan.matrices[kind].box
                 ways = tuple(
-                    (like[kind], inward, _way(plan, like[kind], inward))
+                    (like[kind], inward, plan.direction(like[kind], inward))
                     for inward, like in zip((True, False), likes, strict=True)
                 )
                 kinds[kind] = box_size(box), workspace(box, assume), ways
@@ -328,14 +327,6 @@ def _lying(sizes: Mapping[int, int]) -> _Lying:
     return _Lying(np.array(list(sizes)), np.array(list(sizes.values())), sum(sizes.values()))
 
 
-def _way(plan: Plan, matrix: int, inward: bool) -> Direction:
-    number, box, _, _ = plan.matrices[matrix]
-    tensor = plan.tensors[number]
-    if inward:
-        return Direction(tensor.state_placement, tensor.shape, box, tensor.state_placement.copies())
-    return Direction(tensor.param_placement, tensor.shape, box, tensor.repeat)
-
-
 def workspace(box: Box, assume: Assumptions) -> int:
     """Bytes for the products of one matrix: itself, and three symmetric ones."""
     m, n = sorted(b - a for a, b in box)[-2:]
@@ -344,7 +335,7 @@ def workspace(box: Box, assume: Assumptions) -> int:
 
 def _own_batch(plan: Plan, assume: Assumptions) -> Vector:
     """A batch holds up to the cap, or all that a rank has of one parameter, and its products."""
-    cap = default_cap(assume.device)
+    cap = cap_of(assume.device)
     most = np.zeros(plan.ranks)
     every = np.zeros(plan.ranks)
     by_tensor: dict[int, Vector] = {}
