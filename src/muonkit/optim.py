@@ -179,10 +179,10 @@ class Muon(Optimizer):
     Keyword Args: Over several ranks
         process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
             axes of their own mesh (data parallel copies of a tensor parallel model): a process
-            group or a 1-D device mesh. They share the matrices out, each computed once. None:
-            every rank computes all of its plain tensors. DTensors carry their own layout: for
-            FSDP2, HSDP, TP and experts nothing is to be said.
-        zero: 1 shares the state out too, AdamW's included (ZeRO-1), over the ranks that would have
+            group or a 1-D device mesh. They divide the matrices among them, and each is computed
+            once. None: every rank computes all of its plain tensors. DTensors carry their own
+            layout: for FSDP2, HSDP, TP and experts nothing is to be said.
+        zero: 1 shards the state too, AdamW's included (ZeRO-1), over the ranks that would have
             copies of it: every rank keeps some rows of each, as a DTensor.
         exchange_dtype: dtype in which momentum and results travel between ranks: "auto" (what the
             update is computed in: nothing is rounded), "float32" or "bfloat16" (half the bytes of

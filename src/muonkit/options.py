@@ -135,7 +135,7 @@ OPTIONS = (
         ranks=True,
     ),
     Option("process_group", None, (), "the ranks that have copies of the parameters", ranks=True),
-    Option("zero", 0, (), "1 shares the state out over these ranks", ranks=True),
+    Option("zero", 0, (), "1 shards the state over these ranks (ZeRO-1)", ranks=True),
     Option("maximize", False, _BOTH, "ascend instead of descend"),
     Option("cautious", False, _MUON, "decay only where the update shrinks the weight too"),
     Option(

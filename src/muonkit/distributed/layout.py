@@ -121,7 +121,7 @@ class Layouts:
                 self._keep(p, _of_plain(self, p))
         if self.zero and self.domain is None and not self._asked and other_ranks():
             raise ValueError(
-                "zero=1 shares the state out over the ranks that have copies of a parameter, but "
+                "zero=1 shards the state over the ranks that have copies of a parameter, but "
                 "no parameter says which: pass process_group=torch.distributed.group.WORLD (the "
                 "ranks of DDP), or shard the model with fully_shard, which shards the state too"
             )

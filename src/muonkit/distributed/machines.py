@@ -47,7 +47,7 @@ def cheaper_repeated(
     rates: Machine, placement: Placement, axes: Sequence[int], flops: int, size: int
 ) -> bool:
     """Whether ranks that have copies along these axes had better compute the same, each set of
-    shards among itself, than share the matrices out over all copies.
+    shards among itself, than divide the matrices among all copies.
 
     Shared out, a rank computes less, and every result crosses the copies.
 

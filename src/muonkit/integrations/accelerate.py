@@ -14,7 +14,7 @@ __all__ = ["consolidate_before_save"]
 
 
 def consolidate_before_save(accelerator: Any, *optimizers: Any) -> Any:
-    """Make `accelerator.save_state` save the whole state where `zero=1` shares it out: Accelerate
+    """Make `accelerator.save_state` save the whole state where `zero=1` shards it: Accelerate
     writes what rank 0 has. Nothing is done in one process and under FSDP2.
 
     Args:

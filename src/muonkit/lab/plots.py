@@ -201,7 +201,7 @@ def _limits(
 
 
 #: Units of a thousandth each, for bars that would all be small fractions of the first.
-_SMALLER = {"seconds": ("ms", "µs"), "GB": ("MB", "KB"), "TB": ("GB", "MB")}
+_SMALLER = {"seconds": ("ms", "µs"), "GB": ("MB", "kB"), "TB": ("GB", "MB")}
 
 
 def _readable(
