@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from muonkit.distributed.machines import Machine, cheaper_repeated
 from muonkit.distributed.owners import make_gather, make_own, make_plan
+from muonkit.distributed.param_layout import Layout
 from muonkit.distributed.placement import Axis, Placement, box_size, replicated, shard_over, whole
 from muonkit.distributed.plan import Plan, StepPlan, Traffic, fingerprint
+from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.transfers import Direction, Matrix, PlannedTensor
 
 CAPS = [1, 300, 1 << 30]
@@ -401,3 +403,19 @@ def test_transfers_are_in_order_of_positions(
             for transfers in (sends, recvs):
                 positions = [transfer.position for transfer in transfers]
                 assert positions == sorted(positions), way
+
+
+def test_the_planner_divides_or_repeats_by_what_the_groups_matrices_cost() -> None:
+    """HSDP, two copies of two shards: products from cheap to dear, a node for each copy."""
+    placement = Placement((2, 2), (Axis(None), Axis(0)), range(4))
+    params = {i: ParamToPlan(str(i), (8, 6), Layout(placement, placement)) for i in range(3)}
+    rates = Machine(flops=1e9, intra=1e8, inter=1e6, node=2)
+    chosen = set()
+    for flops in (10**k for k in range(8)):
+        group = GroupToPlan(params, "matrix", lambda *_, each=flops: each, 1 << 20)
+        _, (planned,) = plan_step([group], rates, 4)
+        repeats = {tensor.repeat for tensor in planned.shared[0].plan.tensors}
+        repeated = cheaper_repeated(rates, placement, (0,), 3 * flops, 3 * 8 * 6 * 4)
+        assert repeats == ({(0,)} if repeated else {()})
+        chosen |= repeats
+    assert chosen == {(0,), ()}
