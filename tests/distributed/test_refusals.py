@@ -118,6 +118,14 @@ def _with_a_group_more() -> Muon:
     return Muon(groups, process_group=dist.group.WORLD)
 
 
+def _with_one_name_in_two_groups() -> Muon:
+    """The first of the two has no gradient on one rank, and is not hidden by the second."""
+    groups = [{"params": [("same", _parameter(4, 6))]} for _ in range(2)]
+    if dist.get_rank() == 1:
+        groups[0]["params"][0][1].grad = None
+    return Muon(groups, process_group=dist.group.WORLD)
+
+
 def _with_a_placement() -> Muon:
     mesh = zoo.mesh((2,), ("dp",))
     return Muon([("cut", _sharded(mesh, Shard(dist.get_rank()), 4, 6))])
@@ -144,6 +152,10 @@ DIFFERENT: dict[str, tuple[Callable[[], Muon], str]] = {
     "order": (_with_an_order, "the order of parameters: first on rank 0, but the order of"),
     "a parameter more": (_with_a_parameter_more, "p1: (4, 6)"),
     "a group more": (_with_a_group_more, "group 1's"),
+    "one name in two groups": (
+        _with_one_name_in_two_groups,
+        "the ranks disagree: same: (4, 6) in torch.float32",
+    ),
     "placement": (_with_a_placement, "cut: (4, 6)"),
     "zero": (_with_zero, "zero: 0 on rank 0, but zero: 1 on rank 1"),
     "algorithm": (_with_an_algorithm, "group 0's algorithm: 'muon' on rank 0"),
