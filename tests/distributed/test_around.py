@@ -54,6 +54,21 @@ def _full_gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@CASES.on(2)
+def sends_adamws_parameters_under_muons_cap() -> None:
+    """Each rank updates half of 64 x 8 numbers, 1,024 bytes, and sends them to the other."""
+    for cap, buckets in ((None, 1), (256, 4)):
+        adamw = {"params": [nn.Parameter(torch.ones(64, 8))], "algorithm": "adamw", "lr": 0.1}
+        optimizer = Muon(
+            [{"params": [nn.Parameter(torch.ones(4, 6))]}, adamw],
+            bytes_in_flight=cap,
+            process_group=dist.group.WORLD,
+            zero=1,
+        )
+        (gather,) = (plan for plan in optimizer.plan().plans if not plan.inward)
+        assert len(gather.buckets) == buckets
+
+
 @CASES.on(4, layout=[name for name in zoo.LAYOUTS if name not in ("single", "hsdp_tp")])
 def clips_to_the_norm_over_all_ranks(layout: str) -> None:
     model, optimizer = measures.make(layout)
