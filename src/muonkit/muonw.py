@@ -172,7 +172,7 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
         TypeError: there is one.
     """
     own = [name for name in inspect.signature(MuonW).parameters if name not in ("model", "options")]
-    has = [*own, *(row.name for row in OPTIONS if row.name not in own)]
+    has = [*own, *(row.name for row in OPTIONS if row.name not in own), "variant"]
     for name in options.keys() - set(has):
         if name in FILLS:
             remedy = f"AdamW's is called {FILLS[name]}"

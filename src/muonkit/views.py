@@ -15,7 +15,7 @@ Steps compose from left to right and speak of the *logical* matrix, rows = outpu
 `transpose`, `split(rows=...)` cuts what is stored as columns. A view that begins with `transpose`
 or `split` begins with an unwritten `matrix`.
 
-The view drives the orthogonalization, the learning-rate scale and the variants' norms together;
+The view drives the orthogonalization, the learning-rate scale and the stages' norms together;
 nothing else in muonkit looks at a parameter's shape.
 """
 

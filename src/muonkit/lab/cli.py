@@ -330,9 +330,10 @@ def plan_command(
     exchange_dtype: Annotated[
         str, typer.Option(help=f"On the way between ranks: {one_of(CHOICES['exchange_dtype'])}.")
     ] = DEFAULTS["exchange_dtype"],
-    variant: Annotated[str, typer.Option(help=f"{one_of(CHOICES['variant'])}.")] = DEFAULTS[
-        "variant"
-    ],
+    after: Annotated[
+        str,
+        typer.Option(help=f"The stage after the product: none, {one_of(CHOICES['after'])}."),
+    ] = "none",
     replicas: Annotated[
         str, typer.Option(help=f"Copies by a placement: {one_of(CHOICES['replicas'])}.")
     ] = DEFAULTS["replicas"],
@@ -364,7 +365,7 @@ def plan_command(
         node,
         dtype,
         exchange_dtype,
-        variant,
+        after,
         replicas,
         flops=flops,
         intra=intra,
