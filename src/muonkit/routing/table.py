@@ -100,7 +100,9 @@ class Routes(Sequence[Route]):
         rows = [_COLUMNS, *map(_cells, self)]
         counts = Counter(_cells(route, starred) for route in self)
         if fold and len(counts) < len(self):
-            lines_of = {}  # in the order of their first parameters
+            lines_of: dict[
+                tuple[str, ...], tuple[str, ...]
+            ] = {}  # in the order of their first parameters
             for route in self:
                 kind = _cells(route, starred)
                 row = kind if counts[kind] > 1 else _cells(route)
