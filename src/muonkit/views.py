@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from muonkit._compile import constant_result
+from muonkit._text import unknown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,10 +41,13 @@ if TYPE_CHECKING:
 __all__ = ["Block", "View", "blocks_of", "row_blocks", "row_shape"]
 
 _FIRST = ("matrix", "flatten", "experts")
+_CHAINED = ", or several of them, as in 'experts > split(rows=2)'"
 _OPTIONS = (
     "'matrix', 'flatten', 'experts', each optionally followed by ' > transpose', "
     "' > split(rows=N)', ' > split(rows=a+b+...)' or ' > split(cols=...)'"
 )
+# What a step looks like; the first three can only be the first one.
+_FORMS = (*_FIRST, "transpose", "split(rows=N)", "split(rows=a+b+...)", "split(cols=N)")
 _SPLIT = re.compile(r"split\(\s*(rows|cols)\s*=\s*(\d+(?:\s*\+\s*\d+)*)\s*\)")
 
 
@@ -134,11 +138,14 @@ class View:
     @functools.lru_cache(maxsize=1024)
     def _parse(spec: str) -> View:
         steps = ["".join(step.split()) for step in spec.split(">")]
+        if len(steps) == 1 and not _is_step(steps[0], _FIRST):
+            raise ValueError(unknown("view", spec, _FORMS, _CHAINED))
+        for i, step in enumerate(steps):
+            if not _is_step(step, () if i else _FIRST):
+                forms = _FORMS[len(_FIRST) if i else 0 :]
+                raise ValueError(unknown(f"step in the view {spec!r}:", step, forms))
         if steps[0] not in _FIRST:
             steps.insert(0, "matrix")
-        for step in steps[1:]:
-            if step != "transpose" and not _SPLIT.fullmatch(step):
-                raise ValueError(f"unknown view {spec!r}: expected {_OPTIONS}")
         return View(tuple(steps))
 
     def __str__(self) -> str:
@@ -151,6 +158,10 @@ class View:
             ValueError: the view does not fit the shape.
         """
         return _blocks(self, tuple(shape))
+
+
+def _is_step(step: str, others: Sequence[str]) -> bool:
+    return step in others or step == "transpose" or bool(_SPLIT.fullmatch(step))
 
 
 def blocks_of(spec: str, shape: Sequence[int]) -> tuple[Block, ...]:

@@ -26,12 +26,12 @@ from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.transfers import Matrix, PlannedTensor, alike
 from muonkit.lab.cli import main
 from muonkit.lab.errors import LabError
-from muonkit.lab.plan import assumptions, balance, forecast, peak, summary
+from muonkit.lab.plan import assumptions, balance, forecast, peak, summary, verdict
 from muonkit.lab.plan_costs import Simulation, elements, flops_of, of_stage
 from muonkit.lab.plan_layouts import LAYOUTS, choose_layout, parse_mesh, place
 from muonkit.lab.plan_models import find_model, parse_roles, shape_of
 from muonkit.lab.plan_schemes import lower_bound, schemes, seconds
-from muonkit.lab.shapes import MODELS, ModelShape, PublishedModel, published
+from muonkit.lab.shapes import MODELS, ModelShape, ParameterShape, PublishedModel, published
 
 DENSE = published(
     "dense",
@@ -501,7 +501,11 @@ def test_the_axes_say_the_layout(mesh: str, layout: str) -> None:
         ("--model gpt2-124m --mesh dp=8 --replicas 2", "unknown choice of replicas '2'"),
         ("--model gpt2-124m --mesh dp=8 --inter 0", "Invalid value for '--inter'"),
         ("--model gpt2-124m --mesh dp=2 --plot x.mp3", "unknown kind of picture 'mp3'"),
-        ("--model gpt2-124m --mesh dp=2 --json no/x.json", "no"),
+        (
+            "--model gpt2-124m --mesh dp=2 --json no/x.json",
+            "--json no/x.json: there is no folder no; make it, or name another file with --json",
+        ),
+        ("--model gpt2-124m --mesh dp=2 --plot no/x.png", "or name another file with --plot"),
     ],
 )
 def test_an_error_is_one_line_with_its_remedy(
@@ -539,6 +543,33 @@ def test_table_picture_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert ours["flops"]["max_over_mean"] == pytest.approx(
         ours["flops"]["max"] / ours["flops"]["mean"]
     )
+
+
+def test_the_result_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "gpt2-124m", "--mesh", "fsdp=8"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    found = forecast(find_model("gpt2-124m"), "fsdp=8", None, assumptions())
+    ours, costs = found.schemes[0], found.schemes[0].costs
+    took = seconds(ours, found.assume)
+    sent = (costs.sent_in + costs.sent_out).max()
+    assert first == (
+        f"A step takes {took.overlapped * 1e6:.0f} us to {took.serial * 1e3:.2f} ms at the assumed "
+        f"rates, AdamW's {took.elementwise * 1e6:.0f} us. The slowest rank's part of it: products "
+        f"{took.products * 1e6:.0f} us, exchange {took.exchange * 1e6:.0f} us, elementwise "
+        f"{took.elementwise * 1e6:.0f} us. A rank sends at most {sent / 1e6:.1f} MB; its memory "
+        f"peaks at {peak(ours).max() / 1e6:.0f} MB, without activations."
+    )
+    assert second.startswith("gpt2-124m: 124,439,808 parameters")
+
+
+def test_short_times_have_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ModelShape("tiny", (ParameterShape("weight", (16, 16), "matrix", "replicated"),))
+    shown = verdict(forecast(tiny, "dp=2", None, ASSUME))
+    assert " 0 us" not in shown
+    assert "Latencies, which are left out, will be more than that." in shown
+    alone = verdict(forecast(tiny, "dp=1", None, ASSUME))
+    assert "exchange 0, " in alone
+    assert "A rank sends nothing;" in alone
 
 
 def test_a_mesh_that_does_not_fit_is_a_lab_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from itertools import product
 
@@ -133,7 +134,25 @@ def test_a_misfit_is_refused(spec: str, shape: tuple[int, ...], words: str) -> N
 
 @pytest.mark.parametrize("spec", ["", "matrx", "split", "matrix > flatten", "split(rows=a)", ">"])
 def test_unknown_spellings_are_refused(spec: str) -> None:
-    with pytest.raises(ValueError, match="unknown view"):
+    with pytest.raises(ValueError, match=r"unknown (view|step in the view)"):
+        View.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("matrx", "unknown view 'matrx': did you mean 'matrix'? It is one of 'matrix', 'flatten'"),
+        ("spilt(rows=2)", "unknown view 'spilt(rows=2)': did you mean 'split(rows=N)'?"),
+        (
+            "experts > transposed > split(rows=2)",
+            "unknown step in the view 'experts > transposed > split(rows=2)': 'transposed': did "
+            "you mean 'transpose'? It is one of 'transpose', 'split(rows=N)'",
+        ),
+        ("expert > transpose", "unknown step in the view 'expert > transpose': 'expert': did you"),
+    ],
+)
+def test_a_misspelt_view_is_told_what_was_meant(spec: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(meant)):
         View.parse(spec)
 
 

@@ -67,6 +67,8 @@ downloaded to MUONKIT_CACHE (default: ~/.cache/muonkit).
 
 _ROUTE_HELP = """Print which parameter of SPEC gets which algorithm and view, and why.
 
+Parameters that differ only in the index of a layer share a line, which counts them.
+
 \b
 SPEC is one of
   package.module:factory   a model, or something that makes one when called without arguments
@@ -267,7 +269,12 @@ def _rule(text: str) -> muonkit.Rule:
 @app.command("route", help=_ROUTE_HELP)
 def route_command(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with an entry for every parameter.")
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Print a line for every parameter: fold no layers.")
+    ] = False,
     adjust_lr_fn: Annotated[
         str,
         typer.Option(
@@ -288,7 +295,7 @@ def route_command(
         routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn)
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error
-    say(routes.to_json() if as_json else str(routes))
+    say(routes.to_json() if as_json else routes.table(fold=not every))
 
 
 @app.command("plan", help=_PLAN_HELP)
@@ -357,9 +364,10 @@ def plan_command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    from muonkit.lab.plan import assumptions, forecast, show, write
+    from muonkit.lab.plan import assumptions, check_folders, forecast, show, write
     from muonkit.lab.plan_models import find_model, parse_roles
 
+    check_folders(plot=plot, json=json_file)
     assume = assumptions(
         device,
         node,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from muonkit._text import shown
+from muonkit.routing.places import starred
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,25 +111,24 @@ def _kinds(found: Sequence[Open], others: Sequence[str]) -> list[tuple[str, Open
     """(name or pattern, the first that it stands for, how many they are)."""
     if len(found) <= _MOST_LINES:
         return [(each.site.name, each, 1) for each in found]
-    numbers = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-    kinds = Counter(_kind(each, numbers) for each in found)
-    taken = {numbers.sub("*", name) for name in others}
+    kinds = Counter(map(_kind, found))
+    taken = set(map(starred, others))
     firsts: dict[str, Open] = {}
     rows = []
     for each in found:
-        kind = _kind(each, numbers)
+        kind = _kind(each)
         if kinds[kind] == 1 or kind[0] in taken:
             rows.append((each.site.name, each, 1))
         elif kind[0] not in firsts:
             firsts[kind[0]] = each
             rows.append((kind[0], each, kinds[kind]))
-        elif _kind(firsts[kind[0]], numbers) != kind:
+        elif _kind(firsts[kind[0]]) != kind:
             rows.append((each.site.name, each, 1))
     return rows
 
 
-def _kind(each: Open, numbers: re.Pattern[str]) -> tuple[str, str, str, str]:
-    return (numbers.sub("*", each.site.name), each.shape, each.site.owner_class, str(each.error))
+def _kind(each: Open) -> tuple[str, str, str, str]:
+    return (starred(each.site.name), each.shape, each.site.owner_class, str(each.error))
 
 
 def _escaped(pattern: str) -> str:

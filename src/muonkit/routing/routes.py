@@ -21,7 +21,14 @@ from muonkit._text import unknown
 from muonkit.routing.judge import Undecided, Verdict, is_vector, judge
 from muonkit.routing.places import Site, unwrap
 from muonkit.routing.remedies import UNDECIDED, Open, open_message, warning_message
-from muonkit.routing.rules import HYPERPARAMETERS, RoutingError, Rule, choose_rules
+from muonkit.routing.rules import (
+    HYPERPARAMETERS,
+    RoutingError,
+    Rule,
+    RuleMisfitError,
+    choose_rules,
+    misfits_message,
+)
 from muonkit.routing.survey import Survey, survey
 from muonkit.routing.table import Algorithm, Route, Routes, as_module, shape_of
 from muonkit.scale import ROUTED, SCALES, Scale, check_scale, scale_factor
@@ -116,16 +123,16 @@ def _route_all(
     chosen = choose_rules(facts, rules)
     routes: list[Route] = []
     unsettled: list[Open] = []
-    errors: list[str] = []
+    misfits: list[RuleMisfitError] = []
     for key in facts.params:
         try:
             routes.append(_route_one(facts, key, chosen.get(key), asked))
         except _Unsettled as error:
             unsettled.append(error.found)
-        except RoutingError as error:
-            errors.append(str(error))
-    if errors:
-        raise RoutingError("\n".join(errors))
+        except RuleMisfitError as error:
+            misfits.append(error)
+    if misfits:
+        raise RoutingError(misfits_message(misfits))
     if unsettled:
         raise RoutingError(open_message(model, unsettled, [r.name for r in routes]))
     if not any(r.algorithm in ("muon", "adamw") for r in routes):
@@ -182,9 +189,11 @@ def _trained(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Route
     algorithm: Algorithm = "muon" if verdict.algorithm == "muon" else "adamw"
     foreign = sorted(options.keys() - HYPERPARAMETERS[algorithm])
     if foreign:
-        raise RoutingError(
-            f"{rule} gives {foreign} to {sites[0].name}, which {algorithm} trains and has "
-            f"{', '.join(sorted(HYPERPARAMETERS[algorithm]))}; make the rule match less"
+        known = ", ".join(sorted(HYPERPARAMETERS[algorithm]))
+        raise RuleMisfitError(
+            f"{rule} gives {foreign} to",
+            sites[0].name,
+            f", which {algorithm} trains and has {known}; make the rule match less",
         )
     decay = verdict.decay or (asked.decay_1d and rule is None and algorithm == "adamw")
     if not decay:  # how much the others decay
@@ -234,7 +243,7 @@ def _overridden(site: Site, param: nn.Parameter, judged: Verdict | None, rule: R
     elif algorithm == "muon":
         view = (str(rule.view) if rule.view else view) or ("matrix" if param.ndim == 2 else None)
         if view is None:
-            raise RoutingError(_no_view(site, param, rule))
+            raise RuleMisfitError(f"{rule} sends", site.name, _no_view(param))
     verdict = Verdict(
         algorithm or (judged.algorithm if judged else "adamw"),
         view,
@@ -245,12 +254,12 @@ def _overridden(site: Site, param: nn.Parameter, judged: Verdict | None, rule: R
         try:
             View.parse(verdict.view).blocks(param.shape)
         except ValueError as error:
-            raise RoutingError(f"{rule} on {site.name}: {error}") from error
+            raise RuleMisfitError(f"{rule} on", site.name, f": {error}") from error
     return verdict
 
 
-def _no_view(site: Site, param: nn.Parameter, rule: Rule) -> str:
-    at = f"{rule} sends {site.name} {tuple(param.shape)} to Muon"
+def _no_view(param: nn.Parameter) -> str:
+    at = f" {tuple(param.shape)} to Muon"
     if param.ndim < 2:
         return f"{at}, but a {param.ndim}-D parameter is no matrix: use algorithm='adamw'"
     return (
