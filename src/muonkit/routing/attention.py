@@ -20,6 +20,7 @@ from muonkit.routing.places import Site, name_set, unwrap
 from muonkit.routing.rules import RoutingError
 from muonkit.routing.survey import Survey, survey
 from muonkit.routing.table import as_module
+from muonkit.routing.verdicts import UnknownHeads
 from muonkit.views import View
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ __all__ = [
     "AttentionHeads",
     "HeadSlice",
     "HeadView",
-    "UnknownHeads",
     "attention_heads",
     "find_attention",
-    "per_head_view",
 ]
 
 _AFFIXES = r"(?:(?:to|proj|linear|lin|fc|w|W)_?)?(?:{})(?:_?(?:proj|lin|linear|layer|attn))?"
@@ -110,19 +109,11 @@ class HeadView(NamedTuple):
     split: str
     reason: str
 
-
-class UnknownHeads(NamedTuple):
-    """A weight of an attention module whose heads cannot be told.
-
-    Attributes:
-        module: its name.
-        why: they cannot be told.
-        view: that would cut the weight, with words in place of the numbers that are missing.
-    """
-
-    module: str
-    why: str
-    view: str
+    def within(self, view: str) -> str:
+        """The view that has this cut in place of its own."""
+        steps = [step for step in View.parse(view).steps if not step.startswith("split")]
+        found = " > ".join([*steps, self.split] if self.split else steps)
+        return found.removeprefix("matrix > ")
 
 
 class _Unknown(ValueError):
@@ -178,17 +169,12 @@ class _Found:
             layers.append((self.kv, "rows=2*KV_HEADS"))
         layers.append((self.o, "cols=HEADS"))
         return {
-            layer.key: UnknownHeads(self.name, why, per_head_view(layer.view, f"split({cut})"))
+            layer.key: UnknownHeads(
+                self.name, why, HeadView(f"split({cut})", why).within(layer.view)
+            )
             for layer, cut in layers
             if layer is not None
         }
-
-
-def per_head_view(view: str, split: str) -> str:
-    """A view with the cut of a `HeadView` in place of its own."""
-    steps = [step for step in View.parse(view).steps if not step.startswith("split")]
-    found = " > ".join([*steps, split] if split else steps)
-    return found.removeprefix("matrix > ")
 
 
 def attention_heads(model: nn.Module | Mapping[str, nn.Module]) -> tuple[AttentionHeads, ...]:

@@ -16,9 +16,8 @@ from muonkit._text import shown
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from muonkit.routing.attention import UnknownHeads
-    from muonkit.routing.judge import Undecided
     from muonkit.routing.places import Site
+    from muonkit.routing.verdicts import Undecided, UnknownHeads
 
 __all__ = [
     "UNDECIDED",

@@ -12,13 +12,12 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn as nn
 
 from muonkit._shards import WHOLE, flat_model
 from muonkit._text import unknown
-from muonkit.routing.attention import HeadView, UnknownHeads, find_attention, per_head_view
 from muonkit.routing.judge import Undecided, Verdict, is_vector, judge
 from muonkit.routing.places import Site, unwrap
 from muonkit.routing.remedies import (
@@ -33,6 +32,10 @@ from muonkit.routing.survey import Survey, survey
 from muonkit.routing.table import Algorithm, Route, Routes, as_module, shape_of
 from muonkit.scale import ROUTED, SCALES, Scale, check_scale, scale_factor
 from muonkit.views import View
+
+if TYPE_CHECKING:
+    from muonkit.routing.attention import HeadView
+    from muonkit.routing.verdicts import UnknownHeads
 
 __all__ = ["Route", "Routes", "RoutingError", "Rule", "route"]
 
@@ -138,6 +141,8 @@ def _head_views(
     model: nn.Module, facts: Survey
 ) -> tuple[dict[int, HeadView], dict[int, UnknownHeads]]:
     """How per_head=True cuts the weights of attention, and those that it cannot cut."""
+    from muonkit.routing.attention import find_attention  # few ask for it
+
     _, views, unknown = find_attention(facts)
     if not views and not unknown:
         raise RoutingError(
@@ -279,8 +284,7 @@ def _with_heads(verdict: Verdict, name: str, key: int, asked: _Asked) -> Verdict
     cut = asked.head_views.get(key)
     if cut is None:
         return verdict
-    view = per_head_view(verdict.view, cut.split)
-    return replace(verdict, view=view, reason=f"per head: {cut.reason}")
+    return replace(verdict, view=cut.within(verdict.view), reason=f"per head: {cut.reason}")
 
 
 def _overridden(site: Site, param: nn.Parameter, judged: Verdict | None, rule: Rule) -> Verdict:
