@@ -196,6 +196,8 @@ def test_route_prints_the_table_and_json(
     assert algorithms["1.weight"] == "adamw"
     assert main(["route", "mine:Zoo.net", "--rule", "0.weight=muon:split(rows=2)"]) == 0
     assert "split(rows=2)" in capsys.readouterr().out
+    assert main(["route", "mine:Zoo.net", "--per-head"]) == 2
+    assert "no attention was found in Sequential" in capsys.readouterr().err
 
 
 def test_hugging_face_models_are_built_without_memory(tmp_path: Path) -> None:
