@@ -19,6 +19,7 @@ from muonkit.views import View
 
 if TYPE_CHECKING:
     from muonkit.monitor.monitor import Monitor
+    from muonkit.qk_clip.clip import QKClip
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Monitor",
     "Muon",
     "MuonW",
+    "QKClip",
     "Route",
     "Routes",
     "RoutingError",
@@ -41,11 +43,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`Monitor` is imported when it is asked for: a training without it does not pay for it."""
+    """What is imported when it is asked for: a training without it does not pay for it."""
     if name == "Monitor":
         from muonkit.monitor.monitor import Monitor
 
         return Monitor
+    if name == "QKClip":
+        from muonkit.qk_clip.clip import QKClip
+
+        return QKClip
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -24,7 +24,7 @@ from tests.helpers.paths import SOURCE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lab", "_cli", "__main__"),
     ("muonkit",),
-    ("integrations", "monitor", "convert"),
+    ("integrations", "monitor", "convert", "qk_clip"),
     ("muonw", "mup", "distributed.ddp_hook"),
     ("optim",),
     ("distributed.step_plan", "distributed.rank_dtypes", "state", "settle", "saved", "checks"),
