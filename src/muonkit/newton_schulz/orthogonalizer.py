@@ -443,7 +443,8 @@ _CPU_BYTES_TOGETHER = 4 * 2**20
 # Not torch.library.custom_op, whose wrapper costs as much as several small products.
 torch.library.define(
     "muonkit::newton_schulz_",
-    "(Tensor(a!) G, float[] coefficients, str ns_form, float margin, ScalarType dtype, bool balanced=False) -> ()",
+    "(Tensor(a!) G, float[] coefficients, str ns_form, float margin, ScalarType dtype, "
+    "bool balanced=False) -> ()",
 )
 torch.library.impl("muonkit::newton_schulz_", "CompositeExplicitAutograd", _newton_schulz_)
 torch.library.register_fake("muonkit::newton_schulz_", lambda *_: None)
