@@ -5,6 +5,7 @@ A new optimizer is one entry in ``OPTIMIZERS`` and a default learning rate in ea
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -123,8 +124,29 @@ def _make_muonw(model: nn.Module, lr: float, decay: float) -> Optimizer:
     return muonkit.MuonW(model, lr=lr, weight_decay=decay, **_MUONW)
 
 
-def _make_normuon(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return muonkit.MuonW(model, lr=lr, weight_decay=decay, after="normuon", **_MUONW)
+# What stands around Muon, each alone: title, and the option of MuonW.
+_STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "normuon": ("NorMuon", {"after": "normuon"}),
+    "adamuon": ("AdaMuon", {"after": "adamuon"}),
+    "muoneq": ("MuonEq", {"before": "muoneq"}),
+    "muon_plus": ("Muon+", {"after": "muon_plus"}),
+    "hyperball": ("Hyperball", {"constraint": "hyperball"}),
+    "relative_update": ("Relative update", {"constraint": "relative_update"}),
+    "radial_brake": ("Radial brake", {"constraint": "radial_brake"}),
+    "aol4": ("Turbo-Muon", {"ns_coefficients": "aol4"}),
+}
+
+# With these lr is the size of an update relative to its weight; AdamW's share of it is about the
+# quotient of MuonW's lr and of that size where gpt begins.
+RELATIVE = ("hyperball", "relative_update")
+_ADAMW_SHARE = 0.5
+
+
+def _make_staged(name: str, model: nn.Module, lr: float, decay: float) -> Optimizer:
+    options = {**_MUONW, **_STAGES[name][1]}
+    if name in RELATIVE:
+        options["adamw_lr"] = _ADAMW_SHARE * lr
+    return muonkit.MuonW(model, lr=lr, weight_decay=decay, **options)
 
 
 def _torch_parts(
@@ -179,6 +201,19 @@ class OptimizerSpec:
         return self.make(model, lr, self.weight_decay if weight_decay is None else weight_decay)
 
 
+def _staged(name: str) -> OptimizerSpec:
+    title, options = _STAGES[name]
+    ((option, value),) = options.items()
+    unit = (
+        f"lr relative to the weight, AdamW's {_ADAMW_SHARE} of it"
+        if name in RELATIVE
+        else f"scale {SCALE}"
+    )
+    summary = f'muonkit.MuonW(model, {option}="{value}"), {unit}'
+    make = partial(_make_staged, name)
+    return OptimizerSpec(name, title, summary, make, scaled=name not in RELATIVE)
+
+
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
@@ -189,13 +224,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             _make_muonw,
             scaled=True,
         ),
-        OptimizerSpec(
-            "normuon",
-            "NorMuon",
-            f'muonkit.MuonW(model, after="normuon"), scale {SCALE}',
-            _make_normuon,
-            scaled=True,
-        ),
+        *map(_staged, _STAGES),
         OptimizerSpec("adamw", "AdamW", "torch.optim.AdamW, decay on matrices only", _make_adamw),
         OptimizerSpec(
             "sgd", "SGD", "torch.optim.SGD, Nesterov momentum 0.9", _make_sgd, SGD_WEIGHT_DECAY

@@ -31,7 +31,7 @@ class Style(NamedTuple):
     marker: str
 
 
-# Okabe and Ito's colours, told apart with every common kind of colour vision.
+# The first six are Okabe and Ito's colours, told apart with every common kind of colour vision.
 STYLES = {
     "muonw": Style("#0072B2", "-", "o"),
     "adamw": Style("#D55E00", "--", "s"),
@@ -39,6 +39,14 @@ STYLES = {
     "normuon": Style("#CC79A7", ":", "D"),
     "torch-muon": Style("#E69F00", "-", "v"),
     "torch-muon-fp32": Style("#56B4E9", "--", "P"),
+    # Tol's muted ones; these stand in tables more than in pictures.
+    "adamuon": Style("#882255", ":", "X"),
+    "muoneq": Style("#332288", "-.", "<"),
+    "muon_plus": Style("#44AA99", "--", ">"),
+    "hyperball": Style("#999933", "-", "p"),
+    "relative_update": Style("#117733", ":", "h"),
+    "radial_brake": Style("#AA4499", "-.", "*"),
+    "aol4": Style("#888888", "--", "d"),
 }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from muonkit.lab import data, models
 from muonkit.lab.errors import unknown
+from muonkit.lab.optimizers import OPTIMIZERS, RELATIVE
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ _CONTEXT = 128
 # starts.
 
 
-def _rates(muon: float, adamw: float, sgd: float) -> dict[str, float]:
-    """Default learning rates by optimizer: one for every Muon, since the scale is the same."""
-    muons = ("muonw", "normuon", "torch-muon", "torch-muon-fp32")
-    return {**dict.fromkeys(muons, muon), "adamw": adamw, "sgd": sgd}
+def _rates(muon: float, adamw: float, sgd: float, relative: float = 0.032) -> dict[str, float]:
+    """Default learning rates by optimizer: one for every Muon, since the scale is the same, but for
+    those whose lr is the size of an update relative to its weight.
+    """
+    rates = {name: muon for name, spec in OPTIMIZERS.items() if spec.scaled}
+    return {**rates, **dict.fromkeys(RELATIVE, relative), "adamw": adamw, "sgd": sgd}
 
 
 TASKS: dict[str, Task] = {
@@ -122,7 +125,7 @@ TASKS: dict[str, Task] = {
             build=partial(models.mlp, 784, 256, 10, 3),
             batch_size=128,
             budget=Budget(3, "epochs"),
-            lr=_rates(muon=1e-3, adamw=2e-3, sgd=0.1),
+            lr=_rates(muon=1e-3, adamw=2e-3, sgd=0.1, relative=0.008),
             evaluations=20,
             accuracy=True,
         ),
@@ -133,7 +136,7 @@ TASKS: dict[str, Task] = {
             build=models.ConvNet,
             batch_size=250,
             budget=Budget(5, "epochs"),
-            lr=_rates(muon=4e-3, adamw=4e-3, sgd=0.1),
+            lr=_rates(muon=4e-3, adamw=4e-3, sgd=0.1, relative=0.016),
             evaluations=10,
             accuracy=True,
         ),
