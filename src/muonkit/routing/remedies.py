@@ -101,10 +101,12 @@ def warning_message(names: Sequence[str]) -> str:
 
 def heads_message(found: Mapping[str, UnknownHeads]) -> str:
     """The weights, by name, that per_head=True cannot cut, with the rules that do."""
-    index = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
-    why = dict.fromkeys(f"  {index.sub('*', each.module)}: {each.why}" for each in found.values())
+    why = dict.fromkeys(
+        f"  {shown(starred(f'{each.module}.')[:-1]) or 'the model'}: {shown(each.why)}"
+        for each in found.values()
+    )
     rules = dict.fromkeys(
-        f"      Rule({_escaped(index.sub('*', name))!r}, view={each.view!r}),"
+        f"      Rule({_escaped(starred(name))!r}, view={each.view!r}),"
         for name, each in found.items()
     )
     return "\n".join(
