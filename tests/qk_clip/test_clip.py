@@ -376,6 +376,45 @@ def test_parameters_that_were_replaced_are_found() -> None:
     assert torch.equal(old, kept)  # type: ignore[arg-type]
 
 
+def test_biases_may_be_another_optimizers() -> None:
+    model = Net()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    optimizer = torch.optim.SGD(matrices, lr=0.0)
+    clip = QKClip(model, optimizer, 0.1)
+    for _ in range(2):
+        step(model, optimizer, batch(0))
+    assert max(logits_of(clip)["layers.0"].tolist()) == pytest.approx(0.1)
+    clip.close()
+    for p in model.parameters():
+        p.requires_grad_(p.ndim == 2)
+    with pytest.raises(ValueError, match="does not train it"):
+        QKClip(model, optimizer)
+
+
+def test_an_interrupted_forward_pass_measures_nothing_later() -> None:
+    model = Net()
+    optimizer = still(model)
+    clip = QKClip(model, optimizer, 1e6)
+    step(model, optimizer, batch(0))
+    expected = logits_of(clip)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.layers[1].o_proj.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
+    with pytest.raises(KeyboardInterrupt):
+        model(batch(0))
+    handle.remove()
+    try:
+        step(model, optimizer, batch(0))  # its own measurement is of what was interrupted, too
+        step(model, optimizer, batch(0))
+        for name, most in logits_of(clip).items():
+            torch.testing.assert_close(most, expected[name])
+    finally:
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+
+
 def test_a_forward_that_raised_leaves_no_watch_behind() -> None:
     model = Net()
     optimizer = still(model)

@@ -7,8 +7,8 @@ micro-batches and ranks since the last step, η = min(1, tau / S)::
 
 so that every logit of the head is η times what it was. With multi-head latent attention (MLA) a
 logit is q_nope · k_nope + q_rope · k_rope, and k_rope is the same for all heads: q_nope and k_nope
-are scaled as above, q_rope by η, k_rope not at all. Sources: Kimi K2 (arXiv 2507.20534), algorithm
-1; Megatron-Core's `clip_qk` does the same and has alpha.
+are scaled as above, q_rope by η, k_rope not at all. Sources: Kimi K2 (arXiv 2507.20534), section
+2.1 and algorithm 1; Megatron-Core's `clip_qk`, which does the same and has alpha.
 """
 
 from __future__ import annotations
@@ -250,6 +250,8 @@ class QKClip:
     # --- clipping -------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for _, watch in self._open:  # of a forward pass that was interrupted
+            watch.active = False
         self._open.clear()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
         if self._ever or not self.measures or closure is not None:
@@ -340,9 +342,11 @@ class QKClip:
         trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for scaled, before in self._params.items():
             p = scaled.parameter()
-            if id(p) not in trained:
+            # Biases may be another optimizer's: torch.optim.Muon takes matrices alone.
+            elsewhere = scaled.is_bias and p.requires_grad
+            if id(p) not in trained and not (elsewhere and is_dtensor(p) == is_dtensor(before)):
                 p = before
-            if id(p) not in trained:
+            if id(p) not in trained and not elsewhere:
                 raise ValueError(
                     f"{shown(scaled.path)} holds q or k, but the optimizer does not train it: "
                     "QK-clip scales both, so it is for models whose q and k are trained (a frozen "
