@@ -14,7 +14,7 @@ from muonkit.muonw import MuonW
 from muonkit.newton_schulz.orthogonalizer import orthogonalize
 from muonkit.optim import Muon
 from muonkit.routing.routes import Route, Routes, RoutingError, Rule, route
-from muonkit.variants import Variant
+from muonkit.stages import Constraint, Stage
 from muonkit.views import View
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Constraint",
     "Monitor",
     "Muon",
     "MuonW",
@@ -32,7 +33,7 @@ __all__ = [
     "Routes",
     "RoutingError",
     "Rule",
-    "Variant",
+    "Stage",
     "View",
     "__version__",
     "ddp_reduce_scatter_hook",

@@ -1,16 +1,13 @@
 """The models whose routing is written out in tests/routing/tables, built without weights.
 
 `python -m tests.helpers.architectures` writes docs/routing-tables.md anew, and with `--expected`
-the tables that the tests compare with: read what changed before you keep it. One layer's index is
-written `*`, and equal rows are counted.
+the tables that the tests compare with: read what changed before you keep it.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 import sys
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +18,6 @@ from tests.helpers.paths import DOCS, TESTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from muonkit.routing.routes import Route, Routes
 
 TABLES = TESTS / "routing" / "tables"
 PAGE = DOCS / "routing-tables.md"
@@ -204,47 +199,20 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def table(routes: Routes) -> list[str]:
-    """The routes, one line per kind of parameter: indices become `*`, equal rows are counted."""
-    kinds = Counter(_cells(r) for r in routes)
-    rows = [("count", "name", "shape", "view", "algorithm", "scale", "decay", "reason")]
-    rows += [(f"{count}×", *cells) for cells, count in kinds.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return [*lines, routes.summary()]
-
-
-def _cells(r: Route) -> tuple[str, ...]:
-    scales = r.scale if isinstance(r.scale, tuple) else (r.scale,)
-    also = f" (also {', '.join(r.aliases)})" if r.aliases else ""
-    return (
-        re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", r.name)),
-        "×".join(map(str, r.shape)) or "scalar",
-        r.view or "-",
-        r.algorithm,
-        "/".join("-" if s is None else f"{s:.4g}" for s in scales),
-        "yes" if r.decay else "no",
-        r.reason + also,
-    )
-
-
 def main() -> None:
     """Write the tables where the command line says."""
-    sections = {name: table(route(build(), scale=SCALE)) for name, build in ARCHITECTURES.items()}
+    sections = {name: str(route(build(), scale=SCALE)) for name, build in ARCHITECTURES.items()}
     if "--expected" in sys.argv[1:]:
         TABLES.mkdir(exist_ok=True)
-        for name, lines in sections.items():
-            (TABLES / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for name, table in sections.items():
+            (TABLES / f"{name}.txt").write_text(f"{table}\n", encoding="utf-8")
         return
     text = "# Routing tables\n\n"
     text += "Written by `python -m tests.helpers.architectures`; small configurations.\n"
     text += f"The scale is that of `{SCALE}`; MuonW's default, `unit_rms`, is five times that.\n"
     text += "The index of a layer is written `*`, and rows that are equal but for it are counted.\n"
-    for name, lines in sections.items():
-        text += f"\n## {name}\n\n```text\n" + "\n".join(lines) + "\n```\n"
+    for name, table in sections.items():
+        text += f"\n## {name}\n\n```text\n{table}\n```\n"
     PAGE.write_text(text, encoding="utf-8")
 
 

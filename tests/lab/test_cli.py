@@ -77,7 +77,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ("route broken:build", "broken needs no_such_package, which is not installed"),
         ("route wrong:build", "importing wrong failed: ZeroDivisionError"),
         ("route nobody/nothing", "is no model type, no file, and could not be had from the"),
-        ("route own.py", "own.py is no Hugging Face configuration"),
+        ("route own.py", "'own.py' is a file's name: did you mean 'own:bad' or 'own:needs' or"),
+        ("route below/deep.py", "is a file's name: as below.deep:build, write package.module:"),
+        ("route onw.py", "'onw.py' is a file's name: did you mean 'own'? write package.module:"),
+        ("route broken.txt", "broken.txt is no Hugging Face configuration"),
         ("route own:net --rule x", "--rule 'x': write PATTERN=adamw"),
         ("route own:net --rule nothing*=adamw", "matches no parameter"),
         ("route own:net --adjust-lr-fn huge", "unknown scale 'huge'"),
@@ -105,6 +108,7 @@ def test_an_error_is_one_line_with_its_remedy(
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "deep.py").write_text("")
     (tmp_path / "broken.py").write_text("import no_such_package\n")
+    (tmp_path / "broken.txt").write_text("")
     (tmp_path / "wrong.py").write_text("1 / 0\n")
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     assert main(words.split()) == 2
@@ -196,6 +200,21 @@ def test_route_prints_the_table_and_json(
     assert algorithms["1.weight"] == "adamw"
     assert main(["route", "mine:Zoo.net", "--rule", "0.weight=muon:split(rows=2)"]) == 0
     assert "split(rows=2)" in capsys.readouterr().out
+    assert main(["route", "mine:Zoo.net", "--per-head"]) == 2
+    assert "no attention was found in Sequential" in capsys.readouterr().err
+
+
+def test_route_folds_layers_that_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def deep(): return nn.Sequential(*[nn.Linear(8, 8) for _ in range(9)], nn.Linear(8, 2))\n"
+    )
+    assert main(["route", "mine:deep"]) == 0
+    folded = capsys.readouterr().out.splitlines()
+    assert folded[2].split()[:3] == ["9×", "*.weight", "8×8"]
+    assert len(folded) == 2 + 4 + 1
+    assert main(["route", "mine:deep", "--all"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 20 + 1
 
 
 def test_hugging_face_models_are_built_without_memory(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from muonkit.lab.compare import Comparison, Session, comparison
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.progress import Lines
+from muonkit.lab.report import caveat, notes
 from muonkit.lab.results import Curve, Outcome, figure, rows, table, verdicts
 from muonkit.lab.store import (
     Folder,
@@ -32,7 +33,7 @@ from muonkit.lab.store import (
     write_sealed,
 )
 from muonkit.lab.sweep import best_rate
-from muonkit.lab.tasks import TASKS
+from muonkit.lab.tasks import TASKS, Budget
 from muonkit.lab.train import Result, Run, Setting, StopRequest, Trainer, lr_factor, train
 from tests.helpers import lab, warm
 from tests.helpers.lab import Silent, losses, read_records, searched
@@ -462,6 +463,31 @@ def test_the_verdict_of_runs_that_diverged() -> None:
     lost = (_result("muonw", 0, None), Curve([0], [0], [1.0]))
     assert verdicts([lost]) == ["Every run diverged."]
     assert verdicts([lost, _outcome("adamw", 0, [4, 3])]) == ["MuonW diverged; one seed."]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, ""),
+        ({"budget": Budget(20, "epochs"), "batch_size": 64}, ""),
+        ({"budget": Budget(5, "steps")}, "of MuonW, SGD and AdamW are defaults for 20 epochs."),
+        ({"batch_size": 32}, "defaults for 20 epochs with batches of 64. In runs like these"),
+        ({"budget": Budget(5, "steps"), "lr": {"muonw": 1.0}}, "of SGD and AdamW are defaults"),
+        ({"budget": Budget(5, "steps"), "lr": {None: 1.0}}, ""),
+        ({"budget": Budget(5, "steps"), "sweep": True}, ""),
+    ],
+)
+def test_rates_of_another_length_are_told(options: dict[str, Any], named: str) -> None:
+    config = comparison("digits", ["muonw", "sgd", "adamw"], **options).config()
+    told = caveat(config, TASKS["digits"])
+    assert named in told
+    assert bool(told) == bool(named)
+
+
+def test_the_unit_of_a_rate_is_told_where_a_muon_is_compared() -> None:
+    unit = 'lr of MuonW and torch.optim.Muon: in units of adjust_lr_fn="match_rms_adamw"'
+    assert unit in notes(comparison("digits", ["muonw", "adamw", "torch-muon"]).config())
+    assert "adjust_lr_fn" not in notes(comparison("digits", ["adamw", "sgd"]).config())
 
 
 def test_seeds_are_drawn_as_their_mean_and_range() -> None:

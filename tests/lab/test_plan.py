@@ -26,12 +26,12 @@ from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
 from muonkit.distributed.transfers import Matrix, PlannedTensor, alike
 from muonkit.lab.cli import main
 from muonkit.lab.errors import LabError
-from muonkit.lab.plan import assumptions, balance, forecast, peak, summary
+from muonkit.lab.plan import assumptions, balance, forecast, peak, summary, verdict
 from muonkit.lab.plan_costs import Simulation, elements, flops_of, of_stage
 from muonkit.lab.plan_layouts import LAYOUTS, choose_layout, parse_mesh, place
 from muonkit.lab.plan_models import find_model, parse_roles, shape_of
 from muonkit.lab.plan_schemes import lower_bound, schemes, seconds
-from muonkit.lab.shapes import MODELS, ModelShape, PublishedModel, published
+from muonkit.lab.shapes import MODELS, ModelShape, ParameterShape, PublishedModel, published
 
 DENSE = published(
     "dense",
@@ -164,7 +164,7 @@ def many_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def real_traffic(
-    model: ModelShape, mesh: str, layout: str | None, variant: str
+    model: ModelShape, mesh: str, layout: str | None, after: str
 ) -> dict[str, list[int]]:
     """What the optimizer itself plans for this model: parameters distributed as the simulation
     says, in torch's own words.
@@ -203,12 +203,16 @@ def real_traffic(
     group = whole["dp"].get_group() if kind.given else None
     # The simulation's CPU multiplies in float32.
     optimizer = Muon(
-        groups, variant=variant, process_group=group, zero=int(kind.zero), ns_dtype="float32"
+        groups,
+        after=() if after == "none" else after,
+        process_group=group,
+        zero=int(kind.zero),
+        ns_dtype="float32",
     )
     return optimizer.plan().traffic()._asdict()
 
 
-@pytest.mark.parametrize("variant", ["plain", "normuon", "adamuon"])
+@pytest.mark.parametrize("after", ["none", "normuon", "adamuon"])
 @pytest.mark.parametrize(
     ("model", "mesh", "layout"),
     [
@@ -228,11 +232,11 @@ def real_traffic(
     ids=lambda value: getattr(value, "name", value),
 )
 def test_the_simulated_step_is_what_the_optimizer_plans(
-    many_ranks: Any, model: ModelShape, mesh: str, layout: str | None, variant: str
+    many_ranks: Any, model: ModelShape, mesh: str, layout: str | None, after: str
 ) -> None:
-    step = simulate(model, mesh, layout, variant=variant)
+    step = simulate(model, mesh, layout, after=after)
     many_ranks(step.mesh.ranks)
-    expected = real_traffic(model, mesh, layout, variant)
+    expected = real_traffic(model, mesh, layout, after)
     for name, figures in step.traffic().items():
         assert figures.tolist() == expected[name], name
 
@@ -493,11 +497,15 @@ def test_the_axes_say_the_layout(mesh: str, layout: str) -> None:
         ("--model gpt2-124m --mesh fsdp=8,tp=2", "50257 x 768 on the mesh fsdp=8,tp=2 would lie"),
         ("--model gpt2-124m --mesh dp=8 --device tpu", "unknown device 'tpu': did you mean 'cpu'?"),
         ("--model gpt2-124m --mesh dp=8 --dtype int8", "unknown dtype 'int8'; it is one of"),
-        ("--model gpt2-124m --mesh dp=8 --variant soap", "unknown variant 'soap'"),
+        ("--model gpt2-124m --mesh dp=8 --after soap", "unknown after 'soap'"),
         ("--model gpt2-124m --mesh dp=8 --replicas 2", "unknown choice of replicas '2'"),
         ("--model gpt2-124m --mesh dp=8 --inter 0", "Invalid value for '--inter'"),
         ("--model gpt2-124m --mesh dp=2 --plot x.mp3", "unknown kind of picture 'mp3'"),
-        ("--model gpt2-124m --mesh dp=2 --json no/x.json", "no"),
+        (
+            "--model gpt2-124m --mesh dp=2 --json no/x.json",
+            "--json no/x.json: there is no folder no; make it, or name another file with --json",
+        ),
+        ("--model gpt2-124m --mesh dp=2 --plot no/x.png", "or name another file with --plot"),
     ],
 )
 def test_an_error_is_one_line_with_its_remedy(
@@ -535,6 +543,33 @@ def test_table_picture_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert ours["flops"]["max_over_mean"] == pytest.approx(
         ours["flops"]["max"] / ours["flops"]["mean"]
     )
+
+
+def test_the_result_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "gpt2-124m", "--mesh", "fsdp=8"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    found = forecast(find_model("gpt2-124m"), "fsdp=8", None, assumptions())
+    ours, costs = found.schemes[0], found.schemes[0].costs
+    took = seconds(ours, found.assume)
+    sent = (costs.sent_in + costs.sent_out).max()
+    assert first == (
+        f"A step takes {took.overlapped * 1e6:.0f} us to {took.serial * 1e3:.2f} ms at the assumed "
+        f"rates, AdamW's {took.elementwise * 1e6:.0f} us. The slowest rank's part of it: products "
+        f"{took.products * 1e6:.0f} us, exchange {took.exchange * 1e6:.0f} us, elementwise "
+        f"{took.elementwise * 1e6:.0f} us. A rank sends at most {sent / 1e6:.1f} MB; its memory "
+        f"peaks at {peak(ours).max() / 1e6:.0f} MB, without activations."
+    )
+    assert second.startswith("gpt2-124m: 124,439,808 parameters")
+
+
+def test_short_times_have_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ModelShape("tiny", (ParameterShape("weight", (16, 16), "matrix", "replicated"),))
+    shown = verdict(forecast(tiny, "dp=2", None, ASSUME))
+    assert " 0 us" not in shown
+    assert "Latencies, which are left out, will be more than that." in shown
+    alone = verdict(forecast(tiny, "dp=1", None, ASSUME))
+    assert "exchange 0, " in alone
+    assert "A rank sends nothing;" in alone
 
 
 def test_a_mesh_that_does_not_fit_is_a_lab_error() -> None:

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.param_layout",),
     ("options",),
-    ("distributed", "distributed.placement", "newton_schulz", "scale", "variants", "views"),
+    ("distributed", "distributed.placement", "newton_schulz", "scale", "stages", "views"),
     ("_compile", "_install", "_shards", "_text"),
     ("_torch",),
 )

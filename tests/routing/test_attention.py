@@ -9,85 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from muonkit import MuonW
 from muonkit.routing.attention import AttentionHeads, HeadSlice, attention_heads
-from muonkit.routing.routes import RoutingError
-from tests.helpers.routing import Body, D, Holder
+from muonkit.routing.routes import RoutingError, Rule, route
+from tests.helpers.attention import MODELS, built
+from tests.helpers.routing import Body, D, Holder, by_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-OLD: dict[str, Any] = {
-    "vocab_size": 100,
-    "n_embd": 32,
-    "n_layer": 1,
-    "n_head": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LATENT = SMALL | {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 6,
-    "first_k_dense_replace": 1,
-}
-# family, configuration, (query heads, heads of keys and values, features of a query head)
-MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int, int]]] = {
-    "gpt2": ("GPT2", OLD, (4, 4, 8)),
-    "llama": ("Llama", SMALL | {"num_key_value_heads": 2, "attention_bias": True}, (4, 2, 8)),
-    "qwen3": ("Qwen3", SMALL | {"num_key_value_heads": 2, "head_dim": 16}, (4, 2, 16)),
-    "phi3": ("Phi3", SMALL | {"num_key_value_heads": 2}, (4, 2, 8)),
-    "gpt_neox": ("GPTNeoX", SMALL, (4, 4, 8)),
-    "falcon multi-query": ("Falcon", SMALL | {"alibi": False, "bias": True}, (4, 1, 8)),
-    "falcon grouped": (
-        "Falcon",
-        SMALL | {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
-        (4, 2, 8),
-    ),
-    "falcon multi-head": ("Falcon", SMALL | {"alibi": False, "multi_query": False}, (4, 4, 8)),
-    "deepseek_v3": ("DeepseekV3", LATENT | {"q_lora_rank": 12}, (4, 4, 12)),
-    "deepseek_v3 without q_lora": ("DeepseekV3", LATENT | {"q_lora_rank": None}, (4, 4, 12)),
-    "qwen3_next": (
-        "Qwen3Next",
-        SMALL
-        | {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24}
-        | {"shared_expert_intermediate_size": 24, "layer_types": ["full_attention"]}
-        | {"num_experts_per_tok": 2},
-        (4, 2, 8),
-    ),
-}
-
-
-def built(name: str) -> nn.Module:
-    """The model of this name with random weights, biases among them."""
-    transformers = pytest.importorskip("transformers")
-    family, options, _ = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**options)
-    torch.manual_seed(0)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa"
-    )
-    with torch.no_grad():
-        for key, param in model.named_parameters():
-            if key.endswith("bias"):
-                param.normal_(std=0.1)
-    return model.eval()
 
 
 @pytest.fixture
@@ -209,3 +138,168 @@ def test_unknown_heads_are_refused_by_name() -> None:
 
 def test_a_model_without_attention_has_none() -> None:
     assert attention_heads(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))) == ()
+
+
+# -- per_head=True --------------------------------------------------------------------------------
+
+# The end of a parameter's name -> its view, where every head is a matrix.
+VIEWS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "c_attn.weight": "transpose > split(rows=12)",
+        "attn.c_proj.weight": "transpose > split(cols=4)",
+    },
+    "llama": {
+        "q_proj.weight": "split(rows=4)",
+        "k_proj.weight": "split(rows=2)",
+        "v_proj.weight": "split(rows=2)",
+        "o_proj.weight": "split(cols=4)",
+    },
+    "qwen3": {"q_proj.weight": "split(rows=4)", "k_proj.weight": "split(rows=2)"},
+    "phi3": {"qkv_proj.weight": "split(rows=8)", "o_proj.weight": "split(cols=4)"},
+    "gpt_neox": {"query_key_value.weight": "split(rows=12)", "dense.weight": "split(cols=4)"},
+    "falcon multi-query": {"query_key_value.weight": "split(rows=6)"},
+    "falcon grouped": {
+        "query_key_value.weight": "split(rows=8)",
+        "n.dense.weight": "split(cols=4)",
+    },
+    "falcon multi-head": {"query_key_value.weight": "split(rows=12)"},
+    "deepseek_v3": {
+        "q_b_proj.weight": "split(rows=4) > split(rows=8+4)",
+        "kv_b_proj.weight": "split(rows=4) > split(rows=8+6)",
+        "kv_a_proj_with_mqa.weight": "split(rows=16+4)",
+        "q_a_proj.weight": "matrix",
+        "o_proj.weight": "split(cols=4)",
+    },
+    "deepseek_v3 without q_lora": {
+        "q_proj.weight": "split(rows=4) > split(rows=8+4)",
+        "kv_b_proj.weight": "split(rows=4) > split(rows=8+6)",
+    },
+    "qwen3_next": {"q_proj.weight": "split(rows=8)", "k_proj.weight": "split(rows=2)"},
+}
+
+
+def test_the_views_are_of_all_models() -> None:
+    assert VIEWS.keys() == MODELS.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_route_shows_the_heads_as_matrices(name: str) -> None:
+    model = built(name)
+    whole, routes = by_name(model), by_name(model, per_head=True)
+    for end, view in VIEWS[name].items():
+        (found,) = [r for r in routes.values() if r.name.endswith(end)]
+        assert found.view == view, found.name
+    (heads,) = attention_heads(model)
+    of_heads = {part.param for part in (*heads.q, *heads.k, *heads.v, *heads.o)}
+    for key, r in routes.items():
+        assert (r == whole[key]) == (key not in of_heads)  # nothing else changes
+        assert r.reason.startswith("per head: ") == (key in of_heads)
+    assert str(len(heads.q)) in routes[heads.q[0].param].reason
+
+
+def test_one_head_of_keys_and_values_stays_a_matrix() -> None:
+    names = {"q_proj": D, "k_proj": 4, "v_proj": 4, "o_proj": D}
+    layers = {name: nn.Linear(D, width) for name, width in names.items()}
+    routes = by_name(Body(a=Holder(num_heads=2, **layers)), per_head=True)
+    assert [routes[f"a.{name}.weight"].view for name in names] == [
+        "split(rows=2)",
+        "matrix",
+        "matrix",
+        "split(cols=2)",
+    ]
+    assert routes["a.k_proj.weight"].reason == "per head: 1 heads of k"
+
+
+def test_heads_of_1x1_convolutions_are_cut_too() -> None:
+    parts = {"to_qkv": nn.Conv2d(D, 24, 1), "to_out": nn.Conv2d(D, D, 1), "heads": 2}
+    routes = by_name(Body(stem=nn.Conv2d(3, D, 3), a=Holder(**parts)), per_head=True)
+    assert routes["a.to_qkv.weight"].view == "flatten > split(rows=6)"
+    assert routes["a.to_out.weight"].view == "flatten > split(cols=2)"
+
+
+def test_torchs_attention_is_cut_too() -> None:
+    routes = by_name(Body(a=nn.TransformerEncoderLayer(32, 4, 64)), per_head=True)
+    assert routes["a.self_attn.in_proj_weight"].view == "split(rows=12)"
+    assert routes["a.self_attn.out_proj.weight"].view == "split(cols=4)"
+
+
+def unknown(**attributes: object) -> nn.Module:
+    names = ("to_q", "to_k", "to_v", "to_out")
+    attention = [Holder(**{n: nn.Linear(D, D) for n in names}, **attributes) for _ in range(2)]
+    return Body(blocks=nn.ModuleList(Holder(attn=each) for each in attention))
+
+
+def test_heads_that_nothing_tells_are_refused_with_the_rules_to_write() -> None:
+    model = unknown()
+    with pytest.raises(RoutingError) as refused:
+        MuonW(model, per_head=True)
+    text = str(refused.value)
+    assert "blocks.*.attn: nothing says how many heads it has: Holder and its config state" in text
+    rules = [line.strip(" ,") for line in text.splitlines() if line.startswith("      Rule(")]
+    assert rules == [
+        "Rule('blocks.*.attn.to_q.weight', view='split(rows=HEADS)')",
+        "Rule('blocks.*.attn.to_k.weight', view='split(rows=KV_HEADS)')",
+        "Rule('blocks.*.attn.to_v.weight', view='split(rows=KV_HEADS)')",
+        "Rule('blocks.*.attn.to_out.weight', view='split(cols=HEADS)')",
+    ]
+    written = [eval(rule.replace("KV_HEADS", "2").replace("HEADS", "4")) for rule in rules]
+    routes = by_name(model, per_head=True, rules=written)
+    assert routes["blocks.1.attn.to_q.weight"].view == "split(rows=4)"
+    assert routes["blocks.0.attn.to_out.weight"].view == "split(cols=4)"
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(RoutingError, match=r"the 8 rows of .*to_q.weight do not divide by the 3"):
+        route(unknown(num_heads=3), per_head=True)
+    layers = {"q_proj": nn.Linear(D, D), "k_proj": nn.Linear(D, 6), "v_proj": nn.Linear(D, 6)}
+    with pytest.raises(RoutingError, match=r"the 6 rows of .*k_proj.weight do not divide by the 4"):
+        route(Body(a=Holder(num_heads=2, **layers)), per_head=True)
+    with pytest.raises(RoutingError, match=r"4 heads of queries do not divide by 3 of keys"):
+        route(Body(a=Holder(num_heads=4, **layers)), per_head=True)
+    fused = Holder(qkv=nn.Linear(D, 3 * D), num_heads=3)
+    with pytest.raises(
+        RoutingError, match=r"the 24 rows of a.qkv.weight are no 3 heads of q and 3"
+    ):
+        route(Body(a=fused, config=SimpleNamespace(head_dim=4)), per_head=True)
+    columns = Holder(
+        num_heads=2, **{**layers, "k_proj": nn.Linear(D, D), "v_proj": nn.Linear(D, D)}
+    )
+    columns.o_proj = nn.Linear(6, D)
+    with pytest.raises(RoutingError, match=r"the 6 columns of a.o_proj.weight are no 2 heads of 4"):
+        route(Body(a=columns), per_head=True)
+
+
+def test_without_attention_per_head_is_refused() -> None:
+    with pytest.raises(
+        RoutingError, match=r"no attention was found in Sequential.*split.cols=HEADS"
+    ):
+        MuonW(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)), per_head=True)
+
+
+def test_per_head_is_for_what_is_routed() -> None:
+    model = unknown(num_heads=2)
+    with pytest.raises(TypeError, match=r"per_head or another scale.*per_head=True"):
+        MuonW(route(model), per_head=True)
+    with pytest.raises(TypeError, match="cannot be routed"):
+        MuonW([model.last.weight], adamw_params=[model.last.bias], lr=0.1, per_head=True)  # type: ignore[union-attr]
+    MuonW(route(model, per_head=True))
+
+
+def test_a_rules_view_goes_before_per_head() -> None:
+    rules = [
+        Rule("*.0.attn.to_q.weight", view="matrix"),
+        Rule("*.1.attn.to_q.weight", algorithm="adamw"),
+        Rule("*.to_k.weight", options={"lr": 1e-4}),
+    ]
+    routes = by_name(unknown(num_heads=2), per_head=True, rules=rules)
+    assert routes["blocks.0.attn.to_q.weight"].view == "matrix"
+    assert routes["blocks.1.attn.to_q.weight"].view is None
+    assert routes["blocks.0.attn.to_k.weight"].view == "split(rows=2)"
+
+
+def test_a_frozen_layer_has_the_view_once_it_is_unfrozen() -> None:
+    model = unknown(num_heads=2)
+    model.blocks[0].attn.to_q.weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    route_of_it = by_name(model, per_head=True)["blocks.0.attn.to_q.weight"]
+    assert route_of_it.unfrozen is not None
+    assert route_of_it.unfrozen.view == "split(rows=2)"

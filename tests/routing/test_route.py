@@ -24,7 +24,7 @@ from tests.helpers.routing import Body, D, Holder, by_name, got, raw
         (Holder(gamma=raw(D, 1, 1)), "gamma", "vector (stored as 8×1×1)"),
         (Holder(mix=raw(1, 1, D)), "mix", "vector (stored as 1×1×8)"),
         (Holder(gate=raw(D, 1)), "gate", "vector (stored as 8×1)"),
-        (Holder(cls_token=raw(1, 1, D)), "cls_token", "token or positional"),
+        (Holder(cls_token=raw(1, 1, D)), "cls_token", "learned token or position"),
         (Holder(nothing=raw(0, D)), "nothing", "empty"),
         (nn.MultiheadAttention(D, 2, add_bias_kv=True), "bias_k", "attention bias_k"),
         (nn.MultiheadAttention(D, 2), "in_proj_bias", "bias"),

@@ -233,6 +233,50 @@ def test_the_table_aligns_and_ends_with_the_counts() -> None:
     assert "(also head.weight)" in lines[2]
 
 
+class Deep(nn.Module):
+    """Layers that repeat, one of which is wider than the others, before a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(D, D)}) for _ in range(11))
+        self.h.append(nn.ModuleDict({"fc": nn.Linear(D, 2 * D)}))
+        self.head = nn.Linear(2 * D, 2)
+
+
+def test_layers_that_repeat_are_one_line_each_in_the_table() -> None:
+    routes = route(Deep(), [Rule("h.3.fc.bias", decay=True)])
+    lines = [line.split() for line in str(routes).splitlines()[2:-1]]
+    assert [(line[0], line[1]) for line in lines] == [
+        ("11×", "h.*.fc.weight"),
+        ("10×", "h.*.fc.bias"),
+        ("1×", "h.3.fc.bias"),
+        ("1×", "h.11.fc.weight"),
+        ("1×", "h.11.fc.bias"),
+        ("1×", "head.weight"),
+        ("1×", "head.bias"),
+    ]
+    assert sum(int(line[0].removesuffix("×")) for line in lines) == len(routes)
+    whole = routes.table(fold=False).splitlines()
+    assert [line.split()[0] for line in whole] == [
+        "name",
+        "-" * 14,
+        *(r.name for r in routes),
+        "muon:",
+    ]
+    assert whole[-1] == str(routes).splitlines()[-1] == routes.summary()
+
+
+def test_a_rule_that_fits_none_of_many_is_told_once() -> None:
+    with pytest.raises(RoutingError) as caught:
+        route(Deep(), [Rule("h.*.fc.weight", view="split(rows=3)")])
+    told = str(caught.value).splitlines()
+    assert len(told) == 2, "one for each reason: 8 rows, 16 rows"
+    assert told[0].startswith(
+        "Rule('h.*.fc.weight') on h.0.fc.weight, h.1.fc.weight, h.2.fc.weight and 8 others: view "
+    )
+    assert told[1].startswith("Rule('h.*.fc.weight') on h.11.fc.weight: view ")
+
+
 ALGORITHMS = ["adamw", "muon", "adamw", "muon", "adamw", "adamw", "adamw"]
 
 

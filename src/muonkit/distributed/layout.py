@@ -77,7 +77,7 @@ class Layouts:
         self.mesh: DeviceMesh | None = None  # the mesh of which all DTensors' meshes are part
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
-        # For a parameter and its variant, see `state.check_parts`.
+        # For a parameter and what its stages keep, see `state.check_parts`.
         self.state_shapes: dict[tuple[Tensor, str | None], dict[str, tuple[int, ...]]] = {}
 
     def anew(self) -> Layouts:

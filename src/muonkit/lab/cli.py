@@ -67,6 +67,8 @@ downloaded to MUONKIT_CACHE (default: ~/.cache/muonkit).
 
 _ROUTE_HELP = """Print which parameter of SPEC gets which algorithm and view, and why.
 
+Parameters that differ only in the index of a layer share a line, which counts them.
+
 \b
 SPEC is one of
   package.module:factory   a model, or something that makes one when called without arguments
@@ -267,7 +269,12 @@ def _rule(text: str) -> muonkit.Rule:
 @app.command("route", help=_ROUTE_HELP)
 def route_command(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="The model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with an entry for every parameter.")
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Print a line for every parameter: fold no layers.")
+    ] = False,
     adjust_lr_fn: Annotated[
         str,
         typer.Option(
@@ -279,16 +286,19 @@ def route_command(
         list[str] | None,
         typer.Option(metavar="PATTERN=ALGORITHM[:VIEW]", help="Overrule; may be repeated."),
     ] = None,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="Make every attention head a matrix of its own.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     from muonkit.lab.specs import load_model
 
     try:
         rules = [_rule(text) for text in rule or ()]
-        routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn)
+        routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn, per_head=per_head)
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error
-    say(routes.to_json() if as_json else str(routes))
+    say(routes.to_json() if as_json else routes.table(fold=not every))
 
 
 @app.command("plan", help=_PLAN_HELP)
@@ -330,9 +340,10 @@ def plan_command(
     exchange_dtype: Annotated[
         str, typer.Option(help=f"On the way between ranks: {one_of(CHOICES['exchange_dtype'])}.")
     ] = DEFAULTS["exchange_dtype"],
-    variant: Annotated[str, typer.Option(help=f"{one_of(CHOICES['variant'])}.")] = DEFAULTS[
-        "variant"
-    ],
+    after: Annotated[
+        str,
+        typer.Option(help=f"The stage after the product: none, {one_of(CHOICES['after'])}."),
+    ] = "none",
     replicas: Annotated[
         str, typer.Option(help=f"Copies by a placement: {one_of(CHOICES['replicas'])}.")
     ] = DEFAULTS["replicas"],
@@ -356,15 +367,16 @@ def plan_command(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    from muonkit.lab.plan import assumptions, forecast, show, write
+    from muonkit.lab.plan import assumptions, check_folders, forecast, show, write
     from muonkit.lab.plan_models import find_model, parse_roles
 
+    check_folders(plot=plot, json=json_file)
     assume = assumptions(
         device,
         node,
         dtype,
         exchange_dtype,
-        variant,
+        after,
         replicas,
         flops=flops,
         intra=intra,

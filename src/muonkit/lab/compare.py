@@ -310,6 +310,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         attempts=[outcome for outcome, _, _ in measured.values()],
         records={f"{run.optimizer}/{run.seed}": measured[run][1] for run in runs},
         recordings={run.title: path for run, path in recorded if is_there(path)},
+        caveat=report.caveat(session.asked.config(), task),
     )
 
 
@@ -381,7 +382,8 @@ def compare(
             runs = session.all_runs()
             material = _material(session, runs)
         path = report.write(folder.path, material, lines.say)
-    report.show(output, asked.task, material.outcomes, report.notes(asked.config()))
+    notes = report.notes(asked.config())
+    report.show(output, asked.task, material.outcomes, notes, material.caveat)
     if not session.trained:
         said = f"{shown(folder.path)} was finished already: nothing was trained"
         output.print(said, soft_wrap=True, markup=False)

@@ -117,10 +117,15 @@ def digest(path: Path, most: int) -> tuple[int, str]:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(
+    path: Path, content: bytes, remedy: str = "choose another folder with --out"
+) -> None:
     """Write ``content`` to ``path``: the whole of it, or nothing.
 
     A link of that name is replaced, and what it leads to stays as it is.
+
+    Args:
+        remedy: what the user can do, other than make room.
 
     Raises:
         RunError: there is no room, or no right to write; nothing is left behind.
@@ -141,8 +146,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}; make room there, or choose another "
-            "folder with --out, and give the command again"
+            f"cannot write {path}: {error.strerror or error}; make room there, or {remedy}, and "
+            "give the command again"
         ) from error
     _sync_folder(path.parent)
 

@@ -124,7 +124,7 @@ def _make_muonw(model: nn.Module, lr: float, decay: float) -> Optimizer:
 
 
 def _make_normuon(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return muonkit.MuonW(model, lr=lr, weight_decay=decay, variant="normuon", **_MUONW)
+    return muonkit.MuonW(model, lr=lr, weight_decay=decay, after="normuon", **_MUONW)
 
 
 def _torch_parts(
@@ -164,6 +164,7 @@ class OptimizerSpec:
         title: its name in sentences and pictures.
         make: from a model, a learning rate and a weight decay.
         weight_decay: the default, and the centre of its sweep.
+        scaled: whether its learning rate is in the unit of `SCALE`.
     """
 
     name: str
@@ -171,6 +172,7 @@ class OptimizerSpec:
     summary: str
     make: Callable[[nn.Module, float, float], Optimizer]
     weight_decay: float = WEIGHT_DECAY
+    scaled: bool = False
 
     def build(self, model: nn.Module, lr: float, weight_decay: float | None = None) -> Optimizer:
         """The optimizer for ``model``; a weight decay of None is the default."""
@@ -180,12 +182,19 @@ class OptimizerSpec:
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
-        OptimizerSpec("muonw", "MuonW", f"muonkit.MuonW(model), scale {SCALE}", _make_muonw),
+        OptimizerSpec(
+            "muonw",
+            "MuonW",
+            f"muonkit.MuonW(model), scale {SCALE}",
+            _make_muonw,
+            scaled=True,
+        ),
         OptimizerSpec(
             "normuon",
             "NorMuon",
-            f'muonkit.MuonW(model, variant="normuon"), scale {SCALE}',
+            f'muonkit.MuonW(model, after="normuon"), scale {SCALE}',
             _make_normuon,
+            scaled=True,
         ),
         OptimizerSpec("adamw", "AdamW", "torch.optim.AdamW, decay on matrices only", _make_adamw),
         OptimizerSpec(
@@ -197,12 +206,14 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             "torch.optim.Muon for the 2-D hidden matrices, torch.optim.AdamW for the rest; "
             "its bfloat16 products are about 100 times slower than float32 on most CPUs",
             _make_torch_muon,
+            scaled=True,
         ),
         OptimizerSpec(
             "torch-muon-fp32",
             "torch.optim.Muon in float32",
             "the same, its cast to bfloat16 changed to float32",
             _make_torch_muon_fp32,
+            scaled=True,
         ),
     )
 }

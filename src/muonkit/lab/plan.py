@@ -19,10 +19,20 @@ from muonkit.lab.plan_costs import Assumptions, Vector
 from muonkit.lab.plan_layouts import LAYOUTS, Mesh, choose_layout, parse_mesh
 from muonkit.lab.plan_schemes import Scheme, schemes, seconds
 from muonkit.lab.shapes import ModelShape
-from muonkit.lab.store import write_atomically, write_json
+from muonkit.lab.store import encoded, write_atomically
 from muonkit.options import CHOICES
+from muonkit.stages import AFTER
 
-__all__ = ["Forecast", "assumptions", "forecast", "show", "summary", "write"]
+__all__ = [
+    "Forecast",
+    "assumptions",
+    "check_folders",
+    "forecast",
+    "show",
+    "summary",
+    "verdict",
+    "write",
+]
 
 #: Bytes/s of a rank's memory: half of what data sheets say, as
 #: `muonkit.distributed.machines.MACHINES`.
@@ -58,7 +68,7 @@ def assumptions(
     node: int = 8,
     dtype: str = "float32",
     exchange_dtype: str = "auto",
-    variant: str = "plain",
+    after: str = "none",
     replicas: str = "auto",
     **rates: float | None,
 ) -> Assumptions:
@@ -75,7 +85,7 @@ def assumptions(
         ("device", device, MACHINES),
         ("dtype", dtype, _ITEMSIZES),
         ("exchange dtype", exchange_dtype, CHOICES["exchange_dtype"]),
-        ("variant", variant, CHOICES["variant"]),
+        ("after", after, ("none", *AFTER)),
         ("choice of replicas", replicas, CHOICES["replicas"]),
     ):
         if got not in options:
@@ -91,7 +101,7 @@ def assumptions(
         memory=memory,
         itemsize=_ITEMSIZES[dtype],
         comm_itemsize=_ITEMSIZES.get(exchange_dtype),
-        variant=variant,
+        after=after,
         replicas=replicas,
     )
 
@@ -231,15 +241,30 @@ def write(found: Forecast, plot: Path | None, json_file: Path | None) -> None:
 
     Raises:
         LabError: matplotlib knows no such kind of picture.
-        OSError: a file cannot be written.
+        RunError: a file cannot be written.
     """
     if plot is not None:
         # Here, because it brings matplotlib, which takes a second.
         from muonkit.lab.plots import bars_plot
 
-        write_atomically(plot, bars_plot(*panels(found), plot.suffix.removeprefix(".") or "png"))
+        image = bars_plot(*panels(found), plot.suffix.removeprefix(".") or "png")
+        write_atomically(plot, image, "name another file with --plot")
     if json_file is not None:
-        write_json(json_file, summary(found))
+        write_atomically(json_file, encoded(summary(found)), "name another file with --json")
+
+
+def check_folders(**files: Path | None) -> None:
+    """Refuse files whose folder is not there, by the names of their options, before all the work.
+
+    Raises:
+        LabError: that is so.
+    """
+    for option, file in files.items():
+        if file is not None and not file.parent.is_dir():
+            raise LabError(
+                f"--{option} {file}: there is no folder {file.parent}; make it, or name another "
+                f"file with --{option}"
+            )
 
 
 # -- as a table -----------------------------------------------------------------------------------
@@ -248,6 +273,7 @@ def write(found: Forecast, plot: Path | None, json_file: Path | None) -> None:
 def show(console: Console, found: Forecast) -> None:
     """Print the table and what it rests on."""
     model, assume = found.model, found.assume
+    console.print(verdict(found), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{model.name}: {model.elements():,} parameters, {model.elements('muon'):,} of them "
         f"Muon's; {found.ranks:,} ranks, mesh {found.mesh}\nlayout {found.layout}: "
@@ -264,6 +290,24 @@ def show(console: Console, found: Forecast) -> None:
         shown.add_row(heading, *cells, end_section=heading in _LAST)
     console.print(shown)
     console.print(_notes(found), highlight=False, markup=False, soft_wrap=True)
+
+
+def verdict(found: Forecast) -> str:
+    """What a step costs, in a few sentences."""
+    ours, theirs = found.schemes[0], next(s for s in found.schemes if s.name.startswith("AdamW"))
+    took, costs = seconds(ours, found.assume), ours.costs
+    fastest, slowest = _time(took.overlapped), _time(took.serial)
+    span = fastest if fastest == slowest else f"{fastest} to {slowest}"
+    theirs_took = seconds(theirs, found.assume).serial
+    sent = float((costs.sent_in + costs.sent_out).max())
+    short = " Latencies, which are left out, will be more than that." if took.serial < 1e-4 else ""
+    return (
+        f"A step takes {span} at the assumed rates, AdamW's {_time(theirs_took)}."
+        f"{short} The slowest rank's part of it: products {_time(took.products)}, exchange "
+        f"{_time(took.exchange)}, elementwise {_time(took.elementwise)}. A rank sends "
+        f"{f'at most {_si(sent)}B' if sent else 'nothing'}; its memory peaks at "
+        f"{_si(float(peak(ours).max()))}B, without activations."
+    )
 
 
 #: Rows that end a section of the table.
@@ -344,4 +388,7 @@ def _digits(figure: float) -> str:
 def _time(took: float) -> str:
     if took >= 0.9995:
         return f"{_digits(took)} s"
-    return f"{_digits(took * 1e3)} ms" if took >= 1e-3 else f"{took * 1e6:.0f} us"
+    for unit, name in ((1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")):
+        if took >= 0.9995 * unit:
+            return f"{_digits(took / unit)} {name}"
+    return "< 1 ns" if took else "0"

@@ -23,11 +23,12 @@ from rich.text import Text
 import muonkit
 from muonkit._text import shown
 from muonkit.lab.errors import LabError
-from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.optimizers import SCALE, get_optimizer, title_of
 from muonkit.lab.pictures import dark
 from muonkit.lab.results import NOTES, Outcome, rows, transposed, verdicts
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
+from muonkit.lab.tasks import Task
 
 
 def environment() -> dict[str, str]:
@@ -68,6 +69,7 @@ class Material:
         attempts: every run, the sweep's included.
         records: the measurements of each of ``outcomes``, by ``"NAME/SEED"``.
         recordings: what the monitor wrote on seed 0, by the run's title.
+        caveat: of `caveat`, what to keep in mind beside the verdict.
     """
 
     config: Record
@@ -78,12 +80,19 @@ class Material:
     attempts: Sequence[Outcome]
     records: dict[str, list[Record]]
     recordings: Mapping[str, Path] = field(default_factory=dict)
+    caveat: str = ""
 
 
 def notes(config: Record) -> str:
     """What the table's figures mean."""
     jobs, every = config.get("jobs", 1), config.get("monitor")
     said = [NOTES]
+    muons = [title_of(name) for name in config.get("optimizers", ()) if get_optimizer(name).scaled]
+    if muons:
+        said.append(
+            f'lr of {_and(muons)}: in units of adjust_lr_fn="{SCALE}", where an entry of a hidden '
+            "matrix moves by about 0.2 lr in a step; MuonW's own default is another unit."
+        )
     if jobs > 1:
         said.append(f"{jobs} runs were trained at a time: times are those of a loaded machine.")
     if every:
@@ -91,10 +100,35 @@ def notes(config: Record) -> str:
     return " ".join(said)
 
 
-def show(console: Console, task: str, outcomes: Sequence[Outcome], note: str = NOTES) -> None:
+def _and(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def caveat(config: Record, task: Task) -> str:
+    """That default learning rates were taken to another length or batch; empty if none were."""
+    defaults = [name for name in config["optimizers"] if config["lr"][name] == task.lr[name]]
+    own = str(task.budget), task.batch_size
+    if config["sweep"] or not defaults or (config["budget"], config["batch_size"]) == own:
+        return ""
+    batch = f" with batches of {task.batch_size}" if config["batch_size"] != task.batch_size else ""
+    return (
+        f"The learning rates of {_and([title_of(name) for name in defaults])} are defaults for "
+        f"{task.budget}{batch}. In runs like these others may be better, and another optimizer may "
+        "win with them: --sweep chooses them, --lr sets them."
+    )
+
+
+def show(
+    console: Console,
+    task: str,
+    outcomes: Sequence[Outcome],
+    note: str = NOTES,
+    caveat: str = "",
+) -> None:
     """Print the verdict and the table of results: a column per optimizer, to fit 80 characters."""
-    for verdict in verdicts(outcomes):
-        console.print(verdict, highlight=False, markup=False)
+    for said in (*verdicts(outcomes), *filter(None, [caveat])):
+        console.print(said, highlight=False, markup=False)
     headings, lines = transposed(rows(outcomes))
     # Cells are `Text`, since rich reads plain strings in a table as markup.
     filled = Table(title=Text(f"muonkit compare {shown(task)}"))
@@ -212,6 +246,7 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     page = templates.get_template("report.html.j2").render(
         task=task,
         verdicts=verdicts(material.outcomes),
+        caveat=material.caveat,
         summary=material.summary,
         data=material.data,
         notes=notes(material.config),

@@ -6,6 +6,7 @@ kernels or pickled weights, is neither run nor read. No weights are allocated ei
 built on the meta device, where the largest costs as little as the smallest.
 """
 
+import ast
 import importlib
 import os
 import sys
@@ -22,6 +23,7 @@ from torch import nn
 
 from muonkit._text import meant
 from muonkit.lab.errors import LabError
+from muonkit.lab.files import UnfitError, read
 
 #: More than any config.json has, in bytes.
 _MOST = 1 << 24
@@ -41,6 +43,8 @@ def load_model(spec: str) -> nn.Module:
     """
     if ":" in spec and not Path(spec).exists():
         return _from_import(spec)
+    if spec.endswith(".py"):
+        _refuse_file(spec, "")
     return _from_transformers(spec)
 
 
@@ -79,7 +83,7 @@ def _meant(name: str) -> str:
 
 
 def _refuse_file(file: str, factory: str) -> None:
-    """Refuse ``folder/module.py:factory``, and say how the module is called.
+    """Refuse ``folder/module.py:factory``, or that without a factory, and say what is written.
 
     Raises:
         LabError: always.
@@ -88,8 +92,21 @@ def _refuse_file(file: str, factory: str) -> None:
     with suppress(ValueError):
         path = path.resolve().relative_to(Path.cwd())
     name = ".".join(part for part in path.with_suffix("").parts if part.isidentifier())
-    hint = f"did you mean {f'{name}:{factory}'!r}? " if Path(file).is_file() else _meant(name)
+    hint = _meant(name)
+    if Path(file).is_file():
+        offered = [factory] if factory else _factories(Path(file))
+        options = " or ".join(repr(f"{name}:{each}") for each in offered)
+        hint = f"did you mean {options}? " if options else f"as {name}:build, "
     raise LabError(f"{file!r} is a file's name: {hint}write package.module:factory")
+
+
+def _factories(file: Path) -> list[str]:
+    """Functions and models that a module defines, as far as its text shows: it is not run."""
+    with suppress(OSError, ValueError, SyntaxError, UnfitError):
+        body = ast.parse(read(file, _MOST)).body
+        named = [s.name for s in body if isinstance(s, ast.FunctionDef | ast.ClassDef)]
+        return [name for name in named if not name.startswith("_")][:3]
+    return []
 
 
 def _from_import(spec: str) -> nn.Module:

@@ -80,13 +80,14 @@ def _int(text: str) -> int:
     return int(text)
 
 
-def _encoded(value: object) -> bytes:
+def encoded(value: object) -> bytes:
+    """``value`` as JSON text."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace")  # of a lone surrogate: JSON's own escape
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomically(path, _encoded(value))
+    write_atomically(path, encoded(value))
 
 
 def write_sealed(path: Path, value: Record) -> None:
@@ -95,7 +96,7 @@ def write_sealed(path: Path, value: Record) -> None:
 
 
 def _sealed(value: Record) -> bytes:
-    return _encoded({**value, _SUM: hashlib.sha256(_encoded(value)).hexdigest()})
+    return encoded({**value, _SUM: hashlib.sha256(encoded(value)).hexdigest()})
 
 
 def read_sealed(path: Path) -> Record:

@@ -20,12 +20,19 @@ from muonkit.routing.places import Site, name_set, unwrap
 from muonkit.routing.rules import RoutingError
 from muonkit.routing.survey import Survey, survey
 from muonkit.routing.table import as_module
+from muonkit.routing.verdicts import UnknownHeads
 from muonkit.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["AttentionHeads", "HeadSlice", "HeadView", "attention_heads", "find_attention"]
+__all__ = [
+    "AttentionHeads",
+    "HeadSlice",
+    "HeadView",
+    "attention_heads",
+    "find_attention",
+]
 
 _AFFIXES = r"(?:(?:to|proj|linear|lin|fc|w|W)_?)?(?:{})(?:_?(?:proj|lin|linear|layer|attn))?"
 _Q, _K, _V = (re.compile(_AFFIXES.format(names)) for names in ("q|query", "k|key", "v|value"))
@@ -92,10 +99,21 @@ class AttentionHeads:
 
 
 class HeadView(NamedTuple):
-    """How a parameter is cut so that every head is a matrix: the last steps of a view, and why."""
+    """How a parameter is cut so that every head is a matrix.
+
+    Attributes:
+        split: the last steps of its view; empty where there is one head.
+        reason: in a few words.
+    """
 
     split: str
     reason: str
+
+    def within(self, view: str) -> str:
+        """The view that has this cut in place of its own."""
+        steps = [step for step in View.parse(view).steps if not step.startswith("split")]
+        found = " > ".join([*steps, self.split] if self.split else steps)
+        return found.removeprefix("matrix > ")
 
 
 class _Unknown(ValueError):
@@ -109,8 +127,12 @@ class _Layer(NamedTuple):
     site: Site
     rows: int
     cols: int
-    transposed: bool
+    view: str  # as judged
     biased: bool
+
+    @property
+    def transposed(self) -> bool:
+        return "transpose" in View.parse(self.view).steps
 
 
 @dataclass
@@ -135,12 +157,24 @@ class _Found:
         apart = self.q is not None and (self.kv or (self.k and self.v)) is not None
         return self.qkv is not None or latent or apart
 
-    def layers(self) -> list[_Layer]:
-        """Those that have heads."""
-        latent = (self.q_up or self.q, self.kv_up) if self.kv_up else ()
-        apart = (self.q, self.k, self.v, self.kv)
-        found = (self.qkv,) if self.qkv else latent or apart
-        return [layer for layer in (*found, self.o) if layer is not None]
+    def unknown(self, why: str) -> dict[int, UnknownHeads]:
+        """The weights that have heads, where it is not known which."""
+        layers: list[tuple[_Layer | None, str]]
+        if self.qkv is not None:
+            layers = [(self.qkv, "rows=ALL_HEADS")]
+        elif self.kv_up is not None:
+            layers = [(self.q_up or self.q, "rows=HEADS"), (self.kv_up, "rows=HEADS")]
+        else:
+            layers = [(self.q, "rows=HEADS"), (self.k, "rows=KV_HEADS"), (self.v, "rows=KV_HEADS")]
+            layers.append((self.kv, "rows=2*KV_HEADS"))
+        layers.append((self.o, "cols=HEADS"))
+        return {
+            layer.key: UnknownHeads(
+                self.name, why, HeadView(f"split({cut})", why).within(layer.view)
+            )
+            for layer, cut in layers
+            if layer is not None
+        }
 
 
 def attention_heads(model: nn.Module | Mapping[str, nn.Module]) -> tuple[AttentionHeads, ...]:
@@ -151,24 +185,25 @@ def attention_heads(model: nn.Module | Mapping[str, nn.Module]) -> tuple[Attenti
     """
     found, _, unknown = find_attention(survey(unwrap(as_module(model)), []))
     if unknown:
-        raise RoutingError("\n".join(unknown.values()))
+        lines = dict.fromkeys(f"{each.module}: {each.why}" for each in unknown.values())
+        raise RoutingError("\n".join(lines))
     return tuple(found)
 
 
 def find_attention(
     facts: Survey,
-) -> tuple[list[AttentionHeads], dict[int, HeadView], dict[int, str]]:
+) -> tuple[list[AttentionHeads], dict[int, HeadView], dict[int, UnknownHeads]]:
     """The heads of all attention modules; for each weight (by id) the view that has them as
-    matrices; and for each weight of a module whose heads are unknown, why they are.
+    matrices; and the weights of the modules whose heads are unknown.
     """
     found: list[AttentionHeads] = []
     views: dict[int, HeadView] = {}
-    unknown: dict[int, str] = {}
+    unknown: dict[int, UnknownHeads] = {}
     for module in _modules(facts):
         try:
             heads, cuts = _latent(module) if module.kv_up else _plain(module)
         except _Unknown as error:
-            unknown |= {layer.key: f"{module.name}: {error}" for layer in module.layers()}
+            unknown |= module.unknown(str(error))
             continue
         found.append(heads)
         views |= cuts
@@ -239,7 +274,7 @@ def _layer(facts: Survey, key: int, sites: list[Site], named: set[str]) -> _Laye
     transposed = "transpose" in View.parse(view).steps
     rows, cols = param.shape[:2][::-1] if transposed else param.shape[:2]
     bias = re.sub(r"weight$", "bias", site.name)
-    return _Layer(key, site, rows, cols, transposed, bias in named and bias != site.name)
+    return _Layer(key, site, rows, cols, view, bias in named and bias != site.name)
 
 
 def _kind(site: Site, rows: int, cols: int) -> str | None:
@@ -439,8 +474,8 @@ def _outputs(module: _Found, heads: int, value_dim: int, cuts: dict[int, HeadVie
         raise _Unknown(
             f"the {layer.cols} columns of {layer.site.name} are no {heads} heads of {value_dim}"
         )
-    if heads > 1:
-        cuts[layer.key] = HeadView(f"split(cols={heads})", f"what {heads} heads give, by columns")
+    split = f"split(cols={heads})" if heads > 1 else ""
+    cuts[layer.key] = HeadView(split, f"columns of {heads} heads")
     return _slices(layer, value_dim, heads, columns=True)
 
 
@@ -468,7 +503,8 @@ def _slices(
 
 
 def _rows_view(layer: _Layer, size: int, reason: str) -> HeadView:
-    return HeadView(f"split(rows={layer.rows // size})", reason)
+    count = layer.rows // size
+    return HeadView(f"split(rows={count})" if count > 1 else "", reason)
 
 
 def _sizes_view(layer: _Layer, sizes: Sequence[int], reason: str) -> HeadView:

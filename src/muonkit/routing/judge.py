@@ -165,7 +165,7 @@ def _vector_reason(site: Site, param: nn.Parameter) -> str:
     if param.numel() == 0:
         return "empty"
     if is_token_or_position(label):
-        return "token or positional"
+        return "learned token or position"
     if label.startswith("bias") or label.endswith("bias"):
         return "bias"
     if param.numel() == 1:

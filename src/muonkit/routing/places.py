@@ -32,6 +32,7 @@ __all__ = [
     "is_linear",
     "name_set",
     "sites_of",
+    "starred",
     "tree",
     "unwrap",
     "walk",
@@ -52,6 +53,8 @@ _ADAPTED_COMPONENTS = ("base_layer", "original_module")
 
 # torch.nn.utils' older weight_norm, spectral_norm and pruning rename the parameter they act on.
 _RENAMED = {"weight_v": "weight", "weight_orig": "weight"}
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 # Parts that serve the others, and give nothing that leaves the model.
 _SIDE = re.compile(
@@ -232,6 +235,11 @@ class Models(nn.Module):
         super().__init__()
         # add_module would refuse names of attributes ("type") and names with dots.
         cast("dict[str, nn.Module | None]", own_modules(self)).update(models)
+
+
+def starred(name: str) -> str:
+    """A parameter's name with `*` for the indices of layers: `h.*.attn.weight`."""
+    return _INDEX.sub("*", name)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

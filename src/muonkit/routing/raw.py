@@ -159,7 +159,7 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
     embedded = not words.isdisjoint(_EMBEDDING) and _PROJECTION.isdisjoint(last)
     tokens = not words.isdisjoint(_TOKENS) and words.isdisjoint(_WEIGHT)
     if positional or embedded or tokens or _POSITION_CLASS.search(owner):
-        return adamw("token or positional", decay=False)
+        return adamw("learned token or position", decay=False)
     if _is_embedding(site, param):
         return adamw(f"embedding ({owner})")
     entries = not words.isdisjoint(_ENTRIES) and (not last or last[0] not in _WEIGHT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,14 +11,22 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from muonkit._text import shown
+from muonkit.routing.places import starred
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from muonkit.routing.judge import Undecided
     from muonkit.routing.places import Site
+    from muonkit.routing.verdicts import Undecided, UnknownHeads
 
-__all__ = ["UNDECIDED", "Open", "open_message", "unmatched_message", "warning_message"]
+__all__ = [
+    "UNDECIDED",
+    "Open",
+    "heads_message",
+    "open_message",
+    "unmatched_message",
+    "warning_message",
+]
 
 # How the reason begins where AdamW trains a parameter because nothing decides about it.
 UNDECIDED = "undecided: "
@@ -91,6 +98,27 @@ def warning_message(names: Sequence[str]) -> str:
     )
 
 
+def heads_message(found: Mapping[str, UnknownHeads]) -> str:
+    """The weights, by name, that per_head=True cannot cut, with the rules that do."""
+    index = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+    why = dict.fromkeys(f"  {index.sub('*', each.module)}: {each.why}" for each in found.values())
+    rules = dict.fromkeys(
+        f"      Rule({_escaped(index.sub('*', name))!r}, view={each.view!r}),"
+        for name, each in found.items()
+    )
+    return "\n".join(
+        [
+            "per_head=True, but the heads of some attention cannot be told:",
+            *why,
+            "rules cut them, with numbers for HEADS (of queries), KV_HEADS (of keys, and of",
+            "values) and ALL_HEADS (of all three); a view without a split leaves one whole:",
+            "  rules=[",
+            *rules,
+            "  ]",
+        ]
+    )
+
+
 def unmatched_message(rule: object, match: object, names: Sequence[str]) -> str:
     """A rule that matches no parameter: what it may have meant."""
     meant = ""
@@ -111,25 +139,24 @@ def _kinds(found: Sequence[Open], others: Sequence[str]) -> list[tuple[str, Open
     """(name or pattern, the first that it stands for, how many they are)."""
     if len(found) <= _MOST_LINES:
         return [(each.site.name, each, 1) for each in found]
-    numbers = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-    kinds = Counter(_kind(each, numbers) for each in found)
-    taken = {numbers.sub("*", name) for name in others}
+    kinds = Counter(map(_kind, found))
+    taken = set(map(starred, others))
     firsts: dict[str, Open] = {}
     rows = []
     for each in found:
-        kind = _kind(each, numbers)
+        kind = _kind(each)
         if kinds[kind] == 1 or kind[0] in taken:
             rows.append((each.site.name, each, 1))
         elif kind[0] not in firsts:
             firsts[kind[0]] = each
             rows.append((kind[0], each, kinds[kind]))
-        elif _kind(firsts[kind[0]], numbers) != kind:
+        elif _kind(firsts[kind[0]]) != kind:
             rows.append((each.site.name, each, 1))
     return rows
 
 
-def _kind(each: Open, numbers: re.Pattern[str]) -> tuple[str, str, str, str]:
-    return (numbers.sub("*", each.site.name), each.shape, each.site.owner_class, str(each.error))
+def _kind(each: Open) -> tuple[str, str, str, str]:
+    return (starred(each.site.name), each.shape, each.site.owner_class, str(each.error))
 
 
 def _escaped(pattern: str) -> str:

@@ -10,15 +10,22 @@ from typing import TYPE_CHECKING, Literal
 
 import torch.nn as nn
 
-from muonkit._text import unknown
-from muonkit.options import OF_ALGORITHM
+from muonkit._text import shown, unknown
+from muonkit.options import OF_ALGORITHM, take_other_names_
 from muonkit.routing.remedies import unmatched_message
 from muonkit.views import View
 
 if TYPE_CHECKING:
     from muonkit.routing.survey import Survey
 
-__all__ = ["HYPERPARAMETERS", "RoutingError", "Rule", "choose_rules"]
+__all__ = [
+    "HYPERPARAMETERS",
+    "RoutingError",
+    "Rule",
+    "RuleMisfitError",
+    "choose_rules",
+    "misfits_message",
+]
 
 Predicate = Callable[[str, nn.Parameter, nn.Module], bool]
 
@@ -29,6 +36,30 @@ _OPTIONS = HYPERPARAMETERS["muon"] | HYPERPARAMETERS["adamw"]
 
 class RoutingError(ValueError):
     """A model or a rule that cannot be routed; the message names the parameter and the remedy."""
+
+
+class RuleMisfitError(RoutingError):
+    """A rule that does not fit a parameter: one that fits none of many is told once."""
+
+    def __init__(self, before: str, name: str, after: str) -> None:
+        super().__init__(f"{before} {name}{after}")
+        self.parts, self.name = (before, after), name
+
+
+def misfits_message(errors: Sequence[RuleMisfitError]) -> str:
+    """A line for each reason, with the parameters that share it."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        names.setdefault(error.parts, []).append(error.name)
+    return "\n".join(
+        f"{before} {_listed(found)}{after}" for (before, after), found in names.items()
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > 4:
+        return f"{', '.join(map(shown, names[:3]))} and {len(names) - 3} others"
+    return ", ".join(map(shown, names))
 
 
 @dataclass(frozen=True)
@@ -89,6 +120,12 @@ class Rule:
                 View.parse(self.view)
             except ValueError as error:
                 raise RoutingError(f"{self}: {error}") from error
+        options = dict(self.options)
+        try:
+            take_other_names_(options)
+        except ValueError as error:
+            raise RoutingError(f"{self}: {error}") from error
+        object.__setattr__(self, "options", options)
         foreign = sorted(self.options.keys() - _OPTIONS - _RESERVED)
         if foreign:
             raise RoutingError(f"{self}: {unknown('option', foreign[0], sorted(_OPTIONS))}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard, overload
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from muonkit._text import shown
 from muonkit.options import spelled
-from muonkit.routing.places import Models, unwrap
+from muonkit.routing.places import Models, starred, unwrap
 from muonkit.routing.rules import RoutingError
 from muonkit.routing.survey import survey
 from muonkit.scale import ROUTED, Scale
@@ -59,7 +60,9 @@ class Route:
 
 
 class Routes(Sequence[Route]):
-    """The routes of a model, in registration order. `print` it to see the table."""
+    """The routes of a model, in registration order. `print` it to see the table, where layers that
+    repeat are one line each.
+    """
 
     def __init__(self, routes: Sequence[Route], scale: str | Scale = ROUTED) -> None:
         self._routes = tuple(routes)
@@ -84,9 +87,29 @@ class Routes(Sequence[Route]):
         return f"<Routes: {self.summary()}>"
 
     def __str__(self) -> str:
-        """The table, one parameter a line, and the counts as its last line."""
-        rows = [_COLUMNS, *(tuple(map(shown, _cells(route))) for route in self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+        return self.table()
+
+    def table(self, *, fold: bool = True) -> str:
+        """The routes as text, and the counts as the last line.
+
+        Args:
+            fold: parameters that differ only in the index of a layer share a line, which counts
+                them and has `*` for the index (so the name is a pattern for a `Rule`); False:
+                every parameter has a line.
+        """
+        rows = [_COLUMNS, *map(_cells, self)]
+        counts = Counter(_cells(route, starred) for route in self)
+        if fold and len(counts) < len(self):
+            lines_of: dict[
+                tuple[str, ...], tuple[str, ...]
+            ] = {}  # in the order of their first parameters
+            for route in self:
+                kind = _cells(route, starred)
+                row = kind if counts[kind] > 1 else _cells(route)
+                lines_of.setdefault(kind, (f"{counts[kind]}×", *row))
+            rows = [("count", *_COLUMNS), *lines_of.values()]
+        rows = [tuple(map(shown, row)) for row in rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join([*(line.rstrip() for line in lines), self.summary()])
@@ -205,11 +228,12 @@ def _same_key(group: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
     )
 
 
-def _cells(route: Route) -> tuple[str, ...]:
-    also = f" (also {', '.join(route.aliases)})" if route.aliases else ""
+def _cells(route: Route, spell: Callable[[str], str] = str) -> tuple[str, ...]:
+    """A row of the table, the names as `spell` writes them."""
+    also = f" (also {', '.join(map(spell, route.aliases))})" if route.aliases else ""
     scales = route.scale if isinstance(route.scale, tuple) else (route.scale,)
     return (
-        route.name,
+        spell(route.name),
         "×".join(map(str, route.shape)) or "scalar",
         route.view or "-",
         route.algorithm,
