@@ -565,8 +565,10 @@ def test_a_step_without_a_measured_pass_is_refused_before_it() -> None:
         model.layers[0](batch(0))
     with pytest.warns(UserWarning, match="has not seen 1 of 2 attention modules"):
         optimizer.step()
-    optimizer.step()  # seen once; a step without a pass clips nothing
-    assert clip.step == 2
+    with pytest.warns(UserWarning, match="clips nothing in it"):
+        optimizer.step()
+    optimizer.step()  # it was told
+    assert clip.step == 3
 
 
 def test_logits_by_hand_are_checked() -> None:
@@ -579,3 +581,7 @@ def test_logits_by_hand_are_checked() -> None:
         clip.clip({"layers.0": [1.0] * 3})
     with pytest.raises(ValueError, match="one logit for each head"):
         clip.clip({"layers.0": torch.ones(4, 4)})
+    assert clip.step == 0
+    clip.clip({"layers.0": [1.0] * 4})
+    assert clip.latest is not None
+    assert (clip.step, clip.latest["step"]) == (1, 1)

@@ -73,7 +73,7 @@ class QKClip:
             nor the optimizer's own process_group say it; False: no other rank does.
 
     Attributes:
-        step: how many steps were taken.
+        step: how many steps were taken; where nothing is hooked, how often `clip` was called.
         latest: of the last measurement, None before: ``{"step": n, "max_logits": {name: one for
             each head}, "eta": {name: one for each group of heads that share a key}}``, tensors on
             the model's device, before the clipping. A NaN among the logits is shown as inf; such
@@ -114,7 +114,7 @@ class QKClip:
         self._settle()
         self._groups()
         self._most: dict[str, Tensor] = {}
-        self._ever = False
+        self._ever = self._warned = False
         self._open: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
         if measure:
@@ -141,6 +141,8 @@ class QKClip:
                 raise ValueError(unknown("attention module", name, by_name))
             found = torch.as_tensor(values).detach()
             most[name] = self._of_all_heads(by_name[name], found)
+        if not self._hooks:
+            self.step += 1
         self._clip(most)
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,7 +256,16 @@ class QKClip:
             watch.active = False
         self._open.clear()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
-        if self._ever or not self.measures or closure is not None:
+        if not self.measures or closure is not None:
+            return
+        if self._ever:
+            if not self._most and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "QK-clip saw no attention module run before this step, and clips nothing in "
+                    "it: were the passes compiled, or in eval mode? It is not told again",
+                    stacklevel=2,
+                )
             return
         missing = [a.name for a in self._attentions if a.name not in self._most]
         if len(missing) == len(self._attentions):
