@@ -376,6 +376,45 @@ def test_parameters_that_were_replaced_are_found() -> None:
     assert torch.equal(old, kept)  # type: ignore[arg-type]
 
 
+def test_biases_may_be_another_optimizers() -> None:
+    model = Net()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    optimizer = torch.optim.SGD(matrices, lr=0.0)
+    clip = QKClip(model, optimizer, 0.1)
+    for _ in range(2):
+        step(model, optimizer, batch(0))
+    assert max(logits_of(clip)["layers.0"].tolist()) == pytest.approx(0.1)
+    clip.close()
+    for p in model.parameters():
+        p.requires_grad_(p.ndim == 2)
+    with pytest.raises(ValueError, match="does not train it"):
+        QKClip(model, optimizer)
+
+
+def test_an_interrupted_forward_pass_measures_nothing_later() -> None:
+    model = Net()
+    optimizer = still(model)
+    clip = QKClip(model, optimizer, 1e6)
+    step(model, optimizer, batch(0))
+    expected = logits_of(clip)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.layers[1].o_proj.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
+    with pytest.raises(KeyboardInterrupt):
+        model(batch(0))
+    handle.remove()
+    try:
+        step(model, optimizer, batch(0))  # its own measurement is of what was interrupted, too
+        step(model, optimizer, batch(0))
+        for name, most in logits_of(clip).items():
+            torch.testing.assert_close(most, expected[name])
+    finally:
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+
+
 def test_a_forward_that_raised_leaves_no_watch_behind() -> None:
     model = Net()
     optimizer = still(model)
@@ -526,8 +565,10 @@ def test_a_step_without_a_measured_pass_is_refused_before_it() -> None:
         model.layers[0](batch(0))
     with pytest.warns(UserWarning, match="has not seen 1 of 2 attention modules"):
         optimizer.step()
-    optimizer.step()  # seen once; a step without a pass clips nothing
-    assert clip.step == 2
+    with pytest.warns(UserWarning, match="clips nothing in it"):
+        optimizer.step()
+    optimizer.step()  # it was told
+    assert clip.step == 3
 
 
 def test_logits_by_hand_are_checked() -> None:
@@ -540,3 +581,7 @@ def test_logits_by_hand_are_checked() -> None:
         clip.clip({"layers.0": [1.0] * 3})
     with pytest.raises(ValueError, match="one logit for each head"):
         clip.clip({"layers.0": torch.ones(4, 4)})
+    assert clip.step == 0
+    clip.clip({"layers.0": [1.0] * 4})
+    assert clip.latest is not None
+    assert (clip.step, clip.latest["step"]) == (1, 1)

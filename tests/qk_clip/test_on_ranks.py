@@ -104,14 +104,31 @@ def make(layout: str, model: Net, kind: str) -> tuple[nn.Module, torch.optim.Opt
     elif layout == "tp":
         colwise(model, init_device_mesh("cpu", (ranks,)))
         ranks, at = 1, 0
-    elif layout in ("fsdp2_tp", "dp_tp"):
+    elif layout == "dp_tp_zero1":
+        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "tp"))
+        colwise(model, mesh["tp"])
+        ranks, at = ranks // 2, mesh["dp"].get_local_rank()
+        options = {"process_group": mesh["dp"], "zero": 1}
+        group = mesh["dp"].get_group()
+    elif layout == "fsdp2_tp":
         mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "tp"))
         colwise(model, mesh["tp"])
         ranks, at = ranks // 2, mesh["dp"].get_local_rank()
         for layer in model.layers:
             fully_shard(layer, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
-    return wrapped, optimizer_of(kind, model, **options), ranks, at
+    optimizer = optimizer_of(kind, model, **options)
+    if layout == "dp_tp_zero1":  # what DDP would do
+        optimizer.register_step_pre_hook(lambda *_: average(model, group, ranks))
+    return wrapped, optimizer, ranks, at
+
+
+def average(model: nn.Module, group: Any, ranks: int) -> None:
+    for p in model.parameters():
+        grad = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        assert grad is not None
+        dist.all_reduce(grad, group=group)
+        grad /= ranks
 
 
 def deviation(layout: str, kind: str, heads: tuple[int, int, int]) -> float:
@@ -145,6 +162,11 @@ def equals_one_process(layout: str, kind: str) -> float:
 @CASES.on(4, kind=["sgd", "muonw"])
 def equals_one_process_with_heads_cut_twice(kind: str) -> float:
     return deviation("fsdp2_tp", kind, EVEN)
+
+
+@CASES.on(4, kind=["muonw"])
+def equals_one_process_with_two_replicas_of_two_shards(kind: str) -> float:
+    return deviation("dp_tp_zero1", kind, EVEN)
 
 
 @CASES.on(4, kind=["sgd", "muonw"])

@@ -7,8 +7,8 @@ micro-batches and ranks since the last step, η = min(1, tau / S)::
 
 so that every logit of the head is η times what it was. With multi-head latent attention (MLA) a
 logit is q_nope · k_nope + q_rope · k_rope, and k_rope is the same for all heads: q_nope and k_nope
-are scaled as above, q_rope by η, k_rope not at all. Sources: Kimi K2 (arXiv 2507.20534), algorithm
-1; Megatron-Core's `clip_qk` does the same and has alpha.
+are scaled as above, q_rope by η, k_rope not at all. Sources: Kimi K2 (arXiv 2507.20534), section
+2.1 and algorithm 1; Megatron-Core's `clip_qk`, which does the same and has alpha.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class QKClip:
             nor the optimizer's own process_group say it; False: no other rank does.
 
     Attributes:
-        step: how many steps were taken.
+        step: how many steps were taken; where nothing is hooked, how often `clip` was called.
         latest: of the last measurement, None before: ``{"step": n, "max_logits": {name: one for
             each head}, "eta": {name: one for each group of heads that share a key}}``, tensors on
             the model's device, before the clipping. A NaN among the logits is shown as inf; such
@@ -114,7 +114,7 @@ class QKClip:
         self._settle()
         self._groups()
         self._most: dict[str, Tensor] = {}
-        self._ever = False
+        self._ever = self._warned = False
         self._open: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
         if measure:
@@ -141,6 +141,8 @@ class QKClip:
                 raise ValueError(unknown("attention module", name, by_name))
             found = torch.as_tensor(values).detach()
             most[name] = self._of_all_heads(by_name[name], found)
+        if not self._hooks:
+            self.step += 1
         self._clip(most)
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,9 +252,20 @@ class QKClip:
     # --- clipping -------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for _, watch in self._open:  # of a forward pass that was interrupted
+            watch.active = False
         self._open.clear()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
-        if self._ever or not self.measures or closure is not None:
+        if not self.measures or closure is not None:
+            return
+        if self._ever:
+            if not self._most and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "QK-clip saw no attention module run before this step, and clips nothing in "
+                    "it: were the passes compiled, or in eval mode? It is not told again",
+                    stacklevel=2,
+                )
             return
         missing = [a.name for a in self._attentions if a.name not in self._most]
         if len(missing) == len(self._attentions):
@@ -340,9 +353,11 @@ class QKClip:
         trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for scaled, before in self._params.items():
             p = scaled.parameter()
-            if id(p) not in trained:
+            # Biases may be another optimizer's: torch.optim.Muon takes matrices alone.
+            elsewhere = scaled.is_bias and p.requires_grad
+            if id(p) not in trained and not (elsewhere and is_dtensor(p) == is_dtensor(before)):
                 p = before
-            if id(p) not in trained:
+            if id(p) not in trained and not elsewhere:
                 raise ValueError(
                     f"{shown(scaled.path)} holds q or k, but the optimizer does not train it: "
                     "QK-clip scales both, so it is for models whose q and k are trained (a frozen "

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "max_logits"]
 
-# Logits of one block: 16 MiB of float32.
-BLOCK = 2**22
+# Logits of one block: 16 MiB of float32 on a CPU; elsewhere 64 MiB of bfloat16, for a small block
+# would wait for the launch of the next.
+BLOCK_ON_CPU, BLOCK = 2**22, 2**25
 # Rows of one block, at least, before the batch is cut: thin products are slow.
 ROWS = 64
 # An additive mask of this or less hides a position: exp(-1e4) is 0 in every dtype. Masks in use
@@ -35,7 +36,7 @@ def max_logits(
     is_causal: bool = False,
     *,
     scale: float | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Tensor:
     """The largest logit scale · q·k of each head over the batch and all positions that are seen.
 
@@ -51,7 +52,8 @@ def max_logits(
             (..., heads, L, S).
         is_causal: row i sees the columns up to i.
         scale: 1/√width where it is None.
-        block: how many logits are held at a time, at least one row of each head.
+        block: how many logits are held at a time, at least one row of each head; None: as many
+            as suit the device, 16 MiB on a CPU, 64 to 128 elsewhere.
 
     Returns:
         (heads,), in float64 for float64 and in float32 else; -inf where nothing is seen, NaN where
@@ -79,6 +81,8 @@ def max_logits(
     most = query.new_full((heads,), -math.inf, dtype=exact)
     if 0 in (*batch, rows, cols):
         return most
+    if block is None:
+        block = BLOCK_ON_CPU if query.device.type == "cpu" else BLOCK
     examples = max(1, block // (heads * cols * min(rows, ROWS)))
     for b in range(0, q.shape[0], examples):
         some = min(examples, q.shape[0] - b)
@@ -152,18 +156,20 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         calls: how many there were.
+        active: False for one that an interrupted forward pass left entered: it only passes on.
     """
 
     def __init__(self, found: Callable[[Tensor], None]) -> None:
         super().__init__()
         self._found = found
         self.calls = 0
+        self.active = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        measure = _MEASURES.get(func)
+        measure = _MEASURES.get(func) if self.active else None
         if measure is not None:
             self.calls += 1
             self._found(measure(*args, **kwargs))

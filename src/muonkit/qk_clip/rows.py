@@ -41,6 +41,7 @@ class Scaled:
         dim: the dim that the heads lie along.
         group: for every entry of that dim the heads whose η scales it; -1 where none does.
         power: for every entry what power of η.
+        is_bias: of the layer that makes q or k.
     """
 
     module: nn.Module
@@ -49,6 +50,7 @@ class Scaled:
     dim: int
     group: list[int]
     power: list[float]
+    is_bias: bool
 
     def parameter(self) -> Tensor:
         found: Tensor = getattr(self.module, self.label)
@@ -145,7 +147,15 @@ def _mark(
                         "heads=[...]"
                     )
             length = getattr(site.owner, site.label).shape[dim]
-            scaled[path] = Scaled(site.owner, site.label, path, dim, [-1] * length, [0.0] * length)
+            scaled[path] = Scaled(
+                site.owner,
+                site.label,
+                path,
+                dim,
+                [-1] * length,
+                [0.0] * length,
+                is_bias=path == part.bias,
+            )
         rows = scaled[path]
         if part.stop > len(rows.group):
             raise ValueError(
