@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muonkit import Muon
 from muonkit.distributed.step_plan import present_gradients
 from muonkit.views import blocks_of
-from tests.helpers import internals, zoo
+from tests.helpers import internals, sampling, zoo
 from tests.helpers.ranks import counted_collectives
 
 # Large steps: whatever goes wrong is to be seen in the parameters. Products in float32 on every
@@ -37,7 +37,8 @@ OPTIONS: dict[str, Any] = {
     "momentum": 0.9,
     "ns_dtype": "float32",
 }
-STEPS = 5
+# A fault in what a step keeps shows in the one after it, and one of resuming in the last of three.
+STEPS = 5 if sampling.is_whole() else 3
 # A few roundings of float32, of a tensor's largest magnitude: as in distributed/test_parity.py.
 EXACT = 1e-6
 
@@ -185,7 +186,7 @@ def assert_equals_one_process(model: nn.Module, optimizer: Muon, variant: str = 
 
 # --- checkpoints --------------------------------------------------------------------------------
 
-SAVED_AFTER = 2
+SAVED_AFTER = 2 if sampling.is_whole() else 1
 
 
 def checkpoint(model: nn.Module, optimizer: Muon) -> dict[str, Any]:
