@@ -63,8 +63,10 @@ def spectra(m: int, n: int) -> dict[str, Tensor]:
 def exact(G: Tensor, schedule: str) -> Tensor:
     """U p(S) V^T in float64."""
     iterations = resolve(schedule)
-    U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    s = S / (S.norm() * iterations.margin)
+    X = G.double() / (G.double().norm() * iterations.margin)
+    if iterations.balanced:
+        X = X / (X @ X.mT).abs().sum(1, keepdim=True).sqrt().clamp_min(1e-300)
+    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
     for a, b, c in iterations.triples:
         s = a * s + b * s**3 + c * s**5
     return (U * s) @ Vh

@@ -14,23 +14,26 @@ from muonkit.muonw import MuonW
 from muonkit.newton_schulz.orthogonalizer import orthogonalize
 from muonkit.optim import Muon
 from muonkit.routing.routes import Route, Routes, RoutingError, Rule, route
-from muonkit.variants import Variant
+from muonkit.stages import Constraint, Stage
 from muonkit.views import View
 
 if TYPE_CHECKING:
     from muonkit.monitor.monitor import Monitor
+    from muonkit.qk_clip.clip import QKClip
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Constraint",
     "Monitor",
     "Muon",
     "MuonW",
+    "QKClip",
     "Route",
     "Routes",
     "RoutingError",
     "Rule",
-    "Variant",
+    "Stage",
     "View",
     "__version__",
     "ddp_reduce_scatter_hook",
@@ -40,11 +43,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`Monitor` is imported when it is asked for: a training without it does not pay for it."""
+    """What is imported when it is asked for: a training without it does not pay for it."""
     if name == "Monitor":
         from muonkit.monitor.monitor import Monitor
 
         return Monitor
+    if name == "QKClip":
+        from muonkit.qk_clip.clip import QKClip
+
+        return QKClip
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

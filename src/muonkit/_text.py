@@ -11,7 +11,7 @@ __all__ = ["meant", "one_of", "shortened", "shown", "unknown"]
 def unknown(what: str, got: object, options: Iterable[object], also: str = "") -> str:
     """The message for a choice that is none of the documented ones.
 
-    "unknown variant 'normoun': did you mean 'normuon'? It is one of 'plain', 'normuon', 'adamuon'"
+    "unknown after 'normoun': did you mean 'normuon'? It is one of 'normuon', 'adamuon', ..."
 
     Args:
         what: the name of the option, or of the kind of thing that was looked up.

@@ -15,7 +15,7 @@ from muonkit._compile import copy_each_
 from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.newton_schulz.scratch import scratch
-from muonkit.variants import variant_of
+from muonkit.stages import kept_state
 from muonkit.views import Block, blocks_of, row_blocks
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ __all__ = [
     "ParamShards",
     "join",
     "make",
+    "multiply_",
+    "norms_of",
     "place",
     "planned",
     "stacked",
@@ -47,8 +49,8 @@ class LocalParam(NamedTuple):
 
     Attributes:
         param, grad, momentum: of one shape.
-        variance: the variant's state, None where it keeps none.
-        steps: how often the variant's state was updated, this time included.
+        variance: the stage's state, None where it keeps none.
+        steps: how often the stage's state was updated, this time included.
         copies: the mesh axes along which ranks compute the same. Only equal ones share a batch:
             padding and companions change the last bits, and copies must not drift apart.
     """
@@ -93,15 +95,17 @@ class ParamShards(NamedTuple):
 
 
 class MatrixStack(NamedTuple):
-    """Whole orthogonalized matrices of one shape, with what the variant keeps of them.
+    """Whole matrices of one shape, with what a stage keeps of them.
 
     Attributes:
         matrices: `(N, rows, cols)`, a view without padding.
+        numbers: theirs among the batch's matrices, in the order of `weight_norms`.
         variance: `(N, rows, 1)`, `(N, rows, cols)` or None, written to in place.
         steps: `(N, 1, 1)` or None.
     """
 
     matrices: Tensor
+    numbers: slice | Tensor
     variance: Tensor | None
     steps: Tensor | None
 
@@ -121,15 +125,23 @@ class Batch(Protocol):
         ...
 
     def stacks(self, o: Sequence[Tensor]) -> Sequence[MatrixStack]:
-        """The matrices of `to_owners` without padding, by shape, with the variant's state."""
+        """The matrices of `to_owners` without padding, by shape, with the stage's state."""
         ...
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """Write the variant's state, as `stacks` has it now, back to the ranks that keep it."""
+        """Write the stage's state, as `stacks` has it now, back to the ranks that keep it."""
         ...
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Sequence[list[Tensor]]]:
         """The inverse of `to_owners`: for each of `param_shards`, what belongs to each piece."""
+        ...
+
+    def weight_norms(self) -> Pending[Tensor]:
+        """The Frobenius norm of the weight of every matrix of the batch, over all its shards."""
+        ...
+
+    def scale_weights_(self, factors: Tensor) -> None:
+        """Multiply the weights of every matrix by its factor, in the order of `weight_norms`."""
         ...
 
 
@@ -138,7 +150,7 @@ class ObservedBatch(Batch, Protocol):
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
         """As `to_owners`, for any tensors that are sharded as the momentum is: to be read, in full
-        precision, and without the variant's state.
+        precision, and without the stage's state.
         """
         ...
 
@@ -155,7 +167,7 @@ class _Part(NamedTuple):
     """Regions of one geometry, each `block.batch` matrices, with what belongs to them."""
 
     block: Block
-    variant_block: Block
+    stage_block: Block
     origins: list[tuple[Tensor, Block]]  # of each region: the parameter, and where in it
     params: list[Tensor]
     grads: list[Tensor]
@@ -199,14 +211,17 @@ class LocalBatch:
 
     def stacks(self, o: Sequence[Tensor]) -> list[MatrixStack]:
         stacks = []
+        start = 0
         for part, matrices in zip(self.parts, self._places(o[0]), strict=True):
+            numbers = slice(start, start + len(part.params) * part.block.batch)
+            start += len(part.params) * part.block.batch
             variance = steps = None
             if part.variances:
-                variance = part.variant_block.to_matrices(torch.stack(part.variances))
+                variance = part.stage_block.to_matrices(torch.stack(part.variances))
             if part.steps:
                 steps = torch.stack(part.steps).repeat_interleave(part.block.batch)
                 steps = steps.to(matrices.device).reshape(-1, 1, 1)
-            stacks.append(MatrixStack(matrices, variance, steps))
+            stacks.append(MatrixStack(matrices, numbers, variance, steps))
         return stacks
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[list[list[Tensor]]]:
@@ -218,12 +233,27 @@ class LocalBatch:
         )
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """Write the variant's state back."""
+        """Write the stage's state back."""
         for part, whole in zip(self.parts, stacks, strict=True):
             if whole.variance is not None:
-                regions = part.variant_block.to_regions(whole.variance)
+                regions = part.stage_block.to_regions(whole.variance)
                 copy_each_(part.variances, regions.unbind())
         return Pending(None)
+
+    def _weights(self) -> list[Tensor]:
+        """The weight of every matrix of the batch, where it is kept."""
+        weights = []
+        for part in self.parts:
+            for param, block in part.origins:
+                for box in block.boxes():
+                    weights.append(param[tuple([slice(a, b) for a, b in box])])
+        return weights
+
+    def weight_norms(self) -> Pending[Tensor]:
+        return Pending(norms_of(self._weights()))
+
+    def scale_weights_(self, factors: Tensor) -> None:
+        multiply_(self._weights(), factors)
 
     def _places(self, whole: Tensor) -> list[Tensor]:
         """For each part a view of its matrices, `(N * batch, rows, cols)`, in the whole batch."""
@@ -247,13 +277,13 @@ def place(whole: Tensor, rows: int, cols: int) -> Tensor:
 def planned(
     params: Sequence[Tensor], group: dict[str, Any], copies: Sequence[tuple[int, ...]] | None = None
 ) -> list[tuple[int, int, list[tuple[int, Block, Block]]]]:
-    """Rows, columns, and (index of the parameter, block, block of the variant's state) of every
+    """Rows, columns, and (index of the parameter, block, block of the stage's state) of every
     batch.
     """
     # Plain loops: torch.compile cannot trace comprehensions that nest.
     items: list[Item] = []
     blocks: list[tuple[int, Block, Block]] = []
-    by_rows = variant_of(group["variant"]).state == "rows"
+    by_rows = kept_state(group) == "rows"
     for index, p in enumerate(params):
         shape = tuple(p.shape)
         whole = blocks_of(group["view"], shape)
@@ -274,19 +304,19 @@ def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatc
     copies = [entry.copies for entry in entries]
     for rows, cols, blocks in planned([entry.param for entry in entries], group, copies):
         parts: dict[tuple[Any, ...], _Part] = {}
-        for index, block, variant_block in blocks:
+        for index, block, stage_block in blocks:
             entry = entries[index]
             shape = block.shape, block.batch, block.rows, block.cols, block.transposed
             geometry = *shape, entry.grad.dtype
             if geometry not in parts:
-                parts[geometry] = _Part(block, variant_block, [], [], [], [], [], [])
+                parts[geometry] = _Part(block, stage_block, [], [], [], [], [], [])
             part = parts[geometry]
             part.origins.append((entry.param, block))
             part.params.append(block.region(entry.param))
             part.grads.append(block.region(entry.grad))
             part.momenta.append(block.region(entry.momentum))
             if entry.variance is not None:
-                part.variances.append(variant_block.region(entry.variance))
+                part.variances.append(stage_block.region(entry.variance))
             if entry.steps is not None:
                 part.steps.append(entry.steps)
         batches.append(LocalBatch(rows, cols, list(parts.values())))
@@ -308,6 +338,21 @@ def join(batch: LocalBatch, stacks: Sequence[Tensor]) -> Tensor:
     for m, where in zip(matrices, batch._places(whole), strict=True):
         where.copy_(m)
     return whole
+
+
+def norms_of(weights: list[Tensor]) -> Tensor:
+    """The Frobenius norm of each of these tensors, in float32 at least."""
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(weights, 2, dtype=dtype))
+
+
+def multiply_(weights: list[Tensor], factors: Tensor) -> None:
+    """Multiply each of these tensors by its number, in the number's precision."""
+    for weight, factor in zip(weights, factors.to(weights[0].device).unbind(), strict=True):
+        if weight.dtype == factor.dtype:
+            weight.mul_(factor)
+        else:
+            weight.copy_(weight * factor.reshape([1] * weight.ndim))
 
 
 def stacked(tensors: list[Tensor], alone: bool) -> Tensor:

@@ -15,8 +15,8 @@ from muonkit.groups import (
     state_shapes,
 )
 from muonkit.options import OPTION_KEYS
+from muonkit.stages import kept_state
 from muonkit.validate import validate_group, validate_options
-from muonkit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,7 +120,7 @@ def check_gradients(
 
 def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any]) -> bool:
     """Whether what there is of the state has its shape; what is missing is made."""
-    if group["algorithm"] == "muon" and variant_of(group["variant"]).state == "none":
+    if group["algorithm"] == "muon" and kept_state(group) == "none":
         return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
     for key, wanted in state_shapes(p, group).items():
         # (torch 2.11 cannot compile that two shapes are *not* equal.)

@@ -12,9 +12,18 @@ from muonkit._text import shown, unknown
 from muonkit.batching import planned
 from muonkit.newton_schulz.coefficients import Schedule
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose
-from muonkit.options import ADAMW, DEFAULTS, FILLS, MUON, OF_ALGORITHM, spelled
+from muonkit.options import (
+    ADAMW,
+    DEFAULTS,
+    FILLS,
+    MUON,
+    OF_ALGORITHM,
+    OTHER_NAMES,
+    spelled,
+    take_other_names_,
+)
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
-from muonkit.variants import kept_shape, variant_of
+from muonkit.stages import STAGES, kept_by, kept_shape, kept_state, listed, sets_the_size
 from muonkit.views import View
 
 if TYPE_CHECKING:
@@ -29,6 +38,7 @@ __all__ = [
     "STEP",
     "VARIANCE",
     "adopt_momentum",
+    "adopt_other_names",
     "beta2_of",
     "complete_group",
     "computed_dtype",
@@ -42,8 +52,10 @@ __all__ = [
     "refuse_eps",
     "refuse_half_named",
     "refuse_held",
+    "scale_of",
     "separate_lr",
     "spell_",
+    "stage_names",
     "state_shapes",
     "unused_name",
     "warn_of_eps",
@@ -136,8 +148,15 @@ def _refuse_unread(group: dict[str, Any]) -> None:
 
 def spell_(options: dict[str, Any]) -> None:
     """What JSON, checkpoints and torch.compile can hold: `torch.float32` as "float32", a
-    `Schedule` as its numbers.
+    `Schedule` as its numbers, stages in a tuple; every option under its own name.
+
+    Raises:
+        ValueError: an option is there under two names.
     """
+    take_other_names_(options)
+    for key in STAGES:
+        if key in options:
+            options[key] = listed(options[key])
     for key in _DTYPE_KEYS:
         if key in options:
             options[key] = str(options[key]).removeprefix("torch.")
@@ -255,6 +274,21 @@ def unused_name(group: dict[str, Any], others: list[dict[str, Any]]) -> str:
     return next(each for each in numbered if each not in taken)
 
 
+def adopt_other_names(groups: list[dict[str, Any]]) -> None:
+    """Take an option that was set in a group under its other name for the option itself."""
+    for group in groups:
+        if group["algorithm"] == "muon" and any(other in group for other in OTHER_NAMES):
+            for other, name in OTHER_NAMES.items():
+                if other in group:
+                    group.pop(name, None)
+            spell_(group)
+
+
+def stage_names(group: Mapping[str, Any]) -> dict[str, str]:
+    """What a group's three options for stages say, in words: "normuon", "normuon, muon_plus"."""
+    return {key: ", ".join(map(spelled, listed(group[key]))) or "none" for key in STAGES}
+
+
 def adopt_momentum(groups: list[dict[str, Any]]) -> None:
     """OneCycleLR and CyclicLR cycle the momentum of every group of an optimizer that has one: for
     AdamW's that is beta1, as these schedulers have it for torch's AdamW.
@@ -307,10 +341,18 @@ def products_of(
 
 
 def beta2_of(group: Mapping[str, Any]) -> float:
-    """The weight of the past in the variant's state."""
-    given: float | None = group["variant_beta2"]
-    default = variant_of(group["variant"]).beta2
+    """The weight of the past in the stage's state."""
+    given: float | None = group["stage_beta2"]
+    stage = kept_by(group)
+    default = None if stage is None else stage.beta2
     return given if given is not None else (default or 0.0)
+
+
+def scale_of(group: Mapping[str, Any], rows: int, cols: int) -> float:
+    """The factor on lr for one matrix; 1 where a constraint says how large an update is."""
+    if sets_the_size(group):
+        return 1.0
+    return scale_factor(group["adjust_lr_fn"], rows, cols)
 
 
 def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -320,7 +362,7 @@ def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ..
     shape = tuple(p.shape)
     if group["algorithm"] == "adamw":
         return {"exp_avg": shape, "exp_avg_sq": shape}
-    kept = variant_of(group["variant"]).state
+    kept = kept_state(group)
     if kept == "none":
         return {MOMENTUM: shape}
     return {MOMENTUM: shape, VARIANCE: kept_shape(kept, group["view"], shape)}
@@ -374,7 +416,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
         for index, block, _ in blocks:
             p = params[index]
             choice = _choose(group, batch_rows, batch_cols, p.dtype, p.device)
-            scale = scale_factor(group["adjust_lr_fn"], block.rows, block.cols)
+            scale = scale_of(group, block.rows, block.cols)
             row = rows.setdefault(
                 (block.rows, block.cols, p.dtype, p.device, batch_rows, batch_cols),
                 {
@@ -393,7 +435,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "ns_dtype": str(choice.dtype),
                     "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
-                    "variant": spelled(group["variant"]),
+                    **stage_names(group),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

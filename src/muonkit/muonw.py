@@ -62,6 +62,7 @@ class MuonW(Muon):
         undecided: what becomes of parameters that routing cannot judge: "raise", or "adamw", which
             trains them with AdamW and warns (see `muonkit.route`).
         heads: the output heads by hand, where the search for them errs (see `muonkit.route`).
+        per_head: make every attention head a matrix of its own (see `muonkit.route`).
         **options: any other keyword argument of `Muon`, those for several ranks among them
             (process_group, zero, exchange_dtype, replicas).
 
@@ -99,6 +100,7 @@ class MuonW(Muon):
         decay_1d: bool = False,
         undecided: str = "raise",
         heads: Iterable[str | nn.Module] | None = None,
+        per_head: bool = False,
         **options: Any,
     ) -> None:
         _refuse_unknown(options)
@@ -110,13 +112,14 @@ class MuonW(Muon):
                     "rules=[...] overrides), or the Muon parameters with adamw_params"
                 )
             rules = [rules] if isinstance(rules, Rule) else list(rules or ())
-            routes = _routes(model, rules, adjust_lr_fn, decay_1d, undecided, heads)
+            asked = {"decay_1d": decay_1d, "undecided": undecided, "heads": heads}
+            routes = _routes(model, rules, adjust_lr_fn, {**asked, "per_head": per_head})
             adjust_lr_fn = routes.scale
             lr = _LR if lr is None else lr
             weight_decay = 0.1 if weight_decay is None else weight_decay
             groups = routes.param_groups()
         else:
-            routing = rules or decay_1d or undecided != "raise" or heads is not None
+            routing = rules or decay_1d or undecided != "raise" or heads is not None or per_head
             if adamw_params is None or routing:
                 raise TypeError(_no_module(model))
             if lr is None:
@@ -172,7 +175,7 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
         TypeError: there is one.
     """
     own = [name for name in inspect.signature(MuonW).parameters if name not in ("model", "options")]
-    has = [*own, *(row.name for row in OPTIONS if row.name not in own)]
+    has = [*own, *(row.name for row in OPTIONS if row.name not in own), "variant"]
     for name in options.keys() - set(has):
         if name in FILLS:
             remedy = f"AdamW's is called {FILLS[name]}"
@@ -189,13 +192,11 @@ def _routes(
     model: nn.Module | Mapping[str, nn.Module] | Routes,
     rules: Sequence[Rule],
     scale: str | Scale | None,
-    decay_1d: bool,
-    undecided: str,
-    heads: Iterable[str | nn.Module] | None,
+    asked: dict[str, Any],
 ) -> Routes:
-    asked: dict[str, Any] = {"decay_1d": decay_1d, "undecided": undecided, "heads": heads}
+    """The routes of what MuonW was given; `asked` are further arguments of `route`."""
     if isinstance(model, Routes):
-        default = {"decay_1d": False, "undecided": "raise", "heads": None}
+        default = {"decay_1d": False, "undecided": "raise", "heads": None, "per_head": False}
         if rules or asked != default or scale not in (None, model.scale):
             also = "".join(f", {key}={value!r}" for key, value in asked.items())
             raise TypeError(

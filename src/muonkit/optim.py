@@ -45,6 +45,7 @@ from muonkit.groups import (
     STEP,
     VARIANCE,
     adopt_momentum,
+    adopt_other_names,
     complete_group,
     describe_group,
     drop_foreign_keys,
@@ -56,13 +57,13 @@ from muonkit.groups import (
     warn_of_eps,
 )
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
-from muonkit.options import DEFAULTS, OF_ALGORITHM
+from muonkit.options import DEFAULTS, OF_ALGORITHM, take_other_names_
 from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
+from muonkit.stages import kept_state, listed
 from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
 from muonkit.step import muon_step
-from muonkit.validate import validate_defaults, validate_group
-from muonkit.variants import variant_of
+from muonkit.validate import refuse_zero_weights, validate_defaults, validate_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,8 +78,8 @@ if TYPE_CHECKING:
     from muonkit.gradients import Scaled, Work
     from muonkit.newton_schulz.coefficients import Coefficients, Schedule
     from muonkit.scale import Scale
+    from muonkit.stages import Constraint, Stage
     from muonkit.step import Observer
-    from muonkit.variants import Variant
 
 __all__ = ["Muon"]
 
@@ -158,9 +159,6 @@ class Muon(Optimizer):
             a few, elsewhere all) up to 3 + 6m/n times their bytes in the dtype of the products, m
             being the shorter side; on a CPU part of it is kept for the next step
             (`muonkit.newton_schulz.scratch`).
-        variant: what happens to the orthogonalized matrix: "plain", "normuon", "adamuon", or a
-            `muonkit.Variant` (see `muonkit.variants`).
-        variant_beta2: weight of the past in the variant's state; None is the variant's default.
         maximize: step along the gradient instead of against it.
         cautious: decay only the entries that the update also shrinks (O * W > 0).
         nonfinite: what a NaN or infinite gradient in the group does: "propagate" (nothing is
@@ -175,6 +173,18 @@ class Muon(Optimizer):
     One thing has one name here, and another where torch or routing has it (scale and adjust_lr_fn,
     decay and weight_decay): [all of them](options.md#one-thing-several-names) stand in
     docs/api/options.md.
+
+    Keyword Args: Stages around the orthogonalization
+        before: the stage, or the stages in a list, that rewrite the momentum before it is
+            orthogonalized: "muoneq" or a `muonkit.Stage` (all of them: `muonkit.stages`).
+        after: those that rewrite the orthogonalized matrix: "normuon", "adamuon", "muon_plus" or a
+            `muonkit.Stage`. One of all these stages may keep a state.
+        constraint: what the norms of update and weight are held to: "hyperball", "relative_update",
+            "radial_brake" or a `muonkit.Constraint`. With the first two lr is the size of an update
+            relative to the weight, and no scale applies; "hyperball" has no weight decay. Weights
+            that are sharded have their norms over all shards.
+        stage_beta2: weight of the past in what a stage keeps; None is the stage's default.
+        variant: another name of `after`; "plain" is none.
 
     Keyword Args: Over several ranks
         process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
@@ -225,8 +235,11 @@ class Muon(Optimizer):
         ns_dtype: str | torch.dtype = "auto",
         momentum_dtype: str | torch.dtype = "auto",
         bytes_in_flight: int | None = None,
-        variant: str | Variant = "plain",
-        variant_beta2: float | None = None,
+        before: str | Stage | Sequence[str | Stage] = (),
+        after: str | Stage | Sequence[str | Stage] = (),
+        constraint: str | Constraint | Sequence[str | Constraint] = (),
+        stage_beta2: float | None = None,
+        variant: str | Stage | None = None,
         exchange_dtype: str | torch.dtype = "auto",
         replicas: str = "auto",
         process_group: ProcessGroup | DeviceMesh | None = None,
@@ -241,6 +254,10 @@ class Muon(Optimizer):
     ) -> None:
         arguments = locals()
         defaults = {name: arguments[name] for name in DEFAULTS}
+        if variant is not None:
+            defaults |= {"variant": variant}
+            if not listed(after):
+                del defaults["after"]
         spell_(defaults)
         if isinstance(params, nn.Module):  # not iterable, or its parts are
             raise TypeError(
@@ -266,6 +283,8 @@ class Muon(Optimizer):
         added = self.param_groups.pop()
         drop_foreign_keys(added)
         validate_group(added)
+        if added["algorithm"] == "muon":
+            refuse_zero_weights(added)
         separate_lr([added], self.param_groups)
         added["name"] = unused_name(added, self.param_groups)
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
@@ -305,6 +324,7 @@ class Muon(Optimizer):
                 not what the constructor takes; nothing is changed.
         """
         adopt_momentum(self.param_groups)
+        adopt_other_names(self.param_groups)
         if reset or not is_settled(self.param_groups, self._known):
             self._settle_anew(reset)
 
@@ -364,6 +384,7 @@ class Muon(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:  # pickled before these existed
             if group["algorithm"] == "muon":
+                take_other_names_(group)
                 for key in OF_ALGORITHM["muon"]:
                     group.setdefault(key, DEFAULTS[key])
         if "_layouts" not in self.__dict__:  # load_state_dict of torch comes here too
@@ -374,7 +395,7 @@ class Muon(Optimizer):
 
         Where the state is sharded (zero=1, FSDP2) each rank's has its own part, as DTensors, which
         no other rank can load: see `consolidate_state_dict`, or save with
-        torch.distributed.checkpoint. A variant or scale that was given as an object is saved as its
+        torch.distributed.checkpoint. A stage or scale that was given as an object is saved as its
         name.
 
         Raises:
@@ -416,7 +437,7 @@ class Muon(Optimizer):
 
         Hyperparameters that it lacks keep their value here. Names and structure (algorithm, view)
         are always the model's own: where both sides have the parameters' names, the state goes by
-        name, in whatever order it was saved; else by position. The name of a variant or scale
+        name, in whatever order it was saved; else by position. The name of a stage or scale
         stands for the object of that name in this optimizer's group, else for muonkit's own.
         For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
 
@@ -596,10 +617,10 @@ class Muon(Optimizer):
         ]
 
     def _count_(self, work: Work) -> None:
-        """Count the step of the variants that keep state; AdamW's are counted by torch."""
+        """Count the step of the stages that keep a state; AdamW's are counted by torch."""
         for group, params in work:
             muon = params and group["algorithm"] == "muon"
-            if muon and variant_of(group["variant"]).state != "none":
+            if muon and kept_state(group) != "none":
                 torch._foreach_add_([self.state[p][STEP] for p in params], 1)
 
     def plan(self) -> StepPlan:
@@ -681,7 +702,7 @@ class Muon(Optimizer):
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
         copies = () if layout is None else layout.param_placement.copies()
-        if variant_of(group["variant"]).state == "none":
+        if kept_state(group) == "none":
             return LocalParam(local(p), grad, momentum, copies=copies)
         return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
 
@@ -706,7 +727,7 @@ class Muon(Optimizer):
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.newton_schulz.forms`),
             blocks (of rows of a symmetric product), gflop (of the products for one matrix),
             ns_dtype, ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype,
-            variant (its name), scale, lr (after the scale).
+            before, after and constraint (names, or "none"), scale, lr (after the scale).
         """
         self._settle()
         return [

@@ -15,7 +15,7 @@ from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, SCHEDULES,
 from muonkit.newton_schulz.dtypes import NS_DTYPES
 from muonkit.newton_schulz.forms import FORMS
 from muonkit.scale import SCALES, scale_name
-from muonkit.variants import VARIANTS, Variant
+from muonkit.stages import AFTER, BEFORE, CONSTRAINTS, STAGES, Constraint, Stage, listed
 
 __all__ = [
     "ADAMW",
@@ -26,10 +26,12 @@ __all__ = [
     "OF_ALGORITHM",
     "OPTIONS",
     "OPTION_KEYS",
+    "OTHER_NAMES",
     "PLANNING",
     "STRUCTURE",
     "Option",
     "spelled",
+    "take_other_names_",
     "unspelled",
 ]
 
@@ -107,15 +109,33 @@ OPTIONS = (
     ),
     Option("bytes_in_flight", None, _MUON, "cap on what is computed together", plans=True),
     Option(
-        "variant",
-        "plain",
+        "before",
+        (),
+        _MUON,
+        "what happens to the momentum before it is orthogonalized",
+        plans=True,
+        choices=BEFORE,
+        also="a `Stage`, several in a list",
+    ),
+    Option(
+        "after",
+        (),
         _MUON,
         "what happens to the orthogonalized matrix",
         plans=True,
-        choices=VARIANTS,
-        also="a `Variant`",
+        choices=AFTER,
+        also="a `Stage`, several in a list",
     ),
-    Option("variant_beta2", None, _MUON, "weight of the past in the variant's average"),
+    Option(
+        "constraint",
+        (),
+        _MUON,
+        "how large update and weight may be",
+        plans=True,
+        choices=CONSTRAINTS,
+        also="a `Constraint`, several in a list",
+    ),
+    Option("stage_beta2", None, _MUON, "weight of the past in the average that a stage keeps"),
     Option(
         "exchange_dtype",
         "auto",
@@ -184,17 +204,47 @@ PLANNING = (*STRUCTURE, *(row.name for row in OPTIONS if row.plans))
 def spelled(value: Any) -> Any:
     """An option's value as state dicts, records and the comparison of ranks have it.
 
-    A variant or a function becomes its name; every other value stays as it is.
+    A stage, a constraint or a function becomes its name; every other value stays as it is.
     """
-    if isinstance(value, Variant):
+    if isinstance(value, (Stage, Constraint)):
         return value.name
+    if isinstance(value, (tuple, list)) and any(isinstance(v, (Stage, Constraint)) for v in value):
+        return tuple(spelled(each) for each in value)
     return scale_name(value) if callable(value) else value
 
 
 def unspelled(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A saved group, with the objects of this optimizer's group where it has their names."""
     objects = {key: value for key, value in own.items() if spelled(value) is not value}
-    return {
-        **group,
-        **{key: value for key, value in objects.items() if group.get(key) == spelled(value)},
-    }
+    filled = dict(group)
+    for key, value in objects.items():
+        if key in STAGES:
+            named = {spelled(each): each for each in listed(value)}
+            filled[key] = tuple(named.get(each, each) for each in listed(group.get(key)))
+        elif group.get(key) == spelled(value):
+            filled[key] = value
+    return filled
+
+
+#: Names that are accepted in an option's place, in arguments, groups, rules and state dicts.
+OTHER_NAMES = {"variant": "after", "variant_beta2": "stage_beta2"}
+
+
+def take_other_names_(options: dict[str, Any]) -> None:
+    """Give options that are there under another name their own.
+
+    Raises:
+        ValueError: one is there under both names.
+    """
+    for other, name in OTHER_NAMES.items():
+        if other not in options:
+            continue
+        value = options.pop(other)
+        if other == "variant" and isinstance(value, str) and value == "plain":
+            value = ()
+        if name in options and listed(options[name]) != listed(value):
+            raise ValueError(
+                f"{other}={spelled(value)!r} is another name of {name}, which is given too, as "
+                f"{spelled(options[name])!r}: give one of them"
+            )
+        options[name] = value

@@ -21,9 +21,11 @@ from muonkit.groups import (
     STEP,
     VARIANCE,
     parameter_names,
+    spell_,
     state_shapes,
 )
 from muonkit.options import spelled, unspelled
+from muonkit.stages import kept_by, stages_of
 from muonkit.validate import validate_options
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ _OTHER_GROUPS = (
 
 
 def spelled_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with the names of variants and functions in their place: any process can
+    """The state dict with the names of stages and functions in their place: any process can
     load names, `torch.load(weights_only=True)` among them.
     """
     groups = [
@@ -106,6 +108,8 @@ def merge_saved(
                 f"{len(own['params'])} here. {_OTHER_GROUPS}"
             )
         structure = {key: own[key] for key in _STRUCTURE if key in own}
+        saved = dict(saved)
+        spell_(saved)
         group = unspelled({**own, **saved, **structure}, own)
         if "param_names" not in own:
             group.pop("param_names", None)
@@ -202,11 +206,11 @@ def _check_entry(
 def _incomplete(name: str, kind: str, there: Sequence[str], group: Mapping[str, Any]) -> str:
     has = f"the state dict has {', '.join(map(str, there))} for {name}, no {kind}"
     if group["algorithm"] == "muon" and MOMENTUM in there:
-        variant = spelled(group["variant"])
+        option, stage = _keeping(group)
         return (
-            f"{has}, which variant={variant!r} keeps: it was saved with another variant. Make the "
-            "optimizer with that one ('plain' keeps the momentum alone) and load the state; then "
-            f"set group['variant'] = {variant!r} in its muon groups, and the {kind} begins at "
+            f"{has}, which {option}={stage!r} keeps: it was saved with other stages. Make the "
+            "optimizer with those (without any, it keeps the momentum alone) and load the state; "
+            f"then set group[{option!r}] = {stage!r} in its muon groups, and the {kind} begins at "
             "zero. Nothing was loaded"
         )
     return f"{has}: it was saved by another optimizer than {group['algorithm']}"
@@ -223,13 +227,22 @@ def _misshapen(
 ) -> str:
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     wants = f"the state dict's {kind} for {name} has shape {got}, the parameter {tuple(p.shape)} "
-    if kind == VARIANCE and own["variant"] != merged["variant"]:
+    if kind == VARIANCE and _keeping(own) != _keeping(merged):
+        (option, here), (saved_option, saved) = _keeping(own), _keeping(merged)
         return (
-            f"{wants}wants {shape} with variant={spelled(own['variant'])!r}: it was saved "
-            f"with variant={spelled(merged['variant'])!r}; make the optimizer with that one. "
-            "Nothing was loaded"
+            f"{wants}wants {shape} with {option}={here!r}: it was saved with "
+            f"{saved_option}={saved!r}; make the optimizer with that one. Nothing was loaded"
         )
     return f"{wants}wants {shape}; it was saved from another model"
+
+
+def _keeping(group: Mapping[str, Any]) -> tuple[str, str]:
+    """The option and the name of the stage of a group that keeps a state."""
+    stage = kept_by(group)
+    if stage is None:
+        return "after", "none"
+    option = "before" if stage in stages_of(group).before else "after"
+    return option, stage.name
 
 
 def _check_parts(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from muonkit._torch import whole_tensor
 from muonkit.distributed.layout import is_a_part, is_dtensor, local
-from muonkit.distributed.param_layout import variant_placement
+from muonkit.distributed.param_layout import stage_placement
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import (
     MOMENTUM,
@@ -19,7 +19,7 @@ from muonkit.groups import (
     parameter_names,
     state_shapes,
 )
-from muonkit.variants import variant_of
+from muonkit.stages import kept_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]
     """The tensors that are kept for a parameter."""
     if group["algorithm"] == "adamw":
         return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
-    if variant_of(group["variant"]).state == "none":
+    if kept_state(group) == "none":
         return [(MOMENTUM, momentum_dtype(group, p))]
     most = torch.promote_types(p.dtype, torch.float32)
     return [(MOMENTUM, momentum_dtype(group, p)), (VARIANCE, most)]
@@ -54,7 +54,7 @@ def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]
 
 def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts) -> _Kept:
     shape, layout = state_shapes(p, group)[key], layouts.get(p)
-    placement = None if layout is None else variant_placement(layout, tuple(p.shape), shape)
+    placement = None if layout is None else stage_placement(layout, tuple(p.shape), shape)
     return _Kept(key, dtype, shape, placement)
 
 
@@ -85,7 +85,7 @@ def check_parts(work: Work, state: Mapping[Any, Mapping[str, Any]], layouts: Lay
         for p in params:
             if layouts.get(p) is None:
                 continue
-            which = p, group.get("variant")
+            which = p, kept_state(group) if group["algorithm"] == "muon" else None
             if which not in layouts.state_shapes:
                 layouts.state_shapes[which] = _own_shapes(p, group, layouts)
             wanted = layouts.state_shapes[which]
@@ -128,7 +128,7 @@ def ensure_state(
             continue  # a step refuses it; half of the state would be lost
         elif have.dtype != dtype or have.device != device or _is_frozen(have):
             state[key] = have.to(device, dtype, copy=True)
-    if adamw or variant_of(group["variant"]).state != "none":
+    if adamw or kept_state(group) != "none":
         count: Any = state.get(STEP)
         count = 0.0 if count is None or was_meta else count
         if adamw and p.is_meta:  # torch's AdamW reads its count in Python, as it does its own

@@ -10,15 +10,15 @@ from torch import Tensor
 from muonkit._compile import copy_each_, scheduled
 from muonkit.batching import stacked
 from muonkit.distributed.exchange import Pending
-from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype
+from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype, scale_of
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
-from muonkit.scale import scale_factor
-from muonkit.variants import PLAIN, variant_of
+from muonkit.stages import NO_NORM, kept_state, stages_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from muonkit.batching import Batch, MomentumShards, ObservedBatch, ParamShards
+    from muonkit.batching import MatrixStack, MomentumShards, ObservedBatch, ParamShards
+    from muonkit.stages import Constraint, Stage
 
 __all__ = ["Observer", "muon_step"]
 
@@ -38,7 +38,7 @@ class Observer(Protocol):
         ...
 
     def orthogonalized(self, o: Sequence[Tensor]) -> None:
-        """See the orthogonalized matrices before the variant."""
+        """See the orthogonalized matrices before the stages that follow."""
         ...
 
     def after(self, o: Sequence[Tensor]) -> None:
@@ -50,6 +50,8 @@ def muon_step(
     batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
 ) -> Iterator[None]:
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
+    stages = stages_of(group)
+    norms = batch.weight_norms() if stages.constraint else None
     u = batch.to_owners(
         _momentum_(batch.momentum_shards, group)
     )  # elementwise, on the shards of the state
@@ -57,16 +59,27 @@ def muon_step(
     whole = u.wait()
     if observer is not None:
         observer.before(batch, group, whole)
+    # Views of the whole matrices: what is done to these is done to them.
+    stacks = batch.stacks(whole) if any(stages) else ()
+    _run_(stages.before, stacks, group)
     o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in whole]  # whole matrices
     if observer is not None:
         observer.orthogonalized(o)
-    kept = _vary_(batch, o, group)
+    _run_(stages.after, stacks, group)
+    kept = Pending(None) if kept_state(group) == "none" else batch.keep(stacks)
+    old = None if norms is None else norms.wait()
+    if old is not None:
+        _size_(stages.constraint, stacks, old)
     if observer is not None:
         observer.after(o)
     d = batch.to_params(o)
     yield
     _apply_(batch.param_shards, d.wait(), group)
     kept.wait()
+    if old is not None and _holds_norms(stages.constraint):
+        norms = batch.weight_norms()
+        yield
+        batch.scale_weights_(_factors(stages.constraint, old, norms.wait()))
 
 
 def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
@@ -106,34 +119,59 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
     return stacks
 
 
-def _vary_(batch: Batch, o: Sequence[Tensor], group: dict[str, Any]) -> Pending[None]:
-    """The variant, on whole matrices without padding; then its state goes back to its shards."""
-    variant = variant_of(group["variant"])
-    if variant is PLAIN:
-        return Pending(None)
-    stacks = batch.stacks(o)
-    for whole in stacks:
-        steps = 0 if whole.steps is None else whole.steps
-        variant.apply_(whole.matrices, whole.variance, beta2_of(group), steps)
-    return Pending(None) if variant.state == "none" else batch.keep(stacks)
+def _run_(stages: Sequence[Stage], stacks: Sequence[MatrixStack], group: dict[str, Any]) -> None:
+    """The stages in order, on whole matrices without padding."""
+    for stage in stages:
+        for whole in stacks:
+            state, steps = (None, None) if stage.state == "none" else (whole.variance, whole.steps)
+            beta2 = beta2_of(group)
+            stage.apply_(whole.matrices, state, beta2, 0 if steps is None else steps)
+
+
+def _size_(constraints: Sequence[Constraint], stacks: Sequence[MatrixStack], old: Tensor) -> None:
+    """Give every update the norm that a constraint wants, by the norms of the weights."""
+    for constraint in constraints:
+        if constraint.update is None:
+            continue
+        for whole in stacks:
+            O = whole.matrices
+            norm = torch.linalg.vector_norm(O, dim=(-2, -1), dtype=old.dtype)
+            wanted = constraint.update(old[whole.numbers].to(O.device))
+            O.mul_((wanted / norm.clamp_min_(NO_NORM)).reshape(-1, 1, 1))
+
+
+def _holds_norms(constraints: Sequence[Constraint]) -> bool:
+    return any(constraint.target is not None for constraint in constraints)
+
+
+def _factors(constraints: Sequence[Constraint], old: Tensor, new: Tensor) -> Tensor:
+    """What the weights are multiplied by, so that their norms are what the constraints want."""
+    wanted = new
+    for constraint in constraints:
+        if constraint.target is not None:
+            wanted = constraint.target(old, wanted)
+    return wanted / new.clamp_min(NO_NORM)
 
 
 def _apply_(
     param_shards: Sequence[ParamShards], d: Sequence[list[Tensor]], group: dict[str, Any]
 ) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D."""
+    decays = True
+    for constraint in stages_of(group).constraint:
+        decays = decays and constraint.decays
     for (params, rows, cols), updates in zip(param_shards, d, strict=True):
         lr, decay = (
             _near(value, params[0]).reshape(()) if isinstance(value, Tensor) else value
             for value in (group["lr"], group["weight_decay"])
         )
-        if isinstance(decay, Tensor) or decay != 0:
+        if decays and (isinstance(decay, Tensor) or decay != 0):
             if group["cautious"]:
                 shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
                 _add_(params, shrinking, -lr * decay)
             else:
                 _add_(params, params, -lr * decay)
-        scale = scale_factor(group["adjust_lr_fn"], rows, cols)
+        scale = scale_of(group, rows, cols)
         _add_(params, updates, -lr * scale)
 
 

@@ -15,13 +15,13 @@ from muonkit.groups import ALGORITHMS, NS_OPTIONS, parameter_names
 from muonkit.newton_schulz.orthogonalizer import check_choice
 from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
 from muonkit.scale import check_scale
-from muonkit.variants import check_variant
+from muonkit.stages import check_stages, stages_of
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["validate_defaults", "validate_group", "validate_options"]
+__all__ = ["refuse_zero_weights", "validate_defaults", "validate_group", "validate_options"]
 
 
 def validate_defaults(defaults: dict[str, Any]) -> None:
@@ -85,14 +85,40 @@ def validate_options(group: dict[str, Any]) -> None:
     check_choice(*(group[key] for key in NS_OPTIONS))
     for key in ("momentum_dtype", "exchange_dtype", "replicas"):
         _validate_choice(group, key)
-    check_variant(group["variant"])
-    if group["variant_beta2"] is not None:
-        _validate_number("variant_beta2", group["variant_beta2"], below=1.0)
+    check_stages(group)
+    if group["stage_beta2"] is not None:
+        _validate_number("stage_beta2", group["stage_beta2"], below=1.0)
     cap = group["bytes_in_flight"]
     if isinstance(cap, bool) or not isinstance(cap, (Integral, type(None))):
         raise TypeError(f"bytes_in_flight is a whole number of bytes or None, got {cap!r}")
     if cap is not None and cap < 1:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
+
+
+def refuse_zero_weights(group: Mapping[str, Any]) -> None:
+    """Refuse weights of zeros where a constraint would keep them so. Where several ranks have
+    shards of a weight, all of them call this together.
+
+    Raises:
+        ValueError: there is one.
+    """
+    holding = [c.name for c in stages_of(group).constraint if c.holds_zero()]
+    if not holding:
+        return
+    for name, p in zip(parameter_names(group), group["params"], strict=True):
+        weight = p.detach()
+        if weight.is_meta or not weight.numel():
+            continue
+        norm = torch.linalg.vector_norm(weight, 1)  # a shard may be empty, and has no largest entry
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        if norm == 0:
+            raise ValueError(
+                f"{name} {tuple(p.shape)} is zero, and constraint={holding[0]!r} keeps the size of "
+                "its updates or of itself in proportion to it: it would stay zero. Begin it at "
+                "other values, or give it a group (or Rule) with another constraint, as "
+                "options={'constraint': ()}"
+            )
 
 
 def _validate_choice(group: Mapping[str, Any], key: str) -> None:
@@ -166,5 +192,13 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
         except ValueError as error:
             hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
             raise ValueError(f"{name}: {error}{hint}") from None
+        holding = [c.name for c in stages_of(group).constraint if c.target is not None]
+        if holding and p.dtype.itemsize == 2:
+            raise ValueError(
+                f"{name} {shape} is {p.dtype}, which constraint={holding[0]!r} cannot hold to a "
+                "norm: a correction of less than 2^-9 is rounded away. Keep the weights in "
+                "float32, as FSDP2's MixedPrecisionPolicy and autocast do, or give it a group (or "
+                "Rule) with another constraint"
+            )
         for block in blocks:
             check_scale(group["adjust_lr_fn"], block.rows, block.cols)

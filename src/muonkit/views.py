@@ -10,12 +10,14 @@ state and can be written by hand:
     ... > split(rows=3)           three equal blocks of rows (fused QKV), or one per head
     ... > split(rows=512+128+128) blocks of rows of these sizes (grouped-query attention)
     ... > split(cols=2)           the same for columns
+    ... > split(rows=8) > split(rows=128+64)
+                                  each of eight blocks cut again (the two parts of an MLA head)
 
 Steps compose from left to right and speak of the *logical* matrix, rows = outputs: after
 `transpose`, `split(rows=...)` cuts what is stored as columns. A view that begins with `transpose`
 or `split` begins with an unwritten `matrix`.
 
-The view drives the orthogonalization, the learning-rate scale and the variants' norms together;
+The view drives the orthogonalization, the learning-rate scale and the stages' norms together;
 nothing else in muonkit looks at a parameter's shape.
 """
 
@@ -58,6 +60,10 @@ class Block:
     `index` cuts the region out of the parameter (always a view of its memory) and `shape` is the
     region's; it holds `batch` matrices of `rows` outputs and `cols` inputs, one after the other,
     each stored transposed if `transposed`.
+
+    Where equal pieces of a dim do not lie one after the other in memory (heads side by side in the
+    columns), `pieces` is (dim, length of a piece): the region has one more dim, its first, that
+    counts them.
     """
 
     index: tuple[slice, ...]
@@ -66,13 +72,31 @@ class Block:
     rows: int
     cols: int
     transposed: bool = False
+    pieces: tuple[int, int] | None = None
 
     def region(self, tensor: Tensor) -> Tensor:
         """The block's part of `tensor` (which has the parameter's shape); shares its memory."""
+        if self.pieces is not None:
+            dim, length = self.pieces
+            counted = torch.unflatten(tensor, dim, (tensor.shape[dim] // length, length))
+            tensor = counted.movedim(dim, 0)
         return tensor[self.index] if self.index else tensor
 
     def boxes(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Where each matrix lies in the parameter: a [start, stop) for every dim."""
+        found = self._boxes_of_region()
+        if self.pieces is None:
+            return found
+        dim, length = self.pieces
+        return tuple(
+            tuple(
+                (start + number * length, stop + number * length) if i == dim else (start, stop)
+                for i, (start, stop) in enumerate(box)
+            )
+            for (number, _), *box in found
+        )
+
+    def _boxes_of_region(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         stored = (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
         dim = next(
             d
@@ -232,23 +256,30 @@ def _row_geometry(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
     sizes = list(shape)
     regions = [list(b.shape) for b in blocks]
     indices = [list(b.index) for b in blocks]
+    pieces = blocks[0].pieces  # all of them have the same, since all were cut by the same step
     for dim in _column_dims(view, blocks[0].transposed, len(shape)):
+        at = dim if pieces is None else dim + 1
         # A block of columns that are stored as rows is a batch (see `_split`): several segments.
         counts = [
-            b.shape[dim] // b.cols if b.transposed and b.cols else min(b.shape[dim], 1)
+            b.shape[at] // b.cols if b.transposed and b.cols else min(b.shape[at], 1)
             for b in blocks
         ]
-        starts = [b.index[dim].start if b.index else 0 for b in blocks]
-        place, sizes[dim] = {}, 0
+        starts = [b.index[at].start if b.index else 0 for b in blocks]
+        place, size = {}, 0
         for start, count in sorted(set(zip(starts, counts, strict=True))):
-            place[start] = sizes[dim]
-            sizes[dim] += count
+            place[start] = size
+            size += count
         for region, index, start, count in zip(regions, indices, starts, counts, strict=True):
-            region[dim] = count
+            region[at] = count
             if index:
-                index[dim] = slice(place[start], place[start] + count)
+                index[at] = slice(place[start], place[start] + count)
+        if pieces is not None and pieces[0] == dim:
+            sizes[dim] = shape[dim] // pieces[1] * size
+            pieces = dim, size
+        else:
+            sizes[dim] = size
     rows = [
-        replace(b, index=tuple(index), shape=tuple(region), cols=1)
+        replace(b, index=tuple(index), shape=tuple(region), cols=1, pieces=pieces)
         for b, index, region in zip(blocks, indices, regions, strict=True)
     ]
     return tuple(sizes), tuple(rows)
@@ -272,7 +303,7 @@ def _blocks(view: View, shape: tuple[int, ...]) -> tuple[Block, ...]:
         match = _SPLIT.fullmatch(step)
         assert match is not None  # parse() let it through
         sizes = [int(size) for size in match[2].split("+")]
-        blocks = [part for block in blocks for part in _split(view, block, match[1], sizes)]
+        blocks = [part for block in blocks for part in _split(view, shape, block, match[1], sizes)]
     return tuple(blocks)
 
 
@@ -291,8 +322,14 @@ def _first_block(view: View, shape: tuple[int, ...]) -> Block:
     return Block((), shape, 1, shape[0], math.prod(shape[1:]))
 
 
-def _split(view: View, block: Block, axis: str, sizes: list[int]) -> list[Block]:
-    """Cut a block's logical rows or columns, in `sizes[0]` equal parts or in the given sizes."""
+def _split(
+    view: View, shape: Sequence[int], block: Block, axis: str, sizes: list[int]
+) -> list[Block]:
+    """Cut a block's logical rows or columns, in `sizes[0]` equal parts or in the given sizes.
+
+    Args:
+        shape: of the parameter.
+    """
     length = block.rows if axis == "rows" else block.cols
     if len(sizes) == 1:
         count = sizes[0]
@@ -307,19 +344,50 @@ def _split(view: View, block: Block, axis: str, sizes: list[int]) -> list[Block]
             f"view {str(view)!r} gives sizes {sizes}, sum {sum(sizes)}, for {length} {axis}: "
             "they must be positive and sum to it"
         )
+    if len(sizes) == 1:
+        return [block]
     cuts_stored_rows = (axis == "rows") != block.transposed
-    if cuts_stored_rows and len(set(sizes)) == 1:
+    equal = len(set(sizes)) == 1
+    if cuts_stored_rows and equal:
         # Equal blocks of stored rows are a batch already: no slicing, one Block.
         return [_resized(block, axis, sizes[0], batch=block.batch * len(sizes))]
-    dim = _dim_of(view, block, length, cuts_stored_rows)
-    parts, start = [], block.index[dim].start if block.index else 0
-    for size in sizes:
-        index = list(block.index or (slice(0, extent) for extent in block.shape))
-        index[dim] = slice(start, start + size)
-        start += size
-        shape = tuple(s.stop - s.start for s in index)
-        parts.append(_resized(block, axis, size, index=tuple(index), shape=shape))
+    dim = _dim_of(view, block, cuts_stored_rows)
+    if equal or block.shape[dim] != length:
+        # The same cuts all along the dim: pieces are counted by a dim of their own.
+        in_pieces = _in_pieces(block, shape, dim, sizes[0] if equal else length)
+        if in_pieces is not None and equal:
+            return [_resized(in_pieces, axis, sizes[0], batch=block.batch * len(sizes))]
+        if in_pieces is not None:
+            block, dim = in_pieces, dim + 1
+    first = block.index[dim].start if block.index else 0
+    before = block.shape[dim] // length  # blocks of a batch that were cut before
+    parts = []
+    for start in range(first, first + block.shape[dim], length):
+        for size in sizes:
+            index = list(block.index or (slice(0, extent) for extent in block.shape))
+            index[dim] = slice(start, start + size)
+            start += size
+            region = tuple(cut.stop - cut.start for cut in index)
+            batch = block.batch // before
+            parts.append(_resized(block, axis, size, index=tuple(index), shape=region, batch=batch))
     return parts
+
+
+def _in_pieces(block: Block, shape: Sequence[int], dim: int, length: int) -> Block | None:
+    """The block with pieces of this length of a dim counted by a dim of their own; None where
+    another dim is counted so already, or the block has only a part of the dim.
+
+    Args:
+        shape: of the parameter.
+    """
+    if block.pieces is not None or block.shape[dim] != shape[dim]:
+        return None
+    count = shape[dim] // length
+    region = (count, *block.shape[:dim], length, *block.shape[dim + 1 :])
+    index = block.index
+    if index:
+        index = (slice(0, count), *index[:dim], slice(0, length), *index[dim + 1 :])
+    return replace(block, index=index, shape=region, pieces=(dim, length))
 
 
 def _resized(block: Block, axis: str, size: int, **changes: Any) -> Block:
@@ -327,21 +395,15 @@ def _resized(block: Block, axis: str, size: int, **changes: Any) -> Block:
     return replace(block, rows=rows, cols=cols, **changes)
 
 
-def _dim_of(view: View, block: Block, length: int, stored_rows: bool) -> int:
+def _dim_of(view: View, block: Block, stored_rows: bool) -> int:
     """The dimension of the region that holds a matrix's stored rows, or columns."""
     if view.steps[0] == "experts":
-        dim = len(block.shape) - (2 if stored_rows else 1)
-    else:
-        dim = 0 if stored_rows else 1
-        if not stored_rows and len(block.shape) > 2:
-            raise ValueError(
-                f"view {str(view)!r} cuts the dimensions that 'flatten' joins in shape "
-                f"{block.shape}, where a block is not one region; cut the first dimension, or "
-                "reshape the parameter"
-            )
-    if block.shape[dim] != length:
+        return len(block.shape) - (2 if stored_rows else 1)
+    first = 0 if block.pieces is None else 1
+    if not stored_rows and math.prod(block.shape[first + 2 :]) != 1:
         raise ValueError(
-            f"view {str(view)!r} cuts a batch of equal blocks in unequal ones; "
-            "put the unequal split first"
+            f"view {str(view)!r} cuts the dimensions that 'flatten' joins in shape "
+            f"{block.shape}, where a block is not one region; cut the first dimension, or "
+            "reshape the parameter"
         )
-    return dim
+    return first if stored_rows else first + 1

@@ -438,7 +438,7 @@ def test_what_is_lost_is_told() -> None:
 
 def test_what_theirs_cannot_say_is_told() -> None:
     model = Model()
-    options: dict[str, Any] = {"variant": "normuon", "ns_coefficients": "polar_express"}
+    options: dict[str, Any] = {"after": "normuon", "ns_coefficients": "polar_express"}
     optimizer = MuonW(model, cautious=True, nesterov=False, maximize=True, **options)
     muon = "(up.weight, down.weight, square.weight)"
     exported = convert.from_muonkit("keller", optimizer)
@@ -446,7 +446,7 @@ def test_what_theirs_cannot_say_is_told() -> None:
         f"- nesterov=False: always True there {muon}",
         f"- ns_coefficients='polar_express': always (3.4445, -4.775, 2.0315) there {muon}",
         f"- cautious=True {muon}",
-        f"- variant='normuon' {muon}",
+        f"- after=('normuon',) {muon}",
         f"- the state's 'second_momentum_buffer' {muon}",
         "- maximize=True (embed.weight, head.weight, up.weight and 6 more)",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch.distributed.tensor import Replicate, Shard
 from muonkit import Muon
 from tests.helpers import measures, zoo
 from tests.helpers.ranks import Cases, Ranks
+from tests.helpers.stages import NAMES, TOGETHER, stage_options
 
 CASES = Cases()
+WHOLE = os.environ.get("MUONKIT_TEST_ALL") == "1"
 
 # Of one tensor's largest magnitude, after at most five steps: a few roundings of float32.
 EXACT = 1e-6
@@ -31,15 +34,24 @@ SHARED_OUT = ["zero1", "fsdp2", "dp_tp_zero1", "dp_tp_zero1_one_mesh", "tp_any_d
 ONCE = ["ddp", *SHARED_OUT, "ep_ddp", "ep_fsdp2_of_experts"]
 
 
-@CASES.on(2, 4, layout=MANY, variant=["plain", "normuon"])
-def equals_one_process(layout: str, variant: str) -> measures.Parity:
-    return measures.parity(layout, variant)
+@CASES.on(2, 4, layout=MANY, stage=["plain", "normuon"])
+def equals_one_process(layout: str, stage: str) -> measures.Parity:
+    return measures.parity(layout, stage)
 
 
-@CASES.on(8, layout=["zero1", "hsdp_tp"], variant=["normuon"])
-@CASES.on(8, layout=["fsdp2"], variant=["plain"])
-def equals_one_process_on_many(layout: str, variant: str) -> measures.Parity:
-    return measures.parity(layout, variant)
+# MUONKIT_TEST_ALL=1 has each by itself.
+@CASES.on(2, 4, layout=MANY, stage=list(NAMES[2:]) if WHOLE else [])
+@CASES.on(4, layout=MANY, stage=list(TOGETHER))
+def equals_one_process_with_every_stage(layout: str, stage: str) -> measures.Parity:
+    plain, ours = (measures.alone(each)["parameters"] for each in ("plain", stage))
+    assert max(zoo.deviation(ours[name], plain[name]) for name in plain) > 1e-2, "not applied"
+    return measures.parity(layout, stage)
+
+
+@CASES.on(8, layout=["zero1", "hsdp_tp"], stage=["normuon"])
+@CASES.on(8, layout=["fsdp2"], stage=["plain"])
+def equals_one_process_on_many(layout: str, stage: str) -> measures.Parity:
+    return measures.parity(layout, stage)
 
 
 @CASES.on(4)
@@ -47,33 +59,33 @@ def equals_one_process_with_adamuon() -> measures.Parity:
     return measures.parity("fsdp2_tp", "adamuon")
 
 
-@CASES.on(4, variant=["plain", "normuon", "adamuon"])
-def equals_one_process_with_experts_apart(variant: str) -> None:
+@CASES.on(4, stage=["plain", "normuon", "adamuon"])
+def equals_one_process_with_experts_apart(stage: str) -> None:
     """No plan has these experts: each rank knows of its own mesh's alone."""
     model = zoo.Zoo()
     zoo.ep_apart(model)
-    optimizer = Muon(zoo.param_groups(model), variant=variant, **measures.OPTIONS)
+    optimizer = Muon(zoo.param_groups(model), **stage_options(stage), **measures.OPTIONS)
     measures.check_state(model, optimizer)
     norms = []
     for step in range(measures.STEPS):
         zoo.set_gradients(model, step)
         norms.append(float(optimizer.clip_grad_norm_(1e9)))
         optimizer.step()
-    for far, who in measures.deviations(model, optimizer, measures.alone(variant)).values():
+    for far, who in measures.deviations(model, optimizer, measures.alone(stage)).values():
         assert far <= EXACT, who
     alone, its_optimizer = measures.make("single")
     for step, norm in enumerate(norms):
         zoo.set_gradients(alone, step)
         assert norm == pytest.approx(float(its_optimizer.clip_grad_norm_(1e9)), rel=EXACT)
     for far, who in measures.deviations(
-        *_loaded(model, optimizer, variant), measures.alone(variant)
+        *_loaded(model, optimizer, stage), measures.alone(stage)
     ).values():
         assert far <= EXACT, who
 
 
-def _loaded(model: nn.Module, optimizer: Muon, variant: str) -> tuple[nn.Module, Muon]:
+def _loaded(model: nn.Module, optimizer: Muon, stage: str) -> tuple[nn.Module, Muon]:
     """Another optimizer of the same layout, which the state dict was loaded into."""
-    other = Muon(zoo.param_groups(model), variant=variant, **measures.OPTIONS)
+    other = Muon(zoo.param_groups(model), **stage_options(stage), **measures.OPTIONS)
     other.load_state_dict(optimizer.state_dict())
     measures.check_state(model, other)
     return model, other

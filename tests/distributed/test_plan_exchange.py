@@ -24,7 +24,7 @@ CAPS = [1, 300, 1 << 30]
 
 @st.composite
 def described(draw: st.DrawFn) -> tuple[int, list[PlannedTensor], list[Matrix]]:
-    """Ranks, and parameters that they share: stacks of matrices, some with a variant's state."""
+    """Ranks, and parameters that they share: stacks of matrices, some with a stage's state."""
     mesh = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
     positions = range(math.prod(mesh))
     keeps = draw(st.booleans())
@@ -45,7 +45,7 @@ def described(draw: st.DrawFn) -> tuple[int, list[PlannedTensor], list[Matrix]]:
             state = lives._replace(
                 axes=tuple(Axis(None) if axis.dim == 2 else axis for axis in lives.axes)
             )
-            tensor = tensor._replace(variant_shape=(*shape[:2], 1), variant_placement=state)
+            tensor = tensor._replace(stage_shape=(*shape[:2], 1), stage_placement=state)
         tensors.append(tensor)
         for i in range(shape[0]):
             box = (i, i + 1), (0, shape[1]), (0, shape[2])
@@ -93,8 +93,8 @@ def test_what_one_rank_sends_another_receives_in_the_same_order(
 ) -> None:
     plan = make_plan(*given_, 4, cap)
     for bucket in plan.buckets:
-        for way in ("inbound", "outbound", "variant_inbound", "variant_outbound"):
-            if way.startswith("variant") and not plan.has_variant_state:
+        for way in ("inbound", "outbound", "stage_inbound", "stage_outbound"):
+            if way.startswith("stage") and not plan.has_stage_state:
                 continue
             rank_transfers = [getattr(plan, way)(bucket, me) for me in range(plan.ranks)]
             for me, other in itertools.product(range(plan.ranks), repeat=2):
@@ -104,7 +104,7 @@ def test_what_one_rank_sends_another_receives_in_the_same_order(
             local = all(
                 at == me for me, e in enumerate(rank_transfers) for at, _, _ in (*e.sends, *e.recvs)
             )
-            inward, state = way.endswith("inbound"), way.startswith("variant")
+            inward, state = way.endswith("inbound"), way.startswith("stage")
             assert plan.moves(bucket, inward, state) == (not local)
 
 
@@ -162,7 +162,7 @@ def test_traffic_is_the_sum_of_the_transfers(
     given_: tuple[int, list[PlannedTensor], list[Matrix]], cap: int, itemsize: int
 ) -> None:
     ranks, tensors, matrices = given_
-    plain = [t._replace(variant_shape=(), variant_placement=None) for t in tensors]
+    plain = [t._replace(stage_shape=(), stage_placement=None) for t in tensors]
     step = StepPlan(
         ranks,
         (
@@ -308,7 +308,7 @@ def test_a_gather_brings_every_rank_what_it_stores(
     given_: tuple[int, list[PlannedTensor], list[Matrix]],
 ) -> None:
     ranks, tensors, _ = given_
-    tensors = [t._replace(variant_shape=(), variant_placement=None) for t in tensors]
+    tensors = [t._replace(stage_shape=(), stage_placement=None) for t in tensors]
     plan = make_gather(ranks, tensors, 4)
     for number, tensor in enumerate(tensors):
         for me in range(ranks):

@@ -143,7 +143,7 @@ def _with_an_algorithm() -> Muon:
 DIFFERENT: dict[str, tuple[Callable[[], Muon], str]] = {
     "lr": (_with_lr, "group 0's lr: 0.1 on rank 0, but group 0's lr: 0.2 on rank 1"),
     "tensor lr": (_with_a_tensor_as_lr, "group 0's lr: "),
-    "variant": (_with_a_variant, "group 0's variant: 'plain' on rank 0"),
+    "variant": (_with_a_variant, "group 0's after: () on rank 0"),
     "cap": (_with_a_cap, "group 0's bytes_in_flight: 64 on rank 0"),
     "eps of adamw": (_with_an_option_of_adamw, "group 1's eps: 1e-08 on rank 0"),
     "shape": (_with_a_shape, "wide: (4, 6) in torch.float32"),

@@ -25,9 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonkit import Muon
 from muonkit.distributed.step_plan import present_gradients
+from muonkit.stages import stages_of
 from muonkit.views import blocks_of
 from tests.helpers import internals, sampling, zoo
 from tests.helpers.ranks import counted_collectives
+from tests.helpers.stages import AnyStage, stage_options
 
 # Large steps: whatever goes wrong is to be seen in the parameters. Products in float32 on every
 # machine, so that a deviation is not the rounding of bf16 products.
@@ -99,9 +101,9 @@ def tensors_of(model: nn.Module, optimizer: Muon) -> dict[str, dict[str, Tensor]
 
 
 @functools.cache
-def alone(variant: str, steps: int = STEPS, blocks: int = 1) -> dict[str, dict[str, Tensor]]:
+def alone(stage: AnyStage, steps: int = STEPS, blocks: int = 1) -> dict[str, dict[str, Tensor]]:
     """What `tensors_of` one process is after these steps."""
-    model, optimizer = make("single", blocks, variant=variant)
+    model, optimizer = make("single", blocks, **stage_options(stage))
     train(model, optimizer, last=steps)
     return tensors_of(model, optimizer)
 
@@ -127,12 +129,13 @@ def deviations(
     }
 
 
-def parity(layout: str, variant: str = "plain", blocks: int = 1, **options: Any) -> Parity:
+def parity(layout: str, stage: AnyStage = "plain", blocks: int = 1, **options: Any) -> Parity:
     """Train `STEPS` steps and compare; the last one is counted."""
-    model, optimizer = make(layout, blocks, variant=variant, **options)
+    model, optimizer = make(layout, blocks, **stage_options(stage), **options)
     check_state(model, optimizer)
     train(model, optimizer, last=STEPS - 1)
-    with internals.counted_orthogonalizations() as counted, sent_bytes() as sent:
+    sums = _sums(optimizer)
+    with internals.counted_orthogonalizations() as counted, sent_bytes(sums) as sent:
         train(model, optimizer, STEPS - 1)
     check_state(model, optimizer)
     plan, me = optimizer.plan(), dist.get_rank()
@@ -142,7 +145,7 @@ def parity(layout: str, variant: str = "plain", blocks: int = 1, **options: Any)
     traffic = plan.traffic()
     # Two accounts of one plan.
     assert sum(planned.values()) == traffic.sent_in[me] + traffic.sent_out[me]
-    apart = deviations(model, optimizer, alone(variant, blocks=blocks))
+    apart = deviations(model, optimizer, alone(stage, blocks=blocks))
     matrices, held = _size(optimizer)
     return Parity(
         **{kind: far for kind, (far, _) in apart.items()},
@@ -154,6 +157,18 @@ def parity(layout: str, variant: str = "plain", blocks: int = 1, **options: Any)
         matrices=matrices,
         held=held,
     )
+
+
+def _sums(optimizer: Muon) -> int:
+    """How often a step adds up norms over the ranks: once or twice for each bucket."""
+    times = 0
+    group = next(each for each in optimizer.param_groups if each["algorithm"] == "muon")
+    for each in stages_of(group).constraint:
+        times = max(times, 1 if each.target is None else 2)
+    if not times:
+        return 0
+    planned = optimizer._planned_step(present_gradients(optimizer.param_groups))
+    return times * sum(len(s.buckets) for group in planned.sharded_groups for s in group)
 
 
 # --- against one process, and against before ------------------------------------------------------
@@ -179,8 +194,8 @@ def unchanged(model: nn.Module, optimizer: Muon) -> Iterator[None]:
     assert_unchanged(model, optimizer, before)
 
 
-def assert_equals_one_process(model: nn.Module, optimizer: Muon, variant: str = "plain") -> None:
-    for kind, (far, who) in deviations(model, optimizer, alone(variant)).items():
+def assert_equals_one_process(model: nn.Module, optimizer: Muon, stage: AnyStage = "plain") -> None:
+    for kind, (far, who) in deviations(model, optimizer, alone(stage)).items():
         assert far <= EXACT, (kind, who, far)
 
 
@@ -208,16 +223,16 @@ def write(model: nn.Module, optimizer: Muon, folder: Path) -> None:
         dcp.save(checkpoint(model, optimizer), checkpoint_id=folder, **options)
 
 
-def save(folder: Path, layout: str, variant: str = "plain") -> None:
+def save(folder: Path, layout: str, stage: AnyStage = "plain") -> None:
     """The first steps in this layout, and a checkpoint."""
-    model, optimizer = make(layout, variant=variant)
+    model, optimizer = make(layout, **stage_options(stage))
     train(model, optimizer, last=SAVED_AFTER)
     write(model, optimizer, folder)
 
 
-def load(folder: Path, layout: str, variant: str = "plain") -> tuple[nn.Module, Muon]:
+def load(folder: Path, layout: str, stage: AnyStage = "plain") -> tuple[nn.Module, Muon]:
     """What is in a checkpoint, in this layout: of a run that was made with other numbers."""
-    model, optimizer = make(layout, seed=1, lr=0.7, variant=variant)
+    model, optimizer = make(layout, seed=1, lr=0.7, **stage_options(stage))
     train(model, optimizer, last=1)  # state of its own, all of which has to go
     state = checkpoint(model, optimizer)
     with _alone_or_not() as options:
@@ -231,21 +246,21 @@ def load(folder: Path, layout: str, variant: str = "plain") -> tuple[nn.Module, 
     return model, optimizer
 
 
-def stop_over(folder: Path, to: Path, layout: str, variant: str = "plain") -> None:
+def stop_over(folder: Path, to: Path, layout: str, stage: AnyStage = "plain") -> None:
     """Load, take one step, and save."""
-    model, optimizer = load(folder, layout, variant)
+    model, optimizer = load(folder, layout, stage)
     train(model, optimizer, SAVED_AFTER, SAVED_AFTER + 1)
     write(model, optimizer, to)
 
 
 def resumed(
-    folder: Path, layout: str, variant: str = "plain", done: int = SAVED_AFTER
+    folder: Path, layout: str, stage: AnyStage = "plain", done: int = SAVED_AFTER
 ) -> dict[str, float]:
     """Load, take the steps that are left, and compare with one process that never stopped."""
-    model, optimizer = load(folder, layout, variant)
+    model, optimizer = load(folder, layout, stage)
     check_state(model, optimizer)
     train(model, optimizer, done)
-    apart = deviations(model, optimizer, alone(variant))
+    apart = deviations(model, optimizer, alone(stage))
     return {kind: far for kind, (far, _) in apart.items()}
 
 
@@ -299,12 +314,15 @@ class _Collectives(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def sent_bytes() -> Iterator[Counter[int]]:
+def sent_bytes(sums: int = 0) -> Iterator[Counter[int]]:
     """Bytes to each other rank in one step inside, of ranks that are the whole world.
 
+    Args:
+        sums: how often norms are added up over the ranks.
+
     Raises:
-        AssertionError: padding, or any communication that is neither an exchange nor the one sum
-            of three numbers by which ranks compare their plans.
+        AssertionError: padding, or any communication that is neither an exchange, nor one of these
+            sums, nor the one of three numbers by which ranks compare their plans.
     """
     sent: Counter[int] = Counter()
     calls = 0
@@ -328,7 +346,7 @@ def sent_bytes() -> Iterator[Counter[int]]:
     ):
         yield sent
     assert not named, named
-    expected = Counter({"c10d.alltoall_base_": calls, "c10d.allreduce_": 1})
+    expected = Counter({"c10d.alltoall_base_": calls, "c10d.allreduce_": 1 + sums})
     assert every.counts == expected, every.counts
 
 

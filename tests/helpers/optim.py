@@ -15,6 +15,7 @@ VIEWED = [
     ("split(rows=3)", (12, 5)),
     ("split(rows=6+2+2)", (10, 5)),
     ("split(cols=2)", (5, 12)),
+    ("split(rows=2) > split(rows=3+2)", (10, 7)),
     ("transpose > split(rows=3)", (5, 12)),
     ("experts > split(rows=2)", (2, 8, 5)),
 ]

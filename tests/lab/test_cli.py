@@ -200,6 +200,8 @@ def test_route_prints_the_table_and_json(
     assert algorithms["1.weight"] == "adamw"
     assert main(["route", "mine:Zoo.net", "--rule", "0.weight=muon:split(rows=2)"]) == 0
     assert "split(rows=2)" in capsys.readouterr().out
+    assert main(["route", "mine:Zoo.net", "--per-head"]) == 2
+    assert "no attention was found in Sequential" in capsys.readouterr().err
 
 
 def test_route_folds_layers_that_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

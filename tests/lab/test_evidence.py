@@ -82,9 +82,11 @@ def test_a_torch_that_casts_in_another_way_is_refused(monkeypatch: pytest.Monkey
         _stepped("torch-muon-fp32")
 
 
-def test_normuon_is_the_variant() -> None:
+def test_normuon_is_the_stage() -> None:
     optimizer = OPTIMIZERS["normuon"].build(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.01)
-    assert {g["variant"] for g in optimizer.param_groups if g["algorithm"] == "muon"} == {"normuon"}
+    assert {g["after"] for g in optimizer.param_groups if g["algorithm"] == "muon"} == {
+        ("normuon",)
+    }
     assert _distance(_stepped("normuon"), _stepped("muonw")) > 1e-3
 
 

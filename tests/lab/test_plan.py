@@ -164,7 +164,7 @@ def many_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def real_traffic(
-    model: ModelShape, mesh: str, layout: str | None, variant: str
+    model: ModelShape, mesh: str, layout: str | None, after: str
 ) -> dict[str, list[int]]:
     """What the optimizer itself plans for this model: parameters distributed as the simulation
     says, in torch's own words.
@@ -203,12 +203,16 @@ def real_traffic(
     group = whole["dp"].get_group() if kind.given else None
     # The simulation's CPU multiplies in float32.
     optimizer = Muon(
-        groups, variant=variant, process_group=group, zero=int(kind.zero), ns_dtype="float32"
+        groups,
+        after=() if after == "none" else after,
+        process_group=group,
+        zero=int(kind.zero),
+        ns_dtype="float32",
     )
     return optimizer.plan().traffic()._asdict()
 
 
-@pytest.mark.parametrize("variant", ["plain", "normuon", "adamuon"])
+@pytest.mark.parametrize("after", ["none", "normuon", "adamuon"])
 @pytest.mark.parametrize(
     ("model", "mesh", "layout"),
     [
@@ -228,11 +232,11 @@ def real_traffic(
     ids=lambda value: getattr(value, "name", value),
 )
 def test_the_simulated_step_is_what_the_optimizer_plans(
-    many_ranks: Any, model: ModelShape, mesh: str, layout: str | None, variant: str
+    many_ranks: Any, model: ModelShape, mesh: str, layout: str | None, after: str
 ) -> None:
-    step = simulate(model, mesh, layout, variant=variant)
+    step = simulate(model, mesh, layout, after=after)
     many_ranks(step.mesh.ranks)
-    expected = real_traffic(model, mesh, layout, variant)
+    expected = real_traffic(model, mesh, layout, after)
     for name, figures in step.traffic().items():
         assert figures.tolist() == expected[name], name
 
@@ -493,7 +497,7 @@ def test_the_axes_say_the_layout(mesh: str, layout: str) -> None:
         ("--model gpt2-124m --mesh fsdp=8,tp=2", "50257 x 768 on the mesh fsdp=8,tp=2 would lie"),
         ("--model gpt2-124m --mesh dp=8 --device tpu", "unknown device 'tpu': did you mean 'cpu'?"),
         ("--model gpt2-124m --mesh dp=8 --dtype int8", "unknown dtype 'int8'; it is one of"),
-        ("--model gpt2-124m --mesh dp=8 --variant soap", "unknown variant 'soap'"),
+        ("--model gpt2-124m --mesh dp=8 --after soap", "unknown after 'soap'"),
         ("--model gpt2-124m --mesh dp=8 --replicas 2", "unknown choice of replicas '2'"),
         ("--model gpt2-124m --mesh dp=8 --inter 0", "Invalid value for '--inter'"),
         ("--model gpt2-124m --mesh dp=2 --plot x.mp3", "unknown kind of picture 'mp3'"),

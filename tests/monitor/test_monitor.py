@@ -44,6 +44,7 @@ MEANING: dict[str, Callable[[torch.Tensor], list[torch.Tensor]]] = {
     "split(rows=3)": lambda p: list(p.chunk(3)),
     "split(rows=6+2+2)": lambda p: list(p.split([6, 2, 2])),
     "split(cols=2)": lambda p: list(p.chunk(2, 1)),
+    "split(rows=2) > split(rows=3+2)": lambda p: [p[:3], p[5:8], p[3:5], p[8:]],
     "transpose > split(rows=3)": lambda p: list(p.mT.chunk(3)),
     "experts > split(rows=2)": lambda p: [half for expert in p for half in expert.chunk(2)],
 }

@@ -28,6 +28,7 @@ RANGES = [
     ("polar_express_1.02", 5, (0.85, 1.14), (0.86, 1.14)),
     ("cans", 5, (0.884, 1.120), (0.884, 1.120)),
     ("cubic5", 5, (0.12, 1.30), (0.77, 1.30)),
+    ("aol4", 4, (0.12, 1.15), (0.97, 1.15)),
     ("deepseek_v4", 10, (1.0000, 1.0005), (1.0000, 1.0005)),
 ]
 
@@ -126,6 +127,8 @@ PUBLISHED = {
         2.300652019954817 -1.6689039845747493 0.4188073119525673""",
     "cans": """8.4703 -25.1081 18.6293  4.1828 -3.1087 0.5806  3.9619 -2.9541 0.5630
         3.2866 -2.4647 0.5074  2.2737 -1.6447 0.4162""",
+    "aol4": """3.9505 -6.3029 2.6377  3.7418 -5.5913 2.3037
+        2.8769 -3.1427 1.2046  2.8366 -3.0525 1.2012""",
     "cubic5": """3.3656576 -3.3420992 0  2.5744352 -1.4957376 0  2.5368962 -1.4312570 0
         2.4418906 -1.2764040 0  2.2230472 -0.9630650 0""",
 }
@@ -135,3 +138,10 @@ PUBLISHED = {
 def test_every_digit_is_the_published_one(name: str) -> None:
     written = [number for triple in resolve(name, 5).triples for number in triple]
     assert written == [float(number) for number in PUBLISHED[name].split()]
+
+
+def test_no_schedule_turns_a_direction_around() -> None:
+    """A table that is published for AOL, beginning (4.0098, -7.0585, 2.4635), does above 0.88."""
+    s = torch.linspace(1e-3, 1, 10_001, dtype=torch.float64)
+    for name in SCHEDULES:
+        assert scalar_map(name, s).min() > 0, name

@@ -40,6 +40,7 @@ TOLERANCE = {
 # The Gram form's share of it: within a segment rounding errors grow up to the limits in
 # muonkit.newton_schulz.forms, which were chosen so that it is at most this many times off as far.
 GRAM = {torch.float64: 25, torch.float32: 25, torch.float16: 2, torch.bfloat16: 2}
+BALANCED = {name for name in NAMES if resolve(name).balanced}
 STRICT = {name for name in NAMES if resolve(name).strict}
 IMPLEMENTATIONS = [
     (name, form, dtype)
@@ -83,11 +84,25 @@ def exact(G: torch.Tensor, name: str, strict_eps: float = 0.0) -> torch.Tensor:
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     if iterations.exact:
         return U @ Vh
+    if iterations.balanced:
+        U, S, Vh = torch.linalg.svd(balanced(G), full_matrices=False)
+        return (U * polynomial(S, name)) @ Vh
     margin = iterations.margin * (1 + (4 * strict_eps if iterations.strict else 0))
-    s = S / (S.norm() * margin)
-    for a, b, c in iterations.triples:
+    return (U * polynomial(S / (S.norm() * margin), name)) @ Vh
+
+
+def polynomial(s: torch.Tensor, name: str) -> torch.Tensor:
+    for a, b, c in resolve(name).triples:
         s = a * s + b * s**3 + c * s**5
-    return (U * s) @ Vh
+    return s
+
+
+def balanced(G: torch.Tensor) -> torch.Tensor:
+    """AOL in float64, as published: rows of the shorter side over √(Σ_j |XX^T|_ij)."""
+    X = G.double() / G.double().norm()
+    X = X.mT if G.shape[0] > G.shape[1] else X
+    X = X / (X @ X.mT).abs().sum(1, keepdim=True).sqrt()
+    return X.mT if G.shape[0] > G.shape[1] else X
 
 
 def distance(X: torch.Tensor, Y: torch.Tensor) -> float:
@@ -129,6 +144,8 @@ def test_transpose_commutes(
     name: str, form: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if name in BALANCED and shape[0] == shape[1]:
+        shape = (24, 25)  # of a square matrix the rows as given are weighed, not the columns
     G = random_matrix(*shape, dtype=wide)
     one, other = apply(G.mT, name, form, dtype), apply(G, name, form, dtype).mT
     # Not to the bit: a transposed operand is summed in another order.
@@ -441,3 +458,34 @@ def test_float16_has_its_own_three_more_bits() -> None:
         float((orthogonalize(G, ns_dtype=name) - exact).norm()) for name in ("float16", "bfloat16")
     )
     assert half < brain / 4
+
+
+@every_implementation
+@pytest.mark.parametrize("kind", ["rank 1", "one entry", "identity", "one row", "power law"])
+def test_the_step_goes_the_way_of_the_momentum(
+    name: str, form: str, dtype: torch.dtype, kind: str
+) -> None:
+    G = _degenerate()[kind]
+    O = apply(G, name, form, dtype).double()
+    # Of the nuclear norm, which is what the exact factor gets.
+    assert (O * G).sum() >= 0.6 * torch.linalg.svdvals(G.double()).sum()
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (12, 12)])
+def test_aol_is_differentiable_and_compiled_as_it_is(shape: tuple[int, int]) -> None:
+    G = random_matrix(*shape, dtype=torch.float64).requires_grad_()
+    with torch.no_grad():
+        plain = orthogonalize(G, ns_coefficients="aol4", ns_dtype="float64")
+    O = orthogonalize(G, ns_coefficients="aol4", ns_dtype="float64")
+    torch.testing.assert_close(O, plain, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda X: orthogonalize(X, ns_coefficients="aol4", ns_dtype="float64"), (G,)
+    )
+
+
+def test_aol_takes_no_product_of_its_own() -> None:
+    cpu = torch.device("cpu")
+    common = 5, "auto", "float32", torch.float32, cpu, 768, 3072
+    four = SCHEDULES["you"].table[1:]
+    assert choose("aol4", *common).flops == choose(four, *common).flops
+    assert choose("aol4", *common).flops < 0.9 * choose("keller", *common).flops

@@ -19,7 +19,7 @@ from muonkit.newton_schulz.forms import FORMS
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
 from muonkit.options import CHOICES, OPTION_KEYS
 from muonkit.scale import SCALES
-from muonkit.variants import VARIANTS
+from muonkit.stages import AFTER, BEFORE, CONSTRAINTS
 from tests.helpers.optim import parameter
 
 if TYPE_CHECKING:
@@ -52,8 +52,10 @@ MUON: dict[str, Sequence[Any]] = {
     "ns_dtype": DTYPES,
     "momentum_dtype": DTYPES,
     "bytes_in_flight": [None, 1, 2**20],
-    "variant": list(VARIANTS),
-    "variant_beta2": [None, 0.0, 0.9],
+    "before": [(), *BEFORE],
+    "after": [(), *AFTER, ["normuon", "muon_plus"]],
+    "constraint": [(), *CONSTRAINTS, ["relative_update", "radial_brake"]],
+    "stage_beta2": [None, 0.0, 0.9],
     "exchange_dtype": CHOICES["exchange_dtype"],
     "replicas": CHOICES["replicas"],
     "maximize": [False, True],
@@ -78,6 +80,7 @@ CONSTRUCTOR: dict[str, Sequence[Any]] = {
     "adamw_wd": [0.2],
     "process_group": [None],
     "zero": [0],
+    "variant": ["plain", "normuon"],
 }
 
 
@@ -95,8 +98,8 @@ def group_of(
     base: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "algorithm": algorithm}
     if algorithm == "muon":
         base |= {"ns_dtype": "float32", "momentum": 0.9}
-        if "variant_beta2" in options:
-            base["variant"] = "normuon"
+        if "stage_beta2" in options:
+            base["after"] = "normuon"
     return {"params": params, **base, **options}
 
 

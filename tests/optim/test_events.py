@@ -257,7 +257,7 @@ EDITS: list[tuple[str, dict[str, Any], str]] = [
     ("muon", {"ns_coefficients": "typo"}, "typo"),
     ("muon", {"ns_dtype": "int8"}, "ns_dtype"),
     ("muon", {"ns_form": "typo"}, "typo"),
-    ("muon", {"variant": "typo"}, "variant"),
+    ("muon", {"after": "typo"}, "after"),
     ("muon", {"view": "split(rows=7)"}, "equal parts"),
     ("muon", {"view": "experts"}, "experts"),
     ("muon", {"momentum_dtype": "int8"}, "momentum_dtype"),

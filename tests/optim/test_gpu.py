@@ -26,8 +26,8 @@ from muonkit.newton_schulz.forms import FORMS
 from muonkit.newton_schulz.orthogonalizer import orthogonalize
 from muonkit.newton_schulz.symmetric import symmetric_product
 from muonkit.scale import SCALES
-from muonkit.variants import VARIANTS
 from tests.helpers.optim import VIEWED, mlp
+from tests.helpers.stages import NAMES, stage_options
 
 DEVICE = torch.device("cuda", 0)
 
@@ -153,7 +153,7 @@ def steps(models: list[nn.Module], optimizers: list[MuonW], count: int, first: i
             optimizer.step()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stage", NAMES)
 @pytest.mark.parametrize(
     "options",
     [
@@ -172,10 +172,10 @@ def steps(models: list[nn.Module], optimizers: list[MuonW], count: int, first: i
     ],
     ids=lambda options: "-".join(map(str, options)) or "default",
 )
-def test_a_step_is_the_cpus(variant: str, options: dict[str, Any]) -> None:
+def test_a_step_is_the_cpus(stage: str, options: dict[str, Any]) -> None:
     # cautious: an entry near zero may change its sign.
     loose = "cautious" in options or "ns_coefficients" in options
-    models, optimizers = pair(variant=variant, **options)
+    models, optimizers = pair(**stage_options(stage), **options)
     steps(models, optimizers, 4)
     assert apart(*models) <= (1e-3 if loose else CLOSE)
 
@@ -203,8 +203,9 @@ def test_parameters_of_16_bits(dtype: torch.dtype) -> None:
     "options",
     [
         {},
-        {"variant": "normuon"},
-        {"variant": "adamuon"},
+        {"after": "normuon"},
+        {"after": "adamuon"},
+        {"constraint": "hyperball"},
         {"momentum_dtype": "bfloat16"},
         {"lr": torch.tensor(0.02), "weight_decay": 0.1},
         {"momentum": torch.tensor(0.9)},
@@ -233,10 +234,10 @@ def test_a_monitor_sees_the_gpus_step() -> None:
 
 
 def test_checkpoints_cross_devices() -> None:
-    models, optimizers = pair(variant="normuon")
+    models, optimizers = pair(after="normuon")
     steps(models, optimizers, 2)
     moved = [copy.deepcopy(models[0]).to(DEVICE), copy.deepcopy(models[1]).cpu()]
-    others = [MuonW(model, lr=0.02, ns_dtype="float32", variant="normuon") for model in moved]
+    others = [MuonW(model, lr=0.02, ns_dtype="float32", after="normuon") for model in moved]
     for other, optimizer in zip(others, optimizers, strict=True):
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for model, other in zip(moved, others, strict=True):
@@ -283,11 +284,11 @@ def test_a_grad_scaler(overflow: bool) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"variant": variant} for variant in VARIANTS),
+        *map(stage_options, NAMES),
         {"momentum_dtype": "bfloat16"},
         {"momentum_dtype": "bfloat16", "nesterov": False},
         {"cautious": True, "lr": torch.tensor(0.02)},
-        {"nonfinite": "skip", "variant": "normuon"},
+        {"nonfinite": "skip", "after": "normuon"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -301,21 +302,21 @@ def test_compiled(options: dict[str, Any]) -> None:
     step: Callable[[], object] = torch.compile(compiled.step)
     # See "Compiling the step" in docs/choosing.md: a fault of torch 2.11's compiler.
     ordering = torch._inductor.config.patch(loop_ordering_after_fusion=False)
-    with ordering if options.get("variant") == "normuon" else contextlib.nullcontext():
+    with ordering if options.get("after") == "normuon" else contextlib.nullcontext():
         for t in range(3):
             set_gradients(models, t)
             eager.step()
             step()
     # AdaMuon divides entries near zero by themselves; bfloat16 rounds the momentum.
-    exact = options.get("variant") != "adamuon" and "momentum_dtype" not in options
+    exact = options.get("after") != "adamuon" and "momentum_dtype" not in options
     assert apart(*models) <= (CLOSE if exact else 1e-3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_captured_in_a_graph(variant: str) -> None:
+@pytest.mark.parametrize("stage", NAMES)
+def test_captured_in_a_graph(stage: str) -> None:
     models = [mlp(48).to(DEVICE), mlp(48).to(DEVICE)]
     eager, captured = (
-        MuonW(model, lr=torch.tensor(0.02, device=DEVICE), variant=variant, adamw_lr=1e-3)
+        MuonW(model, lr=torch.tensor(0.02, device=DEVICE), **stage_options(stage), adamw_lr=1e-3)
         for model in models
     )
     set_gradients(models, 0)
@@ -378,15 +379,17 @@ def test_ddp(group: None, zero: int) -> None:
     assert apart(*models) <= CLOSE
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_fsdp2(group: None, variant: str) -> None:
+@pytest.mark.parametrize("stage", NAMES)
+def test_fsdp2(group: None, stage: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     models = [mlp(48), mlp(48).to(DEVICE)]
     fully_shard(models[1], mesh=init_device_mesh("cuda", (1,)))
-    optimizers = [MuonW(model, lr=0.02, ns_dtype="float32", variant=variant) for model in models]
+    optimizers = [
+        MuonW(model, lr=0.02, ns_dtype="float32", **stage_options(stage)) for model in models
+    ]
     for t in range(3):
         for (name, p), (_, q) in zip(
             models[0].named_parameters(), models[1].named_parameters(), strict=True

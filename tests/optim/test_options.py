@@ -14,12 +14,13 @@ from muonkit._text import one_of
 from muonkit.distributed.machines import MACHINES
 from muonkit.options import CHOICES, DEFAULTS, FILLS, OF_ALGORITHM, OPTIONS
 from muonkit.scale import ROUTED, SCALES
-from muonkit.variants import VARIANTS, Variant
+from muonkit.stages import AFTER, STAGES, Stage
 from tests.helpers import option_table
 
 
 def test_the_constructor_has_these_arguments_with_these_defaults_in_this_order() -> None:
     arguments = dict(inspect.signature(Muon).parameters)
+    assert arguments.pop("variant").default is None  # another name of `after`
     assert list(arguments) == ["params", *(row.name for row in OPTIONS)]
     assert {row.name: row.default for row in OPTIONS} == {
         name: argument.default for name, argument in arguments.items() if name != "params"
@@ -27,12 +28,12 @@ def test_the_constructor_has_these_arguments_with_these_defaults_in_this_order()
 
 
 def test_a_constructor_has_no_more_than_26_keyword_arguments() -> None:
-    """Those that it names; `MuonW` passes on the rest of Muon's."""
+    """Those that it names, beside the stages'; `MuonW` passes on the rest of Muon's."""
     for kind, first in ((Muon, "params"), (MuonW, "model")):
         named = [
             argument.name
             for argument in inspect.signature(kind).parameters.values()
-            if argument.kind is not argument.VAR_KEYWORD and argument.name != first
+            if argument.kind is not argument.VAR_KEYWORD and argument.name not in (first, *STAGES)
         ]
         assert len(named) <= 26, named
 
@@ -99,7 +100,7 @@ def test_the_guide_has_a_row_for_every_option() -> None:
 
 
 def test_every_choice_of_the_table_is_one_and_nothing_else_is() -> None:
-    p = nn.Parameter(torch.zeros(4, 3))
+    p = nn.Parameter(torch.ones(4, 3))
     for name, choices in CHOICES.items():
         for choice in choices:
             # Some schedules are made for one number of steps, and need float32.
@@ -114,9 +115,9 @@ def test_choices_that_are_looked_up_are_the_dict_where_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert CHOICES["adjust_lr_fn"] is SCALES
-    assert CHOICES["variant"] is VARIANTS
-    monkeypatch.setitem(VARIANTS, "own", Variant("own", lambda O, v, beta2, step: None))
-    assert Muon([nn.Parameter(torch.zeros(4, 3))], variant="own").describe()[0]["variant"] == "own"
+    assert CHOICES["after"] is AFTER
+    monkeypatch.setitem(AFTER, "own", Stage("own", lambda O, v, beta2, step: None))
+    assert Muon([nn.Parameter(torch.zeros(4, 3))], after="own").describe()[0]["after"] == "own"
 
 
 def test_the_command_line_offers_what_the_tables_have() -> None:
@@ -130,7 +131,7 @@ def test_the_command_line_offers_what_the_tables_have() -> None:
     offered = {
         "plan": {
             "exchange_dtype": CHOICES["exchange_dtype"],
-            "variant": CHOICES["variant"],
+            "after": CHOICES["after"],
             "replicas": CHOICES["replicas"],
             "dtype": DTYPES,
             "device": MACHINES,
@@ -145,8 +146,9 @@ def test_the_command_line_offers_what_the_tables_have() -> None:
         for name, choices in options.items():
             assert one_of(choices) in own[name].help
             if name in DEFAULTS:
-                assert own[name].default == (ROUTED if command == "route" else DEFAULTS[name])
+                default = ROUTED if command == "route" else DEFAULTS[name]
+                assert own[name].default == ("none" if default == () else default)
     assert ", ".join(MODELS) in commands["plan"].help
-    for name in ("exchange_dtype", "variant", "replicas", "dtype", "device"):
+    for name in ("exchange_dtype", "after", "replicas", "dtype", "device"):
         for choice in offered["plan"][name]:
             assumptions(**{name: choice})

@@ -265,14 +265,14 @@ def test_a_plain_state_in_another_variant(variant: str, whose: str) -> None:
     plain.step()
     optimizer = Muon([p], lr=0.1, variant=variant)
     with pytest.raises(
-        ValueError, match=f"no second_momentum_buffer, which variant='{variant}' keeps"
+        ValueError, match=f"no second_momentum_buffer, which after='{variant}' keeps"
     ) as e:
         optimizer.load_state_dict(plain.state_dict())
-    assert f"set group['variant'] = '{variant}'" in str(e.value)
+    assert f"set group['after'] = '{variant}'" in str(e.value)
     optimizer = Muon([p], lr=0.1)
     optimizer.load_state_dict(plain.state_dict())
     for group in optimizer.param_groups:
-        group["variant"] = variant
+        group["after"] = variant
     set_gradients([p], 1)
     optimizer.step()
     assert optimizer.state[p]["step"] == 1
@@ -282,12 +282,12 @@ def test_a_plain_state_in_another_variant(variant: str, whose: str) -> None:
 def test_another_variants_state_says_which_it_is() -> None:
     p = parameter(6, 4)
     saved = Muon([p], variant="normuon")
-    with pytest.raises(ValueError, match="it was saved with variant='normuon'; make the optim"):
+    with pytest.raises(ValueError, match="it was saved with after='normuon'; make the optim"):
         Muon([p], variant="adamuon").load_state_dict(saved.state_dict())
     # A plain one has nothing that it could lack: it goes on as it was saved.
     plain = Muon([p])
     plain.load_state_dict(saved.state_dict())
-    assert plain.param_groups[0]["variant"] == "normuon"
+    assert plain.param_groups[0]["after"] == ("normuon",)
     less = copy.deepcopy(saved.state_dict())
     del less["state"][0]["second_momentum_buffer"]
     with pytest.raises(ValueError, match="no second_momentum_buffer"):

@@ -316,7 +316,8 @@ def test_the_operation_is_a_good_citizen_of_torch() -> None:
     flat = [number for _ in range(5) for number in KELLER]
     arguments: tuple[Tensor, list[float], str, float, torch.dtype]
     arguments = G, flat, "gram", 1.0, torch.float32
-    torch.library.opcheck(torch.ops.muonkit.newton_schulz_.default, arguments)
+    for balanced in (False, True):
+        torch.library.opcheck(torch.ops.muonkit.newton_schulz_.default, (*arguments, balanced))
 
 
 def test_orthogonalize_compiles_for_changing_shapes() -> None:

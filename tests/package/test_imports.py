@@ -24,7 +24,7 @@ from tests.helpers.paths import SOURCE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("lab", "_cli", "__main__"),
     ("muonkit",),
-    ("integrations", "monitor", "convert"),
+    ("integrations", "monitor", "convert", "qk_clip"),
     ("muonw", "mup", "distributed.ddp_hook"),
     ("optim",),
     ("distributed.step_plan", "distributed.rank_dtypes", "state", "settle", "saved", "checks"),
@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.param_layout",),
     ("options",),
-    ("distributed", "distributed.placement", "newton_schulz", "scale", "variants", "views"),
+    ("distributed", "distributed.placement", "newton_schulz", "scale", "stages", "views"),
     ("_compile", "_install", "_shards", "_text"),
     ("_torch",),
 )

@@ -16,7 +16,7 @@ from muonkit.convert.match import Parameter, named_of, positions_of, read_all, r
 from muonkit.convert.values import same, written_parameter
 from muonkit.groups import parameter_names
 from muonkit.optim import Muon
-from muonkit.options import OF_ALGORITHM, STRUCTURE, unspelled
+from muonkit.options import OF_ALGORITHM, STRUCTURE, take_other_names_, unspelled
 from muonkit.views import blocks_of
 
 __all__ = ["FORMATS", "Exported", "Imported", "from_muonkit", "joined", "to_muonkit"]
@@ -210,6 +210,8 @@ def _alike(one: Parameter, other: Parameter) -> bool:
 def _made(groups: Sequence[Sequence[Parameter]], options: Mapping[str, Any]) -> Muon:
     """An optimizer of ours with these groups; `options` are the caller's."""
     made = []
+    options = dict(options)
+    take_other_names_(options)
     for members in groups:
         first = members[0]
         group: dict[str, Any] = {

@@ -50,8 +50,8 @@ class Side:
     marks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def variant(self) -> str:
-        return str(self.fixed.get("variant", "plain"))
+    def after(self) -> tuple[str, ...]:
+        return tuple(self.fixed.get("after", ()))
 
 
 @dataclass(frozen=True)
@@ -334,10 +334,10 @@ _DION = Format(
         "muon": _DION_MUON,
         "normuon": Side(
             "muon",
-            names={**_DION_MUON.names, "variant_beta2": "muon_beta2"},
+            names={**_DION_MUON.names, "stage_beta2": "muon_beta2"},
             state={**_DION_MUON.state, VARIANCE: "variance_neuron"},
             summed=True,
-            fixed={**_DION_MUON.fixed, "variant": "normuon"},
+            fixed={**_DION_MUON.fixed, "after": ("normuon",)},
             absent=_DION_MUON.absent,
             ignored=_DION_MUON.ignored,
         ),

@@ -18,6 +18,7 @@ from muonkit.groups import MOMENTUM, STEP, VARIANCE, state_shapes
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, resolve
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
 from muonkit.scale import scale_factor
+from muonkit.stages import listed
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _RATES = ("initial_lr", "max_lr", "min_lr", "base_lr")
 SCHEDULERS = (*_RATES, "max_momentum", "base_momentum")
 
 # Our options that other formats do not have -> the value at which nothing is lost.
-_OUR_NEUTRAL = {"maximize": False, "cautious": False, "variant": "plain"}
+_OUR_NEUTRAL = {"maximize": False, "cautious": False, "before": (), "after": (), "constraint": ()}
 _MOMENTS = {"exp_avg": "AdamW's first moment", "exp_avg_sq": "AdamW's second moment"}
 
 
@@ -193,7 +194,16 @@ def _read_state(
         raise ValueError(
             f"its state has {', '.join(map(str, entry))}, and lacks {', '.join(lacks)}"
         )
-    shapes = state_shapes(p, {**ours, "algorithm": side.algorithm, "variant": side.variant})
+    shapes = state_shapes(
+        p,
+        {
+            **ours,
+            "algorithm": side.algorithm,
+            "before": (),
+            "after": listed(side.after),
+            "constraint": (),
+        },
+    )
     state: dict[str, Any] = {}
     for key, theirs in side.state.items():
         value = _fitting(theirs, entry[theirs], shapes[key])
@@ -264,10 +274,10 @@ def written_parameter(
 
 
 def _side_for(form: Format, group: Mapping[str, Any]) -> str:
-    """The format's side for a group of ours, with its variant if there is one."""
+    """The format's side for a group of ours, with its stages if there are any."""
     fits = [key for key, side in form.sides.items() if side.algorithm == group["algorithm"]]
-    variant = group.get("variant", "plain")
-    return next((key for key in fits if form.sides[key].variant == variant), fits[0])
+    after = listed(group.get("after"))
+    return next((key for key in fits if form.sides[key].after == after), fits[0])
 
 
 def _their_scale(form: Format, ours: str, shape: tuple[int, ...]) -> Any:
@@ -291,7 +301,7 @@ def _written_options(side: Side, group: Mapping[str, Any], notes: list[str]) -> 
         values["ns_steps"] = len(triples.triples) if one else DEFAULT_STEPS
     for ours, key in side.names.items():
         value = values[ours]
-        if ours == "variant_beta2" and value is None:
+        if ours == "stage_beta2" and value is None:
             value = 0.95  # its own default, which is the format's too
         if isinstance(value, Tensor):
             value = value.detach().clone()

@@ -16,7 +16,7 @@ import torch
 from muonkit._text import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
@@ -25,6 +25,7 @@ __all__ = [
     "Domain",
     "Exchange",
     "Pending",
+    "add_up",
     "announce",
     "check_ranks_agree",
     "move",
@@ -65,10 +66,16 @@ class Pending(Generic[T]):
     Args:
         value: what is there afterwards; at once, where nothing has to travel.
         exchanges: to complete first, in order.
+        last_: what is done to the value then, in place.
     """
 
-    def __init__(self, value: T, exchanges: Sequence[Exchange] = ()) -> None:
-        self._value, self._exchanges = value, exchanges
+    def __init__(
+        self,
+        value: T,
+        exchanges: Sequence[Exchange] = (),
+        last_: Callable[[T], object] | None = None,
+    ) -> None:
+        self._value, self._exchanges, self._last = value, exchanges, last_
 
     def wait(self) -> T:
         """Raises:
@@ -76,7 +83,9 @@ class Pending(Generic[T]):
         """
         for exchange in self._exchanges:
             exchange.wait()
-        self._exchanges = ()
+        if self._last is not None:
+            self._last(self._value)
+        self._exchanges, self._last = (), None
         return self._value
 
 
@@ -163,6 +172,19 @@ def move(
         raise RuntimeError(_BROKEN) from error
     into = [tensor for _, tensor in received]
     return Exchange(work, (send, receive), list(zip(into, chunks, strict=True)))
+
+
+def add_up(domain: Domain, numbers: Tensor) -> Exchange:
+    """Start to replace the numbers of every rank by their sum over all ranks.
+
+    Args:
+        numbers: written to; on the domain's device.
+    """
+    try:
+        work = torch.distributed.all_reduce(numbers, group=domain.group, async_op=True)
+    except RuntimeError as error:
+        raise RuntimeError(_BROKEN) from error
+    return Exchange(work, (numbers,), ())
 
 
 def _buffer(

@@ -42,6 +42,7 @@ __all__ = [
     "is_a_part",
     "is_dtensor",
     "local",
+    "own_layout",
 ]
 
 
@@ -76,7 +77,7 @@ class Layouts:
         self.mesh: DeviceMesh | None = None  # the mesh of which all DTensors' meshes are part
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
-        # For a parameter and its variant, see `state.check_parts`.
+        # For a parameter and what its stages keep, see `state.check_parts`.
         self.state_shapes: dict[tuple[Tensor, str | None], dict[str, tuple[int, ...]]] = {}
 
     def anew(self) -> Layouts:
@@ -266,6 +267,15 @@ def _alone(name: str, p: Any, axes: Sequence[Axis]) -> Layout:
     at = ranks_of(mesh).index(torch.distributed.get_rank())
     _check_parts(name, p, placement, at)
     return Layout(placement, placement, mesh=mesh, at=at, alone=True)
+
+
+def own_layout(name: str, p: Any) -> Layout:
+    """Where a DTensor lies on the ranks of its own mesh.
+
+    Raises:
+        ValueError: an unsupported placement.
+    """
+    return _alone(name, p, [_axis(name, placement) for placement in p.placements])
 
 
 def _needs_nobody(axes: tuple[Axis, ...], p: Tensor, group: Mapping[str, Any], zero: int) -> bool:

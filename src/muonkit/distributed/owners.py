@@ -23,7 +23,7 @@ def make_plan(
     itemsize: int,
     cap: int,
     loads: list[int] | None = None,
-    variant_itemsize: int = 4,
+    stage_itemsize: int = 4,
 ) -> Plan:
     """Owners by FLOPs, longest first, each to the least loaded rank that stores a part of it (LPT,
     Graham 1969); then buckets, in the same order, so that each is about balanced too.
@@ -53,7 +53,7 @@ def make_plan(
             loads[position] += matrices[i].flops
         assignments.append(Assignment(i, owners))
     buckets = _fill(assignments, tensors, matrices, itemsize, cap, like)
-    return Plan(ranks, tuple(tensors), tuple(matrices), buckets, itemsize, variant_itemsize)
+    return Plan(ranks, tuple(tensors), tuple(matrices), buckets, itemsize, stage_itemsize)
 
 
 def make_own(

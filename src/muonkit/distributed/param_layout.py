@@ -20,7 +20,7 @@ __all__ = [
     "computed_in_place",
     "cuts_experts_only",
     "is_whole",
-    "variant_placement",
+    "stage_placement",
     "with_state",
 ]
 
@@ -75,14 +75,14 @@ def with_state(
     return Layout(placement, shard_over(placement, shape, axes), given, implied)
 
 
-def variant_placement(
-    layout: Layout, shape: tuple[int, ...], variant_shape: tuple[int, ...]
+def stage_placement(
+    layout: Layout, shape: tuple[int, ...], stage_shape: tuple[int, ...]
 ) -> Placement:
-    """Where the variant's state lies: as the momentum, and repeated along the mesh axes that cut a
-    dim of which the variant's state has one value only.
+    """Where the stage's state lies: as the momentum, and repeated along the mesh axes that cut a
+    dim of which the stage's state has one value only.
     """
     axes = tuple(
-        Axis(None) if axis.dim is not None and variant_shape[axis.dim] != shape[axis.dim] else axis
+        Axis(None) if axis.dim is not None and stage_shape[axis.dim] != shape[axis.dim] else axis
         for axis in layout.state_placement.axes
     )
     return layout.state_placement._replace(axes=axes)

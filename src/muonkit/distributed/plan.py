@@ -89,7 +89,7 @@ class Plan(NamedTuple):
         tensors, matrices: what is planned for.
         buckets: assignments that are exchanged together, in order.
         itemsize: bytes per element when it travels; 0 where nothing does.
-        variant_itemsize: bytes per element of the variant's state.
+        stage_itemsize: bytes per element of the stage's state.
         inward: whether anything is sent to the owners; False for AdamW's parameters.
     """
 
@@ -98,7 +98,7 @@ class Plan(NamedTuple):
     matrices: tuple[Matrix, ...]
     buckets: tuple[tuple[Assignment, ...], ...]
     itemsize: int
-    variant_itemsize: int = 4
+    stage_itemsize: int = 4
     inward: bool = True
 
     def assignments(self) -> Iterable[Assignment]:
@@ -112,12 +112,12 @@ class Plan(NamedTuple):
         """Results, from the owners to the ranks that store the parameters."""
         return self._transfers_of(bucket, me, inward=False)
 
-    def variant_inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
-        """The variant's state, to the owners; boxes are in the state's coordinates."""
+    def stage_inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
+        """The stage's state, to the owners; boxes are in the state's coordinates."""
         return self._transfers_of(bucket, me, inward=True, state=True)
 
-    def variant_outbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
-        """The variant's state, from the owners to all ranks that store it."""
+    def stage_outbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
+        """The stage's state, from the owners to all ranks that store it."""
         return self._transfers_of(bucket, me, inward=False, state=True)
 
     def rank_transfers(
@@ -129,9 +129,9 @@ class Plan(NamedTuple):
         if self.inward:
             yield "to_owners", self.inbound(bucket, me), self.itemsize
         yield "to_params", self.outbound(bucket, me), self.itemsize
-        if self.has_variant_state:
-            yield "to_owners", self.variant_inbound(bucket, me), self.variant_itemsize
-            yield "to_params", self.variant_outbound(bucket, me), self.variant_itemsize
+        if self.has_stage_state:
+            yield "to_owners", self.stage_inbound(bucket, me), self.stage_itemsize
+            yield "to_params", self.stage_outbound(bucket, me), self.stage_itemsize
 
     def _transfers_of(
         self, bucket: Sequence[Assignment], me: int, inward: bool, state: bool = False
@@ -154,14 +154,14 @@ class Plan(NamedTuple):
         )
 
     def direction(self, matrix: int, inward: bool, state: bool = False) -> Direction:
-        """The direction of a matrix, or of its variant's state: to the owner, or back."""
-        number, box, _, variant_box = self.matrices[matrix]
+        """The direction of a matrix, or of its stage's state: to the owner, or back."""
+        number, box, _, stage_box = self.matrices[matrix]
         tensor = self.tensors[number]
         shape, place = tensor.shape, tensor.state_placement if inward else tensor.param_placement
         if state:
-            assert tensor.variant_placement is not None
-            assert variant_box is not None
-            shape, box, place = tensor.variant_shape, variant_box, tensor.variant_placement
+            assert tensor.stage_placement is not None
+            assert stage_box is not None
+            shape, box, place = tensor.stage_shape, stage_box, tensor.stage_placement
         return Direction(place, shape, box, place.copies() if inward else tensor.repeat)
 
     def moves(self, bucket: Sequence[Assignment], inward: bool, state: bool = False) -> bool:
@@ -180,7 +180,7 @@ class Plan(NamedTuple):
         sent: dict[int, int] = {}
         for matrix, owners in bucket:
             way = self.direction(matrix, inward=False, state=state)
-            itemsize = self.variant_itemsize if state else self.itemsize
+            itemsize = self.stage_itemsize if state else self.itemsize
             for owner in owners:
                 sizes = way.sizes(way.place.where(owner, way.axes))
                 away = sum(sizes.values()) - sizes.get(owner, 0)
@@ -189,12 +189,12 @@ class Plan(NamedTuple):
         return min(max(chunks, 1), max(self.ranks - 1, 1))
 
     @property
-    def has_variant_state(self) -> bool:
-        """Whether a variant's state travels too."""
-        return any(tensor.variant_placement is not None for tensor in self.tensors)
+    def has_stage_state(self) -> bool:
+        """Whether a stage's state travels too."""
+        return any(tensor.stage_placement is not None for tensor in self.tensors)
 
     def traffic(self, node: int = 1) -> Traffic:
-        """The costs of the step for each rank, those of the variant's state included.
+        """The costs of the step for each rank, those of the stage's state included.
 
         Args:
             node: ranks in a node; bytes are counted that go from one node to another, by default
@@ -220,7 +220,7 @@ class Plan(NamedTuple):
             ):
                 kinds = self._kinds(inward)
             for matrix, count in kinds.items():
-                for state in (False, True) if self.has_variant_state else (False,):
+                for state in (False, True) if self.has_stage_state else (False,):
                     self._count(total, matrix, count, inward, state, node)
         return total
 
@@ -250,7 +250,7 @@ class Plan(NamedTuple):
             (total.sent_in, total.received_in) if inward else (total.received_out, total.sent_out)
         )
         way = self.direction(matrix, inward, state)
-        itemsize = self.variant_itemsize if state else self.itemsize
+        itemsize = self.stage_itemsize if state else self.itemsize
         partners: dict[Where, list[int]] = {}
         for owner in assignments:
             partners.setdefault(way.place.where(owner, way.axes), []).append(owner)
@@ -290,7 +290,7 @@ class StepPlan(NamedTuple):
 
     def messages(self, position: int) -> dict[str, dict[int, int]]:
         """The bytes that the rank at this position sends to each other rank, by direction:
-        "to_owners", "to_params" (the variant's state included), and "adamw" (the parameters
+        "to_owners", "to_params" (the stage's state included), and "adamw" (the parameters
         themselves).
         """
         sent: dict[str, dict[int, int]] = {"to_owners": {}, "to_params": {}, "adamw": {}}

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from muonkit.distributed.machines import Machine, cheaper_repeated
 from muonkit.distributed.owners import make_gather, make_own, make_plan
-from muonkit.distributed.param_layout import Layout, computed_in_place, variant_placement
+from muonkit.distributed.param_layout import Layout, computed_in_place, stage_placement
 from muonkit.distributed.plan import Plan, StepPlan
 from muonkit.distributed.transfers import Matrix, PlannedTensor
-from muonkit.variants import kept_shape
+from muonkit.stages import kept_shape
 from muonkit.views import Block, blocks_of, row_blocks
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class ParamToPlan(NamedTuple):
         layout: where it and its state lie.
         kind: what must be equal for two parameters to travel together: their dtypes.
         itemsize: bytes per element when it travels.
-        variant_itemsize: bytes per element of the variant's state.
+        stage_itemsize: bytes per element of the stage's state.
         has_grad: False for a parameter that this step leaves as it is. If its matrices are computed
             where they lie it counts nevertheless: the owners of others may not depend on which
             experts got a token on one rank.
@@ -54,7 +54,7 @@ class ParamToPlan(NamedTuple):
     layout: Layout
     kind: Hashable = None
     itemsize: int = 4
-    variant_itemsize: int = 4
+    stage_itemsize: int = 4
     has_grad: bool = True
 
 
@@ -66,7 +66,7 @@ class GroupToPlan(NamedTuple):
         view: how each is a batch of matrices; None for AdamW's.
         flops: of one matrix, by the parameter's `kind`, rows and columns.
         replicas: the option.
-        variant_state: what the variant keeps of a matrix: "none", "rows" or "entries".
+        stage_state: what a stage keeps of a matrix: "none", "rows" or "entries".
         cap: bytes that a rank may have in flight for one bucket.
     """
 
@@ -75,7 +75,7 @@ class GroupToPlan(NamedTuple):
     flops: Callable[[Hashable, int, int], int]
     cap: int
     replicas: str = "auto"
-    variant_state: str = "none"
+    stage_state: str = "none"
 
 
 class MatrixBlock(NamedTuple):
@@ -84,12 +84,12 @@ class MatrixBlock(NamedTuple):
     Attributes:
         param: the index in the group.
         block: of the parameter.
-        variant_block: of the variant's state; the same block where it keeps none.
+        stage_block: of the stage's state; the same block where it keeps none.
     """
 
     param: int
     block: Block
-    variant_block: Block
+    stage_block: Block
 
 
 class PlannedParams(NamedTuple):
@@ -215,7 +215,7 @@ def _shared(
         for tensor, index in zip(tensors, indices, strict=True)
     ]
     plan = make_plan(
-        ranks, tensors, matrices, first.itemsize, group.cap, loads, first.variant_itemsize
+        ranks, tensors, matrices, first.itemsize, group.cap, loads, first.stage_itemsize
     )
     return PlannedParams(indices, plan, tuple(blocks))
 
@@ -284,36 +284,36 @@ def _describe(
     for number, index in enumerate(indices):
         param = group.params[index]
         shape, tensor = param.shape, _tensor(param)
-        if group.variant_state != "none":
-            like = kept_shape(group.variant_state, group.view, shape)
-            placement = variant_placement(param.layout, shape, like)
-            tensor = tensor._replace(variant_shape=like, variant_placement=placement)
+        if group.stage_state != "none":
+            like = kept_shape(group.stage_state, group.view, shape)
+            placement = stage_placement(param.layout, shape, like)
+            tensor = tensor._replace(stage_shape=like, stage_placement=placement)
         tensors.append(tensor)
-        for block, variant_block, boxes in matrices_of(group.view, shape, group.variant_state):
+        for block, stage_block, boxes in matrices_of(group.view, shape, group.stage_state):
             of_kind = param.kind, block.rows, block.cols
             if of_kind not in costs:
                 costs[of_kind] = group.flops(*of_kind)
-            blocks += [MatrixBlock(index, block, variant_block)] * len(boxes)
+            blocks += [MatrixBlock(index, block, stage_block)] * len(boxes)
             flops = costs[of_kind]
-            matrices += [Matrix(number, box, flops, variant_box) for box, variant_box in boxes]
+            matrices += [Matrix(number, box, flops, stage_box) for box, stage_box in boxes]
     return tensors, matrices, blocks
 
 
 @functools.lru_cache(maxsize=256)
 def matrices_of(
-    view: str, shape: tuple[int, ...], variant_state: str
+    view: str, shape: tuple[int, ...], stage_state: str
 ) -> tuple[tuple[Block, Block, tuple[tuple[Box, Box | None], ...]], ...]:
-    """The blocks of a parameter that hold matrices: the block, that of the variant's state, and
-    for each matrix its box, and the box of the variant's state (None where it keeps none).
+    """The blocks of a parameter that hold matrices: the block, that of the stage's state, and
+    for each matrix its box, and the box of the stage's state (None where it keeps none).
     """
     found = []
     for block, row_block in zip(blocks_of(view, shape), row_blocks(view, shape), strict=True):
         if not block.batch * block.rows * block.cols:
             continue
-        variant_block = row_block if variant_state == "rows" else block
+        stage_block = row_block if stage_state == "rows" else block
         boxes = tuple(
-            (box, None if variant_state == "none" else variant_box)
-            for box, variant_box in zip(block.boxes(), variant_block.boxes(), strict=True)
+            (box, None if stage_state == "none" else stage_box)
+            for box, stage_box in zip(block.boxes(), stage_block.boxes(), strict=True)
         )
-        found.append((block, variant_block, boxes))
+        found.append((block, stage_block, boxes))
     return tuple(found)

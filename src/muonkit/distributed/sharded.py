@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from muonkit.batching import MatrixRef, MatrixStack, MomentumShards, ParamShards, place
-from muonkit.distributed.exchange import Exchange, Pending, move
+from muonkit.batching import (
+    MatrixRef,
+    MatrixStack,
+    MomentumShards,
+    ParamShards,
+    multiply_,
+    norms_of,
+    place,
+)
+from muonkit.distributed.exchange import Exchange, Pending, add_up, move
 from muonkit.distributed.placement import Box, Placement, slices
 from muonkit.distributed.plan import Assignment, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
     from muonkit.distributed.transfers import PlannedTensor
     from muonkit.views import Block
 
-__all__ = ["ShardedGroup", "exchange_dtype", "update_dtype", "variant_dtype"]
+__all__ = ["ShardedGroup", "exchange_dtype", "stage_dtype", "update_dtype"]
 
 
 def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
@@ -40,8 +49,8 @@ def exchange_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any])
     return update_dtype(p, grad_dtype, group) if chosen == "auto" else getattr(torch, chosen)
 
 
-def variant_dtype(p: Tensor) -> torch.dtype:
-    """The dtype in which the variant's state is exchanged."""
+def stage_dtype(p: Tensor) -> torch.dtype:
+    """The dtype in which the stage's state is exchanged."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
@@ -64,20 +73,20 @@ class _Bucket:
         plan, me = sharded.plan, sharded.domain.position
         self.assignments = assignments
         self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
-        self.variant_transfers: tuple[Transfers, Transfers] | None = None
-        if plan.has_variant_state:
-            self.variant_transfers = (
-                plan.variant_inbound(assignments, me),
-                plan.variant_outbound(assignments, me),
+        self.stage_transfers: tuple[Transfers, Transfers] | None = None
+        if plan.has_stage_state:
+            self.stage_transfers = (
+                plan.stage_inbound(assignments, me),
+                plan.stage_outbound(assignments, me),
             )
         self.moves = {
             (inward, state): plan.moves(assignments, inward, state)
             for inward in (True, False)
-            for state in ((False, True) if plan.has_variant_state else (False,))
+            for state in ((False, True) if plan.has_stage_state else (False,))
         }
         self.chunks = {
             state: plan.chunks(assignments, sharded.cap, state)
-            for state in ((False, True) if plan.has_variant_state else (False,))
+            for state in ((False, True) if plan.has_stage_state else (False,))
         }
         self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
         self.param_shards: dict[tuple[int, int], list[_Part]] = {}
@@ -94,6 +103,9 @@ class _Bucket:
             for stack, members in enumerate(self.momentum_shards.values())
             for k, part in enumerate(members)
         }
+        self.numbers = {each.matrix: number for number, each in enumerate(assignments)}
+        self.indices: dict[tuple[int, ...], Tensor] = {}
+        self.copies: Tensor | None = None  # ranks that store each part of `param_shards`
         self.batches = self._batches(
             sharded, [assignment.matrix for assignment in assignments if me in assignment.owners]
         )
@@ -144,9 +156,9 @@ class ShardedGroup:
         p, grad_dtype = self.params[first], grads[first]
         self.dtype = update_dtype(p, grad_dtype, group)
         self.comm_dtype = exchange_dtype(p, grad_dtype, group)
-        self.variant_dtype = variant_dtype(p)
+        self.stage_dtype = stage_dtype(p)
         self.cap: int = cap_of(domain.device.type, group["bytes_in_flight"])
-        self._variant_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
+        self._stage_cuts: dict[tuple[int, Box], tuple[slice, ...]] = {}
         self.buckets = [_Bucket(self, assignments) for assignments in self.plan.buckets]
 
     def tensor(self, matrix: int) -> PlannedTensor:
@@ -167,15 +179,15 @@ class ShardedGroup:
         planned = self.tensor(part.matrix)
         return shard[planned.param_placement.slices(planned.shape, self.domain.position, part.box)]
 
-    def variant_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
-        """A box of the variant's state, of this rank's own tensor of it."""
-        if (matrix, box) not in self._variant_cuts:
+    def stage_piece(self, matrix: int, box: Box, tensor: Tensor) -> Tensor:
+        """A box of the stage's state, of this rank's own tensor of it."""
+        if (matrix, box) not in self._stage_cuts:
             planned = self.tensor(matrix)
-            assert planned.variant_placement is not None
-            self._variant_cuts[matrix, box] = planned.variant_placement.slices(
-                planned.variant_shape, self.domain.position, box
+            assert planned.stage_placement is not None
+            self._stage_cuts[matrix, box] = planned.stage_placement.slices(
+                planned.stage_shape, self.domain.position, box
             )
-        return tensor[self._variant_cuts[matrix, box]]
+        return tensor[self._stage_cuts[matrix, box]]
 
     def batches(self, entries: Mapping[int, LocalParam]) -> list[ShardedBatch]:
         """The batches of a step.
@@ -190,7 +202,7 @@ class ShardedBatch:
     """A bucket of matrices that several ranks have parts of.
 
     The pieces of the momentum go to the owners, the results to all ranks that store parts of the
-    parameter: one exchange each. The variant's state has exchanges of its own.
+    parameter: one exchange each. The stage's state has exchanges of its own.
     """
 
     def __init__(
@@ -218,8 +230,8 @@ class ShardedBatch:
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Any]:
         whole = self._owner_buffers()
         pending = [self._inward(u, whole, self.sharded.comm_dtype)]
-        if self.bucket.variant_transfers is not None:
-            pending.append(self._fetch_variant_state(self.bucket.variant_transfers[0]))
+        if self.bucket.stage_transfers is not None:
+            pending.append(self._fetch_stage_state(self.bucket.stage_transfers[0]))
         return Pending(whole, pending)
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Any]:
@@ -281,21 +293,21 @@ class ShardedBatch:
     def _inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
         return slices(box, self.sharded.plan.matrices[matrix].box)
 
-    def _fetch_variant_state(self, transfers: Transfers) -> Exchange:
+    def _fetch_stage_state(self, transfers: Transfers) -> Exchange:
         """Receive the variance of the owned matrices, oriented as it is kept."""
         for _, matrix, _ in transfers.recvs:
             if matrix not in self._variances:
-                state = self.sharded.plan.matrices[matrix].variant_box
+                state = self.sharded.plan.matrices[matrix].stage_box
                 assert state is not None
                 self._variances[matrix] = torch.empty(
                     [b - a for a, b in state],
-                    dtype=self.sharded.variant_dtype,
+                    dtype=self.sharded.stage_dtype,
                     device=self.sharded.domain.device,
                 )
-        outgoing, incoming = self._variant_transfers(transfers)
-        return self._move(outgoing, incoming, self.sharded.variant_dtype, inward=True, state=True)
+        outgoing, incoming = self._stage_transfers(transfers)
+        return self._move(outgoing, incoming, self.sharded.stage_dtype, inward=True, state=True)
 
-    def _variant_transfers(
+    def _stage_transfers(
         self, transfers: Transfers, back: bool = False
     ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
         """The pieces of the variance that are sent and received: to the owner, or `back`."""
@@ -306,10 +318,10 @@ class ShardedBatch:
         for position, matrix, box in at_home:
             variance = self._entry(matrix).variance
             assert variance is not None
-            home.append((position, self.sharded.variant_piece(matrix, box, variance)))
+            home.append((position, self.sharded.stage_piece(matrix, box, variance)))
         owner = []
         for position, matrix, box in at_owner:
-            state = self.sharded.plan.matrices[matrix].variant_box
+            state = self.sharded.plan.matrices[matrix].stage_box
             assert state is not None
             owner.append((position, self._variances[matrix][slices(box, state)]))
         return (owner, home) if back else (home, owner)
@@ -327,8 +339,8 @@ class ShardedBatch:
                     stop += 1
                 some = members[start:stop]
                 variance = None
-                if self.bucket.variant_transfers is not None:
-                    variance = torch.stack([self._logical_variant_state(matrix) for matrix in some])
+                if self.bucket.stage_transfers is not None:
+                    variance = torch.stack([self._logical_stage_state(matrix) for matrix in some])
                     self._stacks.append((some, variance))
                 steps = [self._entry(matrix).steps for matrix in some]
                 count = None
@@ -336,23 +348,24 @@ class ShardedBatch:
                     count = torch.stack([s for s in steps if s is not None])
                     count = count.to(matrices.device).reshape(-1, 1, 1)
                 whole = place(matrices[start:stop], block.rows, block.cols)
-                stacks.append(MatrixStack(whole, variance, count))
+                numbers = self._numbers(some)
+                stacks.append(MatrixStack(whole, numbers, variance, count))
                 start = stop
         return stacks
 
-    def _logical_variant_state(self, matrix: int) -> Tensor:
+    def _logical_stage_state(self, matrix: int) -> Tensor:
         """`(rows, 1)` or `(rows, cols)`."""
-        block = self.sharded.blocks[matrix].variant_block
+        block = self.sharded.blocks[matrix].stage_block
         return block.to_matrices(self._variances[matrix])[0]
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
-        """Send the variant's state back to everywhere where it is kept."""
-        assert self.bucket.variant_transfers is not None
+        """Send the stage's state back to everywhere where it is kept."""
+        assert self.bucket.stage_transfers is not None
         for some, variance in self._stacks:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
-                self._logical_variant_state(matrix).copy_(rows)
-        outgoing, incoming = self._variant_transfers(self.bucket.variant_transfers[1], back=True)
-        exchange = self._move_out(outgoing, incoming, self.sharded.variant_dtype, state=True)
+                self._logical_stage_state(matrix).copy_(rows)
+        outgoing, incoming = self._stage_transfers(self.bucket.stage_transfers[1], back=True)
+        exchange = self._move_out(outgoing, incoming, self.sharded.stage_dtype, state=True)
         return Pending(None, [exchange])
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Any]:
@@ -377,6 +390,40 @@ class ShardedBatch:
             for members in self.bucket.param_shards.values()
         ]
         return Pending(updates, [exchange])
+
+    def weight_norms(self) -> Pending[Tensor]:
+        domain, bucket = self.sharded.domain, self.bucket
+        weights, matrices = self._weights()
+        dtype = self.sharded.stage_dtype
+        squares = torch.zeros(len(bucket.assignments), dtype=dtype, device=domain.device)
+        if weights:
+            # A part that several ranks store is in the sum as often.
+            if bucket.copies is None:
+                placements = [self.sharded.tensor(matrix).param_placement for matrix in matrices]
+                copies = [math.prod(p.mesh[axis] for axis in p.copies()) for p in placements]
+                bucket.copies = torch.tensor(copies, dtype=dtype, device=domain.device)
+            mine = norms_of(weights).to(squares).square_() / bucket.copies
+            squares.index_add_(0, self._numbers(matrices), mine)
+        return Pending(squares, [add_up(domain, squares)], torch.Tensor.sqrt_)
+
+    def scale_weights_(self, factors: Tensor) -> None:
+        weights, matrices = self._weights()
+        if weights:
+            multiply_(weights, factors[self._numbers(matrices)])
+
+    def _weights(self) -> tuple[list[Tensor], list[int]]:
+        """The parts of weights that this rank stores, and of which matrix each is."""
+        parts = [part for members in self.bucket.param_shards.values() for part in members]
+        weights = [part.of(self._entry(part.matrix).param) for part in parts]
+        return weights, [part.matrix for part in parts]
+
+    def _numbers(self, matrices: Sequence[int]) -> Tensor:
+        """The numbers of matrices in the bucket; on the device, where they stay for later steps."""
+        bucket, key = self.bucket, tuple(matrices)
+        if key not in bucket.indices:
+            numbers = [bucket.numbers[matrix] for matrix in matrices]
+            bucket.indices[key] = torch.tensor(numbers, device=self.sharded.domain.device)
+        return bucket.indices[key]
 
     def _move_out(
         self,

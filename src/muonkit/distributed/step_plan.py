@@ -16,11 +16,11 @@ from muonkit.distributed.param_layout import ONE_RANK, computed_in_place
 from muonkit.distributed.plan import StepPlan, fingerprint
 from muonkit.distributed.plan_batches import cap_of
 from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
-from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, variant_dtype
+from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, stage_dtype
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import flops_of, parameter_names, products_of
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
-from muonkit.variants import variant_of
+from muonkit.stages import kept_state
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _to_plan(
             layouts.get(p) or ONE_RANK,
             (p.dtype, grad_dtype, device),
             comm_dtype.itemsize,
-            variant_dtype(p).itemsize,
+            stage_dtype(p).itemsize,
             has_grad=index in has,
         )
     kind = "cpu" if domain is None else domain.device.type
@@ -232,7 +232,7 @@ def _to_plan(
         partial(_flops, group),
         cap_of(kind, group["bytes_in_flight"]),
         group["replicas"],
-        variant_of(group["variant"]).state,
+        kept_state(group),
     )
 
 

@@ -33,7 +33,7 @@ class PlannedTensor(NamedTuple):
             the same mesh.
         repeat: mesh axes along which the same matrices are computed again, rather than divided
             among the ranks and sent.
-        variant_shape, variant_placement: of the variant's state, where it keeps one.
+        stage_shape, stage_placement: of the stage's state, where it keeps one.
     """
 
     name: str
@@ -41,8 +41,8 @@ class PlannedTensor(NamedTuple):
     param_placement: Placement
     state_placement: Placement
     repeat: tuple[int, ...] = ()
-    variant_shape: tuple[int, ...] = ()
-    variant_placement: Placement | None = None
+    stage_shape: tuple[int, ...] = ()
+    stage_placement: Placement | None = None
 
 
 class Matrix(NamedTuple):
@@ -52,13 +52,13 @@ class Matrix(NamedTuple):
         tensor: the parameter's index.
         box: of the parameter, which holds it.
         flops: that it costs to orthogonalize.
-        variant_box: of the variant's state, which belongs to it.
+        stage_box: of the stage's state, which belongs to it.
     """
 
     tensor: int
     box: Box
     flops: int
-    variant_box: Box | None = None
+    stage_box: Box | None = None
 
 
 class Direction(NamedTuple):
@@ -122,16 +122,16 @@ def alike(
     kinds: dict[PlannedTensor, int] = {}
     kind = [kinds.setdefault(tensor._replace(name=""), len(kinds)) for tensor in tensors]
     extents = [_Extents(t.state_placement if inward else t.param_placement, t.shape) for t in kinds]
-    of_state = [_Extents(t.variant_placement, t.variant_shape) for t in kinds]
+    of_state = [_Extents(t.stage_placement, t.stage_shape) for t in kinds]
     first: dict[tuple[Any, ...], int] = {}
     known: dict[tuple[int, Box, Box | None], int] = {}
     like = []
-    for i, (tensor, box, _, variant_box) in enumerate(matrices):
+    for i, (tensor, box, _, stage_box) in enumerate(matrices):
         k = kind[tensor]
-        same = known.get((k, box, variant_box))
+        same = known.get((k, box, stage_box))
         if same is None:
-            key = (k, *extents[k].of(box), *of_state[k].of(variant_box or ()))
-            same = known[k, box, variant_box] = first.setdefault(key, i)
+            key = (k, *extents[k].of(box), *of_state[k].of(stage_box or ()))
+            same = known[k, box, stage_box] = first.setdefault(key, i)
         like.append(same)
     return like
 

@@ -286,13 +286,16 @@ def route_command(
         list[str] | None,
         typer.Option(metavar="PATTERN=ALGORITHM[:VIEW]", help="Overrule; may be repeated."),
     ] = None,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="Make every attention head a matrix of its own.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     from muonkit.lab.specs import load_model
 
     try:
         rules = [_rule(text) for text in rule or ()]
-        routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn)
+        routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn, per_head=per_head)
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error
     say(routes.to_json() if as_json else routes.table(fold=not every))
@@ -337,9 +340,10 @@ def plan_command(
     exchange_dtype: Annotated[
         str, typer.Option(help=f"On the way between ranks: {one_of(CHOICES['exchange_dtype'])}.")
     ] = DEFAULTS["exchange_dtype"],
-    variant: Annotated[str, typer.Option(help=f"{one_of(CHOICES['variant'])}.")] = DEFAULTS[
-        "variant"
-    ],
+    after: Annotated[
+        str,
+        typer.Option(help=f"The stage after the product: none, {one_of(CHOICES['after'])}."),
+    ] = "none",
     replicas: Annotated[
         str, typer.Option(help=f"Copies by a placement: {one_of(CHOICES['replicas'])}.")
     ] = DEFAULTS["replicas"],
@@ -372,7 +376,7 @@ def plan_command(
         node,
         dtype,
         exchange_dtype,
-        variant,
+        after,
         replicas,
         flops=flops,
         intra=intra,

@@ -124,7 +124,7 @@ def _make_muonw(model: nn.Module, lr: float, decay: float) -> Optimizer:
 
 
 def _make_normuon(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return muonkit.MuonW(model, lr=lr, weight_decay=decay, variant="normuon", **_MUONW)
+    return muonkit.MuonW(model, lr=lr, weight_decay=decay, after="normuon", **_MUONW)
 
 
 def _torch_parts(
@@ -192,7 +192,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         OptimizerSpec(
             "normuon",
             "NorMuon",
-            f'muonkit.MuonW(model, variant="normuon"), scale {SCALE}',
+            f'muonkit.MuonW(model, after="normuon"), scale {SCALE}',
             _make_normuon,
             scaled=True,
         ),

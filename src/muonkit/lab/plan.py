@@ -21,6 +21,7 @@ from muonkit.lab.plan_schemes import Scheme, schemes, seconds
 from muonkit.lab.shapes import ModelShape
 from muonkit.lab.store import encoded, write_atomically
 from muonkit.options import CHOICES
+from muonkit.stages import AFTER
 
 __all__ = [
     "Forecast",
@@ -67,7 +68,7 @@ def assumptions(
     node: int = 8,
     dtype: str = "float32",
     exchange_dtype: str = "auto",
-    variant: str = "plain",
+    after: str = "none",
     replicas: str = "auto",
     **rates: float | None,
 ) -> Assumptions:
@@ -84,7 +85,7 @@ def assumptions(
         ("device", device, MACHINES),
         ("dtype", dtype, _ITEMSIZES),
         ("exchange dtype", exchange_dtype, CHOICES["exchange_dtype"]),
-        ("variant", variant, CHOICES["variant"]),
+        ("after", after, ("none", *AFTER)),
         ("choice of replicas", replicas, CHOICES["replicas"]),
     ):
         if got not in options:
@@ -100,7 +101,7 @@ def assumptions(
         memory=memory,
         itemsize=_ITEMSIZES[dtype],
         comm_itemsize=_ITEMSIZES.get(exchange_dtype),
-        variant=variant,
+        after=after,
         replicas=replicas,
     )
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from muonkit.distributed.machines import Machine
-from muonkit.distributed.param_layout import Layout, variant_placement
+from muonkit.distributed.param_layout import Layout, stage_placement
 from muonkit.distributed.placement import Box, Placement, Where, box_size, cells
 from muonkit.distributed.plan import Plan, StepPlan
 from muonkit.distributed.plan_batches import cap_of
@@ -28,7 +28,7 @@ from muonkit.newton_schulz import triton as kernels
 from muonkit.newton_schulz.coefficients import KELLER, resolve
 from muonkit.newton_schulz.forms import choose_form, product_flops
 from muonkit.newton_schulz.symmetric import block_count
-from muonkit.variants import VARIANTS, kept_shape
+from muonkit.stages import AFTER, kept_shape
 
 __all__ = [
     "Assumptions",
@@ -58,7 +58,7 @@ class Assumptions:
         memory: bytes/s of a rank's memory.
         itemsize: bytes of an element of parameters, gradients, momentum and moments.
         comm_itemsize: bytes of an element between ranks; None is `itemsize`.
-        variant: a key of `VARIANTS`.
+        after: the stage of that option: a key of `AFTER`, or "none".
         replicas: "auto", "recompute" or "split", as the optimizer's option.
     """
 
@@ -67,8 +67,13 @@ class Assumptions:
     memory: float
     itemsize: int = 4
     comm_itemsize: int | None = None
-    variant: str = "plain"
+    after: str = "none"
     replicas: str = "auto"
+
+    @property
+    def kept(self) -> str:
+        """What the stage keeps of a matrix: "none", "rows" or "entries"."""
+        return AFTER[self.after].state if self.after in AFTER else "none"
 
     @property
     def comm_bytes(self) -> int:
@@ -194,7 +199,7 @@ class Simulation:
                 self._flops,
                 cap_of(self.assume.device),
                 self.assume.replicas,
-                VARIANTS[self.assume.variant].state,
+                self.assume.kept,
             )
             for view, params in by_view.items()
         ]
@@ -226,10 +231,10 @@ def costs_of(step: Simulation, assume: Assumptions) -> Costs:
         state = state + kept * assume.itemsize
         # Gradient, momentum read and written, update written; update, parameter read and written.
         touched = touched + (4 * kept + 3 * stored) * assume.itemsize
-        variant_state = VARIANTS[assume.variant].state
-        if variant_state != "none":
-            like = kept_shape(variant_state, p.view, p.shape)
-            state = state + 4 * elements(variant_placement(layout, p.shape, like), like)
+        stage_state = assume.kept
+        if stage_state != "none":
+            like = kept_shape(stage_state, p.view, p.shape)
+            state = state + 4 * elements(stage_placement(layout, p.shape, like), like)
     return Costs(
         flops=total["flops"],
         matrices=total["matrices"],

@@ -52,7 +52,7 @@ class Monitor:
     multiple of `every`. Between samples nothing is computed and no device is waited for; a sample
     waits for each device. Parameters, gradients, state and random numbers are left as they are, bit
     for bit. In a sampled step of a matrix W of m rows and n columns, with G its gradient, M the
-    momentum after the step, O the orthogonalized matrix as the step applies it (after the variant),
+    momentum after the step, O the orthogonalized matrix as the step applies it (after the stages),
     η = lr * scale(m, n) and λ the decay::
 
         gradient_norm, momentum_norm    ||G||_F, ||M||_F
@@ -63,7 +63,7 @@ class Monitor:
         decay_norm                      lr λ ||W||_F (of the decayed entries, where cautious)
         decay_share                     decay_norm / (decay_norm + update_norm)
         orthogonality_error             ||OO^T - I||_F / √min(m, n), of the short side, before the
-                                        variant: √(mean of (σ² - 1)²)
+                                        stages `after`: √(mean of (σ² - 1)²)
         lr                              η
         nonfinite                       entries of G, M, O and W that are NaN or infinite
         spectra                         of M, of O (the update without η) and of W: see below

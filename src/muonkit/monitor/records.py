@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from muonkit.distributed.step_plan import plan_alone, plan_key, present_gradients
-from muonkit.groups import parameter_names
+from muonkit.groups import parameter_names, scale_of, stage_names
 from muonkit.monitor.sample import KINDS, Key, matrices_of
 from muonkit.monitor.spectra import SPECTRUM
-from muonkit.options import spelled
-from muonkit.scale import scale_factor
+from muonkit.stages import STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
@@ -74,7 +73,7 @@ def _chosen(record: Record, fields: Container[str]) -> Record:
 
 def structure(optimizer: Muon) -> list[Any]:
     """The optimizer's groups as a header describes them, in a form that is compared cheaply."""
-    keys = ("algorithm", "view", "variant", "adjust_lr_fn")
+    keys = ("algorithm", "view", *STAGES, "adjust_lr_fn")
     return [
         (
             *(group.get(key) for key in keys),
@@ -106,8 +105,8 @@ def header_of(optimizer: Muon) -> Record:
                         "shape": [rows, cols],
                         "view": group["view"],
                         "group": g,
-                        "scale": scale_factor(group["adjust_lr_fn"], rows, cols),
-                        "variant": spelled(group["variant"]),
+                        "scale": scale_of(group, rows, cols),
+                        **stage_names(group),
                     }
                 )
     return {"groups": groups, "matrices": matrices, "parameters": parameters}

@@ -15,8 +15,8 @@ from muonkit.batching import place
 from muonkit.distributed.exchange import together
 from muonkit.distributed.layout import is_dtensor, local
 from muonkit.gradients import local_gradient
+from muonkit.groups import scale_of
 from muonkit.monitor.spectra import measurable, norms, orthogonality_error, spectra
-from muonkit.scale import scale_factor
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Sampler:
             norm, _ = norms(decayed)
             rows, cols = updates.shape[-2:]
             lr, decay = float(group["lr"]), float(group["weight_decay"])
-            scale = scale_factor(group["adjust_lr_fn"], rows, cols)
+            scale = scale_of(group, rows, cols)
             applied = torch.stack([norm * (lr * decay), torch.full_like(norm, lr * scale)], -1)
             self._measured.append((keys, "applied", applied))
 

@@ -43,6 +43,11 @@ class Schedule:
         band: where singular values in [1e-3, 1] of the normalized input land after the default
             number of steps (exact arithmetic; a test holds those of `SCHEDULES`). Nothing reads it.
         margin: the input is divided by margin * its Frobenius norm.
+        balanced: every row of the shorter side is first divided by √(sum of the magnitudes in its
+            row of XX^T), which takes all singular values to at most 1 (AOL): a steeper start, and
+            no exact function of the singular values, since rows are weighed anew. On square
+            matrices the rows are those of the matrix as it is given, so that `f(G^T) = f(G)^T`
+            holds for the others alone.
         strict: each polynomial explodes just above the interval that the one before maps to, so
             16-bit rounding makes the composition diverge.
         source: where the numbers come from.
@@ -55,12 +60,14 @@ class Schedule:
     source: str = ""
     margin: float = 1.0
     strict: bool = False
+    balanced: bool = False
 
     def spelled(self) -> tuple[object, ...]:
         """The form in which param groups and state dicts keep the schedule: everything that decides
         the iterations, in plain numbers. `ns_coefficients` accepts this form too.
         """
-        return (_SPELLED, self.table, self.tail, self.shortest, self.margin, self.strict)
+        own = (_SPELLED, self.table, self.tail, self.shortest, self.margin, self.strict)
+        return (*own, True) if self.balanced else own
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Iterations:
     margin: float = 1.0
     strict: bool = False
     exact: bool = False  # SVD instead
+    balanced: bool = False
 
 
 _POLAR_EXPRESS: tuple[Triple, ...] = (
@@ -170,6 +178,19 @@ SCHEDULES: dict[str, Schedule] = {
         (0.119, 1.301),
         "Emerging-Optimizers",
     ),
+    "aol4": Schedule(
+        (
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ),
+        None,
+        4,
+        (0.120, 1.146),
+        "Turbo-Muon, arXiv 2512.04632, as its authors' flash-newton-schulz has it",
+        balanced=True,
+    ),
     "deepseek_v4": Schedule(
         (KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
         None,
@@ -256,9 +277,9 @@ def _named(name: str, steps: int) -> Iterations:
 
 def _schedule(spelled: tuple[Any, ...]) -> Schedule:
     """The schedule that is spelled like this, without what decides no iteration."""
-    if len(spelled) != 6:
+    if len(spelled) not in (6, 7):
         raise ValueError(f"no schedule: {spelled!r:.80}; give Schedule(table, ...)")
-    _, table, tail, shortest, margin, strict = spelled
+    _, table, tail, shortest, margin, strict, *balanced = spelled
     triples = tuple(map(_triple, table)) if isinstance(table, tuple) else ()
     if not triples or not 1 <= shortest <= MAX_STEPS or not 1 <= margin < math.inf:
         raise ValueError(
@@ -266,7 +287,14 @@ def _schedule(spelled: tuple[Any, ...]) -> Schedule:
             f"{MAX_STEPS} and a margin of at least 1, got {len(triples)}, {shortest}, {margin}"
         )
     last = None if tail is None else _triple(tail)
-    return Schedule(triples, last, shortest, margin=float(margin), strict=bool(strict))
+    return Schedule(
+        triples,
+        last,
+        shortest,
+        margin=float(margin),
+        strict=bool(strict),
+        balanced=bool(balanced),
+    )
 
 
 def _scheduled(name: str, schedule: Schedule, steps: int) -> Iterations:
@@ -286,4 +314,4 @@ def _scheduled(name: str, schedule: Schedule, steps: int) -> Iterations:
     triples = table[:steps]
     if schedule.tail is not None:
         triples += (schedule.tail,) * (steps - len(triples))
-    return Iterations(triples, schedule.margin, schedule.strict)
+    return Iterations(triples, schedule.margin, schedule.strict, balanced=schedule.balanced)

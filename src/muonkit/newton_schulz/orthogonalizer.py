@@ -89,7 +89,7 @@ def orthogonalize(
     options = ns_coefficients, ns_steps, ns_form, ns_dtype
     if not _is_transformed(G):
         return orthogonalize_(G.clone(memory_format=torch.contiguous_format), *options)
-    exact, triples, margin, dtype = _constants(*options, G.dtype, G.device)
+    exact, triples, margin, dtype, balanced = _constants(*options, G.dtype, G.device)
     if G.numel() == 0:
         return G.clone()
     with _without_autocast(G.device):
@@ -99,7 +99,7 @@ def orthogonalize(
         else:
             if torch.compiler.is_compiling() and ns_form == "auto":
                 ns_form = "standard"  # the compiler may know the shape as symbols only
-            O = _evaluate(X, triples, ns_form, differentiable=True)
+            O = _evaluate(X, triples, ns_form, balanced, differentiable=True)
         return O.to(G.dtype).reshape(G.shape)
 
 
@@ -137,7 +137,7 @@ def orthogonalize_(
         X, contiguous or `(B, m, n)`.
     """
     rows, cols = X.shape[-2:]
-    exact, triples, margin, dtype = _constants(
+    exact, triples, margin, dtype, balanced = _constants(
         ns_coefficients, ns_steps, ns_form, ns_dtype, X.dtype, X.device
     )
     if X.numel():
@@ -147,7 +147,7 @@ def orthogonalize_(
                 batch.copy_(_exact(_normalize(batch, margin, dtype)))
         else:
             flat = [number for triple in triples for number in triple]
-            torch.ops.muonkit.newton_schulz_(batch, flat, ns_form, margin, dtype)
+            torch.ops.muonkit.newton_schulz_(batch, flat, ns_form, margin, dtype, balanced)
     return X
 
 
@@ -192,7 +192,7 @@ def choose(
     Raises:
         ValueError, TypeError: as `orthogonalize`.
     """
-    exact, triples, margin, dtype = _constants(
+    exact, triples, margin, dtype, _ = _constants(
         ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device
     )
     reason = dtype_reason(ns_dtype, input_dtype, device, resolve(ns_coefficients, ns_steps))
@@ -225,8 +225,9 @@ def _constants(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
     device: torch.device,
-) -> tuple[bool, tuple[Triple, ...], float, torch.dtype]:
-    """Those fields of `Choice` that do not depend on a shape: exact, triples, margin and dtype.
+) -> tuple[bool, tuple[Triple, ...], float, torch.dtype, bool]:
+    """Those fields of `Choice` that do not depend on a shape, exact, triples, margin and dtype,
+    and whether rows are balanced first.
 
     They are a plain tuple, which torch.compile takes for a constant.
     """
@@ -237,7 +238,7 @@ def _constants(
     if iterations.strict:
         # Rounding can push the largest singular value above 1.
         margin *= 1 + 4 * torch.finfo(dtype).eps
-    return iterations.exact, iterations.triples, margin, dtype
+    return iterations.exact, iterations.triples, margin, dtype, iterations.balanced
 
 
 def _normalize(
@@ -283,6 +284,7 @@ def _evaluate(
     X: Tensor,
     triples: tuple[Triple, ...],
     ns_form: str,
+    balanced: bool = False,
     out: Tensor | None = None,
     differentiable: bool = False,
 ) -> Tensor:
@@ -290,6 +292,8 @@ def _evaluate(
     `muonkit.newton_schulz.forms`.
 
     Args:
+        balanced: divide the rows of the shorter side first: `coefficients.Schedule`. It takes
+            no product of its own.
         out: where the result goes, not the memory of X.
         differentiable: by operations that torch can transform; no scratch.
     """
@@ -314,6 +318,8 @@ def _evaluate(
             name = f"X{run % 2}"
             target = None if differentiable else scratch(name, tuple(X.shape), X.dtype, X.device)
         A = product(rows, rows, name=names["A"])
+        if balanced and run == 1:
+            X, A = _balanced(X, A, tall, differentiable)
         if len(segment) == 1 and X.dtype.itemsize == 2:
             # a is the last product's beta: see above.
             ((a, b, c),) = segment
@@ -335,6 +341,21 @@ def _evaluate(
         assert Q is not None
         X = _apply(torch.bmm, (), Q, X, tall, target)
     return X
+
+
+def _balanced(X: Tensor, A: Tensor, tall: bool, differentiable: bool) -> tuple[Tensor, Tensor]:
+    """X and A = XX^T, once row i of X (of the shorter side) is divided by √(Σ_j |A_ij|).
+
+    The spectral norm is then at most 1 (AOL; Turbo-Muon, arXiv 2512.04632). A zero row stays zero.
+    """
+    wide = torch.promote_types(A.dtype, torch.float32)
+    sums = A.abs().sum(dim=-1, keepdim=True, dtype=wide)
+    least = torch.finfo(wide).tiny
+    s = torch.where(sums > least, sums.clamp_min(least).rsqrt(), 0.0).to(A.dtype)
+    across = s.mT if tall else s
+    if differentiable:
+        return X * across, A * s * s.mT
+    return X.mul_(across), A.mul_(s).mul_(s.mT)
 
 
 def _apply(
@@ -386,6 +407,7 @@ def _newton_schulz_(
     ns_form: str,
     margin: float,
     dtype: torch.dtype,
+    balanced: bool = False,
 ) -> None:
     """Normalize and evaluate in place, as one operation of torch: one node in a compiled graph.
 
@@ -401,7 +423,7 @@ def _newton_schulz_(
         for start in range(0, G.shape[0], together):
             some = G[start : start + together]
             out = some if dtype == G.dtype and some.is_contiguous() else None
-            O = _evaluate(_normalize(some, margin, dtype), triples, ns_form, out)
+            O = _evaluate(_normalize(some, margin, dtype), triples, ns_form, balanced, out)
             if out is None:
                 some.copy_(O)
 
@@ -421,7 +443,8 @@ _CPU_BYTES_TOGETHER = 4 * 2**20
 # Not torch.library.custom_op, whose wrapper costs as much as several small products.
 torch.library.define(
     "muonkit::newton_schulz_",
-    "(Tensor(a!) G, float[] coefficients, str ns_form, float margin, ScalarType dtype) -> ()",
+    "(Tensor(a!) G, float[] coefficients, str ns_form, float margin, ScalarType dtype, "
+    "bool balanced=False) -> ()",
 )
 torch.library.impl("muonkit::newton_schulz_", "CompositeExplicitAutograd", _newton_schulz_)
 torch.library.register_fake("muonkit::newton_schulz_", lambda *_: None)

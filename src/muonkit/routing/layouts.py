@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from muonkit._torch import own_modules, own_parameters
 from muonkit.routing.numbers import (
+    CONFIGS,
     EXPERT_COUNTS,
     HEAD_DIM,
     HEADS,
@@ -24,6 +25,7 @@ from muonkit.routing.numbers import (
     WIDTHS,
     first_number,
     number,
+    stated,
 )
 from muonkit.routing.places import name_set
 
@@ -32,7 +34,16 @@ if TYPE_CHECKING:
 
     from muonkit.routing.places import Site
 
-__all__ = ["UnknownLayout", "expert_layout", "flat_expert_layout", "fused_layout"]
+__all__ = [
+    "HeadCounts",
+    "UnknownLayout",
+    "expert_layout",
+    "flat_expert_layout",
+    "fused_layout",
+    "head_counts",
+    "is_by_head",
+    "is_fused_qkv",
+]
 
 # Surely fused q, k, v.
 _QKV = name_set(
@@ -76,7 +87,7 @@ class UnknownLayout(ValueError):
 
 
 @dataclass(frozen=True)
-class _Heads:
+class HeadCounts:
     """What a module or its config says about attention heads; None where it says nothing."""
 
     heads: int | None
@@ -98,7 +109,7 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
         UnknownLayout: fused by name, but neither shapes nor head counts tell how.
     """
     name = site.owner_name
-    if name in _QKV_BY_HEAD or (name in _QKV | _QKV_PERHAPS and _is_by_head(site)):
+    if is_by_head(site):
         return _by_head(site, rows, "fused q, k, v, stored head by head")
     if name in _QKV:
         found = (
@@ -138,7 +149,7 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
 
 def _qkv(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     """q, k, v one after the other; k and v smaller than q with grouped queries."""
-    seen = _head_counts(site)
+    seen = head_counts(site)
     if seen.heads and seen.head_dim:
         q, kv = seen.heads * seen.head_dim, (seen.kv_heads or seen.heads) * seen.head_dim
         if q + 2 * kv == rows:
@@ -200,7 +211,7 @@ def _kv(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     """k and v, by the layer that makes q beside them; k and v may be one and the same, too."""
     name = "query" if site.owner_name == "key_value" else site.owner_name.replace("kv", "q")
     partner = getattr(site.parent, name, None)
-    q, seen = first_number([partner], OUTPUTS), _head_counts(site)
+    q, seen = first_number([partner], OUTPUTS), head_counts(site)
     halves = "split(rows=2)", "fused k, v: 2 equal row blocks"
     if q is not None:
         for value in _widths_taken(site, _in_features(partner) or cols):
@@ -248,7 +259,7 @@ def _sizes(q: int, kv: int) -> tuple[str, str]:
 
 def _by_head(site: Site, rows: int, what: str) -> tuple[str, str]:
     """One block per head: pure in every order of q, k and v that keeps a head's rows together."""
-    head_dim = _head_counts(site).head_dim
+    head_dim = head_counts(site).head_dim
     if not head_dim or rows % head_dim:
         raise UnknownLayout(
             f"{what}, but its {rows} rows cannot be cut: no head_dim that divides them was found "
@@ -257,12 +268,29 @@ def _by_head(site: Site, rows: int, what: str) -> tuple[str, str]:
     return f"split(rows={rows // head_dim})", f"{what}: one block per head (head_dim {head_dim})"
 
 
-def _is_by_head(site: Site) -> bool:
-    """Plain names over a head-by-head order: GPT-BigCode's multi-head form, and CodeGen."""
+def is_by_head(site: Site) -> bool:
+    """Whether a layer that fuses q, k and v has a group of heads after the other: Megatron's order
+    by its names, and plain names over it: GPT-BigCode's multi-head form, and CodeGen.
+    """
+    if site.owner_name in _QKV_BY_HEAD:
+        return True
+    if site.owner_name not in _QKV | _QKV_PERHAPS:
+        return False
     parent = site.parent
     codegen = type(parent).__name__.startswith("CodeGen")
     bigcode = type(parent).__name__.startswith("GPTBigCode")
     return codegen or (bigcode and getattr(parent, "multi_query", None) is False)
+
+
+def is_fused_qkv(site: Site, rows: int, cols: int) -> bool:
+    """Whether a linear layer surely makes the q, k and v of softmax attention."""
+    name = site.owner_name
+    if name in _QKV or (name in _QKV_BY_HEAD and name != "in_proj_qkvz"):
+        return True
+    if name in _QKV_PERHAPS:
+        in_attention = site.parent is not None and "ttention" in type(site.parent).__name__
+        return in_attention and rows != 2 * cols  # cross-attention's k and v
+    return rows == 3 * cols and _is_unnamed_attention(site, cols)
 
 
 def _is_unnamed_attention(site: Site, width: int) -> bool:
@@ -324,11 +352,13 @@ def _in_features(module: object) -> int | None:
     return first_number([module], INPUTS)
 
 
-def _head_counts(site: Site) -> _Heads:
+def head_counts(site: Site) -> HeadCounts:
     """From the parent itself, then from its config or the nearest config above it."""
     sources: list[object] = [site.parent]
-    configs = (getattr(above, "config", None) for above in reversed(site.ancestors))
-    sources += [config for config in configs if config is not None][:1]
+    above = (stated(module, name) for module in reversed(site.ancestors) for name in CONFIGS)
+    config = next((found for found in above if found is not None), None)
+    # A model of text and pictures keeps the numbers of each in a config of its own.
+    sources += [config, stated(config, "text_config")]
     heads, kv_heads = first_number(sources, HEADS), first_number(sources, KV_HEADS)
     # Linear attention has its own head sizes beside the config's; what divides both cuts
     # every block pure.
@@ -337,7 +367,7 @@ def _head_counts(site: Site) -> _Heads:
     hidden = first_number(sources, WIDTHS)
     if head_dim is None and heads and hidden and hidden % heads == 0:
         head_dim = hidden // heads
-    return _Heads(heads, kv_heads, head_dim)
+    return HeadCounts(heads, kv_heads, head_dim)
 
 
 # -- experts -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,12 +15,19 @@ from muonkit._text import shown
 from muonkit.routing.places import starred
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from muonkit.routing.judge import Undecided
     from muonkit.routing.places import Site
+    from muonkit.routing.verdicts import Undecided, UnknownHeads
 
-__all__ = ["UNDECIDED", "Open", "open_message", "unmatched_message", "warning_message"]
+__all__ = [
+    "UNDECIDED",
+    "Open",
+    "heads_message",
+    "open_message",
+    "unmatched_message",
+    "warning_message",
+]
 
 # How the reason begins where AdamW trains a parameter because nothing decides about it.
 UNDECIDED = "undecided: "
@@ -88,6 +96,27 @@ def warning_message(names: Sequence[str]) -> str:
         f"undecided='adamw': AdamW trains {listed}: nothing says whether "
         f"{'it is a hidden matrix' if len(names) == 1 else 'they are hidden matrices'}; "
         "Rule(name, algorithm='adamw') says so for good, Rule(name, view=...) gives it to Muon"
+    )
+
+
+def heads_message(found: Mapping[str, UnknownHeads]) -> str:
+    """The weights, by name, that per_head=True cannot cut, with the rules that do."""
+    index = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+    why = dict.fromkeys(f"  {index.sub('*', each.module)}: {each.why}" for each in found.values())
+    rules = dict.fromkeys(
+        f"      Rule({_escaped(index.sub('*', name))!r}, view={each.view!r}),"
+        for name, each in found.items()
+    )
+    return "\n".join(
+        [
+            "per_head=True, but the heads of some attention cannot be told:",
+            *why,
+            "rules cut them, with numbers for HEADS (of queries), KV_HEADS (of keys, and of",
+            "values) and ALL_HEADS (of all three); a view without a split leaves one whole:",
+            "  rules=[",
+            *rules,
+            "  ]",
+        ]
     )
 
 

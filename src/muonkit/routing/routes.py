@@ -12,7 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn as nn
 
@@ -20,7 +20,13 @@ from muonkit._shards import WHOLE, flat_model
 from muonkit._text import unknown
 from muonkit.routing.judge import Undecided, Verdict, is_vector, judge
 from muonkit.routing.places import Site, unwrap
-from muonkit.routing.remedies import UNDECIDED, Open, open_message, warning_message
+from muonkit.routing.remedies import (
+    UNDECIDED,
+    Open,
+    heads_message,
+    open_message,
+    warning_message,
+)
 from muonkit.routing.rules import (
     HYPERPARAMETERS,
     RoutingError,
@@ -34,6 +40,10 @@ from muonkit.routing.table import Algorithm, Route, Routes, as_module, shape_of
 from muonkit.scale import ROUTED, SCALES, Scale, check_scale, scale_factor
 from muonkit.views import View
 
+if TYPE_CHECKING:
+    from muonkit.routing.attention import HeadView
+    from muonkit.routing.verdicts import UnknownHeads
+
 __all__ = ["Route", "Routes", "RoutingError", "Rule", "route"]
 
 
@@ -44,6 +54,16 @@ class _Asked:
     scale: str | Scale
     decay_1d: bool
     undecided: str
+    head_views: Mapping[int, HeadView]  # of attention's weights, where each head is a matrix
+    unknown_heads: Mapping[int, UnknownHeads]
+
+
+class _NoHeads(RoutingError):
+    """A weight of attention whose heads cannot be told."""
+
+    def __init__(self, name: str, found: UnknownHeads) -> None:
+        super().__init__(f"{name}: {found.why}")
+        self.name, self.found = name, found
 
 
 class _Unsettled(RoutingError):
@@ -62,6 +82,7 @@ def route(
     decay_1d: bool = False,
     undecided: str = "raise",
     heads: Iterable[str | nn.Module] | None = None,
+    per_head: bool = False,
 ) -> Routes:
     """Decide for every parameter of `model` which algorithm trains it, and in which view.
 
@@ -80,11 +101,15 @@ def route(
         heads: the output heads, where the search errs: modules, or patterns of their names; of a
             module of several layers the last. [] says that there is none, as in a part of a model;
             for a stage of a pipeline `route(whole).of(stage)` knows it too.
+        per_head: make every attention head a matrix of its own: of q, k and v (fused or apart) by
+            rows, of the output projection by columns; in multi-head latent attention the rotated
+            part of a head and the other are two. The heads are counted by the attention module or
+            by its config. A rule's view goes before it.
 
     Raises:
         RoutingError: the model has no parameters, or none that is trainable; parameters that
             cannot be judged, are not initialized, or are flat shards; a rule that decides nothing,
-            or whose view does not fit.
+            or whose view does not fit; per_head where nothing tells the heads.
         ValueError: no such scale, no such choice for `undecided`, or `heads` has what is no layer
             of the model.
 
@@ -110,11 +135,30 @@ def route(
             f"all {len(facts.params)} parameters of {type(model).__name__} are frozen: "
             "call requires_grad_(True) on those to train"
         )
-    found = _route_all(unwrap(model), facts, rules or (), _Asked(scale, decay_1d, undecided))
+    head_views, unknown_heads = _head_views(unwrap(model), facts) if per_head else ({}, {})
+    asked = _Asked(scale, decay_1d, undecided, head_views, unknown_heads)
+    found = _route_all(unwrap(model), facts, rules or (), asked)
     guessed = [r.name for r in found if r.algorithm == "adamw" and r.reason.startswith(UNDECIDED)]
     if guessed:
         warnings.warn(warning_message(guessed), UserWarning, stacklevel=2)
     return found
+
+
+def _head_views(
+    model: nn.Module, facts: Survey
+) -> tuple[dict[int, HeadView], dict[int, UnknownHeads]]:
+    """How per_head=True cuts the weights of attention, and those that it cannot cut."""
+    from muonkit.routing.attention import find_attention  # few ask for it
+
+    _, views, unknown = find_attention(facts)
+    if not views and not unknown:
+        raise RoutingError(
+            f"per_head=True, but no attention was found in {type(model).__name__}: by its names "
+            "nothing makes queries, keys and values. Leave per_head out, or cut heads by hand: "
+            "Rule(name, view='split(rows=HEADS)'), and view='split(cols=HEADS)' for what takes "
+            "their outputs"
+        )
+    return views, unknown
 
 
 def _route_all(
@@ -124,6 +168,8 @@ def _route_all(
     routes: list[Route] = []
     unsettled: list[Open] = []
     misfits: list[RuleMisfitError] = []
+    headless: list[_NoHeads] = []
+    errors: list[str] = []
     for key in facts.params:
         try:
             routes.append(_route_one(facts, key, chosen.get(key), asked))
@@ -131,8 +177,16 @@ def _route_all(
             unsettled.append(error.found)
         except RuleMisfitError as error:
             misfits.append(error)
+        except _NoHeads as error:
+            headless.append(error)
+        except RoutingError as error:
+            errors.append(str(error))
     if misfits:
-        raise RoutingError(misfits_message(misfits))
+        errors.append(misfits_message(misfits))
+    if headless:
+        errors.append(heads_message({error.name: error.found for error in headless}))
+    if errors:
+        raise RoutingError("\n".join(errors))
     if unsettled:
         raise RoutingError(open_message(model, unsettled, [r.name for r in routes]))
     if not any(r.algorithm in ("muon", "adamw") for r in routes):
@@ -224,13 +278,27 @@ def _verdict(facts: Survey, key: int, rule: Rule | None, asked: _Asked) -> Verdi
             judged = Verdict("adamw", None, not is_vector(param), f"{UNDECIDED}{error}")
         elif error.final or not settled:
             raise _Unsettled(Open(sites[0], param, error)) from error
+    if judged is not None and rule is not None and rule.algorithm == "muon" and not judged.view:
+        with contextlib.suppress(Undecided):
+            judged = replace(judged, view=judge(sites, param, facts, hidden=True).view)
+    if judged is not None and not (rule and (rule.view or rule.algorithm == "adamw")):
+        judged = _with_heads(judged, sites[0].name, key, asked)
     if rule is None:
         assert judged is not None
         return judged
-    if judged is not None and rule.algorithm == "muon" and judged.view is None:
-        with contextlib.suppress(Undecided):
-            judged = replace(judged, view=judge(sites, param, facts, hidden=True).view)
     return _overridden(sites[0], param, judged, rule)
+
+
+def _with_heads(verdict: Verdict, name: str, key: int, asked: _Asked) -> Verdict:
+    """The verdict with every head a matrix, where that was asked for."""
+    if verdict.view is None:
+        return verdict
+    if key in asked.unknown_heads:
+        raise _NoHeads(name, asked.unknown_heads[key])
+    cut = asked.head_views.get(key)
+    if cut is None:
+        return verdict
+    return replace(verdict, view=cut.within(verdict.view), reason=f"per head: {cut.reason}")
 
 
 def _overridden(site: Site, param: nn.Parameter, judged: Verdict | None, rule: Rule) -> Verdict:

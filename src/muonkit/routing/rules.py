@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch.nn as nn
 
 from muonkit._text import shown, unknown
-from muonkit.options import OF_ALGORITHM
+from muonkit.options import OF_ALGORITHM, take_other_names_
 from muonkit.routing.remedies import unmatched_message
 from muonkit.views import View
 
@@ -120,6 +120,12 @@ class Rule:
                 View.parse(self.view)
             except ValueError as error:
                 raise RoutingError(f"{self}: {error}") from error
+        options = dict(self.options)
+        try:
+            take_other_names_(options)
+        except ValueError as error:
+            raise RoutingError(f"{self}: {error}") from error
+        object.__setattr__(self, "options", options)
         foreign = sorted(self.options.keys() - _OPTIONS - _RESERVED)
         if foreign:
             raise RoutingError(f"{self}: {unknown('option', foreign[0], sorted(_OPTIONS))}")

@@ -1,16 +1,18 @@
-"""The outcome of routing for one parameter: a verdict, or that nothing decides about it."""
+"""The outcome of routing for one parameter: a verdict, or that nothing decides about it, or about
+its heads.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch.nn as nn
 
-__all__ = ["Undecided", "Verdict", "adamw", "is_vector", "muon"]
+__all__ = ["Undecided", "UnknownHeads", "Verdict", "adamw", "is_vector", "muon"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,20 @@ class Undecided(ValueError):
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
         self.final = final
+
+
+class UnknownHeads(NamedTuple):
+    """A weight of an attention module whose heads cannot be told.
+
+    Attributes:
+        module: its name.
+        why: they cannot be told.
+        view: that would cut the weight, with words in place of the numbers that are missing.
+    """
+
+    module: str
+    why: str
+    view: str
 
 
 def adamw(reason: str, *, decay: bool = True) -> Verdict:

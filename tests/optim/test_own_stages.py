@@ -1,4 +1,4 @@
-"""Variants, scales, schedules and views that a user gives as objects: everywhere where a name may
+"""Stages, scales, schedules and views that a user gives as objects: everywhere where a name may
 stand, with the same result in every layout, compiled and saved.
 """
 
@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from muonkit import Monitor, Muon, MuonW, Rule, Variant, View, orthogonalize, route
+from muonkit import Monitor, Muon, MuonW, Rule, Stage, View, orthogonalize, route
 from muonkit.convert import from_muonkit
 from muonkit.newton_schulz.coefficients import SCHEDULES, Schedule, resolve
 from muonkit.scale import SCALES
-from muonkit.variants import VARIANTS
+from muonkit.stages import AFTER
 from tests.helpers import measures, zoo
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import Cases, Ranks, shared_folder
@@ -52,8 +52,8 @@ OWN = {
     each.name: each
     for each in (
         CLIP_ROWS,
-        Variant("settle_rows", settle_rows_, "rows", 0.5),
-        Variant("smooth", smooth_, "entries", 0.5),
+        Stage("settle_rows", settle_rows_, "rows", 0.5),
+        Stage("smooth", smooth_, "entries", 0.5),
     )
 }
 
@@ -119,7 +119,7 @@ def equals_one_process(layout: str, name: str) -> measures.Parity:
 
 @CASES.on(4, layout=SOME)
 def equals_one_process_with_a_scale_and_a_schedule(layout: str) -> None:
-    options = {"variant": CLIP_ROWS, "adjust_lr_fn": width, "ns_coefficients": SCHEDULE}
+    options = {"after": CLIP_ROWS, "adjust_lr_fn": width, "ns_coefficients": SCHEDULE}
     model, optimizer = measures.make(layout, **options)
     measures.train(model, optimizer)
     alone, its = measures.make("single", **options)
@@ -138,11 +138,11 @@ def goes_on_from_a_checkpoint_of_another_layout(name: str) -> None:
 
 
 @CASES.on(2)
-def ranks_with_other_variants_do_not_step() -> None:
-    variant = [OWN["clip_rows"], OWN["smooth"]][dist.get_rank()]
-    model, optimizer = measures.make("ddp", variant=variant)
+def ranks_with_other_stages_do_not_step() -> None:
+    stage = [OWN["clip_rows"], OWN["smooth"]][dist.get_rank()]
+    model, optimizer = measures.make("ddp", after=stage)
     zoo.set_gradients(model, 0)
-    with pytest.raises(RuntimeError, match=r"variant.*clip_rows.*on rank 0.*smooth"):
+    with pytest.raises(RuntimeError, match=r"after.*clip_rows.*on rank 0.*smooth"):
         optimizer.step()
 
 
@@ -159,17 +159,17 @@ def test_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_stack_is_its_matrices_one_by_one_and_stays_finite(name: str) -> None:
-    variant = OWN[name]
+    stage = OWN[name]
     O = orthogonalize(torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)))
     O[3] = 0
-    size = {"none": None, "rows": (4, 6, 1), "entries": (4, 6, 9)}[variant.state]
+    size = {"none": None, "rows": (4, 6, 1), "entries": (4, 6, 9)}[stage.state]
     v = None if size is None else torch.zeros(size)
     loop, past = O.clone(), None if v is None else v.clone()
     for t in (1, 2):
-        variant.apply_(O, v, variant.beta2 or 0.0, t)
+        stage.apply_(O, v, stage.beta2 or 0.0, t)
         for i in range(4):
             own = None if past is None else past[i : i + 1]
-            variant.apply_(loop[i : i + 1], own, variant.beta2 or 0.0, t)
+            stage.apply_(loop[i : i + 1], own, stage.beta2 or 0.0, t)
     torch.testing.assert_close(O, loop)
     assert O.isfinite().all()
     assert not O[3].any()
@@ -186,11 +186,11 @@ def test_the_clip_clips() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("state", ["none", "rows", "entries"])
-def test_a_step_applies_a_variant_whatever_it_keeps(state: Any, compiled: bool) -> None:
-    stop = Variant("stop", lambda O, v, beta2, step: O.zero_(), state)
+def test_a_step_applies_a_stage_whatever_it_keeps(state: Any, compiled: bool) -> None:
+    stop = Stage("stop", lambda O, v, beta2, step: O.zero_(), state)
     p = nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
     before = p.detach().clone()
-    train(Muon([p], lr=0.1, weight_decay=0.0, variant=stop), 2, compiled)
+    train(Muon([p], lr=0.1, weight_decay=0.0, after=stop), 2, compiled)
     assert torch.equal(p, before)
 
 
@@ -199,7 +199,7 @@ def test_a_function_that_fails_in_another_dtype_is_refused_when_it_is_made() -> 
         O.mul_(torch.linalg.vector_norm(O, dim=-1, keepdim=True, dtype=torch.float32))
 
     with pytest.raises(TypeError, match=r"on matrices in torch\.float64 it failed"):
-        Variant("narrow", narrow_)
+        Stage("narrow", narrow_)
 
 
 def test_the_guide_has_the_example() -> None:
@@ -209,7 +209,7 @@ def test_the_guide_has_the_example() -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_compiled_is_eager_with_objects(name: str) -> None:
-    options = {"variant": OWN[name], "adjust_lr_fn": width, "ns_coefficients": SCHEDULE}
+    options = {"after": OWN[name], "adjust_lr_fn": width, "ns_coefficients": SCHEDULE}
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dynamo's own remarks
@@ -219,9 +219,9 @@ def test_compiled_is_eager_with_objects(name: str) -> None:
 
 
 def test_objects_do_what_their_names_do() -> None:
-    names = {"variant": "normuon", "adjust_lr_fn": "spectral", "ns_coefficients": "cans"}
+    names = {"after": "normuon", "adjust_lr_fn": "spectral", "ns_coefficients": "cans"}
     objects = {
-        "variant": VARIANTS["normuon"],
+        "after": AFTER["normuon"],
         "adjust_lr_fn": lambda rows, cols: SCALES["spectral"](rows, cols),
         "ns_coefficients": SCHEDULES["cans"],
     }
@@ -249,12 +249,12 @@ def test_views_are_objects_too() -> None:
 
 def test_rules_take_objects() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
-    own = {"variant": CLIP_ROWS, "adjust_lr_fn": width}
+    own = {"after": CLIP_ROWS, "adjust_lr_fn": width}
     routes = route(model, [Rule("1.weight", options=own)])
     told = {row["name"]: row["options"] for row in json.loads(routes.to_json())["routes"]}
-    assert told["1.weight"] == {"variant": "clip_rows", "adjust_lr_fn": "width"}
+    assert told["1.weight"] == {"after": "clip_rows", "adjust_lr_fn": "width"}
     groups = MuonW(routes, lr=0.1).param_groups
-    assert [g["variant"] for g in groups if g["algorithm"] == "muon"] == ["plain", CLIP_ROWS]
+    assert [g["after"] for g in groups if g["algorithm"] == "muon"] == [(), (CLIP_ROWS,)]
 
 
 # --- saved and told -------------------------------------------------------------------------------
@@ -262,11 +262,11 @@ def test_rules_take_objects() -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_state_dict_has_names_and_a_run_goes_on_from_it(name: str) -> None:
-    options = {"variant": OWN[name], "adjust_lr_fn": width, "ns_coefficients": SCHEDULE}
+    options = {"after": OWN[name], "adjust_lr_fn": width, "ns_coefficients": SCHEDULE}
     first, whole = trained(2, **options), trained(4, **options)
     state = saved(first)
     group = state["param_groups"][0]
-    assert (group["variant"], group["adjust_lr_fn"]) == (name, "width")
+    assert (group["after"], group["adjust_lr_fn"]) == ((name,), "width")
     json.dumps({**group, "params": []})
     second = trained(0, **{**options, "ns_coefficients": "cans"})
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_a_state_dict_has_names_and_a_run_goes_on_from_it(name: str) -> None:
             for mine, theirs in zip(p["params"], q["params"], strict=True):
                 mine.copy_(theirs)
     second.load_state_dict(state)
-    assert second.param_groups[0]["variant"] is OWN[name]
+    assert second.param_groups[0]["after"] == (OWN[name],)
     assert second.param_groups[0]["adjust_lr_fn"] is width
     for t in (2, 3):
         generator = torch.Generator().manual_seed(t)
@@ -286,52 +286,52 @@ def test_a_state_dict_has_names_and_a_run_goes_on_from_it(name: str) -> None:
 
 
 def test_what_a_state_dict_names_is_given_to_the_optimizer_that_loads_it() -> None:
-    clipped, scaled = saved(trained(variant=CLIP_ROWS)), saved(trained(adjust_lr_fn=width))
+    clipped, scaled = saved(trained(after=CLIP_ROWS)), saved(trained(adjust_lr_fn=width))
     optimizer = trained()
     before = parameters(optimizer)
-    with pytest.raises(ValueError, match=r"unknown variant 'clip_rows'.* that loads it, as var"):
+    with pytest.raises(ValueError, match=r"unknown after 'clip_rows'.* that loads it, as after="):
         optimizer.load_state_dict(clipped)
     with pytest.raises(ValueError, match=r"unknown adjust_lr_fn 'width'.* loads it, as adjust"):
         optimizer.load_state_dict(scaled)
     assert all(map(torch.equal, before, parameters(optimizer)))
     # A name of muonkit's own is found, whatever this optimizer was made with.
-    mine = trained(variant=CLIP_ROWS, adjust_lr_fn=width)
+    mine = trained(after=CLIP_ROWS, adjust_lr_fn=width)
     mine.load_state_dict(saved(optimizer))
-    assert mine.param_groups[0]["variant"] == "plain"
+    assert mine.param_groups[0]["after"] == ()
     assert mine.param_groups[0]["adjust_lr_fn"] == "unit_rms"
 
 
 def test_an_optimizer_with_objects_is_copied_and_pickled() -> None:
-    optimizer = trained(variant=CLIP_ROWS, adjust_lr_fn=width)
+    optimizer = trained(after=CLIP_ROWS, adjust_lr_fn=width)
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert twin.param_groups[0]["variant"] == CLIP_ROWS
+        assert twin.param_groups[0]["after"] == (CLIP_ROWS,)
         train(twin, 1)
-    assert copy.deepcopy(optimizer).param_groups[0]["variant"] is CLIP_ROWS
+    assert copy.deepcopy(optimizer).param_groups[0]["after"][0] is CLIP_ROWS
 
 
 def test_other_libraries_get_what_they_can_have_of_it() -> None:
-    optimizer = trained(variant=CLIP_ROWS, adjust_lr_fn=width, ns_coefficients=SCHEDULE)
+    optimizer = trained(after=CLIP_ROWS, adjust_lr_fn=width, ns_coefficients=SCHEDULE)
     exported = from_muonkit("keller", optimizer)
     notes = str(exported)
-    assert "variant=Variant('clip_rows'" in notes
+    assert "after=(Stage('clip_rows'" in notes
     assert "ns_coefficients" in notes
 
 
-def test_whoever_tells_of_a_variant_tells_its_name(tmp_path: Path) -> None:
-    optimizer = trained(0, variant=CLIP_ROWS)
-    assert optimizer.describe()[0]["variant"] == "clip_rows"
+def test_whoever_tells_of_a_stage_tells_its_name(tmp_path: Path) -> None:
+    optimizer = trained(0, after=CLIP_ROWS)
+    assert optimizer.describe()[0]["after"] == "clip_rows"
     with Monitor(optimizer, every=1, to=tmp_path / "run.jsonl"):
         train(optimizer, 1)
     header = json.loads((tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert {matrix["variant"] for matrix in header["matrices"]} == {"clip_rows"}
+    assert {matrix["after"] for matrix in header["matrices"]} == {"clip_rows"}
     assert "0x" not in repr(CLIP_ROWS)
 
 
-def test_a_plan_counts_the_state_of_a_variant() -> None:
-    """Each matrix's box of what its variant keeps."""
+def test_a_plan_counts_the_state_of_a_stage() -> None:
+    """Each matrix's box of what its stage keeps."""
     for name, columns in (("clip_rows", None), ("settle_rows", 1), ("smooth", 6)):
-        (plan,) = trained(0, variant=OWN[name]).plan().plans
-        box = plan.matrices[0].variant_box
+        (plan,) = trained(0, after=OWN[name]).plan().plans
+        box = plan.matrices[0].stage_box
         assert (box if box is None else box[1][1]) == columns
 
 
@@ -341,14 +341,14 @@ def test_a_plan_counts_the_state_of_a_variant() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "told"),
     [
-        (lambda: Variant("clip rows", clip_rows_), ValueError, "an identifier, got 'clip rows'"),
-        (lambda: Variant("x", clip_rows_, "row"), ValueError, "did you mean 'rows'"),
-        (lambda: Variant("x", clip_rows_, beta2=1.0), ValueError, r"in \[0, 1\), got 1.0"),
-        (lambda: Variant("x", lambda O: O), TypeError, r"apply_\(O, v, beta2, step\)"),
-        (lambda: Variant("x", lambda O, v, b, s: O * 2), TypeError, r"write O.copy_"),
-        (lambda: Variant("x", lambda O, v, b, s: O.div_(O.norm())), ValueError, "clamp_min"),
-        (lambda: trained(variant=clip_rows_), ValueError, r"muonkit.Variant\(name, function\)"),
-        (lambda: trained(variant=Variant("plain", smooth_, "entries")), ValueError, "another name"),
+        (lambda: Stage("clip rows", clip_rows_), ValueError, "an identifier, got 'clip rows'"),
+        (lambda: Stage("x", clip_rows_, "row"), ValueError, "did you mean 'rows'"),
+        (lambda: Stage("x", clip_rows_, beta2=1.0), ValueError, r"in \[0, 1\), got 1.0"),
+        (lambda: Stage("x", lambda O: O), TypeError, r"apply_\(O, v, beta2, step\)"),
+        (lambda: Stage("x", lambda O, v, b, s: O * 2), TypeError, r"write O.copy_"),
+        (lambda: Stage("x", lambda O, v, b, s: O.div_(O.norm())), ValueError, "clamp_min"),
+        (lambda: trained(after=clip_rows_), ValueError, r"muonkit.Stage\(name, function\)"),
+        (lambda: trained(after=Stage("normuon", smooth_, "entries")), ValueError, "another name"),
         (lambda: trained(adjust_lr_fn=lambda n: 1.0), TypeError, r"\(rows, cols\) -> float"),
         (lambda: trained(adjust_lr_fn=lambda m, n: "1"), TypeError, "returned '1'"),
         (lambda: trained(adjust_lr_fn=lambda m, n: 8.0 - m), ValueError, "not negative"),
