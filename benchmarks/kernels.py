@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import machine
 import torch
+from parts import table
 
 from muonkit.newton_schulz.triton.blocks import BLOCKS, SMALLEST, UNALIGNED, Blocks
 
@@ -48,6 +50,8 @@ PRODUCTS = {
 KINDS = {"bf16": "16 bits", "fp16": "16 bits", "fp32": "float32", "tf32": "tf32"}
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TENSOR_CORES = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "v_mfma": r"\bv_mfma"}
+HEAD = ["target", "product", "layout", "tile × depth", "warps", "registers", "shared KiB"]
+HEAD += ["spills", "tensor-core instructions"]
 
 
 @dataclass(frozen=True)
@@ -182,34 +186,35 @@ def amd_usage(assembly: str) -> tuple[int, int]:
     return note("vgpr_count"), note("private_segment_fixed_size") + 4 * note("vgpr_spill_count")
 
 
-def worst(group: list[Compiled]) -> str:
-    """A line of the table: the most registers, memory and spills, the fewest instructions."""
+def worst(group: list[Compiled]) -> list[str]:
+    """A row of the table: the most registers, memory and spills, the fewest instructions."""
     names = sorted({name for each in group for name in each.instructions})
     least = {name: min(each.instructions.get(name, 0) for each in group) for name in names}
     variant = group[0].variant
-    return (
-        f"| {group[0].target} | {variant.product} | {variant.layout} "
-        f"| {variant.blocks.tile} × {variant.blocks.depth} | {variant.blocks.warps} "
-        f"| {max(each.registers for each in group)} "
-        f"| {max(each.shared_bytes for each in group) / 1024:.0f} "
-        f"| {max(each.spilled_bytes for each in group)} "
-        f"| {', '.join(f'{count} {name}' for name, count in least.items()) or 'none'} |"
-    )
+    return [
+        group[0].target,
+        variant.product,
+        variant.layout,
+        f"{variant.blocks.tile} × {variant.blocks.depth}",
+        str(variant.blocks.warps),
+        str(max(each.registers for each in group)),
+        f"{max(each.shared_bytes for each in group) / 1024:.0f}",
+        str(max(each.spilled_bytes for each in group)),
+        ", ".join(f"{count} {name}" for name, count in least.items()) or "none",
+    ]
 
 
-def show(results: list[Compiled], every: bool) -> None:
+def rows_of(results: list[Compiled], every: bool) -> list[list[str]]:
+    """The table: a row for those that share their blocks, or for every variant."""
+
     def key(each: Compiled) -> tuple[object, ...]:
         own = each.variant
         return (each.target, own.product, own.layout, own.blocks, *((own,) if every else ()))
 
-    print("| target | product | layout | tile × depth | warps | registers | shared KiB | spills "
-          "| tensor-core instructions |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
     groups: dict[tuple[object, ...], list[Compiled]] = {}
     for each in results:
         groups.setdefault(key(each), []).append(each)
-    for group in groups.values():
-        print(worst(group))
+    return [worst(group) for group in groups.values()]
 
 
 def show_errors() -> None:
@@ -235,7 +240,7 @@ def main() -> int:
     parser.add_argument("--tile", nargs="+", type=int, help="only these tiles")
     parser.add_argument("--every", action="store_true", help="a row for each variant")
     parser.add_argument("--errors", action="store_true", help="run the interpreter instead")
-    parser.add_argument("--json", type=Path, help="write every variant to this file")
+    parser.add_argument("--json", type=Path, help="write table and variants to this file")
     options = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed, and compiles these kernels: pip install triton (Linux)")
@@ -259,10 +264,18 @@ def main() -> int:
     ]
     print(f"Triton {triton.__version__}, torch {torch.__version__}: {len(wanted)} variants of the "
           f"kernel, for {', '.join(options.target)}\n")  # fmt: skip
-    show(results, options.every)
+    rows = rows_of(results, options.every)
+    print(table(HEAD, rows, left=4))
     if options.json:
-        rows = [asdict(each) | {"fault": each.fault} for each in results]
-        harness.write(options.json, rows)
+        facts = machine.facts()
+        record = {
+            "kind": "kernels",
+            **{name: facts[name] for name in ("command", "torch", "date")},
+            "triton": triton.__version__,
+            "rows": rows,
+            "variants": [asdict(each) | {"fault": each.fault} for each in results],
+        }
+        harness.write(options.json, record)
     faults = [each.fault for each in results if each.fault]
     print("\n".join(["", *faults]) if faults else "\nnothing spills, no tensor core is missed")
     return 1 if faults else 0

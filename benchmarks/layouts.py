@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import shlex
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are a package of the checkout
+os.environ["MUONKIT_TEST_ALL"] = "1"  # five steps, as in a whole run of the tests
 
 from tests.distributed.test_checkpoints import PLACES, Place, Trip, travel
 from tests.helpers import measures, zoo

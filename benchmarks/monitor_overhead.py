@@ -28,6 +28,7 @@ from train_overhead import WARM_UP, Training, add_model_options
 from muonkit import Monitor
 from muonkit.lab.data import stdlib_text
 from muonkit.lab.models import GPT
+from muonkit.lab.tasks import get_task
 
 CALLS = 10_000
 
@@ -85,11 +86,10 @@ def main() -> int:
         parser.error(f"--pairs {options.pairs} has no two samples at --every {options.every}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    batch_size = options.batch_size or get_task("gpt").batch_size
     data = stdlib_text(options.context)
     model = GPT(256, options.context, options.width, options.layers, options.heads)
-    trainings = [
-        Training("muonw", copy.deepcopy(model), data, options.batch_size) for _ in range(2)
-    ]
+    trainings = [Training("muonw", copy.deepcopy(model), data, batch_size) for _ in range(2)]
     with (
         tempfile.TemporaryDirectory() as folder,
         Monitor(trainings[1].optimizer, options.every, Path(folder) / "run.jsonl") as monitor,
@@ -101,7 +101,7 @@ def main() -> int:
         "machine": machine.facts(),
         "model": {k: getattr(options, k) for k in ("width", "layers", "heads", "context")},
         "matrices": matrices,
-        "tokens": options.batch_size * options.context,
+        "tokens": batch_size * options.context,
         "pairs": options.pairs,
         **result,
     }

@@ -38,6 +38,8 @@ class Page(NamedTuple):
 PAGES = {
     "performance.md": Page("performance/*.json", performance_page.BLOCKS),
     "choosing.md": Page("choosing/*.json", performance_page.CHOOSING),
+    "monitor.md": Page("monitor/*.json", performance_page.MONITOR),
+    "kernels.md": Page("kernels/*.json", performance_page.KERNELS),
     "distributed.md": Page("distributed/*.json", distributed_page.BLOCKS),
 }
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import statistics
 
+from kernels import HEAD
 from parts import Record, machine_line, machine_lines, mib, spread, table
+from train_overhead import what_and_how_much
 
 
 def merged_sets(records: list[Record]) -> dict[str, Record]:
@@ -133,39 +135,61 @@ def errors_block(records: list[Record]) -> str:
 def overhead_block(records: list[Record]) -> str:
     rows = []
     for r in records:
-        m = r["model"]
         rows.append(
             [
-                f"{m['layers']} layers, d = {m['width']}, context {m['context']}",
+                what_and_how_much(r)[0],
                 f"{r['parameters'] / 1e6:.2f} M",
-                r["tokens"],
+                what_and_how_much(r)[1],
                 f"{r['muonw']['step_ms']:.1f}",
                 f"{r['adamw']['step_ms']:.1f}",
                 spread(r["ratio"], 3),
                 f"{r['muonw']['share']:.1%}",
                 f"{r['adamw']['share']:.1%}",
-                f"{r['tokens'] / r['muonw']['step_ms'] * 1e3:.0f}",
             ]
         )
-    head = ["GPT", "parameters", "tokens a step", "MuonW, ms", "AdamW, ms", "ratio"]
-    head += ["MuonW's share", "AdamW's share", "tokens/s with MuonW"]
+    head = ["model", "parameters", "a step", "MuonW, ms", "AdamW, ms", "ratio"]
+    head += ["MuonW's share", "AdamW's share"]
     return machine_lines(records) + "\n\n" + table(head, rows)
 
 
 def whole_steps(records: list[Record]) -> list[tuple[str, str, str, str]]:
-    """Tokens, step with MuonW, with AdamW, and their ratio, as the README quotes them."""
+    """Size, step with MuonW, with AdamW, and their ratio, as the README quotes them."""
     found = []
     for r in records:
         if r["kind"] == "gpu":
             ms = [1e3 * statistics.median(s) for s in r["training"]["seconds"].values()]
-            found.append((r["training"]["tokens"], *ms, r["training"]["times_adamw"][1]))
+            size = f"{r['training']['tokens']:,} tokens"
+            found.append((size, *ms, r["training"]["times_adamw"][1]))
         elif r["kind"] == "overhead":
             ms = [r[name]["step_ms"] for name in ("muonw", "adamw")]
-            found.append((r["tokens"], *ms, r["ratio"][1]))
+            found.append((what_and_how_much(r)[1], *ms, r["ratio"][1]))
     return [
-        (f"{tokens:,} tokens", *(f"{ms:.{1 if ms < 100 else 0}f} ms" for ms in two), f"{ratio:.2f}")
-        for tokens, *two, ratio in found
+        (size, *(f"{ms:.{1 if ms < 100 else 0}f} ms" for ms in two), f"{ratio:.2f}")
+        for size, *two, ratio in found
     ]
+
+
+def monitor_block(records: list[Record]) -> str:
+    parts = []
+    for r in records:
+        sample, other = (r[key] for key in ("sample_ms", "other_ms"))
+        rows = [
+            ["a step", f"{r['step_ms']:.0f} ms"],
+            ["a sampled step takes longer by", f"{spread(sample, 0)} ms"],
+            ["any other by", f"{spread(other, 0)} ms; its hooks take {r['hooks_us']:.1f} µs"],
+            *([f"overhead at `every={n}`", f"{x:.2%}"] for n, x in r["overhead"].items()),
+        ]
+        size = f"{r['matrices']} matrices, {r['tokens']:,} tokens a step"
+        parts += [machine_line(r), table([size, "median [quartiles]"], rows)]
+    return "\n\n".join(parts)
+
+
+def kernels_block(records: list[Record]) -> str:
+    """float16 is left out: it is as bfloat16, with a few registers less."""
+    (record,) = records
+    rows = [row for row in record["rows"] if row[1] != "fp16"]
+    made = f"`{record['command']}`: Triton {record['triton']}, torch {record['torch']}; "
+    return f"{made}{record['date']}.\n\n{table(HEAD, rows, left=4)}"
 
 
 def gpu_line(record: Record) -> str:
@@ -245,6 +269,8 @@ def options_block(records: list[Record]) -> str:
     return "\n\n".join(parts)
 
 
+MONITOR = {"monitor": ("monitor", monitor_block)}
+KERNELS = {"kernels": ("kernels", kernels_block)}
 BLOCKS = {
     "step": ("step", step_block),
     "memory": ("step", memory_block),

@@ -2,12 +2,13 @@
 
     python benchmarks/train_overhead.py                       # the lab's gpt task
     python benchmarks/train_overhead.py --width 384 --layers 6 --context 256 --json overhead.json
+    python benchmarks/train_overhead.py --task mnist
 
-Model and data are the lab's `gpt` task (`muonkit compare gpt`), the optimizers those that it
-compares, each at its default learning rate: MuonW, and torch.optim.AdamW(fused=True), torch's
-fastest. Both train their own copy of one initial model on the same batches. A block is a few steps
-of one optimizer; the blocks are paired (harness.py). Quoted are medians over blocks, and the ratio
-within a pair of blocks with its quartiles. `share` is the optimizer's part of a step.
+Model and data are those of one of the lab's tasks (`muonkit compare gpt`), the optimizers those
+that it compares, each at its default learning rate: MuonW, and torch.optim.AdamW(fused=True),
+torch's fastest. Both train their own copy of one initial model on the same batches. A block is a
+few steps of one optimizer; the blocks are paired (harness.py). Quoted are medians over blocks, and
+the ratio within a pair of blocks with its quartiles. `share` is the optimizer's part of a step.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import torch
 from torch import nn
 
 from muonkit import route
-from muonkit.lab.data import TextData, stdlib_text
+from muonkit.lab.data import Data, stdlib_text
 from muonkit.lab.models import GPT
 from muonkit.lab.optimizers import get_optimizer
-from muonkit.lab.tasks import get_task
+from muonkit.lab.tasks import TASKS, get_task
 from muonkit.lab.train import loss_of
 
 SEED = 0
@@ -39,9 +40,11 @@ WARM_UP = 2  # steps; the first ones also allocate
 class Training:
     """One model, its optimizer, and the seconds of its steps."""
 
-    def __init__(self, name: str, model: nn.Module, data: TextData, batch_size: int) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, data: Data, batch_size: int, task: str = "gpt"
+    ) -> None:
         self.model = model
-        self.optimizer = get_optimizer(name).build(model, get_task("gpt").lr[name])
+        self.optimizer = get_optimizer(name).build(model, get_task(task).lr[name])
         self.data = data
         self.batch_size = batch_size
         self.done = 0
@@ -88,7 +91,7 @@ def measure(trainings: dict[str, Training], blocks: int, steps: int) -> dict[str
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Those of the lab's `gpt` task: which GPT, on how much."""
-    parser.add_argument("--batch-size", type=int, default=get_task("gpt").batch_size)
+    parser.add_argument("--batch-size", type=int, help="default: the task's")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
@@ -98,6 +101,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     parser = harness.parser(__doc__)
     add_model_options(parser)
+    parser.add_argument("--task", choices=TASKS, default="gpt", help="all but gpt as they are")
     parser.add_argument("--blocks", type=harness.at_least_one, default=15)
     parser.add_argument("--steps", type=harness.at_least_one, default=5, help="in a block")
     options = parser.parse_args()
@@ -105,21 +109,30 @@ def main() -> int:
         parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
-    data = stdlib_text(options.context)
-    model = GPT(256, options.context, options.width, options.layers, options.heads)
+    task = get_task(options.task)
+    batch_size = options.batch_size or task.batch_size
+    if options.task == "gpt":
+        data: Data = stdlib_text(options.context)
+        model: nn.Module = GPT(256, options.context, options.width, options.layers, options.heads)
+        size = {k: getattr(options, k) for k in ("width", "layers", "heads", "context")}
+        unit, count = "tokens", batch_size * options.context
+    else:
+        data, model = task.load(), task.build()
+        size = {"summary": task.summary}
+        unit, count = "images", batch_size
     trainings = {
-        name: Training(name, copy.deepcopy(model), data, options.batch_size)
+        name: Training(name, copy.deepcopy(model), data, batch_size, options.task)
         for name in ("muonw", "adamw")
     }
     result = measure(trainings, options.blocks, options.steps)
-    tokens = options.batch_size * options.context
     hidden = sum(r.param.numel() for r in route(model) if r.algorithm == "muon")
     record = {
         "kind": "overhead",
         "machine": machine.facts(),
-        "model": {k: getattr(options, k) for k in ("width", "layers", "heads", "context")},
-        "batch_size": options.batch_size,
-        "tokens": tokens,
+        "task": options.task,
+        "model": size,
+        "batch_size": batch_size,
+        unit: count,
         "parameters": sum(p.numel() for p in model.parameters()),
         "hidden": hidden,
         "blocks": options.blocks,
@@ -131,19 +144,29 @@ def main() -> int:
     return 0
 
 
+def what_and_how_much(record: dict[str, Any]) -> tuple[str, str]:
+    """The model, and what a step takes, in words."""
+    m = record["model"]
+    if "summary" in m:
+        return m["summary"].partition(" (")[0], f"{record['images']:,} images"
+    return (
+        f"GPT, {m['layers']} layers, d = {m['width']}, context {m['context']}",
+        f"{record['tokens']:,} tokens",
+    )
+
+
 def show(record: dict[str, Any]) -> None:
-    model = record["model"]
+    model, size = what_and_how_much(record)
     print(
-        f"GPT, width {model['width']}, {model['layers']} layers, "
-        f"{record['parameters'] / 1e6:.2f} M parameters ({record['hidden'] / 1e6:.2f} M by Muon), "
-        f"{record['tokens']} tokens a step; "
+        f"{model}: {record['parameters'] / 1e6:.2f} M parameters ({record['hidden'] / 1e6:.2f} M "
+        f"by Muon), {size} a step; "
         f"{record['machine']['threads']} threads; {record['blocks']} blocks of {record['steps']}"
     )
     for name in ("muonw", "adamw"):
         r = record[name]
         print(
             f"  {name:6} step {r['step_ms']:9.2f} ms, optimizer {r['optimizer_ms']:8.2f} ms "
-            f"({r['share']:.1%}), {record['tokens'] / r['step_ms'] * 1e3:.0f} tokens/s"
+            f"({r['share']:.1%})"
         )
     low, middle, high = record["ratio"]
     print(f"  a step with MuonW takes {middle:.3f} [{low:.3f}, {high:.3f}] of AdamW's")

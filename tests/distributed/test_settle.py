@@ -50,13 +50,13 @@ def sharded_after_the_optimizer_was_made(layout: str, variant: str, steps: int) 
 
 @CASES.on(2, 4)
 def sharded_and_put_together_again() -> None:
-    model, optimizer = made_before("fsdp2", 2)
-    measures.train(model, optimizer, 2, 4)
+    model, optimizer = made_before("fsdp2", 1)
+    measures.train(model, optimizer, 1, 2)
     whole = zoo.Zoo(0, 1)
     full = {name: p.full_tensor() for name, p in model.named_parameters()}
     whole.load_state_dict(full, strict=False)
     swap(whole, optimizer)
-    measures.train(whole, optimizer, 4)
+    measures.train(whole, optimizer, 2)
     assert not any(isinstance(v, DTensor) for s in optimizer.state.values() for v in s.values())
     assert_equals_one_process(whole, optimizer)
 

@@ -27,7 +27,7 @@ from muonkit import Muon
 from muonkit.distributed.step_plan import present_gradients
 from muonkit.stages import stages_of
 from muonkit.views import blocks_of
-from tests.helpers import internals, zoo
+from tests.helpers import internals, sampling, zoo
 from tests.helpers.ranks import counted_collectives
 from tests.helpers.stages import AnyStage, stage_options
 
@@ -39,7 +39,8 @@ OPTIONS: dict[str, Any] = {
     "momentum": 0.9,
     "ns_dtype": "float32",
 }
-STEPS = 5
+# A fault in what a step keeps shows in the one after it, and one of resuming in the last of three.
+STEPS = 5 if sampling.is_whole() else 3
 # A few roundings of float32, of a tensor's largest magnitude: as in distributed/test_parity.py.
 EXACT = 1e-6
 
@@ -200,7 +201,7 @@ def assert_equals_one_process(model: nn.Module, optimizer: Muon, stage: AnyStage
 
 # --- checkpoints --------------------------------------------------------------------------------
 
-SAVED_AFTER = 2
+SAVED_AFTER = 2 if sampling.is_whole() else 1
 
 
 def checkpoint(model: nn.Module, optimizer: Muon) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scipy.stats
 import torch
 from torch import nn
 
@@ -175,6 +174,9 @@ def test_weight_decay_by_hand(tmp_path: Path) -> None:
 
 def test_welch_by_the_formula() -> None:
     """t, its degrees of freedom and p, written out; scipy's distribution and nothing else of it."""
+    # Here, because it takes two seconds of every process that collects the tests.
+    import scipy.stats
+
     a, b = [1.0, 1.2, 1.1, 0.9], [1.5, 1.9, 1.4]
     mean = [sum(x) / len(x) for x in (a, b)]
     error = [
