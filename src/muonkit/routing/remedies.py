@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
