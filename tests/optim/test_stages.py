@@ -407,6 +407,7 @@ def test_a_weight_of_zeros_is_refused_where_it_would_stay_zero() -> None:
         (lambda: Constraint("x", lambda w: w.sum()), TypeError, r"gave torch.Size\(\[\]\)"),
         (lambda: Constraint("x", None, lambda old, new: old / new), ValueError, "finite"),
         (lambda: Constraint("x", lambda w: -w), ValueError, "none below 0"),
+        (lambda: Constraint("x", lambda w: w.mul_(2)), ValueError, "wrote to its arguments"),
     ],
 )
 def test_another_form_of_constraint_is_refused(
