@@ -363,10 +363,7 @@ def sets_the_size(group: Mapping[str, Any]) -> bool:
 
 def decays(group: Mapping[str, Any]) -> bool:
     """Whether weight decay has a place beside the constraints."""
-    for constraint in stages_of(group).constraint:
-        if not constraint.decays:
-            return False
-    return True
+    return all(constraint.decays for constraint in stages_of(group).constraint)
 
 
 def kept_shape(state: str, view: str, shape: Sequence[int]) -> tuple[int, ...]:
