@@ -115,7 +115,9 @@ class Stage:
         _check_name("stage", self.name)
         if self.state not in get_args(State):
             raise ValueError(unknown(f"state of stage {self.name!r}", self.state, get_args(State)))
-        if self.beta2 is not None and not 0 <= self.beta2 < 1:
+        if self.beta2 is not None and not (
+            isinstance(self.beta2, (int, float)) and 0 <= self.beta2 < 1
+        ):
             raise ValueError(f"beta2 of stage {self.name!r} is in [0, 1), got {self.beta2!r}")
         _try(self)
 
