@@ -375,6 +375,7 @@ def test_a_plan_counts_the_state_of_a_stage() -> None:
         (lambda: Stage("clip rows", clip_rows_), ValueError, "an identifier, got 'clip rows'"),
         (lambda: Stage("x", clip_rows_, "row"), ValueError, "did you mean 'rows'"),
         (lambda: Stage("x", clip_rows_, beta2=1.0), ValueError, r"in \[0, 1\), got 1.0"),
+        (lambda: Stage("x", clip_rows_, beta2="a"), ValueError, r"in \[0, 1\), got 'a'"),  # type: ignore[arg-type]
         (lambda: Stage("x", lambda O: O), TypeError, r"apply_\(O, v, beta2, step\)"),
         (lambda: Stage("x", lambda O, v, b, s: O * 2), TypeError, r"write O.copy_"),
         (lambda: Stage("x", lambda O, v, b, s: O.div_(O.norm())), ValueError, "clamp_min"),

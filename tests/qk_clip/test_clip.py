@@ -529,7 +529,9 @@ def test_bad_models_and_optimizers() -> None:
             QKClip(frozen, optimizer)
     unknown = Net()
     del unknown.layers[0].num_heads
-    with pytest.raises(RoutingError, match=r"layers\.0: nothing says how many heads(.|\n)*heads=\["):
+    with pytest.raises(
+        RoutingError, match=r"layers\.0: nothing says how many heads(.|\n)*heads=\["
+    ):
         QKClip(unknown, still(unknown))
     model.layers[1].q_proj = model.layers[0].q_proj  # type: ignore[union-attr]
     optimizer = still(model)
