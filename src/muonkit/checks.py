@@ -52,7 +52,7 @@ class SeenOptions:
             for group in groups:
                 validate_options({**group, **_unread(group)})
             return
-        now = [{key: group[key] for key in OPTION_KEYS if key in group} for group in groups]
+        now = [{key: _held(group[key]) for key in OPTION_KEYS if key in group} for group in groups]
         for number, (group, options) in enumerate(zip(groups, now, strict=True)):
             before = self._seen[number] if number < len(self._seen) else None
             if before is None or not _same(before, options):
@@ -62,6 +62,11 @@ class SeenOptions:
                     told = f"{group.get('name', f'group {number}')}: {error}; nothing was changed"
                     raise type(error)(told) from error
         self._seen = now
+
+
+def _held(value: Any) -> Any:
+    """An option as it stays when somebody edits the list that it is."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _unread(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from muonkit.options import (
     take_other_names_,
 )
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
-from muonkit.stages import STAGES, kept_by, kept_shape, kept_state, listed, sets_the_size
+from muonkit.stages import STAGES, kept_shape, kept_state, listed, sets_the_size
 from muonkit.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from muonkit.newton_schulz.orthogonalizer import Choice
+    from muonkit.stages import Stage
 
 __all__ = [
     "ALGORITHMS",
@@ -340,12 +341,10 @@ def products_of(
     return f"{choice.form} in {str(choice.dtype).removeprefix('torch.')}{blocks}"
 
 
-def beta2_of(group: Mapping[str, Any]) -> float:
-    """The weight of the past in the stage's state."""
+def beta2_of(group: Mapping[str, Any], stage: Stage) -> float:
+    """The weight of the past in what a stage averages."""
     given: float | None = group["stage_beta2"]
-    stage = kept_by(group)
-    default = None if stage is None else stage.beta2
-    return given if given is not None else (default or 0.0)
+    return given if given is not None else (stage.beta2 or 0.0)
 
 
 def scale_of(group: Mapping[str, Any], rows: int, cols: int) -> float:

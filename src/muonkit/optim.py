@@ -333,6 +333,8 @@ class Muon(Optimizer):
         before = predecessors(self.param_groups, self._known, self.state, reset)
         for group in self.param_groups:
             validate_group(group)
+            if group["algorithm"] == "muon":  # such as were frozen, or on the meta device
+                refuse_zero_weights(group, together=False)
         self._settle_all(self._layouts.anew(), before)
 
     @torch.no_grad()

@@ -59,6 +59,7 @@ __all__ = [
     "Stage",
     "Stages",
     "check_stages",
+    "decays",
     "kept_by",
     "kept_shape",
     "kept_state",
@@ -114,7 +115,9 @@ class Stage:
         _check_name("stage", self.name)
         if self.state not in get_args(State):
             raise ValueError(unknown(f"state of stage {self.name!r}", self.state, get_args(State)))
-        if self.beta2 is not None and not 0 <= self.beta2 < 1:
+        if self.beta2 is not None and not (
+            isinstance(self.beta2, (int, float)) and 0 <= self.beta2 < 1
+        ):
             raise ValueError(f"beta2 of stage {self.name!r} is in [0, 1), got {self.beta2!r}")
         _try(self)
 
@@ -174,7 +177,8 @@ class Constraint:
 
     Raises:
         TypeError: a function cannot be called like this, or does not give a tensor `(N,)`.
-        ValueError: no identifier, or neither function.
+        ValueError: no identifier, neither function, one that writes to its arguments, or norms
+            that are not finite or below 0.
     """
 
     name: str
@@ -195,13 +199,16 @@ class Constraint:
             if function is None:
                 continue
             what = f"{form} of constraint {self.name!r} takes norms (N,) and gives norms (N,)"
+            arguments = [norms.clone() for _ in range(count)]
             try:
-                given = function(*[norms.clone() for _ in range(count)])
+                given = function(*arguments)
             except (TypeError, RuntimeError) as error:
                 raise TypeError(f"{what}; called so it failed: {error}") from error
             if not isinstance(given, torch.Tensor) or given.shape != norms.shape:
                 got = getattr(given, "shape", type(given).__name__)
                 raise TypeError(f"{what}, and gave {got}")
+            if not all(torch.equal(argument, norms) for argument in arguments):
+                raise ValueError(f"{what}, and wrote to its arguments: return other tensors")
             if not (given.isfinite().all() and (given >= 0).all()):
                 raise ValueError(f"{what}, finite and none below 0; for 0, 1 and 2 it gave {given}")
 
@@ -354,6 +361,11 @@ def kept_state(group: Mapping[str, Any]) -> str:
 def sets_the_size(group: Mapping[str, Any]) -> bool:
     """Whether a constraint says how large an update is, and no scale applies."""
     return any(constraint.update is not None for constraint in stages_of(group).constraint)
+
+
+def decays(group: Mapping[str, Any]) -> bool:
+    """Whether weight decay has a place beside the constraints."""
+    return all(constraint.decays for constraint in stages_of(group).constraint)
 
 
 def kept_shape(state: str, view: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from muonkit.batching import stacked
 from muonkit.distributed.exchange import Pending
 from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype, scale_of
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
-from muonkit.stages import NO_NORM, kept_state, stages_of
+from muonkit.stages import NO_NORM, decays, kept_state, stages_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +124,7 @@ def _run_(stages: Sequence[Stage], stacks: Sequence[MatrixStack], group: dict[st
     for stage in stages:
         for whole in stacks:
             state, steps = (None, None) if stage.state == "none" else (whole.variance, whole.steps)
-            beta2 = beta2_of(group)
+            beta2 = beta2_of(group, stage)
             stage.apply_(whole.matrices, state, beta2, 0 if steps is None else steps)
 
 
@@ -157,15 +157,13 @@ def _apply_(
     param_shards: Sequence[ParamShards], d: Sequence[list[Tensor]], group: dict[str, Any]
 ) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D."""
-    decays = True
-    for constraint in stages_of(group).constraint:
-        decays = decays and constraint.decays
+    decaying = decays(group)
     for (params, rows, cols), updates in zip(param_shards, d, strict=True):
         lr, decay = (
             _near(value, params[0]).reshape(()) if isinstance(value, Tensor) else value
             for value in (group["lr"], group["weight_decay"])
         )
-        if decays and (isinstance(decay, Tensor) or decay != 0):
+        if decaying and (isinstance(decay, Tensor) or decay != 0):
             if group["cautious"]:
                 shrinking = [p * (o * p > 0) for o, p in zip(updates, params, strict=True)]
                 _add_(params, shrinking, -lr * decay)

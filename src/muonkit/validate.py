@@ -11,10 +11,12 @@ from torch import Tensor
 
 from muonkit._shards import WHOLE, flat_shard
 from muonkit._text import unknown
+from muonkit.distributed.layout import is_dtensor, local
 from muonkit.groups import ALGORITHMS, NS_OPTIONS, parameter_names
 from muonkit.newton_schulz.orthogonalizer import check_choice
 from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
 from muonkit.scale import check_scale
+from muonkit.settle import is_trained
 from muonkit.stages import check_stages, stages_of
 from muonkit.views import blocks_of
 
@@ -95,9 +97,12 @@ def validate_options(group: dict[str, Any]) -> None:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
 
 
-def refuse_zero_weights(group: Mapping[str, Any]) -> None:
-    """Refuse weights of zeros where a constraint would keep them so. Where several ranks have
-    shards of a weight, all of them call this together.
+@torch.no_grad()
+def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None:
+    """Refuse weights of zeros where a constraint would keep them so; frozen ones may be zero.
+
+    Args:
+        together: all ranks that have shards of a weight call this; else those are not looked at.
 
     Raises:
         ValueError: there is one.
@@ -105,20 +110,28 @@ def refuse_zero_weights(group: Mapping[str, Any]) -> None:
     holding = [c.name for c in stages_of(group).constraint if c.holds_zero()]
     if not holding:
         return
+    by_mesh: dict[Any, list[tuple[str, Tensor]]] = {}
     for name, p in zip(parameter_names(group), group["params"], strict=True):
-        weight = p.detach()
-        if weight.is_meta or not weight.numel():
-            continue
-        norm = torch.linalg.vector_norm(weight, 1)  # a shard may be empty, and has no largest entry
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
-        if norm == 0:
-            raise ValueError(
-                f"{name} {tuple(p.shape)} is zero, and constraint={holding[0]!r} keeps the size of "
-                "its updates or of itself in proportion to it: it would stay zero. Begin it at "
-                "other values, or give it a group (or Rule) with another constraint, as "
-                "options={'constraint': ()}"
-            )
+        mesh = p.device_mesh if is_dtensor(p) else None
+        if is_trained(p) and not p.is_meta and p.numel() and (together or mesh is None):
+            by_mesh.setdefault(mesh, []).append((name, p))
+    for mesh, named in by_mesh.items():
+        # (A shard may be empty, and has no largest entry.) NaN is not zero.
+        norms = [torch.linalg.vector_norm(local(p), 1) for _, p in named]
+        filled = torch.tensor([bool(norm != 0) for norm in norms], dtype=torch.int32, device="cpu")
+        if mesh is not None:  # shards that are kept on the CPU are not where the ranks meet
+            filled = filled.to(mesh.device_type)
+            for axis in range(mesh.ndim):
+                most = torch.distributed.ReduceOp.MAX
+                torch.distributed.all_reduce(filled, most, group=mesh.get_group(axis))
+        for (name, p), any_entry in zip(named, filled.tolist(), strict=True):
+            if not any_entry:
+                raise ValueError(
+                    f"{name} {tuple(p.shape)} is zero, and constraint={holding[0]!r} keeps the "
+                    "size of its updates or of itself in proportion to it: it would stay zero. "
+                    "Begin it at other values, or give it a group (or Rule) with another "
+                    "constraint, as options={'constraint': ()}"
+                )
 
 
 def _validate_choice(group: Mapping[str, Any], key: str) -> None:

@@ -267,6 +267,21 @@ def _group(*rank_sets: list[int]) -> dist.ProcessGroup:
 # --- layouts that cannot be -----------------------------------------------------------------------
 
 
+@CASES.on(4)
+def refuses_a_weight_of_zeros_of_which_every_rank_has_a_part() -> None:
+    on = zoo.mesh((2, 2), ("dp", "tp"))
+    some, none = (_sharded(on, Shard(0), 3, 6) for _ in range(2))  # the last rank has no row
+    none.detach().zero_()
+    some.detach().zero_()
+    if dist.get_rank() == 1:  # one rank has an entry
+        some.detach().to_local()[0, 0] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Muon([some], constraint="hyperball")
+        with pytest.raises(ValueError, match=r"\(3, 6\) is zero, and constraint='hyperball'"):
+            Muon([some, none], constraint="hyperball")
+
+
 @CASES.on(2)
 def refuses_a_partial_parameter() -> None:
     mesh = zoo.mesh((2,), ("dp",))

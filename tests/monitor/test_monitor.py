@@ -202,6 +202,25 @@ def test_the_error_is_the_orthogonalizations_and_the_update_is_the_variants() ->
     )
 
 
+@pytest.mark.parametrize("constraint", ["hyperball", "relative_update", "radial_brake"])
+def test_a_constraint_decides_what_is_added_and_what_decays(constraint: str) -> None:
+    p = parameter(6, 10)
+    W = p.detach().clone()
+    optimizer = Muon([p], constraint=constraint, **OPTIONS)
+    with Monitor(optimizer) as monitor:
+        set_gradients([p])
+        optimizer.step()
+    assert monitor.latest is not None
+    (record,) = monitor.latest["matrices"]
+    decay = 0.05 * 0.2 * W.norm().item() if constraint != "hyperball" else 0
+    assert record["decay_norm"] == pytest.approx(decay, rel=TOLERANCE)
+    if constraint != "radial_brake":  # lr is the update's relative size
+        assert record["update_to_weight"] == pytest.approx(0.05, rel=TOLERANCE)
+    if constraint == "relative_update":
+        added = p.detach() - W + 0.05 * 0.2 * W
+        assert record["update_norm"] == pytest.approx(added.norm().item(), rel=TOLERANCE)
+
+
 def test_empty_parameters_are_no_trouble() -> None:
     p, empty, nothing = parameter(4, 3), parameter(0, 3), parameter(0)
     adamw = {"params": [nothing], "algorithm": "adamw", "lr": 0.1}

@@ -202,6 +202,37 @@ def test_a_function_that_fails_in_another_dtype_is_refused_when_it_is_made() -> 
         Stage("narrow", narrow_)
 
 
+def test_a_stage_without_state_is_given_its_own_beta2() -> None:
+    given = []
+    stage = Stage("tell", lambda O, v, beta2, step: given.append((beta2, step)), beta2=0.9)
+    for after, stage_beta2 in ((stage, None), ([stage, "normuon"], None), (stage, 0.5)):
+        p = nn.Parameter(torch.eye(4, 6))
+        optimizer = Muon([p], after=after, stage_beta2=stage_beta2)
+        given.clear()
+        p.grad = torch.eye(4, 6)
+        optimizer.step()
+        assert given == [(0.9 if stage_beta2 is None else 0.5, 0)]
+
+
+def test_a_list_of_stages_is_looked_at_again_where_somebody_adds_to_it() -> None:
+    p = nn.Parameter(torch.eye(4, 6))
+    optimizer = Muon([p])
+    p.grad = torch.ones(4, 6)
+    (group,) = optimizer.param_groups
+    group["after"] = ["normuon"]
+    optimizer.step()
+    before = p.detach().clone()
+    for name, told in (("adamuon", "normuon and adamuon keep a state each"), ("no", "unknown")):
+        group["after"].append(name)
+        with pytest.raises(ValueError, match=f"{told}.*nothing was changed"):
+            optimizer.step()
+        group["after"].pop()
+    assert torch.equal(p, before)
+    group["after"].append("muon_plus")
+    optimizer.step()
+    assert not torch.equal(p, before)
+
+
 def test_the_guide_has_the_example() -> None:
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert inspect.getsource(clip_rows_) in guide

@@ -393,8 +393,23 @@ def test_a_weight_of_zeros_is_refused_where_it_would_stay_zero() -> None:
         with pytest.raises(ValueError, match=rf"1\.weight \(6, 6\) is zero, and .*{name}"):
             MuonW(model, constraint=name)
     MuonW(model, constraint="radial_brake")
+    # A frozen one may be zero, until it is trained; one on the meta device, until it has memory.
+    model[1].weight.requires_grad_(False)
+    optimizer = MuonW(model, constraint="hyperball")
+    model[1].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1\.weight \(6, 6\) is zero"):
+        optimizer.step()
     with torch.device("meta"):
-        Muon([torch.nn.Parameter(torch.empty(4, 6))], constraint="hyperball")
+        layer = torch.nn.Linear(4, 6, bias=False)
+    optimizer = Muon(layer.parameters(), constraint="hyperball")
+    layer.to_empty(device="cpu")
+    torch.nn.init.zeros_(layer.weight)
+    optimizer.param_groups[0]["params"] = [layer.weight]
+    layer.weight.grad = torch.ones(6, 4)
+    with pytest.raises(ValueError, match=r"\(6, 4\) is zero"):
+        optimizer.step()
+    torch.nn.init.ones_(layer.weight)
+    optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -407,6 +422,7 @@ def test_a_weight_of_zeros_is_refused_where_it_would_stay_zero() -> None:
         (lambda: Constraint("x", lambda w: w.sum()), TypeError, r"gave torch.Size\(\[\]\)"),
         (lambda: Constraint("x", None, lambda old, new: old / new), ValueError, "finite"),
         (lambda: Constraint("x", lambda w: -w), ValueError, "none below 0"),
+        (lambda: Constraint("x", lambda w: w.mul_(2)), ValueError, "wrote to its arguments"),
     ],
 )
 def test_another_form_of_constraint_is_refused(

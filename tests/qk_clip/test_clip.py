@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from muonkit import MuonW, QKClip
+from muonkit import MuonW, QKClip, RoutingError
 from muonkit.lab.models import GPT
 from muonkit.routing.attention import AttentionHeads, HeadSlice
 from tests.qk_clip.models import Net, batch
@@ -522,6 +522,15 @@ def test_bad_models_and_optimizers() -> None:
     q_only = torch.optim.SGD(model.layers[0].q_proj.parameters(), lr=0.0)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"layers\.0\.k_proj\.\w+ holds q or k, but the optimizer"):
         QKClip(model, q_only)
+    frozen = Net()
+    frozen.layers[1].k_proj.weight.requires_grad_(False)  # type: ignore[union-attr]
+    for optimizer in (still(frozen), MuonW(frozen)):  # their groups hold it all the same
+        with pytest.raises(ValueError, match=r"layers\.1\.k_proj\.weight holds q or k, but"):
+            QKClip(frozen, optimizer)
+    unknown = Net()
+    del unknown.layers[0].num_heads
+    with pytest.raises(RoutingError, match=r"layers\.0: nothing says how many heads(.|\n)*heads=\["):
+        QKClip(unknown, still(unknown))
     model.layers[1].q_proj = model.layers[0].q_proj  # type: ignore[union-attr]
     optimizer = still(model)
     with pytest.raises(ValueError, match="one parameter, which two attention modules"):

@@ -57,10 +57,12 @@ class Monitor:
 
         gradient_norm, momentum_norm    ||G||_F, ||M||_F
         weight_norm                     ||W||_F before the step
-        update_norm                     ||ηO||_F: what the step adds, without the decay
+        update_norm                     ||ηO||_F: what the step adds, without the decay, and before
+                                        a constraint corrects the weight's norm
         update_rms                      ||ηO||_F / √(mn)
         update_to_weight                ||ηO||_F / ||W||_F
-        decay_norm                      lr λ ||W||_F (of the decayed entries, where cautious)
+        decay_norm                      lr λ ||W||_F (of the decayed entries, where cautious; 0
+                                        with a constraint that has no decay, "hyperball")
         decay_share                     decay_norm / (decay_norm + update_norm)
         orthogonality_error             ||OO^T - I||_F / √min(m, n), of the short side, before the
                                         stages `after`: √(mean of (σ² - 1)²)

@@ -17,6 +17,7 @@ from muonkit.distributed.layout import is_dtensor, local
 from muonkit.gradients import local_gradient
 from muonkit.groups import scale_of
 from muonkit.monitor.spectra import measurable, norms, orthogonality_error, spectra
+from muonkit.stages import decays
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Sampler:
             decayed = W * (updates * W > 0) if group["cautious"] else W
             norm, _ = norms(decayed)
             rows, cols = updates.shape[-2:]
-            lr, decay = float(group["lr"]), float(group["weight_decay"])
+            lr, decay = float(group["lr"]), float(group["weight_decay"]) * decays(group)
             scale = scale_of(group, rows, cols)
             applied = torch.stack([norm * (lr * decay), torch.full_like(norm, lr * scale)], -1)
             self._measured.append((keys, "applied", applied))

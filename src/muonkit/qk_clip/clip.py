@@ -29,6 +29,7 @@ from muonkit.distributed.meshes import group_of, other_ranks
 from muonkit.distributed.placement import Axis
 from muonkit.qk_clip.logits import Watch
 from muonkit.qk_clip.rows import Attention, Scaled, attentions_of
+from muonkit.settle import is_trained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -350,7 +351,8 @@ class QKClip:
         Raises:
             ValueError: one that the optimizer does not train, or that no longer has its shape.
         """
-        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        trained = {id(p) for p in held if is_trained(p)}  # groups may hold frozen ones
         for scaled, before in self._params.items():
             p = scaled.parameter()
             # Biases may be another optimizer's: torch.optim.Muon takes matrices alone.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from muonkit._text import shown, unknown
 from muonkit.routing.attention import attention_heads
 from muonkit.routing.places import unwrap
+from muonkit.routing.routes import RoutingError
 from muonkit.routing.survey import survey
 
 if TYPE_CHECKING:
@@ -87,7 +88,13 @@ def attentions_of(
         ValueError: there is none; one whose q or k are normalized by head.
         RoutingError: a module has queries and keys, but nothing tells how many heads.
     """
-    found = attention_heads(model) if heads is None else tuple(heads)
+    try:
+        found = attention_heads(model) if heads is None else tuple(heads)
+    except RoutingError as error:
+        raise RoutingError(
+            f"{error}\nset such an attribute on the module, or give QKClip heads=[AttentionHeads("
+            "...)] (muonkit.routing.attention), which names the rows of q and k for each head"
+        ) from None
     if not found:
         raise ValueError(
             f"QK-clip found no attention module in {type(model).__name__}, by the names of q, k "
