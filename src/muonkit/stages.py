@@ -354,6 +354,8 @@ def kept_by(group: Mapping[str, Any]) -> Stage | None:
 
 def kept_state(group: Mapping[str, Any]) -> str:
     """What the stages of a group keep of a matrix: "none", "rows" or "entries"."""
+    if not group["before"] and not group["after"]:  # asked for each parameter in each step
+        return "none"
     stage = kept_by(group)
     return "none" if stage is None else stage.state
 

@@ -272,9 +272,9 @@ def test_options_are_all_measured_and_cost_the_state_they_say() -> None:
     assert rows["the defaults"]["state"] == 4 * elements
     assert rows['momentum_dtype="bfloat16"']["state"] == 2 * elements
     # The second moment, and a count of steps for each parameter: less than a number for each row.
-    more = rows['variant="normuon"']["state"] - 4 * elements
+    more = rows['after="normuon"']["state"] - 4 * elements
     assert 4 * rows_of_all < more < 8 * rows_of_all
-    assert 8 * elements < rows['variant="adamuon"']["state"] < 8 * elements + 4 * rows_of_all
+    assert 8 * elements < rows['after="adamuon"']["state"] < 8 * elements + 4 * rows_of_all
 
 
 def test_monitor_overhead_pairs_steps(measured: Callable[[str], Path]) -> None:

@@ -158,6 +158,7 @@ def _read(model: nn.Module, optimizer: MuonW, folder: Path) -> None:
 
 
 @pytest.mark.sampled
+@pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_heads_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
     ranks.outcome(world_size, case).check()

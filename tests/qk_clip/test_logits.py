@@ -52,6 +52,7 @@ MASKS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", [(7, 7), (5, 9), (9, 5), (1, 6)])
@@ -150,6 +151,7 @@ def test_a_watch_sees_every_call_and_changes_nothing() -> None:
     torch.testing.assert_close(found[1], dense(k, k, None, False))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])

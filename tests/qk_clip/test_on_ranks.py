@@ -199,6 +199,7 @@ def logits_by_hand_are_taken_over_ranks() -> None:
     torch.testing.assert_close(ratio[10:], torch.full_like(ratio[10:], 1 / 3))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_on_ranks(world_size: int, case: CaseName, ranks: Ranks) -> None:
     for far in ranks.outcome(world_size, case).check():
