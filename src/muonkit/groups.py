@@ -124,6 +124,12 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
             "an AdamW group has no lr of its own, and Muon's is in other units unless "
             f"adjust_lr_fn is {units}; add 'lr' to the group or give adamw_lr"
         )
+    if no_lr and sets_the_size(defaults):
+        raise ValueError(
+            "an AdamW group has no lr of its own, and Muon's is the size of an update relative to "
+            f"its weight with constraint={spelled(defaults['constraint'])}; add 'lr' to the group "
+            "or give adamw_lr"
+        )
     for key, name in FILLS.items():
         if defaults[name] is not None:
             group.setdefault(key, defaults[name])

@@ -78,6 +78,7 @@ class World:
         self.optimizer: Muon = MuonW(
             self.model,
             lr=choose([0.01, torch.tensor(0.01)]),
+            adamw_lr=0.01,
             **choose([{}, {}, *map(stage_options, _STAGES)]),
             nonfinite=choose(["propagate", "skip", "raise"]),
             momentum_dtype=choose(["auto", "auto", "float32", "bfloat16"]),

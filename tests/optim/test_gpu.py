@@ -175,7 +175,7 @@ def steps(models: list[nn.Module], optimizers: list[MuonW], count: int, first: i
 def test_a_step_is_the_cpus(stage: str, options: dict[str, Any]) -> None:
     # cautious: an entry near zero may change its sign.
     loose = "cautious" in options or "ns_coefficients" in options
-    models, optimizers = pair(**stage_options(stage), **options)
+    models, optimizers = pair(adamw_lr=1e-3, **stage_options(stage), **options)
     steps(models, optimizers, 4)
     assert apart(*models) <= (1e-3 if loose else CLOSE)
 
@@ -205,7 +205,7 @@ def test_parameters_of_16_bits(dtype: torch.dtype) -> None:
         {},
         {"after": "normuon"},
         {"after": "adamuon"},
-        {"constraint": "hyperball"},
+        {"constraint": "hyperball", "adamw_lr": 1e-3},
         {"momentum_dtype": "bfloat16"},
         {"lr": torch.tensor(0.02), "weight_decay": 0.1},
         {"momentum": torch.tensor(0.9)},
@@ -388,7 +388,8 @@ def test_fsdp2(group: None, stage: str) -> None:
     models = [mlp(48), mlp(48).to(DEVICE)]
     fully_shard(models[1], mesh=init_device_mesh("cuda", (1,)))
     optimizers = [
-        MuonW(model, lr=0.02, ns_dtype="float32", **stage_options(stage)) for model in models
+        MuonW(model, lr=0.02, ns_dtype="float32", adamw_lr=1e-3, **stage_options(stage))
+        for model in models
     ]
     for t in range(3):
         for (name, p), (_, q) in zip(

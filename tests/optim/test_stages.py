@@ -391,11 +391,11 @@ def test_a_weight_of_zeros_is_refused_where_it_would_stay_zero() -> None:
     torch.nn.init.zeros_(model[1].weight)
     for name in ("hyperball", "relative_update"):
         with pytest.raises(ValueError, match=rf"1\.weight \(6, 6\) is zero, and .*{name}"):
-            MuonW(model, constraint=name)
+            MuonW(model, constraint=name, adamw_lr=1e-3)
     MuonW(model, constraint="radial_brake")
     # A frozen one may be zero, until it is trained; one on the meta device, until it has memory.
     model[1].weight.requires_grad_(False)
-    optimizer = MuonW(model, constraint="hyperball")
+    optimizer = MuonW(model, constraint="hyperball", adamw_lr=1e-3)
     model[1].weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1\.weight \(6, 6\) is zero"):
         optimizer.step()
@@ -410,6 +410,15 @@ def test_a_weight_of_zeros_is_refused_where_it_would_stay_zero() -> None:
         optimizer.step()
     torch.nn.init.ones_(layer.weight)
     optimizer.step()
+
+
+def test_adamw_needs_a_rate_of_its_own_where_muons_is_relative() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 2))
+    for name in ("hyperball", "relative_update"):
+        with pytest.raises(ValueError, match=rf"no lr of its own.*constraint=\('{name}',\)"):
+            MuonW(model, lr=0.01, constraint=name)
+        rates = {g["lr"] for g in MuonW(model, constraint=name, adamw_lr=0.5).param_groups}
+        assert 0.5 in rates
 
 
 @pytest.mark.parametrize(
