@@ -46,6 +46,7 @@ __all__ = [
     "describe_group",
     "drop_foreign_keys",
     "flops_of",
+    "is_trained",
     "momentum_dtype",
     "own_names",
     "parameter_names",
@@ -371,6 +372,11 @@ def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ..
     if kept == "none":
         return {MOMENTUM: shape}
     return {MOMENTUM: shape, VARIANCE: kept_shape(kept, group["view"], shape)}
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a step may change the parameter: then it has a layout and state."""
+    return p.requires_grad or p.grad is not None
 
 
 def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:

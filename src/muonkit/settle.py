@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from muonkit._shards import WHOLE
 from muonkit._text import shown
-from muonkit.groups import own_names
+from muonkit.groups import is_trained, own_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Known", "is_settled", "is_trained", "known_of", "predecessors", "trained_of"]
+__all__ = ["Known", "is_settled", "known_of", "predecessors", "trained_of"]
 
 _REMEDY = (
     "Resize parameters before the optimizer is made, or begin their state anew: "
@@ -42,11 +42,6 @@ class Known(NamedTuple):
     shapes: list[torch.Size]
     trained: list[bool]
     named: bool
-
-
-def is_trained(p: Tensor) -> bool:
-    """Whether a step may change the parameter: then it has a layout and state."""
-    return p.requires_grad or p.grad is not None
 
 
 def trained_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

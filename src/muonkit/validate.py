@@ -12,11 +12,10 @@ from torch import Tensor
 from muonkit._shards import WHOLE, flat_shard
 from muonkit._text import unknown
 from muonkit.distributed.layout import is_dtensor, local
-from muonkit.groups import ALGORITHMS, NS_OPTIONS, parameter_names
+from muonkit.groups import ALGORITHMS, NS_OPTIONS, is_trained, parameter_names
 from muonkit.newton_schulz.orthogonalizer import check_choice
 from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
 from muonkit.scale import check_scale
-from muonkit.settle import is_trained
 from muonkit.stages import check_stages, stages_of
 from muonkit.views import blocks_of
 

@@ -27,9 +27,9 @@ from muonkit._text import shown, unknown
 from muonkit.distributed.layout import is_dtensor, local, own_layout
 from muonkit.distributed.meshes import group_of, other_ranks
 from muonkit.distributed.placement import Axis
+from muonkit.groups import is_trained
 from muonkit.qk_clip.logits import Watch
 from muonkit.qk_clip.rows import Attention, Scaled, attentions_of
-from muonkit.settle import is_trained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
