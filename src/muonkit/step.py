@@ -59,12 +59,14 @@ def muon_step(
     whole = u.wait()
     if observer is not None:
         observer.before(batch, group, whole)
-    # Views of the whole matrices: what is done to these is done to them.
-    stacks = batch.stacks(whole) if any(stages) else ()
+    # Views of the whole matrices: what is done to these is done to them. (As late as can be: what a
+    # stage keeps takes memory.)
+    stacks = batch.stacks(whole) if stages.before else ()
     _run_(stages.before, stacks, group)
     o = [orthogonalize_(m, *(group[key] for key in NS_OPTIONS)) for m in whole]  # whole matrices
     if observer is not None:
         observer.orthogonalized(o)
+    stacks = batch.stacks(o) if any(stages) and not stages.before else stacks
     _run_(stages.after, stacks, group)
     kept = Pending(None) if kept_state(group) == "none" else batch.keep(stacks)
     old = None if norms is None else norms.wait()
