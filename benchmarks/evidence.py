@@ -302,11 +302,14 @@ def kept(folder: Path) -> dict[str, Record]:
     return {task: json.loads(file.read_text()) for task, file in files.items() if file.exists()}
 
 
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before `--`, and those after it, which go to `muonkit compare`."""
+    at = words.index("--") if "--" in words else len(words)
+    return list(words[:at]), list(words[at + 1 :])
+
+
 def arguments(words: Sequence[str]) -> argparse.Namespace:
-    words, further = list(words), []
-    if "--" in words:
-        at = words.index("--")
-        words, further = words[:at], words[at + 1 :]
+    words, further = split(words)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from evidence import QUICK, compare, merged, outcomes
+from evidence import QUICK, compare, merged, outcomes, split
 from parts import Record, replace_block, table
 
 from muonkit.lab.optimizers import OPTIMIZERS, get_optimizer
@@ -109,10 +109,7 @@ def page(text: str, folder: Path) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    words, further = list(words), []
-    if "--" in words:
-        at = words.index("--")
-        words, further = words[:at], words[at + 1 :]
+    words, further = split(words)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

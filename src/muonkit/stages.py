@@ -343,8 +343,6 @@ def listed(choice: Any) -> tuple[Any, ...]:
 
 def kept_by(group: Mapping[str, Any]) -> Stage | None:
     """The stage of a group that keeps a state, of which there is at most one."""
-    if not group["before"] and not group["after"]:
-        return None
     before, after, _ = stages_of(group)
     for stage in (*before, *after):
         if stage.state != "none":

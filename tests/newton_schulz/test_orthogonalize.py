@@ -483,6 +483,29 @@ def test_aol_is_differentiable_and_compiled_as_it_is(shape: tuple[int, int]) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "power", "aol", "keller"),
+    [
+        ((128, 512), 0, 0.02, 0.22),
+        ((128, 512), 1, 0.17, 0.20),
+        ((256, 256), 0, 0.08, 0.21),
+        ((256, 256), 1, 0.27, 0.18),
+    ],
+)
+def test_how_far_aol_is_from_the_exact_factor(
+    shape: tuple[int, int], power: int, aol: float, keller: float
+) -> None:
+    """The figures of docs/choosing.md; another random matrix differs in the second digit."""
+    m, n = shape
+    G = random_matrix(m, n, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    if power:
+        G = (U / torch.arange(1, m + 1, dtype=torch.float64)) @ Vh
+    for name, said in (("aol4", aol), ("keller", keller)):
+        O = orthogonalize(G, ns_coefficients=name, ns_dtype="float64")
+        assert distance(O, U @ Vh) == pytest.approx(said, abs=0.015)
+
+
 def test_aol_takes_no_product_of_its_own() -> None:
     cpu = torch.device("cpu")
     common = 5, "auto", "float32", torch.float32, cpu, 768, 3072
