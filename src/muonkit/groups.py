@@ -447,6 +447,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
                     **stage_names(group),
+                    "period": group["period"],
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

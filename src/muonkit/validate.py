@@ -87,6 +87,14 @@ def validate_options(group: dict[str, Any]) -> None:
     for key in ("momentum_dtype", "exchange_dtype", "replicas"):
         _validate_choice(group, key)
     check_stages(group)
+    period = group["period"]
+    if isinstance(period, bool) or not isinstance(period, Integral):
+        raise TypeError(f"period is a whole number of steps, got {period!r}")
+    if period < 1:
+        raise ValueError(
+            f"period should be at least 1 (whole matrices in every step) but is: {period}"
+        )
+    _validate_number("block_lr_factor", group["block_lr_factor"])
     if group["stage_beta2"] is not None:
         _validate_number("stage_beta2", group["stage_beta2"], below=1.0)
     cap = group["bytes_in_flight"]

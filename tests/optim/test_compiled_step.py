@@ -58,6 +58,8 @@ MUON: dict[str, Sequence[Any]] = {
     "stage_beta2": [None, 0.0, 0.9],
     "exchange_dtype": CHOICES["exchange_dtype"],
     "replicas": CHOICES["replicas"],
+    "period": [1, 5],
+    "block_lr_factor": [1.0, 0.5],
     "maximize": [False, True],
     "cautious": [False, True],
     "nonfinite": CHOICES["nonfinite"],

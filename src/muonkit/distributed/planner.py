@@ -10,9 +10,11 @@ import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from muonkit.distributed.blocks import blocks_of_matrix
 from muonkit.distributed.machines import Machine, cheaper_repeated
 from muonkit.distributed.owners import make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout, computed_in_place, stage_placement
+from muonkit.distributed.placement import Box, Placement
 from muonkit.distributed.plan import Plan, StepPlan
 from muonkit.distributed.transfers import Matrix, PlannedTensor
 from muonkit.stages import kept_shape
@@ -21,14 +23,14 @@ from muonkit.views import Block, blocks_of, row_blocks
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from muonkit.distributed.placement import Box
-
 __all__ = [
     "GroupToPlan",
     "MatrixBlock",
     "ParamToPlan",
     "PlannedGroup",
     "PlannedParams",
+    "blocks_of_param",
+    "check_blocks",
     "matrices_of",
     "plan_step",
 ]
@@ -68,6 +70,7 @@ class GroupToPlan(NamedTuple):
         replicas: the option.
         stage_state: what a stage keeps of a matrix: "none", "rows" or "entries".
         cap: bytes that a rank may have in flight for one bucket.
+        in_blocks: whether what a rank stores of a matrix is a matrix of its own (MuonBP).
     """
 
     params: Mapping[int, ParamToPlan]
@@ -76,6 +79,7 @@ class GroupToPlan(NamedTuple):
     cap: int
     replicas: str = "auto"
     stage_state: str = "none"
+    in_blocks: bool = False
 
 
 class MatrixBlock(NamedTuple):
@@ -85,11 +89,13 @@ class MatrixBlock(NamedTuple):
         param: the index in the group.
         block: of the parameter.
         stage_block: of the stage's state; the same block where it keeps none.
+        cut: whether the planned matrix is less than one of the view.
     """
 
     param: int
     block: Block
     stage_block: Block
+    cut: bool = False
 
 
 class PlannedParams(NamedTuple):
@@ -97,11 +103,13 @@ class PlannedParams(NamedTuple):
 
     Attributes:
         blocks: of the plan's matrices, one for each; empty for AdamW's.
+        in_blocks: as `GroupToPlan.in_blocks`: whoever stores a part of a matrix stores it whole.
     """
 
     params: tuple[int, ...]
     plan: Plan
     blocks: tuple[MatrixBlock, ...] = ()
+    in_blocks: bool = False
 
 
 class PlannedGroup(NamedTuple):
@@ -207,7 +215,7 @@ def _shared(
         cost[0] += number
         cost[1] += math.prod(group.params[index].shape) * first.itemsize
     repeats = {
-        layout: _repeated_axes(layout, group.replicas, rates, *cost)
+        layout: _repeated_axes(layout, _replicas(group, layout), rates, *cost)
         for layout, cost in costs.items()
     }
     tensors = [
@@ -217,7 +225,13 @@ def _shared(
     plan = make_plan(
         ranks, tensors, matrices, first.itemsize, group.cap, loads, first.stage_itemsize
     )
-    return PlannedParams(indices, plan, tuple(blocks))
+    return PlannedParams(indices, plan, tuple(blocks), group.in_blocks)
+
+
+def _replicas(group: GroupToPlan, layout: Layout) -> str:
+    """The option, and in a step of blocks, which is to send nothing, "recompute" for "auto"."""
+    cut = any(axis.dim is not None for axis in layout.param_placement.axes)
+    return "recompute" if group.in_blocks and cut and group.replicas == "auto" else group.replicas
 
 
 def _repeated_axes(
@@ -289,14 +303,64 @@ def _describe(
             placement = stage_placement(param.layout, shape, like)
             tensor = tensor._replace(stage_shape=like, stage_placement=placement)
         tensors.append(tensor)
-        for block, stage_block, boxes in matrices_of(group.view, shape, group.stage_state):
+        for block, stage_block, boxes, cut in _matrices(group, param):
             of_kind = param.kind, block.rows, block.cols
             if of_kind not in costs:
                 costs[of_kind] = group.flops(*of_kind)
-            blocks += [MatrixBlock(index, block, stage_block)] * len(boxes)
+            blocks += [MatrixBlock(index, block, stage_block, cut)] * len(boxes)
             flops = costs[of_kind]
             matrices += [Matrix(number, box, flops, stage_box) for box, stage_box in boxes]
     return tensors, matrices, blocks
+
+
+def check_blocks(group: GroupToPlan) -> None:
+    """Refuse a group with steps of blocks in which a stage would not have what it needs.
+
+    Raises:
+        ValueError: it keeps a number per row, and a rank stores parts of rows.
+    """
+    for param in group.params.values():
+        _matrices(group, param)
+
+
+_Found = tuple[Block, Block, tuple[tuple[Box, Box | None], ...], bool]
+
+
+def _matrices(group: GroupToPlan, param: ParamToPlan) -> Sequence[_Found]:
+    """What `matrices_of` has, and whether it is cut: in a step of blocks the blocks."""
+    assert group.view is not None
+    if not group.in_blocks:
+        return [
+            (*found, False) for found in matrices_of(group.view, param.shape, group.stage_state)
+        ]
+    try:
+        return blocks_of_param(
+            group.view, param.shape, group.stage_state, param.layout.param_placement
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{param.name} {param.shape} {error}: with period > 1, give its group (or Rule) "
+            'period=1, or another stage than "normuon"; "adamuon" keeps a number per entry, '
+            '"muon_plus" none'
+        ) from None
+
+
+@functools.lru_cache(maxsize=256)
+def blocks_of_param(
+    view: str, shape: tuple[int, ...], stage_state: str, placement: Placement
+) -> tuple[_Found, ...]:
+    """The blocks that ranks store of all matrices of a parameter, as `matrices_of` has matrices,
+    and whether each is less than a matrix.
+
+    Raises:
+        ValueError: as `blocks_of_matrix`.
+    """
+    return tuple(
+        (each.block, each.stage_block, ((each.box, each.stage_box),), each.cut)
+        for block, stage_block, boxes in matrices_of(view, shape, stage_state)
+        for pair in boxes
+        for each in blocks_of_matrix(block, stage_block, pair, shape, placement)
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -89,15 +89,15 @@ class _Bucket:
             for state in ((False, True) if plan.has_stage_state else (False,))
         }
         self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
-        self.param_shards: dict[tuple[int, int], list[_Part]] = {}
+        self.param_shards: dict[tuple[int, int, bool], list[_Part]] = {}
         for assignment in assignments:
-            param, block, _ = sharded.blocks[assignment.matrix]
+            param, block, _, cut = sharded.blocks[assignment.matrix]
             for part in sharded.parts(assignment.matrix, "state_placement"):
                 shape = [b - a for a, b in part.box]
                 key = (*shape, sharded.grad_dtypes[param])
                 self.momentum_shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
-                self.param_shards.setdefault((block.rows, block.cols), []).append(part)
+                self.param_shards.setdefault((block.rows, block.cols, cut), []).append(part)
         self.stacked = {
             (part.matrix, part.box): (stack, k)
             for stack, members in enumerate(self.momentum_shards.values())
@@ -150,6 +150,7 @@ class ShardedGroup:
     ) -> None:
         self.domain, self.group = domain, group
         self.plan, self.blocks = shared.plan, shared.blocks
+        self.in_blocks = shared.in_blocks
         self.params: dict[int, Tensor] = {i: group["params"][i] for i in shared.params}
         self.grad_dtypes = {i: grads[i] for i in shared.params}
         first = shared.params[0]
@@ -248,7 +249,7 @@ class ShardedBatch:
         return [[self._source(matrix) for matrix in members] for *_, members in self.bucket.batches]
 
     def _source(self, matrix: int) -> MatrixRef:
-        number, block, _ = self.sharded.blocks[matrix]
+        number, block, *_ = self.sharded.blocks[matrix]
         box = self.sharded.plan.matrices[matrix].box
         return MatrixRef(self.sharded.params[number], box, block.rows, block.cols)
 
@@ -398,12 +399,16 @@ class ShardedBatch:
         squares = torch.zeros(len(bucket.assignments), dtype=dtype, device=domain.device)
         if weights:
             # A part that several ranks store is in the sum as often.
-            if bucket.copies is None:
+            if bucket.copies is None and not self.sharded.in_blocks:
                 placements = [self.sharded.tensor(matrix).param_placement for matrix in matrices]
                 copies = [math.prod(p.mesh[axis] for axis in p.copies()) for p in placements]
                 bucket.copies = torch.tensor(copies, dtype=dtype, device=domain.device)
-            mine = norms_of(weights).to(squares).square_() / bucket.copies
+            mine = norms_of(weights).to(squares).square_()
+            if bucket.copies is not None:
+                mine = mine / bucket.copies
             squares.index_add_(0, self._numbers(matrices), mine)
+        if self.sharded.in_blocks:  # a block is whole wherever it is stored
+            return Pending(squares.sqrt_())
         return Pending(squares, [add_up(domain, squares)], torch.Tensor.sqrt_)
 
     def scale_weights_(self, factors: Tensor) -> None:
@@ -450,6 +455,8 @@ class ShardedBatch:
         chunk: tuple[int, int] = (0, 1),
     ) -> Exchange:
         together = self.bucket.moves[inward, state]
+        if self.sharded.in_blocks and not (together or state):
+            dtype = self.sharded.dtype  # rounded only where others have to get the same
         return move(self.sharded.domain, outgoing, incoming, dtype, together, chunk)
 
 
