@@ -71,6 +71,11 @@ class _Bucket:
 
     def __init__(self, sharded: ShardedGroup, assignments: tuple[Assignment, ...]) -> None:
         plan, me = sharded.plan, sharded.domain.position
+        every = assignments
+        if sharded.in_blocks:  # of those of others, as many times more, this rank knows nothing
+            assignments = tuple(
+                each for each in every if sharded.parts(each.matrix, "param_placement")
+            )
         self.assignments = assignments
         self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
         self.stage_transfers: tuple[Transfers, Transfers] | None = None
@@ -80,12 +85,12 @@ class _Bucket:
                 plan.stage_outbound(assignments, me),
             )
         self.moves = {
-            (inward, state): plan.moves(assignments, inward, state)
+            (inward, state): plan.moves(every, inward, state)
             for inward in (True, False)
             for state in ((False, True) if plan.has_stage_state else (False,))
         }
         self.chunks = {
-            state: plan.chunks(assignments, sharded.cap, state)
+            state: plan.chunks(every, sharded.cap, state)
             for state in ((False, True) if plan.has_stage_state else (False,))
         }
         self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack

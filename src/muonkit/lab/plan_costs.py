@@ -60,6 +60,7 @@ class Assumptions:
         comm_itemsize: bytes of an element between ranks; None is `itemsize`.
         after: the stage of that option: a key of `AFTER`, or "none".
         replicas: "auto", "recompute" or "split", as the optimizer's option.
+        period: as the optimizer's option.
     """
 
     device: str
@@ -69,6 +70,7 @@ class Assumptions:
     comm_itemsize: int | None = None
     after: str = "none"
     replicas: str = "auto"
+    period: int = 1
 
     @property
     def kept(self) -> str:
@@ -179,11 +181,13 @@ class Simulation:
 
     Attributes:
         parameters: their names, shapes and layouts.
+        in_blocks: whether it is one between whole steps.
     """
 
     mesh: Mesh
     assume: Assumptions
     parameters: list[tuple[str, ParameterShape, Layout]]
+    in_blocks: bool = False
     plan: StepPlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -200,6 +204,7 @@ class Simulation:
                 cap_of(self.assume.device),
                 self.assume.replicas,
                 self.assume.kept,
+                self.in_blocks,
             )
             for view, params in by_view.items()
         ]
