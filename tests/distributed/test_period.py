@@ -268,6 +268,11 @@ def changes_nothing_where_nothing_is_cut(layout: str) -> None:
     measures.assert_unchanged(model, optimizer, state)
 
 
+@CASES.on(4, layout=LAYOUTS)
+def there_and_back_is_the_identity(layout: str) -> None:
+    measures.check_identity(*made(layout, torch.float32), blocks=True)
+
+
 @CASES.on(2, layout=["fsdp2", "tp"])
 def begins_with_whole_matrices(layout: str) -> None:
     model, optimizer = made(layout, torch.float32)
