@@ -206,9 +206,9 @@ class Muon(Optimizer):
             (`muonkit.distributed.machines.MACHINES`).
         period: P > 1 (MuonBP): in one step of P matrices are orthogonalized whole; in the others
             every rank orthogonalizes what it stores of each matrix as a matrix of its own, with the
-            scale of that block, and none of it is sent. The first step is a whole one. It has no
-            effect on a matrix that a rank stores whole. The result depends on the layout
-            (`muonkit.period` has the equations).
+            scale of that block. None of it is sent but among copies that divide the work (ZeRO-1,
+            `replicas="split"`). The first step is a whole one. A matrix that a rank stores whole is
+            trained as ever. The result depends on the layout (`muonkit.period`).
         block_lr_factor: MuonBP's second learning rate, as a factor on lr for blocks that are less
             than a matrix; decay stays lr's.
 

@@ -256,12 +256,13 @@ def sends_a_period_th(layout: str) -> float:
 # --- when it changes nothing ----------------------------------------------------------------------
 
 
-@CASES.on(2, layout=UNCUT)
-@CASES.on(1, layout=["single"])
-def changes_nothing_where_nothing_is_cut(layout: str) -> None:
+@CASES.on(2, layout=UNCUT, exchange_dtype=["float32", "bfloat16"])
+@CASES.on(1, layout=["single"], exchange_dtype=["float32"])
+def changes_nothing_where_nothing_is_cut(layout: str, exchange_dtype: str) -> None:
     """To the bit, with any period."""
-    model, optimizer = made(layout, torch.float32)
-    other, plain = made(layout, torch.float32, period=1, block_lr_factor=1.0)
+    kind = {"exchange_dtype": exchange_dtype}
+    model, optimizer = made(layout, torch.float32, **kind)
+    other, plain = made(layout, torch.float32, period=1, block_lr_factor=1.0, **kind)
     measures.train(model, optimizer)
     measures.train(other, plain)
     state = measures.bits(other, plain)

@@ -72,7 +72,7 @@ class _Bucket:
     def __init__(self, sharded: ShardedGroup, assignments: tuple[Assignment, ...]) -> None:
         plan, me = sharded.plan, sharded.domain.position
         every = assignments
-        if sharded.in_blocks:  # of those of others, as many times more, this rank knows nothing
+        if sharded.in_blocks:  # those alone that this rank stores: others have far more of them
             assignments = tuple(
                 each for each in every if sharded.parts(each.matrix, "param_placement")
             )
@@ -460,8 +460,8 @@ class ShardedBatch:
         chunk: tuple[int, int] = (0, 1),
     ) -> Exchange:
         together = self.bucket.moves[inward, state]
-        if self.sharded.in_blocks and not (together or state):
-            dtype = self.sharded.dtype  # rounded only where others have to get the same
+        if self.sharded.in_blocks and not any(self.bucket.moves.values()):
+            dtype = self.sharded.stage_dtype if state else self.sharded.dtype  # none is sent
         return move(self.sharded.domain, outgoing, incoming, dtype, together, chunk)
 
 
