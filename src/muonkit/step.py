@@ -87,11 +87,17 @@ def muon_step(
 def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
     """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
 
-    Returns U, stacked, in memory of its own; gradients are never written to.
+    Returns U of the shards that are not only kept, stacked, in memory of its own; gradients are
+    never written to.
     """
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
-    for grads, momenta, dtype in momentum_shards:
+    for shards in momentum_shards:
+        grads, momenta, dtype, only_kept = shards
+        if only_kept and not group["maximize"] and _alike(grads, momenta):
+            share: Any = scheduled(1 - mu, momenta[0])
+            torch._foreach_lerp_(momenta, grads, share)
+            continue
         U = stacked(grads, alone=len(momentum_shards) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
         # 1 - mu is computed before either is rounded to the momentum's dtype.
@@ -115,10 +121,19 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
                 held = M.clamp(-largest, largest)
             copy_each_(momenta, held.unbind())
             U = U.lerp_(M, kept) if nesterov else M
+        if only_kept:
+            continue
         # Nothing is computed in float64 for a momentum or gradient that is kept in it.
         most = torch.promote_types(dtype, torch.float32)
         stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
     return stacks
+
+
+def _alike(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> bool:
+    """Whether both lie alike in memory, so that the last bits are those of a stacked gradient."""
+    return all(
+        g.dtype == m.dtype and g.stride() == m.stride() for g, m in zip(grads, momenta, strict=True)
+    )
 
 
 def _run_(stages: Sequence[Stage], stacks: Sequence[MatrixStack], group: dict[str, Any]) -> None:

@@ -143,10 +143,11 @@ def move(
     """
     number, count = chunk
     me = domain.position
-    own_from = [tensor.to(dtype) for position, tensor in outgoing if position == me]
+    own_from = [tensor for position, tensor in outgoing if position == me]
     own_into = [tensor for position, tensor in incoming if position == me]
-    if own_into and number == 0:
-        torch._foreach_copy_(own_into, own_from)
+    own = [(i, o) for i, o in zip(own_into, own_from, strict=True) if i.data_ptr() != o.data_ptr()]
+    if own and number == 0:
+        torch._foreach_copy_([into for into, _ in own], [tensor.to(dtype) for _, tensor in own])
     if not together:
         return Exchange(None, (), ())
     sent = [(to, tensor) for to, tensor in outgoing if to != me and (to - me) % count == number]
@@ -158,7 +159,11 @@ def move(
     send, views = _buffer(domain, sent, dtype)
     if sent:
         torch._foreach_copy_(views, [tensor for _, tensor in sent])
-    receive, chunks = _buffer(domain, received, dtype)
+    into = [tensor for _, tensor in received]
+    receive = _one_piece(into, dtype, domain.device)
+    chunks: Sequence[Tensor] = ()
+    if receive is None:
+        receive, chunks = _buffer(domain, received, dtype)
     try:
         work = torch.distributed.all_to_all_single(
             receive,
@@ -170,8 +175,7 @@ def move(
         )
     except RuntimeError as error:
         raise RuntimeError(_BROKEN) from error
-    into = [tensor for _, tensor in received]
-    return Exchange(work, (send, receive), list(zip(into, chunks, strict=True)))
+    return Exchange(work, (send, receive), list(zip(into, chunks, strict=True)) if chunks else ())
 
 
 def add_up(domain: Domain, numbers: Tensor) -> Exchange:
@@ -197,6 +201,26 @@ def _buffer(
     return buffer, [
         chunk.view(tensor.shape) for chunk, (_, tensor) in zip(chunks, tensors, strict=True)
     ]
+
+
+def _one_piece(
+    tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The memory of tensors that follow one another in it, as they would in a buffer; None where
+    they do not.
+    """
+    size = sum(tensor.numel() for tensor in tensors)
+    if not size or tensors[0].device != device:
+        return None
+    first = tensors[0]
+    at = first.data_ptr()
+    if first.untyped_storage().nbytes() < (first.storage_offset() + size) * dtype.itemsize:
+        return None
+    for tensor in tensors:
+        if tensor.data_ptr() != at or tensor.dtype != dtype or not tensor.is_contiguous():
+            return None
+        at += tensor.numel() * dtype.itemsize
+    return first.as_strided((size,), (1,), first.storage_offset())
 
 
 def _sizes(domain: Domain, tensors: Sequence[tuple[int, Tensor]]) -> list[int]:

@@ -17,8 +17,8 @@ from muonkit.batching import (
     place,
 )
 from muonkit.distributed.exchange import Exchange, Pending, add_up, move
-from muonkit.distributed.placement import Box, Placement, slices
-from muonkit.distributed.plan import Assignment, Transfers
+from muonkit.distributed.placement import Box, Placement, box_size, slices
+from muonkit.distributed.plan import Assignment, Transfer, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
 from muonkit.groups import computed_dtype, momentum_dtype
 
@@ -88,19 +88,25 @@ class _Bucket:
             state: plan.chunks(assignments, sharded.cap, state)
             for state in ((False, True) if plan.has_stage_state else (False,))
         }
-        self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
         self.param_shards: dict[tuple[int, int], list[_Part]] = {}
+        shards: dict[tuple[Any, ...], list[_Part]] = {}
+        sent = {(matrix, box) for _, matrix, box in self.inbound.sends}
         for assignment in assignments:
             param, block, _ = sharded.blocks[assignment.matrix]
             for part in sharded.parts(assignment.matrix, "state_placement"):
                 shape = [b - a for a, b in part.box]
-                key = (*shape, sharded.grad_dtypes[param])
-                self.momentum_shards.setdefault(key, []).append(part)
+                only_kept = (part.matrix, part.box) not in sent
+                key = (only_kept, *shape, sharded.grad_dtypes[param])
+                shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
                 self.param_shards.setdefault((block.rows, block.cols), []).append(part)
+        # The parts of each stack, and whether they are only kept; these last.
+        self.momentum_shards = [
+            (parts, key[0]) for key, parts in sorted(shards.items(), key=lambda item: item[0][0])
+        ]
         self.stacked = {
             (part.matrix, part.box): (stack, k)
-            for stack, members in enumerate(self.momentum_shards.values())
+            for stack, (members, _) in enumerate(self.momentum_shards)
             for k, part in enumerate(members)
         }
         self.numbers = {each.matrix: number for number, each in enumerate(assignments)}
@@ -214,8 +220,9 @@ class ShardedBatch:
                 [part.of(self._entry(part.matrix).grad) for part in members],
                 [part.of(self._entry(part.matrix).momentum) for part in members],
                 sharded.params[sharded.blocks[members[0].matrix].param].dtype,
+                only_kept,
             )
-            for members in bucket.momentum_shards.values()
+            for members, only_kept in bucket.momentum_shards
         ]
         self.param_shards = [
             ParamShards([part.of(self._entry(part.matrix).param) for part in members], *shape)
@@ -241,7 +248,7 @@ class ShardedBatch:
     def weights(self) -> list[list[Tensor]]:
         return [
             [self.sharded.momentum_piece(part, self._entry(part.matrix).param) for part in members]
-            for members in self.bucket.momentum_shards.values()
+            for members, _ in self.bucket.momentum_shards
         ]
 
     def sources(self) -> list[list[MatrixRef]]:
@@ -375,14 +382,7 @@ class ShardedBatch:
             (position, parts[matrix][self._inside(matrix, box)])
             for position, matrix, box in transfers.sends
         ]
-        pieces: dict[tuple[int, Box], Tensor] = {
-            (matrix, box): torch.empty(
-                [b - a for a, b in box],
-                dtype=self.sharded.dtype,
-                device=self._entry(matrix).param.device,
-            )
-            for _, matrix, box in transfers.recvs
-        }
+        pieces = self._room(transfers.recvs, parts)
         incoming = [(position, pieces[matrix, box]) for position, matrix, box in transfers.recvs]
         exchange = self._move_out(outgoing, incoming, self.sharded.comm_dtype, state=False)
         updates = [
@@ -390,6 +390,31 @@ class ShardedBatch:
             for members in self.bucket.param_shards.values()
         ]
         return Pending(updates, [exchange])
+
+    def _room(
+        self, recvs: Sequence[Transfer], parts: Mapping[int, Tensor]
+    ) -> dict[tuple[int, Box], Tensor]:
+        """Where the results that this rank receives will be: in the order in which they arrive, in
+        one piece of memory; what this rank computed itself is used where it is if it can be.
+        """
+        sharded, me = self.sharded, self.sharded.domain.position
+        pieces: dict[tuple[int, Box], Tensor] = {}
+        to_come = []
+        for transfer in recvs:
+            if transfer.position == me and sharded.comm_dtype == sharded.dtype:
+                own = parts[transfer.matrix][self._inside(transfer.matrix, transfer.box)]
+                if own.is_contiguous() and own.device == self._entry(transfer.matrix).param.device:
+                    pieces[transfer.matrix, transfer.box] = own
+                    continue
+            to_come.append(transfer)
+        if to_come:
+            to_come.sort(key=lambda transfer: transfer.position == me)  # own ones would part others
+            device = self._entry(to_come[0].matrix).param.device
+            sizes = [box_size(box) for _, _, box in to_come]
+            flat = torch.empty(sum(sizes), dtype=sharded.dtype, device=device)
+            for (_, matrix, box), piece in zip(to_come, torch.split(flat, sizes), strict=True):
+                pieces[matrix, box] = piece.view([b - a for a, b in box])
+        return pieces
 
     def weight_norms(self) -> Pending[Tensor]:
         domain, bucket = self.sharded.domain, self.bucket
