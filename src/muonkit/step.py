@@ -15,7 +15,7 @@ from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from muonkit.stages import NO_NORM, decays, kept_state, stages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from muonkit.batching import MatrixStack, MomentumShards, ObservedBatch, ParamShards
     from muonkit.stages import Constraint, Stage
@@ -48,15 +48,14 @@ class Observer(Protocol):
 
 def muon_step(
     batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     stages = stages_of(group)
     norms = batch.weight_norms() if stages.constraint else None
     u = batch.to_owners(
         _momentum_(batch.momentum_shards, group)
     )  # elementwise, on the shards of the state
-    yield
-    whole = u.wait()
+    whole = yield from u.arrive()
     if observer is not None:
         observer.before(batch, group, whole)
     # Views of the whole matrices: what is done to these is done to them. (As late as can be: what a
@@ -74,9 +73,8 @@ def muon_step(
         _size_(stages.constraint, stacks, old)
     if observer is not None:
         observer.after(o)
-    d = batch.to_params(o)
-    yield
-    _apply_(batch.param_shards, d.wait(), group)
+    d = yield from batch.to_params(o).arrive()
+    _apply_(batch.param_shards, d, group)
     kept.wait()
     if old is not None and _holds_norms(stages.constraint):
         norms = batch.weight_norms()
