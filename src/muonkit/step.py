@@ -15,7 +15,7 @@ from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from muonkit.stages import NO_NORM, decays, kept_state, stages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from muonkit.batching import MatrixStack, MomentumShards, ObservedBatch, ParamShards
     from muonkit.stages import Constraint, Stage
@@ -48,15 +48,14 @@ class Observer(Protocol):
 
 def muon_step(
     batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     stages = stages_of(group)
     norms = batch.weight_norms() if stages.constraint else None
     u = batch.to_owners(
         _momentum_(batch.momentum_shards, group)
     )  # elementwise, on the shards of the state
-    yield
-    whole = u.wait()
+    whole = yield from u.arrive()
     if observer is not None:
         observer.before(batch, group, whole)
     # Views of the whole matrices: what is done to these is done to them. (As late as can be: what a
@@ -74,9 +73,8 @@ def muon_step(
         _size_(stages.constraint, stacks, old)
     if observer is not None:
         observer.after(o)
-    d = batch.to_params(o)
-    yield
-    _apply_(batch.param_shards, d.wait(), group)
+    d = yield from batch.to_params(o).arrive()
+    _apply_(batch.param_shards, d, group)
     kept.wait()
     if old is not None and _holds_norms(stages.constraint):
         norms = batch.weight_norms()
@@ -87,11 +85,17 @@ def muon_step(
 def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
     """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
 
-    Returns U, stacked, in memory of its own; gradients are never written to.
+    Returns U of the shards that are not only kept, stacked, in memory of its own; gradients are
+    never written to.
     """
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
-    for grads, momenta, dtype in momentum_shards:
+    for shards in momentum_shards:
+        grads, momenta, dtype, only_kept = shards
+        if only_kept and not group["maximize"] and _alike(grads, momenta):
+            share: Any = scheduled(1 - mu, momenta[0])
+            torch._foreach_lerp_(momenta, grads, share)
+            continue
         U = stacked(grads, alone=len(momentum_shards) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
         # 1 - mu is computed before either is rounded to the momentum's dtype.
@@ -115,10 +119,19 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
                 held = M.clamp(-largest, largest)
             copy_each_(momenta, held.unbind())
             U = U.lerp_(M, kept) if nesterov else M
+        if only_kept:
+            continue
         # Nothing is computed in float64 for a momentum or gradient that is kept in it.
         most = torch.promote_types(dtype, torch.float32)
         stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
     return stacks
+
+
+def _alike(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> bool:
+    """Whether both lie alike in memory, so that the last bits are those of a stacked gradient."""
+    return all(
+        g.dtype == m.dtype and g.stride() == m.stride() for g, m in zip(grads, momenta, strict=True)
+    )
 
 
 def _run_(stages: Sequence[Stage], stacks: Sequence[MatrixStack], group: dict[str, Any]) -> None:
