@@ -104,13 +104,20 @@ def period_block(records: list[Record]) -> str:
         every, periodic = (
             sum(case["bytes"][f"period={p}"]) / period / case["ranks"] for p in (1, period)
         )
-        times = spread(case["mean_of_period"]), spread(case["step_of_blocks"])
-        sent = f"{every / 2**20:.2f}", f"{periodic / 2**20:.2f}", f"{periodic / every:.2f}"
-        rows.append(
-            [case["layout"], case["set"], case["ranks"], f"{case['ms']:.0f}", *times, *sent]
-        )
-    head = ["layout", "matrices", "ranks", "ms, period=1", f"period={period}, mean step"]
-    head += ["a step of blocks", "MiB, period=1", f"MiB, period={period}", "ratio"]
+        whole, blocks = case["flops"]
+        times = [
+            spread(case[kind][what])
+            for what in ("step_of_blocks", "mean_of_period")
+            for kind in ("cpu", "clock")
+        ]
+        sent = f"{every / 2**20:.2f}", f"{periodic / 2**20:.2f}"
+        place = case["layout"], case["set"], case["ranks"]
+        ms = f"{case['cpu']['ms']:.0f}, {case['clock']['ms']:.0f}"
+        rows.append([*place, *sent, f"{blocks / whole:.2f}", ms, *times])
+    head = ["layout", "matrices", "ranks", "MiB sent", f"with period={period}"]
+    head += ["FLOPs of a step of blocks", "ms of the CPU, clock"]
+    head += [f"{what}, {kind}" for what in ("step of blocks", f"mean of {period}")
+             for kind in ("CPU", "clock")]  # fmt: skip
     rounds = sorted({case["rounds"] for case in record["cases"]})
     said = f" {rounds[0]} to {rounds[-1]} rounds."
     return "\n\n".join([machine_lines(records) + said, table(head, rows, left=2)])

@@ -8,8 +8,10 @@ copied from memory to memory, and costs less than in a network.
 
 step: paired (harness.py). In every round each contender takes as many steps as its period has, so
 that one of them is whole, on the same matrices; a step begins after a barrier and takes as long as
-on the slowest rank. Layouts are fsdp2 (rows), tp (rows of what is taller than wide, columns of
-the rest) and fsdp2_tp (both, 4 ranks). Bytes are counted, and have to be those of the plan.
+on the slowest rank: by the clock, and in seconds of the CPU, which tell the work also where others
+use the machine. Layouts are fsdp2 (rows), tp (rows of what is taller than wide, columns of the
+rest) and fsdp2_tp (both, 4 ranks). FLOPs are the busiest rank's. Bytes are counted, and have to be
+those of the plan.
 
 train: the lab's gpt under FSDP2 on two ranks, with the schedule, batches and learning rate of
 `muonkit compare gpt`; every run has the loss of each step and the validation loss at its end.
@@ -88,12 +90,16 @@ def parameters(entries: list[Entry], layout: str) -> list[nn.Parameter]:
     return made
 
 
-def steps(optimizer: Muon) -> list[float]:
-    """The seconds of a period of five steps, the first of them whole, on this rank."""
+def steps(optimizer: Muon) -> list[tuple[float, float]]:
+    """The seconds of each step of a period, the first of them whole, on this rank: by the clock,
+    and of the CPU in all threads of the process.
+    """
     seconds = []
     for _ in range(PERIOD):
         dist.barrier()
-        seconds.append(harness.timed(optimizer.step))
+        cpu = time.process_time()
+        clock = harness.timed(optimizer.step)
+        seconds.append((clock, time.process_time() - cpu))
     return seconds
 
 
@@ -129,42 +135,54 @@ def step_case(name: str, layout: str, rounds: int, seconds: float) -> dict[str, 
     }
     fitting = [max(3, min(rounds, int(seconds / (time.monotonic() - start))))]
     dist.broadcast_object_list(fitting)
-    tasks: dict[str, Callable[[], list[float]]] = {
+    tasks: dict[str, Callable[[], list[tuple[float, float]]]] = {
         each: lambda optimizer=optimizer: steps(optimizer)  # type: ignore[misc]
         for each, optimizer in optimizers.items()
     }
     mine = harness.paired(tasks, fitting[0])
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (mine, sent))
-    slowest = [
-        {
-            each: [
-                max(some) for some in zip(*(its[0][number][each] for its in everyone), strict=True)
-            ]
-            for each in optimizers
-        }
-        for number in range(fitting[0])
-    ]
-    every, blocks = f"period={1}", f"period={PERIOD}"
-    mean = {each: [statistics.mean(one[each]) for one in slowest] for each in optimizers}
-    between = [statistics.mean(one[blocks][1:]) for one in slowest]
     return {
         "set": name,
         "layout": layout,
         "ranks": dist.get_world_size(),
         "rounds": fitting[0],
-        "ms": harness.ms(statistics.median(mean[every])),
-        "mean_of_period": harness.quartiles(
-            [b / a for a, b in zip(mean[every], mean[blocks], strict=True)]
-        ),
-        "step_of_blocks": harness.quartiles(
-            [b / a for a, b in zip(mean[every], between, strict=True)]
-        ),
+        "clock": times([its[0] for its in everyone], 0),
+        "cpu": times([its[0] for its in everyone], 1),
+        "flops": [
+            max(optimizers[f"period={PERIOD}"].plan(blocks).traffic().flops)
+            for blocks in (False, True)
+        ],
         "bytes": {
             each: [sum(its[1][each][number] for its in everyone) for number in range(PERIOD)]
             for each in optimizers
         },
-        "seconds": slowest,
+    }
+
+
+def times(everyone: list[Any], which: int) -> dict[str, Any]:
+    """The mean step without a period, and over it, within a round, the mean step of a period and
+    its steps of blocks; a step takes as long as on the slowest rank.
+
+    Args:
+        everyone: by rank and round, the steps of each contender, as `steps` has them.
+        which: 0 for the clock, 1 for the CPU.
+    """
+    rounds = []
+    for by_rank in zip(*everyone, strict=True):
+        found = {}
+        for each in by_rank[0]:
+            by_step = zip(*(one[each] for one in by_rank), strict=True)
+            found[each] = [max(step[which] for step in some) for some in by_step]
+        rounds.append(found)
+    every = [statistics.mean(one["period=1"]) for one in rounds]
+    period = [statistics.mean(one[f"period={PERIOD}"]) for one in rounds]
+    blocks = [statistics.mean(one[f"period={PERIOD}"][1:]) for one in rounds]
+    return {
+        "ms": harness.ms(statistics.median(every)),
+        "mean_of_period": harness.quartiles([b / a for a, b in zip(every, period, strict=True)]),
+        "step_of_blocks": harness.quartiles([b / a for a, b in zip(every, blocks, strict=True)]),
+        "seconds": rounds,
     }
 
 
@@ -228,9 +246,7 @@ def rank_main(rank: int, ranks: int, folder: str, tasks: list[tuple[str, Any]]) 
         result = (step_case if kind == "step" else train)(*arguments)
         if rank == 0:
             Path(folder, f"{number}.json").write_text(json.dumps(result))
-            print(
-                kind, *arguments, result.get("validation", result.get("mean_of_period")), flush=True
-            )
+            print(kind, *arguments, result.get("validation", ""), flush=True)
     dist.destroy_process_group()
 
 
@@ -275,7 +291,7 @@ def main() -> int:
                     if ranks in on
                 ],
             )
-    harness.write(options.json, harness.rounded(record) if options.what == "step" else record)
+            harness.write(options.json, harness.rounded(record))
     return 0
 
 
