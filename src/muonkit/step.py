@@ -12,6 +12,7 @@ from muonkit.batching import stacked
 from muonkit.distributed.exchange import Pending
 from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype, scale_of
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
+from muonkit.selection import selects
 from muonkit.stages import NO_NORM, decays, kept_state, stages_of
 
 if TYPE_CHECKING:
@@ -52,9 +53,14 @@ def muon_step(
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     stages = stages_of(group)
     norms = batch.weight_norms() if stages.constraint else None
-    u = batch.to_owners(
-        _momentum_(batch.momentum_shards, group)
-    )  # elementwise, on the shards of the state
+    if selects(group):  # some lines of each matrix (Dion2)
+        shards = _sum_(batch.momentum_shards, group)
+        line_norms = batch.line_norms(shards)
+        yield
+        batch.select_(line_norms.wait(), group["momentum"])
+    else:
+        shards = _momentum_(batch.momentum_shards, group)  # elementwise, where the state lives
+    u = batch.to_owners(shards)
     yield
     whole = u.wait()
     if observer is not None:
@@ -73,7 +79,7 @@ def muon_step(
     if old is not None:
         _size_(stages.constraint, stacks, old)
     if observer is not None:
-        observer.after(o)
+        observer.after(batch.with_all_lines(o) if selects(group) else o)
     d = batch.to_params(o)
     yield
     _apply_(batch.param_shards, d.wait(), group)
@@ -107,18 +113,41 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
             else:
                 torch._foreach_copy_(directions, momenta)
         else:
-            # The momentum is kept in fewer bits than it is computed in.
             M = torch.stack(momenta).to(U.dtype).lerp_(U, new)
-            held = M
-            if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
-                largest = torch.finfo(torch.float16).max
-                held = M.clamp(-largest, largest)
-            copy_each_(momenta, held.unbind())
+            _store_(momenta, M)
             U = U.lerp_(M, kept) if nesterov else M
-        # Nothing is computed in float64 for a momentum or gradient that is kept in it.
-        most = torch.promote_types(dtype, torch.float32)
-        stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
+        stacks.append(_narrowed(U, dtype))
     return stacks
+
+
+def _sum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
+    """M <- M + G. Returns M, stacked, in memory of its own; gradients are never written to."""
+    stacks = []
+    sign = -1 if group["maximize"] else 1
+    for grads, momenta, dtype in momentum_shards:
+        wide = computed_dtype(grads[0].dtype, momenta[0].dtype)
+        if wide == momenta[0].dtype:
+            torch._foreach_add_(momenta, grads, alpha=sign)
+            U = stacked(momenta, alone=len(momentum_shards) == 1)
+        else:
+            U = torch.stack(momenta).to(wide).add_(torch.stack(grads), alpha=sign)
+            _store_(momenta, U)
+        stacks.append(_narrowed(U, dtype))
+    return stacks
+
+
+def _store_(momenta: list[Tensor], M: Tensor) -> None:
+    """Keep momenta in fewer bits than they were computed in."""
+    if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
+        largest = torch.finfo(torch.float16).max
+        M = M.clamp(-largest, largest)
+    copy_each_(momenta, M.unbind())
+
+
+def _narrowed(U: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nothing is computed in float64 for a momentum or gradient that is kept in it."""
+    most = torch.promote_types(dtype, torch.float32)
+    return U.to(most) if U.dtype.itemsize > most.itemsize else U
 
 
 def _run_(stages: Sequence[Stage], stacks: Sequence[MatrixStack], group: dict[str, Any]) -> None:

@@ -85,7 +85,11 @@ TRIPS = [
     or loaded == ALONE
     or (saved == ALONE and loaded in (ZERO1, FSDP2_TP))
     or (sampling.is_whole() and (saved == ALONE or loaded == ZERO1))
-] + [Trip("plain", FSDP2_TP, loaded) for loaded in (ALONE, ZERO1, FSDP2_TP)]
+] + [
+    Trip(variant, FSDP2_TP, loaded)
+    for variant in ("plain", "nordion2")
+    for loaded in (ALONE, ZERO1, FSDP2_TP)
+]
 STOPOVER = "by way of two ranks"
 
 
@@ -134,7 +138,7 @@ def test_a_run_goes_on_in_any_layout(trip: Trip, trips: dict[str, Outcome]) -> N
             assert max(apart.values()) == 0
 
 
-@pytest.mark.parametrize("variant", ["plain", "normuon"])
+@pytest.mark.parametrize("variant", ["plain", "normuon", "nordion2"])
 def test_a_run_goes_on_from_rank_to_rank(variant: str, trips: dict[str, Outcome]) -> None:
     trips[f"{variant}-stops"].check()
     for apart in trips[f"{variant}-{STOPOVER}"].check():

@@ -127,11 +127,19 @@ class Plan(NamedTuple):
         per element.
         """
         if self.inward:
-            yield "to_owners", self.inbound(bucket, me), self.itemsize
-        yield "to_params", self.outbound(bucket, me), self.itemsize
+            yield "to_owners", self._taken(self.inbound(bucket, me)), self.itemsize
+        yield "to_params", self._taken(self.outbound(bucket, me)), self.itemsize
         if self.has_stage_state:
             yield "to_owners", self.stage_inbound(bucket, me), self.stage_itemsize
             yield "to_params", self.stage_outbound(bucket, me), self.stage_itemsize
+
+    def _taken(self, transfers: Transfers) -> Transfers:
+        """The boxes that travel, of those of which some lines do."""
+        sends, recvs = (
+            tuple(t._replace(box=self.matrices[t.matrix].taken(t.box)) for t in some)
+            for some in transfers
+        )
+        return Transfers(sends, recvs)
 
     def _transfers_of(
         self, bucket: Sequence[Assignment], me: int, inward: bool, state: bool = False
@@ -155,14 +163,15 @@ class Plan(NamedTuple):
 
     def direction(self, matrix: int, inward: bool, state: bool = False) -> Direction:
         """The direction of a matrix, or of its stage's state: to the owner, or back."""
-        number, box, _, stage_box = self.matrices[matrix]
+        number, box, _, stage_box, lines = self.matrices[matrix]
         tensor = self.tensors[number]
         shape, place = tensor.shape, tensor.state_placement if inward else tensor.param_placement
         if state:
             assert tensor.stage_placement is not None
             assert stage_box is not None
             shape, box, place = tensor.stage_shape, stage_box, tensor.stage_placement
-        return Direction(place, shape, box, place.copies() if inward else tensor.repeat)
+            lines = None  # it travels whole
+        return Direction(place, shape, box, place.copies() if inward else tensor.repeat, lines)
 
     def moves(self, bucket: Sequence[Assignment], inward: bool, state: bool = False) -> bool:
         """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
@@ -208,7 +217,7 @@ class Plan(NamedTuple):
         kinds = self._kinds(inward=self.inward)
         if self.inward:  # AdamW's parts are not orthogonalized
             for matrix, count in kinds.items():
-                size = box_size(self.matrices[matrix].box)
+                size = box_size(self.matrices[matrix].taken(self.matrices[matrix].box))
                 for owner, number in count.items():
                     total.matrices[owner] += number
                     total.owned[owner] += number * size
