@@ -244,6 +244,7 @@ class LocalBatch:
         return Pending(norms)
 
     def select_(self, norms: Sequence[Tensor], mu: float | Tensor) -> None:
+        mu = mu.reshape(()) if isinstance(mu, torch.Tensor) else mu
         for part, each in zip(self.parts, norms, strict=True):
             taken = part.size[0 if part.by_rows else 1]
             lines = largest(each, [(0, each.shape[-1], taken)])

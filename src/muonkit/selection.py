@@ -51,6 +51,7 @@ __all__ = [
     "put",
     "selected_shape",
     "selects",
+    "sums_of_magnitudes",
     "take",
 ]
 
@@ -92,9 +93,13 @@ def selected_shape(group: Mapping[str, Any], rows: int, cols: int) -> tuple[int,
 
 def line_norms(matrices: Tensor, rows: bool) -> Tensor:
     """The ℓ1 norms of the lines of `(N, rows, cols)`: `(N, lines)`, in float32 at least."""
-    wide = torch.promote_types(matrices.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(matrices, 1, dim=-1 if rows else -2, dtype=wide)
-    return norms
+    return sums_of_magnitudes(matrices, [-1 if rows else -2])
+
+
+def sums_of_magnitudes(tensor: Tensor, dims: list[int]) -> Tensor:
+    """Over these dims, in float32 at least. (On CPUs vector_norm is four to ten times slower.)"""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.abs().sum(dims, dtype=wide)
 
 
 def largest(norms: Tensor, cells: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -129,6 +134,10 @@ def take(matrices: Tensor, lines: Tensor, rows: bool) -> Tensor:
     if rows and matrices.is_contiguous():  # whole rows are copied as such
         count, _, cols = matrices.shape
         return matrices.flatten(0, 1).index_select(0, _flat(matrices, lines)).view(count, -1, cols)
+    if not rows and matrices.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A fifth of gather's time.
+        each = zip(matrices.unbind(), lines.unbind(), strict=True)
+        return torch.stack([matrix.index_select(1, some) for matrix, some in each])
     return torch.take_along_dim(matrices, lines.unsqueeze(-1 if rows else -2), -2 if rows else -1)
 
 

@@ -53,13 +53,13 @@ def muon_step(
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     stages = stages_of(group)
     norms = batch.weight_norms() if stages.constraint else None
-    if selects(group):  # some lines of each matrix (Dion2)
+    if selects(group):  # from here on U and O are the rows that are taken (Dion2)
         shards = _sum_(batch.momentum_shards, group)
-        line_norms = batch.line_norms(shards)
+        row_norms = batch.line_norms(shards)
         yield
-        batch.select_(line_norms.wait(), group["momentum"])
+        batch.select_(row_norms.wait(), group["momentum"])
     else:
-        shards = _momentum_(batch.momentum_shards, group)  # elementwise, where the state lives
+        shards = _momentum_(batch.momentum_shards, group)  # elementwise, on the state's shards
     u = batch.to_owners(shards)
     yield
     whole = u.wait()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from muonkit.distributed.exchange import Pending, add_up
-from muonkit.selection import largest
+from muonkit.selection import largest, sums_of_magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,8 +136,7 @@ class BucketLines:
                 continue
             dims = lines_of(self.plan, pieces.matrices[0]).dims
             over = [dim for dim in range(1, stack.ndim) if dim - 1 not in dims]
-            wide = torch.promote_types(stack.dtype, torch.float32)
-            sums = torch.linalg.vector_norm(stack, 1, dim=over, dtype=wide) if over else stack.abs()
+            sums = sums_of_magnitudes(stack, over) if over else stack.abs()
             sums = sums.flatten(1).to(vector)[pieces.counted]
             vector.index_add_(0, pieces.numbers[pieces.counted].flatten(), sums.flatten())
         return Pending(vector, [add_up(self.domain, vector)])
@@ -156,7 +155,7 @@ class SelectedLines:
         self._taken = torch.zeros(bucket.total, dtype=torch.bool, device=norms.device)
         for cells, matrices, numbers in bucket.kinds:
             lines = largest(norms[numbers], cells)
-            self._taken[numbers.gather(1, lines)] = True
+            self._taken.index_fill_(0, numbers.gather(1, lines).flatten(), True)
             self._lines.update(zip(matrices, lines.unbind(), strict=True))
 
     def of(self, matrix: int) -> Tensor:
@@ -165,6 +164,7 @@ class SelectedLines:
 
     def keep_(self, momenta: Sequence[Sequence[Tensor]], mu: float | Tensor) -> None:
         """Multiply what this rank has of these lines by mu, in the momentum."""
+        mu = mu.reshape(()) if isinstance(mu, torch.Tensor) else mu
         kept: dict[torch.dtype, Tensor] = {}
         for some, pieces in zip(momenta, self._bucket.pieces, strict=True):
             wide = torch.promote_types(some[0].dtype, torch.float32)
