@@ -82,11 +82,18 @@ class MatrixRef(NamedTuple):
 
 
 class MomentumShards(NamedTuple):
-    """Pieces of one shape whose momentum is kept on this rank; `dtype` is the parameters'."""
+    """Pieces of one shape whose momentum is kept on this rank.
+
+    Attributes:
+        grads, momenta: of every piece.
+        dtype: the parameters'.
+        only_kept: another rank, which has the same momentum, computes with it. These come last.
+    """
 
     grads: list[Tensor]
     momenta: list[Tensor]
     dtype: torch.dtype
+    only_kept: bool = False
 
 
 class ParamShards(NamedTuple):
@@ -122,8 +129,9 @@ class Batch(Protocol):
     def param_shards(self) -> Sequence[ParamShards]: ...
 
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
-        """Takes a stack `(N, *shape)` for each of `momentum_shards`, and gives the matrices that
-        this rank computes: `(B, m, n)` in memory of their own, zeros where shapes were joined.
+        """Takes a stack `(N, *shape)` for each of `momentum_shards` that is not only kept, and
+        gives the matrices that this rank computes: `(B, m, n)` in memory of their own, zeros where
+        shapes were joined.
         """
         ...
 

@@ -605,7 +605,8 @@ class Muon(Optimizer):
         self._count_(work)
         for group, entries in adamw:
             adamw_step_(*entries, group)
-        tasks = [muon_step(batch, group, self._observer) for group, batch in shared]
+        tasks: list[Iterator[None]] = []
+        tasks += [muon_step(batch, group, self._observer) for group, batch in shared]
         tasks += [task for gather in planned.gathers for task in gather.tasks()]
         run_overlapped(tasks, depth=3)
         for group, batch in own:

@@ -16,7 +16,7 @@ from muonkit.selection import selects
 from muonkit.stages import NO_NORM, decays, kept_state, stages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from muonkit.batching import MatrixStack, MomentumShards, ObservedBatch, ParamShards
     from muonkit.stages import Constraint, Stage
@@ -49,7 +49,7 @@ class Observer(Protocol):
 
 def muon_step(
     batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     stages = stages_of(group)
     norms = batch.weight_norms() if stages.constraint else None
@@ -61,8 +61,7 @@ def muon_step(
     else:
         shards = _momentum_(batch.momentum_shards, group)  # elementwise, on the state's shards
     u = batch.to_owners(shards)
-    yield
-    whole = u.wait()
+    whole = yield from u.arrive()
     if observer is not None:
         observer.before(batch, group, whole)
     # Views of the whole matrices: what is done to these is done to them. (As late as can be: what a
@@ -80,9 +79,8 @@ def muon_step(
         _size_(stages.constraint, stacks, old)
     if observer is not None:
         observer.after(batch.with_all_lines(o) if selects(group) else o)
-    d = batch.to_params(o)
-    yield
-    _apply_(batch.param_shards, d.wait(), group)
+    d = yield from batch.to_params(o).arrive()
+    _apply_(batch.param_shards, d, group)
     kept.wait()
     if old is not None and _holds_norms(stages.constraint):
         norms = batch.weight_norms()
@@ -93,11 +91,17 @@ def muon_step(
 def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
     """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
 
-    Returns U, stacked, in memory of its own; gradients are never written to.
+    Returns U of the shards that are not only kept, stacked, in memory of its own; gradients are
+    never written to.
     """
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
-    for grads, momenta, dtype in momentum_shards:
+    for shards in momentum_shards:
+        grads, momenta, dtype, only_kept = shards
+        if only_kept and not group["maximize"] and _alike(grads, momenta):
+            share: Any = scheduled(1 - mu, momenta[0])
+            torch._foreach_lerp_(momenta, grads, share)
+            continue
         U = stacked(grads, alone=len(momentum_shards) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
         # 1 - mu is computed before either is rounded to the momentum's dtype.
@@ -116,23 +120,38 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
             M = torch.stack(momenta).to(U.dtype).lerp_(U, new)
             _store_(momenta, M)
             U = U.lerp_(M, kept) if nesterov else M
-        stacks.append(_narrowed(U, dtype))
+        if not only_kept:
+            stacks.append(_narrowed(U, dtype))
     return stacks
 
 
+def _alike(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> bool:
+    """Whether both lie alike in memory, so that the last bits are those of a stacked gradient."""
+    return all(
+        g.dtype == m.dtype and g.stride() == m.stride() for g, m in zip(grads, momenta, strict=True)
+    )
+
+
 def _sum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
-    """M <- M + G. Returns M, stacked, in memory of its own; gradients are never written to."""
+    """M <- M + G.
+
+    Returns M of the shards that are not only kept, stacked, in memory of its own; gradients are
+    never written to.
+    """
     stacks = []
     sign = -1 if group["maximize"] else 1
-    for grads, momenta, dtype in momentum_shards:
+    for grads, momenta, dtype, only_kept in momentum_shards:
         wide = computed_dtype(grads[0].dtype, momenta[0].dtype)
         if wide == momenta[0].dtype:
             torch._foreach_add_(momenta, grads, alpha=sign)
+            if only_kept:
+                continue
             U = stacked(momenta, alone=len(momentum_shards) == 1)
         else:
             U = torch.stack(momenta).to(wide).add_(torch.stack(grads), alpha=sign)
             _store_(momenta, U)
-        stacks.append(_narrowed(U, dtype))
+        if not only_kept:
+            stacks.append(_narrowed(U, dtype))
     return stacks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
 from muonkit import Muon
-from tests.helpers import measures, zoo
+from tests.helpers import internals, measures, zoo
 from tests.helpers.ranks import Cases, Ranks
 from tests.helpers.stages import NAMES, SELECTED, TOGETHER, stage_options
 
@@ -58,6 +59,18 @@ def equals_one_process_with_a_selection(layout: str, stage: str) -> measures.Par
 @CASES.on(4, replicas=["split", "recompute"], layout=["hsdp", "fsdp2_tp"])
 def selects_alike_whatever_replicas_do(replicas: str, layout: str) -> measures.Parity:
     return measures.parity(layout, "nordion2", replicas=replicas)
+
+
+@CASES.on(4, layout=["ddp", "zero1", "hsdp", "dp_tp_zero1"], stage=["normuon"], node=[2])
+@CASES.on(4, layout=["ddp", "zero1", "dp_tp_zero1"], stage=["dion2", "nordion2"], node=[2])
+@CASES.on(8, layout=["zero1"], stage=["plain"], node=[3])  # the last node has two ranks
+def equals_one_process_on_nodes(layout: str, stage: str, node: int) -> measures.Parity:
+    """Ranks that take themselves for several nodes: what crosses them enters each once."""
+    internals.forget_nodes()
+    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(node)}):
+        parity = measures.parity(layout, stage)
+    internals.forget_nodes()
+    return parity
 
 
 @CASES.on(8, layout=["zero1", "hsdp_tp"], stage=["normuon"])

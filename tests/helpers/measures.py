@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonkit import Muon
+from muonkit.distributed import exchange
 from muonkit.distributed.step_plan import present_gradients
 from muonkit.selection import selects
 from muonkit.stages import stages_of
@@ -326,12 +327,20 @@ def sent_bytes(sums: int = 0) -> Iterator[Counter[int]]:
         sums: how often norms are added up over the ranks.
 
     Raises:
-        AssertionError: padding, or any communication that is neither an exchange, nor one of these
-            sums, nor the one of three numbers by which ranks compare their plans.
+        AssertionError: padding of a message, or any communication that is neither an exchange, nor
+            one of these sums, nor the one of three numbers by which ranks compare their plans.
     """
     sent: Counter[int] = Counter()
-    calls = 0
-    original = dist.all_to_all_single
+    calls = gathers = 0
+    original, gather = dist.all_to_all_single, exchange.all_gather
+
+    def gathering(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Any:
+        nonlocal gathers
+        gathers += 1
+        for rank in range(dist.get_world_size()):
+            if rank != dist.get_rank():
+                sent[rank] += input.numel() * input.element_size()
+        return gather(output, input, group)
 
     def counting(
         output: Tensor, input: Tensor, into: list[int], out_of: list[int], **options: Any
@@ -347,12 +356,15 @@ def sent_bytes(sums: int = 0) -> Iterator[Counter[int]]:
     with (
         counted_collectives() as named,
         mock.patch.object(dist, "all_to_all_single", counting),
+        mock.patch.object(exchange, "all_gather", gathering),
         _Collectives() as every,
     ):
         yield sent
-    assert not named, named
-    expected = Counter({"c10d.alltoall_base_": calls, "c10d.allreduce_": 1 + sums})
-    assert every.counts == expected, every.counts
+    assert len(named) == gathers, named
+    assert {name for name, _ in named} <= {"all_gather_single", "all_gather_into_tensor"}, named
+    expected = {"c10d.alltoall_base_": calls, "c10d.allreduce_": 1 + sums}
+    expected["c10d._allgather_base_"] = gathers
+    assert every.counts == +Counter(expected), every.counts
 
 
 def check_state(model: nn.Module, optimizer: Muon) -> None:

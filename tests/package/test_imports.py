@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.selected",),
     ("distributed.plan", "distributed.exchange"),
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
-    ("distributed.param_layout",),
+    ("distributed.param_layout", "distributed.nodes"),
     ("options",),
     ("selection",),
     ("distributed", "distributed.placement", "newton_schulz", "scale", "stages", "views"),
@@ -56,7 +56,7 @@ TORCHLESS = frozenset(
     {
         *(f"muonkit.distributed.{name}" for name in ("plan", "planner", "owners", "plan_batches")),
         *(f"muonkit.distributed.{name}" for name in ("placement", "param_layout", "machines")),
-        "muonkit.distributed.transfers",
+        *(f"muonkit.distributed.{name}" for name in ("transfers", "nodes")),
         "muonkit.newton_schulz.forms",
     }
 )

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from muonkit.distributed.machines import Machine, cheaper_repeated
-from muonkit.distributed.owners import make_gather, make_own, make_plan
+from muonkit.distributed.owners import are_even, make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout, computed_in_place, stage_placement
 from muonkit.distributed.placement import cells
 from muonkit.distributed.plan import Plan, StepPlan
@@ -148,12 +148,12 @@ def plan_step(
         own, shared = _sort(group, set(in_place))
         if group.view is None:
             if merge_gathers:
-                for plan, count in _merged_gathers(ranks, group, shared):
+                for plan, count in _merged_gathers(ranks, group, shared, rates):
                     gathers.append(plan)
                     times.append(count)
                 planned.append(PlannedGroup(own, ()))
                 continue
-            found = [_gather(ranks, group, indices) for indices in shared]
+            found = [_gather(ranks, group, indices, rates) for indices in shared]
             gathers += [params.plan for params in found]
             times += [1] * len(found)
         else:
@@ -221,7 +221,14 @@ def _shared(
         for tensor, index in zip(tensors, indices, strict=True)
     ]
     plan = make_plan(
-        ranks, tensors, matrices, first.itemsize, group.cap, loads, first.stage_itemsize
+        ranks,
+        tensors,
+        matrices,
+        first.itemsize,
+        group.cap,
+        loads,
+        first.stage_itemsize,
+        _node(rates, ranks),
     )
     return PlannedParams(indices, plan, tuple(blocks))
 
@@ -250,23 +257,35 @@ def _repeated_axes(
     return both if cheaper else implied
 
 
-def _gather(ranks: int, group: GroupToPlan, indices: tuple[int, ...]) -> PlannedParams:
+def _node(rates: Machine, ranks: int) -> int:
+    """Ranks in a node; 0 where all are in one."""
+    return rates.node if rates.node < ranks else 0
+
+
+def _gather(
+    ranks: int, group: GroupToPlan, indices: tuple[int, ...], rates: Machine
+) -> PlannedParams:
     tensors = [_tensor(group.params[i]) for i in indices]
     itemsize = group.params[indices[0]].itemsize
-    return PlannedParams(indices, make_gather(ranks, tensors, itemsize, group.cap))
+    plan = make_gather(ranks, tensors, itemsize, group.cap, _node(rates, ranks))
+    return PlannedParams(indices, plan)
 
 
 def _merged_gathers(
-    ranks: int, group: GroupToPlan, shared: Sequence[tuple[int, ...]]
+    ranks: int, group: GroupToPlan, shared: Sequence[tuple[int, ...]], rates: Machine
 ) -> list[tuple[Plan, int]]:
-    counts: dict[tuple[PlannedTensor, int], int] = {}
-    for index in (index for indices in shared for index in indices):
-        param = group.params[index]
-        kind = _tensor(param)._replace(name=""), param.itemsize
-        counts[kind] = counts.get(kind, 0) + 1
+    counts: dict[tuple[PlannedTensor, int, bool], int] = {}
+    for indices in shared:
+        # Of all that travel together, as in the optimizer's own plan.
+        even = are_even(ranks, [_tensor(group.params[index]) for index in indices])
+        for index in indices:
+            param = group.params[index]
+            kind = _tensor(param)._replace(name=""), param.itemsize, even
+            counts[kind] = counts.get(kind, 0) + 1
+    node = _node(rates, ranks)
     return [
-        (make_gather(ranks, [tensor], itemsize), count)
-        for (tensor, itemsize), count in counts.items()
+        (make_gather(ranks, [tensor], itemsize, node=node, even=even), count)
+        for (tensor, itemsize, even), count in counts.items()
     ]
 
 

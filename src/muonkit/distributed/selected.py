@@ -40,13 +40,11 @@ class _Pieces(NamedTuple):
     Attributes:
         matrices, boxes: of each piece.
         numbers: `(N, lines)`: where the lines of each piece are in the vector of norms.
-        counted: the pieces whose norms this rank adds: of copies one is.
     """
 
     matrices: list[int]
     boxes: list[Box]
     numbers: Tensor
-    counted: Tensor
 
 
 class BucketLines:
@@ -57,8 +55,8 @@ class BucketLines:
 
     Args:
         matrices: of the bucket, in its order.
-        stacks: (matrix, box) of each piece of each stack of this rank's momenta; the pieces of a
-            stack have one shape, and lines along the same dims.
+        stacks: (matrix, box) of each piece of each stack of this rank's momenta, first of those
+            that go to owners; the pieces of a stack have one shape, and lines along the same dims.
     """
 
     def __init__(
@@ -70,13 +68,12 @@ class BucketLines:
     ) -> None:
         self.plan, self.domain = plan, domain
         self._first: dict[int, int] = {}
-        self._counted: dict[int, bool] = {}
         self.total = 0
         alike: dict[tuple[tuple[int, int, int], ...], list[int]] = {}
         for matrix in matrices:
             lines = lines_of(plan, matrix)
             count = lines.cells[-1][1]
-            copies, mine, self._counted[matrix] = self._copies(matrix)
+            copies, mine = self._copies(matrix)
             self._first[matrix] = self.total + mine * count
             self.total += copies * count
             alike.setdefault(lines.cells, []).append(matrix)
@@ -87,18 +84,15 @@ class BucketLines:
         ]
         self.pieces = [self._pieces(stack) for stack in stacks]
 
-    def _copies(self, matrix: int) -> tuple[int, int, bool]:
-        """How many independent copies there are, which one is this rank's, and whether this rank is
-        the first of those that have the same of it.
-        """
+    def _copies(self, matrix: int) -> tuple[int, int]:
+        """How many independent copies there are, and which one is this rank's."""
         tensor, me = self.plan.tensors[self.plan.matrices[matrix].tensor], self.domain.position
         placement = tensor.state_placement
         copies, mine = 1, 0
         for axis, at in placement.where(me, tensor.repeat):
             copies *= placement.mesh[axis]
             mine = mine * placement.mesh[axis] + at
-        same = [axis for axis in placement.copies() if axis not in tensor.repeat]
-        return copies, mine, not any(at for _, at in placement.where(me, same))
+        return copies, mine
 
     def _numbers(self, matrices: Sequence[int], count: int) -> Tensor:
         first = torch.tensor([self._first[matrix] for matrix in matrices], device="cpu")
@@ -113,32 +107,23 @@ class BucketLines:
             all_of_them = self._numbers([matrix], math.prod(lengths)).view(lengths)
             mine = [slice(box[d][0] - whole[d][0], box[d][1] - whole[d][0]) for d in dims]
             numbers.append(all_of_them[tuple(mine)].flatten())
-        counted = [number for number, (matrix, _) in enumerate(stack) if self._counted[matrix]]
-        device = self.domain.device
-        return _Pieces(
-            [matrix for matrix, _ in stack],
-            [box for _, box in stack],
-            torch.stack(numbers).to(device),
-            torch.tensor(counted, dtype=torch.long, device="cpu").to(device),
-        )
+        matrices, boxes = map(list, zip(*stack, strict=True))
+        return _Pieces(matrices, boxes, torch.stack(numbers).to(self.domain.device))
 
     def norms(self, stacks: Sequence[Tensor]) -> Pending[Tensor]:
         """The ℓ1 norms of all lines, over all ranks.
 
         Args:
-            stacks: of this rank's pieces of momenta.
+            stacks: of this rank's pieces of momenta that go to owners: of copies one does.
         """
         # Parts in float32 add up in float64 to the same number in whatever order (they differ by
         # less than 2^29, or the smaller one has no say): copies cannot come to other lines.
         vector = torch.zeros(self.total, dtype=torch.float64, device=self.domain.device)
-        for stack, pieces in zip(stacks, self.pieces, strict=True):
-            if not len(pieces.counted):
-                continue
+        for stack, pieces in zip(stacks, self.pieces, strict=False):
             dims = lines_of(self.plan, pieces.matrices[0]).dims
             over = [dim for dim in range(1, stack.ndim) if dim - 1 not in dims]
             sums = sums_of_magnitudes(stack, over) if over else stack.abs()
-            sums = sums.flatten(1).to(vector)[pieces.counted]
-            vector.index_add_(0, pieces.numbers[pieces.counted].flatten(), sums.flatten())
+            vector.index_add_(0, pieces.numbers.flatten(), sums.to(vector).flatten())
         return Pending(vector, [add_up(self.domain, vector)])
 
 
@@ -178,7 +163,7 @@ class SelectedLines:
     def take(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Of stacks of this rank's pieces what travels of them."""
         taken = []
-        for stack, pieces in zip(stacks, self._bucket.pieces, strict=True):
+        for stack, pieces in zip(stacks, self._bucket.pieces, strict=False):
             along = lines_of(self._plan, pieces.matrices[0]).sent
             if along is None:
                 taken.append(stack)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,16 +17,16 @@ from muonkit.batching import (
     norms_of,
     place,
 )
-from muonkit.distributed.exchange import Exchange, Pending, add_up, move
-from muonkit.distributed.placement import Box, Placement, slices
-from muonkit.distributed.plan import Assignment, Transfers
+from muonkit.distributed.exchange import Exchange, Pending, add_up, gather, move, slots
+from muonkit.distributed.placement import Box, Placement, box_size, slices
+from muonkit.distributed.plan import Assignment, Plan, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
 from muonkit.distributed.selected import BucketLines, SelectedLines, lines_of
 from muonkit.groups import computed_dtype, momentum_dtype
 from muonkit.selection import put, selects, take
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -55,6 +56,9 @@ def stage_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+T = TypeVar("T")
+
+
 class _Part(NamedTuple):
     """A box of a matrix that this rank has, and where it lies in the rank's own tensor."""
 
@@ -67,6 +71,29 @@ class _Part(NamedTuple):
         return tensor[self.cut]
 
 
+class _Rounds:
+    """How a bucket's results, or the stage's state, come back from the owners.
+
+    Attributes:
+        moves_in, moves: whether any rank sends anything to the owners, and back.
+        gathered: see `Plan.gathers`.
+        late: what relays pass on in a second round; None where there are none.
+        chunks: of the first round and the second.
+    """
+
+    def __init__(
+        self, plan: Plan, bucket: tuple[Assignment, ...], me: int, cap: int, state: bool
+    ) -> None:
+        self.moves_in, self.moves = (plan.moves(bucket, inward, state) for inward in (True, False))
+        self.gathered = plan.gathers(bucket, state)
+        outbound = plan.stage_outbound if state else plan.outbound
+        self.late: Transfers | None = None
+        self.chunks = [plan.chunks(bucket, cap, state)]
+        if plan.relays(bucket, state):
+            self.late = outbound(bucket, me, late=True)
+            self.chunks.append(plan.chunks(bucket, cap, state, late=True))
+
+
 class _Bucket:
     """One bucket of the plan, and this rank's part in it; the same in every step."""
 
@@ -74,36 +101,35 @@ class _Bucket:
         plan, me = sharded.plan, sharded.domain.position
         self.assignments = assignments
         self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
-        self.stage_transfers: tuple[Transfers, Transfers] | None = None
+        self.stage_inbound: Transfers | None = None
         if plan.has_stage_state:
-            self.stage_transfers = (
-                plan.stage_inbound(assignments, me),
-                plan.stage_outbound(assignments, me),
-            )
-        self.moves = {
-            (inward, state): plan.moves(assignments, inward, state)
-            for inward in (True, False)
+            self.stage_inbound = plan.stage_inbound(assignments, me)
+            self.stage_outbound = plan.stage_outbound(assignments, me)
+        self.rounds = {
+            state: _Rounds(plan, assignments, me, sharded.cap, state)
             for state in ((False, True) if plan.has_stage_state else (False,))
         }
-        self.chunks = {
-            state: plan.chunks(assignments, sharded.cap, state)
-            for state in ((False, True) if plan.has_stage_state else (False,))
-        }
-        self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
         self.param_shards: dict[tuple[int, int], list[_Part]] = {}
+        shards: dict[tuple[Any, ...], list[_Part]] = {}
+        sent = {(matrix, box) for _, matrix, box in self.inbound.sends}
         for assignment in assignments:
             param, block, _ = sharded.blocks[assignment.matrix]
             for part in sharded.parts(assignment.matrix, "state_placement"):
                 shape = [b - a for a, b in part.box]
+                only_kept = (part.matrix, part.box) not in sent
                 lines = plan.matrices[part.matrix].lines
                 along = None if lines is None else (lines.dims, lines.sent)
-                key = (*shape, sharded.grad_dtypes[param], along)
-                self.momentum_shards.setdefault(key, []).append(part)
+                key = (only_kept, *shape, sharded.grad_dtypes[param], along)
+                shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
                 self.param_shards.setdefault((block.rows, block.cols), []).append(part)
+        # The parts of each stack, and whether they are only kept; these last.
+        self.momentum_shards = [
+            (parts, key[0]) for key, parts in sorted(shards.items(), key=lambda item: item[0][0])
+        ]
         self.stacked = {
             (part.matrix, part.box): (stack, k)
-            for stack, members in enumerate(self.momentum_shards.values())
+            for stack, (members, _) in enumerate(self.momentum_shards)
             for k, part in enumerate(members)
         }
         self.numbers = {each.matrix: number for number, each in enumerate(assignments)}
@@ -115,10 +141,7 @@ class _Bucket:
                 plan,
                 sharded.domain,
                 list(self.numbers),
-                [
-                    [(part.matrix, part.box) for part in some]
-                    for some in self.momentum_shards.values()
-                ],
+                [[(part.matrix, part.box) for part in some] for some, _ in self.momentum_shards],
             )
         self.batches = self._batches(
             sharded, [assignment.matrix for assignment in assignments if me in assignment.owners]
@@ -240,8 +263,9 @@ class ShardedBatch:
                 [part.of(self._entry(part.matrix).grad) for part in members],
                 [part.of(self._entry(part.matrix).momentum) for part in members],
                 sharded.params[sharded.blocks[members[0].matrix].param].dtype,
+                only_kept,
             )
-            for members in bucket.momentum_shards.values()
+            for members, only_kept in bucket.momentum_shards
         ]
         self.param_shards = [
             ParamShards([part.of(self._entry(part.matrix).param) for part in members], *shape)
@@ -268,11 +292,13 @@ class ShardedBatch:
         parts = self._parts(whole)
         for matrix in parts:
             if self.sharded.is_sent_whole(matrix):
-                parts[matrix] = self._room(self.sharded.plan.matrices[matrix].box)
+                box = self.sharded.plan.matrices[matrix].box
+                shape, device = [b - a for a, b in box], self.sharded.domain.device
+                parts[matrix] = torch.empty(shape, dtype=self.sharded.dtype, device=device)
         taken = u if self.lines is None else self.lines.take(u)
         pending = [self._inward(taken, parts, self.sharded.comm_dtype)]
-        if self.bucket.stage_transfers is not None:
-            pending.append(self._fetch_stage_state(self.bucket.stage_transfers[0]))
+        if self.bucket.stage_inbound is not None:
+            pending.append(self._fetch_stage_state(self.bucket.stage_inbound))
         return Pending(whole, pending, lambda into: self._take_lines(parts, into))
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Any]:
@@ -308,7 +334,7 @@ class ShardedBatch:
     def weights(self) -> list[list[Tensor]]:
         return [
             [self.sharded.momentum_piece(part, self._entry(part.matrix).param) for part in members]
-            for members in self.bucket.momentum_shards.values()
+            for members, _ in self.bucket.momentum_shards
         ]
 
     def sources(self) -> list[list[MatrixRef]]:
@@ -338,7 +364,7 @@ class ShardedBatch:
             (position, parts[matrix][self._inside(matrix, box, all_lines)])
             for position, matrix, box in transfers.recvs
         ]
-        return self._move(outgoing, incoming, dtype, inward=True, state=False)
+        return self._move_in(outgoing, incoming, dtype, state=False)
 
     def _shape(self, matrix: int, all_lines: bool = False) -> tuple[int, int]:
         """Rows and columns of a matrix, or of what is orthogonalized of it."""
@@ -357,10 +383,6 @@ class ShardedBatch:
             device = self.sharded.domain.device
             buffers.append(make(len(members), rows, cols, dtype=self.sharded.dtype, device=device))
         return buffers
-
-    def _room(self, box: Box) -> Tensor:
-        shape, device = [b - a for a, b in box], self.sharded.domain.device
-        return torch.empty(shape, dtype=self.sharded.dtype, device=device)
 
     def _places(self, whole: Sequence[Tensor], all_lines: bool = False) -> dict[int, Tensor]:
         """For each matrix that this rank owns, its place, without padding."""
@@ -401,27 +423,21 @@ class ShardedBatch:
                     dtype=self.sharded.stage_dtype,
                     device=self.sharded.domain.device,
                 )
-        outgoing, incoming = self._stage_transfers(transfers)
-        return self._move(outgoing, incoming, self.sharded.stage_dtype, inward=True, state=True)
+        outgoing = [(at, self._kept_state(matrix, box)) for at, matrix, box in transfers.sends]
+        incoming = [(at, self._owned_state(matrix, box)) for at, matrix, box in transfers.recvs]
+        return self._move_in(outgoing, incoming, self.sharded.stage_dtype, state=True)
 
-    def _stage_transfers(
-        self, transfers: Transfers, back: bool = False
-    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
-        """The pieces of the variance that are sent and received: to the owner, or `back`."""
-        at_home, at_owner = (
-            (transfers.recvs, transfers.sends) if back else (transfers.sends, transfers.recvs)
-        )
-        home = []
-        for position, matrix, box in at_home:
-            variance = self._entry(matrix).variance
-            assert variance is not None
-            home.append((position, self.sharded.stage_piece(matrix, box, variance)))
-        owner = []
-        for position, matrix, box in at_owner:
-            state = self.sharded.plan.matrices[matrix].stage_box
-            assert state is not None
-            owner.append((position, self._variances[matrix][slices(box, state)]))
-        return (owner, home) if back else (home, owner)
+    def _kept_state(self, matrix: int, box: Box) -> Tensor:
+        """A piece of the variance where it is kept."""
+        variance = self._entry(matrix).variance
+        assert variance is not None
+        return self.sharded.stage_piece(matrix, box, variance)
+
+    def _owned_state(self, matrix: int, box: Box) -> Tensor:
+        """A piece of the variance of a matrix that this rank owns."""
+        state = self.sharded.plan.matrices[matrix].stage_box
+        assert state is not None
+        return self._variances[matrix][slices(box, state)]
 
     def stacks(self, o: Sequence[Tensor]) -> list[MatrixStack]:
         stacks = []
@@ -434,7 +450,7 @@ class ShardedBatch:
                     stop += 1
                 some = members[start:stop]
                 variance = None
-                if self.bucket.stage_transfers is not None:
+                if self.bucket.stage_inbound is not None:
                     variance = torch.stack([self._taken_stage_state(matrix) for matrix in some])
                     self._stacks.append((some, variance))
                 steps = [self._entry(matrix).steps for matrix in some]
@@ -460,7 +476,6 @@ class ShardedBatch:
 
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
         """Send the stage's state back to everywhere where it is kept."""
-        assert self.bucket.stage_transfers is not None
         for some, variance in self._stacks:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
                 state = self._logical_stage_state(matrix)
@@ -468,49 +483,33 @@ class ShardedBatch:
                     state.copy_(rows)
                 else:
                     state.index_copy_(0, self.lines.of(matrix).to(state.device), rows)
-        outgoing, incoming = self._stage_transfers(self.bucket.stage_transfers[1], back=True)
-        exchange = self._move_out(outgoing, incoming, self.sharded.stage_dtype, state=True)
-        return Pending(None, [exchange])
+        back = self.bucket.stage_outbound
+        outgoing = [(at, self._owned_state(matrix, box)) for at, matrix, box in back.sends]
+        return self._send_back(None, outgoing, back, self._kept_state, state=True)
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Any]:
-        parts = self._parts(o)
+        parts, back = self._parts(o), self.bucket.outbound
         for matrix, taken in parts.items():
             if self.sharded.is_sent_whole(matrix):
                 box = self.sharded.plan.matrices[matrix].box
                 block, whole = self.sharded.blocks[matrix].block, self._put(matrix, taken)
                 as_kept = whole.mT if block.transposed else whole
                 parts[matrix] = as_kept.reshape([b - a for a, b in box])
-        transfers = self.bucket.outbound
         outgoing = [
-            (position, parts[matrix][self._inside(matrix, box)])
-            for position, matrix, box in transfers.sends
+            (at, parts[matrix][self._inside(matrix, box)]) for at, matrix, box in back.sends
         ]
-        pieces: dict[tuple[int, Box], Tensor] = {
-            (matrix, box): torch.empty(
-                [b - a for a, b in self.sharded.plan.matrices[matrix].taken(box)],
-                dtype=self.sharded.dtype,
-                device=self._entry(matrix).param.device,
-            )
-            for _, matrix, box in transfers.recvs
-        }
-        incoming = [(position, pieces[matrix, box]) for position, matrix, box in transfers.recvs]
-        exchange = self._move_out(outgoing, incoming, self.sharded.comm_dtype, state=False)
-        if self.lines is None:
-            return Pending(self._updates(pieces), [exchange])
-        full = {at: self._room_for(piece, *at) for at, piece in pieces.items()}
-
-        def put_lines(_: object) -> None:
-            for at, piece in pieces.items():
-                if full[at] is not piece:
-                    self._put_piece(full[at], piece, *at)
-
-        return Pending(self._updates(full), [exchange], put_lines)
-
-    def _updates(self, pieces: dict[tuple[int, Box], Tensor]) -> list[list[Tensor]]:
-        return [
-            [pieces[part.matrix, part.box] for part in members]
+        pieces = self._room(parts)
+        full, put_lines = pieces, None
+        if self.lines is not None:
+            full = {at: self._room_for(piece, *at) for at, piece in pieces.items()}
+            put_lines = partial(self._put_lines, full, pieces)
+        updates = [
+            [full[part.matrix, part.box] for part in members]
             for members in self.bucket.param_shards.values()
         ]
+        return self._send_back(
+            updates, outgoing, back, lambda *which: pieces[which], state=False, last_=put_lines
+        )
 
     def _room_for(self, piece: Tensor, matrix: int, box: Box) -> Tensor:
         """Zeros in the shape of a box of which some lines arrive; the piece itself where all do."""
@@ -518,11 +517,90 @@ class ShardedBatch:
             return piece
         return piece.new_zeros([b - a for a, b in box])
 
-    def _put_piece(self, whole: Tensor, piece: Tensor, matrix: int, box: Box) -> None:
+    def _put_lines(
+        self,
+        full: Mapping[tuple[int, Box], Tensor],
+        pieces: Mapping[tuple[int, Box], Tensor],
+        updates: object,
+    ) -> None:
+        """Put the lines that have arrived where they belong."""
         assert self.lines is not None
-        along = lines_of(self.sharded.plan, matrix).sent
-        assert along is not None
-        whole.index_copy_(along, self.lines.inside(matrix, box).to(whole.device), piece)
+        for (matrix, box), piece in pieces.items():
+            whole = full[matrix, box]
+            if whole is not piece:
+                along = lines_of(self.sharded.plan, matrix).sent
+                assert along is not None
+                lines = self.lines.inside(matrix, box).to(whole.device)
+                whole.index_copy_(along, lines, piece)
+
+    def _send_back(
+        self,
+        value: T,
+        outgoing: list[tuple[int, Tensor]],
+        transfers: Transfers,
+        place_of: Callable[[int, Box], Tensor],
+        state: bool,
+        last_: Callable[[T], object] | None = None,
+    ) -> Pending[T]:
+        """Start to send what owners have to all who store it.
+
+        Args:
+            value: what the result has.
+            outgoing: this rank's part of the first round's sends.
+            transfers: the first round.
+            place_of: where a part of a matrix is kept on this rank.
+            last_: what is done when all has arrived.
+        """
+        sharded, rounds = self.sharded, self.bucket.rounds[state]
+        dtype, domain = sharded.stage_dtype if state else sharded.comm_dtype, sharded.domain
+        incoming = [(at, place_of(matrix, box)) for at, matrix, box in transfers.recvs]
+        if rounds.gathered:
+            own = [tensor for at, tensor in outgoing if at == domain.position]
+            return Pending(value, [gather(domain, own, incoming, dtype, rounds.gathered)], last_)
+        first = self._in_chunks(outgoing, incoming, dtype, rounds.moves, rounds.chunks[0])
+        late = rounds.late
+        if late is None:
+            return Pending(value, [first], last_)
+
+        def pass_on() -> Exchange:
+            sends, recvs = (
+                [(at, place_of(matrix, box)) for at, matrix, box in some] for some in late
+            )
+            return self._in_chunks(sends, recvs, dtype, True, rounds.chunks[1])
+
+        return Pending(value, [first], last_, start_late=pass_on)
+
+    def _room(self, parts: Mapping[int, Tensor]) -> dict[tuple[int, Box], Tensor]:
+        """Where the results that this rank receives will be: those of a round in the order in which
+        they arrive, in one piece of memory; what this rank computed itself is used where it is if
+        it can be.
+        """
+        sharded, me, rounds = self.sharded, self.sharded.domain.position, self.bucket.rounds[False]
+        pieces: dict[tuple[int, Box], Tensor] = {}
+        first = []
+        for transfer in self.bucket.outbound.recvs:
+            at, matrix, box = transfer
+            if at == me and not rounds.gathered and sharded.comm_dtype == sharded.dtype:
+                own = parts[matrix][self._inside(matrix, box)]
+                if own.is_contiguous() and own.device == self._entry(matrix).param.device:
+                    pieces[matrix, box] = own
+                    continue
+            first.append(transfer)
+        if not rounds.gathered:
+            first.sort(key=lambda transfer: transfer.position == me)  # they would part others
+        for recvs in (first, rounds.late.recvs if rounds.late is not None else ()):
+            if not recvs:
+                continue
+            taken = [sharded.plan.matrices[matrix].taken(box) for _, matrix, box in recvs]
+            sizes = [(at, box_size(box)) for (at, _, _), box in zip(recvs, taken, strict=True)]
+            count = sharded.domain.size * rounds.gathered or sum(size for _, size in sizes)
+            device = self._entry(recvs[0].matrix).param.device
+            flat = torch.empty(count, dtype=sharded.dtype, device=device)
+            starts = slots(sizes, rounds.gathered)
+            each = zip(recvs, taken, sizes, starts, strict=True)
+            for (_, matrix, box), some, (_, size), start in each:
+                pieces[matrix, box] = flat[start : start + size].view([b - a for a, b in some])
+        return pieces
 
     def weight_norms(self) -> Pending[Tensor]:
         domain, bucket = self.sharded.domain, self.bucket
@@ -558,29 +636,28 @@ class ShardedBatch:
             bucket.indices[key] = torch.tensor(numbers, device=self.sharded.domain.device)
         return bucket.indices[key]
 
-    def _move_out(
+    def _in_chunks(
         self,
         outgoing: list[tuple[int, Tensor]],
         incoming: list[tuple[int, Tensor]],
         dtype: torch.dtype,
-        state: bool,
+        together: bool,
+        chunks: int,
     ) -> Exchange:
-        """Send the results, in several chunks where an owner's copies for all others would not fit
-        in the cap; the last chunk is under way when this returns.
+        """Send results in several chunks, where a rank's copies for all others would not fit in the
+        cap; the last chunk is under way when this returns.
         """
-        chunks = self.bucket.chunks[state]
+        domain = self.sharded.domain
         for number in range(chunks - 1):
-            self._move(outgoing, incoming, dtype, False, state, (number, chunks)).wait()
-        return self._move(outgoing, incoming, dtype, False, state, (chunks - 1, chunks))
+            move(domain, outgoing, incoming, dtype, together, (number, chunks)).wait()
+        return move(domain, outgoing, incoming, dtype, together, (chunks - 1, chunks))
 
-    def _move(
+    def _move_in(
         self,
         outgoing: list[tuple[int, Tensor]],
         incoming: list[tuple[int, Tensor]],
         dtype: torch.dtype,
-        inward: bool,
         state: bool,
-        chunk: tuple[int, int] = (0, 1),
     ) -> Exchange:
-        together = self.bucket.moves[inward, state]
-        return move(self.sharded.domain, outgoing, incoming, dtype, together, chunk)
+        together = self.bucket.rounds[state].moves_in
+        return move(self.sharded.domain, outgoing, incoming, dtype, together)

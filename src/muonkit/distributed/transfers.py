@@ -6,9 +6,11 @@ import bisect
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from muonkit.distributed.nodes import Hop, hops
 from muonkit.distributed.placement import (
     Box,
     Interval,
+    Piece,
     Placement,
     Where,
     box_size,
@@ -124,8 +126,20 @@ class Direction(NamedTuple):
 
     def others(self, owner: int) -> list[tuple[int, Box]]:
         """Who exchanges which part of the box with this owner."""
-        parts = pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
-        return [(position, piece.box) for piece in parts for position in piece.positions]
+        return [(at, piece.box) for piece in self.pieces(owner) for at in piece.positions]
+
+    def pieces(self, owner: int) -> tuple[Piece, ...]:
+        """The parts of the box, each with all who exchange it with this owner."""
+        return pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
+
+    def hops(self, owner: int, node: int) -> tuple[Hop, ...]:
+        """How the parts come from this owner to those who store them, on nodes of so many ranks."""
+        return _hops(self.pieces(owner), owner, node)
+
+    def to_all(self, ranks: int) -> bool:
+        """Whether every one of so many ranks has the whole box."""
+        whole = len(self.place.copies()) == len(self.place.mesh) and not self.axes
+        return whole and len(self.place.positions) == ranks
 
     def parts(self, position: int) -> tuple[Box, ...]:
         """The parts of the box that the rank at this position stores."""
@@ -137,11 +151,20 @@ class Direction(NamedTuple):
             self.place.where(position, self.axes) == self.place.where(owner, self.axes)
         )
 
+    def size(self, box: Box) -> int:
+        """The elements that travel of a part of the box."""
+        return box_size(box if self.lines is None else self.lines.taken(box, self.box))
+
     def sizes(self, where: Where) -> Mapping[int, int]:
         """The elements that travel between an owner and each of its others; the owner's coordinates
         are `where`.
         """
         return _sizes(self.place, self.shape, self.box, where, self.lines)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _hops(parts: tuple[Piece, ...], owner: int, node: int) -> tuple[Hop, ...]:
+    return tuple(hops(parts, owner, node))
 
 
 @functools.lru_cache(maxsize=1 << 10)
