@@ -61,7 +61,8 @@ def muon_step(
     else:
         shards = _momentum_(batch.momentum_shards, group)  # elementwise, on the state's shards
     u = batch.to_owners(shards)
-    whole = yield from u.arrive()
+    yield from u.arrive()  # (torch.compile loses what `yield from` gives)
+    whole = u.wait()
     if observer is not None:
         observer.before(batch, group, whole)
     # Views of the whole matrices: what is done to these is done to them. (As late as can be: what a
@@ -79,8 +80,9 @@ def muon_step(
         _size_(stages.constraint, stacks, old)
     if observer is not None:
         observer.after(batch.with_all_lines(o) if selects(group) else o)
-    d = yield from batch.to_params(o).arrive()
-    _apply_(batch.param_shards, d, group)
+    d = batch.to_params(o)
+    yield from d.arrive()
+    _apply_(batch.param_shards, d.wait(), group)
     kept.wait()
     if old is not None and _holds_norms(stages.constraint):
         norms = batch.weight_norms()
