@@ -16,6 +16,7 @@ from muonkit.groups import ALGORITHMS, NS_OPTIONS, is_trained, parameter_names
 from muonkit.newton_schulz.orthogonalizer import check_choice
 from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
 from muonkit.scale import check_scale
+from muonkit.selection import check_selection
 from muonkit.stages import check_stages, stages_of
 from muonkit.views import blocks_of
 
@@ -84,15 +85,21 @@ def validate_options(group: dict[str, Any]) -> None:
     _validate_number("momentum", group["momentum"], below=1.0)
     check_scale(group["adjust_lr_fn"])
     check_choice(*(group[key] for key in NS_OPTIONS))
-    for key in ("momentum_dtype", "exchange_dtype", "replicas"):
+    for key in ("momentum_dtype", "exchange_dtype", "replicas", "selection"):
         _validate_choice(group, key)
     check_stages(group)
+    check_selection(group)
     period = group["period"]
     if isinstance(period, bool) or not isinstance(period, Integral):
         raise TypeError(f"period is a whole number of steps, got {period!r}")
     if period < 1:
         raise ValueError(
             f"period should be at least 1 (whole matrices in every step) but is: {period}"
+        )
+    if group["period"] > 1 and group["fraction"] < 1:
+        raise ValueError(
+            f"period={period} and fraction={group['fraction']}: what a row's waiting means for a "
+            "block was never said; give one of them, period=1 or fraction=1"
         )
     _validate_number("block_lr_factor", group["block_lr_factor"])
     if group["stage_beta2"] is not None:

@@ -16,18 +16,22 @@ from muonkit.distributed.owners import make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout
 from muonkit.distributed.placement import Axis, Placement, box_size, replicated, shard_over, whole
 from muonkit.distributed.plan import Plan, StepPlan, Traffic, fingerprint
-from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
+from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step, selected_lines
 from muonkit.distributed.transfers import Direction, Matrix, PlannedTensor
+from muonkit.selection import SELECTIONS
 
 CAPS = [1, 300, 1 << 30]
 
 
 @st.composite
 def described(draw: st.DrawFn) -> tuple[int, list[PlannedTensor], list[Matrix]]:
-    """Ranks, and parameters that they share: stacks of matrices, some with a stage's state."""
+    """Ranks, and parameters that they share: stacks of matrices, some with a stage's state, of some
+    of which a step takes a fraction of the rows.
+    """
     mesh = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
     positions = range(math.prod(mesh))
     keeps = draw(st.booleans())
+    fraction, selection = draw(st.sampled_from([1.0, 0.3, 0.6])), draw(st.sampled_from(SELECTIONS))
     tensors: list[PlannedTensor] = []
     matrices: list[Matrix] = []
     for number in range(draw(st.integers(1, 4))):
@@ -50,7 +54,11 @@ def described(draw: st.DrawFn) -> tuple[int, list[PlannedTensor], list[Matrix]]:
         for i in range(shape[0]):
             box = (i, i + 1), (0, shape[1]), (0, shape[2])
             kept = ((i, i + 1), (0, shape[1]), (0, 1)) if keeps else None
-            matrices.append(Matrix(number, box, shape[1] ** 2 * shape[2], kept))
+            rows = shape[1] <= shape[2]
+            dims = (1,) if rows else (2,)
+            lines = selected_lines(fraction, selection, dims, rows, box, shape, lives)
+            flops = shape[1] ** 2 * shape[2]
+            matrices.append(Matrix(number, box, flops, kept, lines if fraction < 1 else None))
     return len(positions), tensors, matrices
 
 
@@ -117,7 +125,7 @@ def test_owners_get_all_of_a_matrix_and_parameters_all_of_the_result(
     plan = make_plan(*given_, 4, 1 << 30)
     assignments = list(plan.assignments())
     for matrix, owners in assignments:
-        number, box, _, _ = matrices[matrix]
+        number, box = matrices[matrix][:2]
         tensor = tensors[number]
         for owner in owners:
             parts = Direction(
@@ -137,6 +145,33 @@ def test_owners_get_all_of_a_matrix_and_parameters_all_of_the_result(
             assert mine == tensor.param_placement.parts(tensor.shape, position, box)
 
 
+@given(described())
+@settings(deadline=None)
+def test_lines_travel_once_and_all_of_those_that_are_taken(
+    given_: tuple[int, list[PlannedTensor], list[Matrix]],
+) -> None:
+    ranks, tensors, matrices = given_
+    plan = make_plan(*given_, 4, 1 << 30)
+    for matrix, owners in plan.assignments():
+        planned = matrices[matrix]
+        tensor = tensors[planned.tensor]
+        taken = planned.taken(planned.box)
+        if planned.lines is not None:
+            dim = planned.lines.dims[0]
+            whole = planned.lines.cells == ((0, planned.box[dim][1], planned.lines.total),)
+            assert whole or planned.lines.sent == dim
+        for owner in owners:
+            way = Direction(
+                tensor.state_placement, tensor.shape, planned.box, tensor.state_placement.copies()
+            )
+            parts = [planned.taken(part) for _, part in way.others(owner)]
+            assert covered(parts, taken) == covered([taken], taken)
+        for position in range(ranks):
+            stored = tensor.param_placement.parts(tensor.shape, position, planned.box)
+            parts = [planned.taken(part) for part in stored]
+            assert covered(parts, taken) <= covered([taken], taken)
+
+
 def counted(plan: Plan) -> Traffic:
     """What the rank_transfers of all ranks add up to."""
     total = Traffic(*([0] * plan.ranks for _ in Traffic._fields))
@@ -154,7 +189,8 @@ def counted(plan: Plan) -> Traffic:
             for owner in owners:
                 total.flops[owner] += plan.matrices[matrix].flops
                 total.matrices[owner] += plan.inward
-                total.owned[owner] += box_size(plan.matrices[matrix].box) * plan.inward
+                planned = plan.matrices[matrix]
+                total.owned[owner] += box_size(planned.taken(planned.box)) * plan.inward
     return total
 
 
@@ -216,7 +252,7 @@ def test_buckets_are_under_the_cap_or_one_matrix(
         owned: Counter[int] = Counter()
         stored: Counter[int] = Counter()
         for matrix, owners in bucket:
-            number, box, _, _ = plan.matrices[matrix]
+            number, box = plan.matrices[matrix][:2]
             tensor = plan.tensors[number]
             for owner in owners:
                 owned[owner] += box_size(box) * 4

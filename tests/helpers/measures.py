@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muonkit import Muon
 from muonkit.distributed import exchange
 from muonkit.distributed.step_plan import present_gradients
+from muonkit.selection import selects
 from muonkit.stages import stages_of
 from muonkit.views import blocks_of
 from tests.helpers import internals, sampling, zoo
@@ -125,7 +126,10 @@ def deviations(
         {f"{kind} {name}": t for kind, some in mine.items() for name, t in some.items()}
     )
     return {
-        kind: max((zoo.deviation(full[f"{kind} {name}"], t), name) for name, t in some.items())
+        kind: max(
+            ((zoo.deviation(full[f"{kind} {name}"], t), name) for name, t in some.items()),
+            default=(0.0, ""),
+        )
         for kind, some in expected.items()
     }
 
@@ -135,7 +139,7 @@ def parity(layout: str, stage: AnyStage = "plain", blocks: int = 1, **options: A
     model, optimizer = make(layout, blocks, **stage_options(stage), **options)
     check_state(model, optimizer)
     train(model, optimizer, last=STEPS - 1)
-    sums = _sums(optimizer)
+    sums = sums_of(optimizer)
     with internals.counted_orthogonalizations() as counted, sent_bytes(sums) as sent:
         train(model, optimizer, STEPS - 1)
     check_state(model, optimizer)
@@ -160,12 +164,13 @@ def parity(layout: str, stage: AnyStage = "plain", blocks: int = 1, **options: A
     )
 
 
-def _sums(optimizer: Muon) -> int:
-    """How often a step adds up norms over the ranks: once or twice for each bucket."""
+def sums_of(optimizer: Muon) -> int:
+    """How often a step adds up norms over the ranks, of weights and of lines: for each bucket."""
     times = 0
     group = next(each for each in optimizer.param_groups if each["algorithm"] == "muon")
     for each in stages_of(group).constraint:
         times = max(times, 1 if each.target is None else 2)
+    times += selects(group)
     if not times:
         return 0
     planned = optimizer._planned_step(present_gradients(optimizer.param_groups))

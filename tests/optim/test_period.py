@@ -96,3 +96,9 @@ def test_a_rule_gives_a_layer_its_own_period() -> None:
     assert periods == {1, 5}
     assert all(PERIOD_STEP not in g for g in optimizer.param_groups if g["algorithm"] == "adamw")
     assert {row["period"] for row in optimizer.describe() if "period" in row} == {1, 5}
+
+
+def test_a_fraction_of_the_rows_is_refused_with_it() -> None:
+    with pytest.raises(ValueError, match=r"period=5 and fraction=0.25.*period=1 or fraction=1"):
+        Muon([weight()], period=5, fraction=0.25)
+    Muon([weight()], period=1, fraction=0.25)

@@ -148,11 +148,12 @@ class Plan(NamedTuple):
         for state, itemsize in self._travelling():
             if self.inward:
                 inbound = self.stage_inbound if state else self.inbound
-                yield "to_owners", inbound(bucket, me), itemsize
+                yield "to_owners", self._taken(inbound(bucket, me), state), itemsize
             if not self.gathers(bucket, state):
                 outbound = self.stage_outbound if state else self.outbound
-                yield "to_params", outbound(bucket, me), itemsize
-                yield "to_params", outbound(bucket, me, late=True), itemsize
+                for late in (False, True):
+                    back = outbound(bucket, me, late=late)
+                    yield "to_params", self._taken(back, state), itemsize
 
     def gathered_bytes(self, bucket: Sequence[Assignment]) -> int:
         """What each rank puts into the bucket's all-gathers: every other rank gets all of it."""
@@ -182,6 +183,16 @@ class Plan(NamedTuple):
                         recvs.append(Transfer(source, matrix, box))
         return _in_order(sends, recvs)
 
+    def _taken(self, transfers: Transfers, state: bool) -> Transfers:
+        """The boxes that travel, where some lines do; the state of a stage travels whole."""
+        if state:
+            return transfers
+        sends, recvs = (
+            tuple(t._replace(box=self.matrices[t.matrix].taken(t.box)) for t in some)
+            for some in transfers
+        )
+        return Transfers(sends, recvs)
+
     def _transfers_of(
         self, bucket: Sequence[Assignment], me: int, inward: bool, state: bool = False
     ) -> Transfers:
@@ -200,14 +211,15 @@ class Plan(NamedTuple):
 
     def direction(self, matrix: int, inward: bool, state: bool = False) -> Direction:
         """The direction of a matrix, or of its stage's state: to the owner, or back."""
-        number, box, _, stage_box = self.matrices[matrix]
+        number, box, _, stage_box, lines = self.matrices[matrix]
         tensor = self.tensors[number]
         shape, place = tensor.shape, tensor.state_placement if inward else tensor.param_placement
         if state:
             assert tensor.stage_placement is not None
             assert stage_box is not None
             shape, box, place = tensor.stage_shape, stage_box, tensor.stage_placement
-        return Direction(place, shape, box, place.copies() if inward else tensor.repeat)
+            lines = None  # it travels whole
+        return Direction(place, shape, box, place.copies() if inward else tensor.repeat, lines)
 
     def moves(self, bucket: Sequence[Assignment], inward: bool, state: bool = False) -> bool:
         """Whether anything of the bucket goes from one rank to another: the same on all ranks."""
@@ -240,7 +252,7 @@ class Plan(NamedTuple):
             way = self.direction(matrix, inward=False, state=state)
             if len(owners) > 1 or not way.to_all(self.ranks):
                 return 0
-            sizes[owners[0]] = sizes.get(owners[0], 0) + box_size(way.box)
+            sizes[owners[0]] = sizes.get(owners[0], 0) + way.size(way.box)
         most = max(sizes.values(), default=0)
         return most if self.ranks * most <= self.padding * sum(sizes.values()) else 0
 
@@ -259,7 +271,7 @@ class Plan(NamedTuple):
                 if self.several_nodes:
                     for source, to, box, second in way.hops(owner, self.node):
                         if second == late and source != to:
-                            sent[source] = sent.get(source, 0) + box_size(box) * itemsize
+                            sent[source] = sent.get(source, 0) + way.size(box) * itemsize
                 elif not late:
                     sizes = way.sizes(way.place.where(owner, way.axes))
                     away = sum(sizes.values()) - sizes.get(owner, 0)
@@ -289,7 +301,7 @@ class Plan(NamedTuple):
         kinds = self._kinds(inward=self.inward)
         if self.inward:  # AdamW's parts are not orthogonalized
             for matrix, count in kinds.items():
-                size = box_size(self.matrices[matrix].box)
+                size = box_size(self.matrices[matrix].taken(self.matrices[matrix].box))
                 for owner, number in count.items():
                     total.matrices[owner] += number
                     total.owned[owner] += number * size
@@ -358,7 +370,7 @@ class Plan(NamedTuple):
             partners.setdefault(way.place.where(owner, way.axes), []).append(owner)
         for where, owners in partners.items():
             if self.several_nodes and not inward:
-                pieces = [(box_size(box), at) for box, at in way.pieces(owners[0])]
+                pieces = [(way.size(box), at) for box, at in way.pieces(owners[0])]
                 some = {owner: assignments[owner] for owner in owners}
                 counted = count_hops(pieces, some, self.node, within=node == 1)
                 for column, sums in zip((here, there), counted, strict=True):

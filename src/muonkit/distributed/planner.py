@@ -14,11 +14,12 @@ from muonkit.distributed.blocks import blocks_of_matrix
 from muonkit.distributed.machines import Machine, cheaper_repeated
 from muonkit.distributed.owners import are_even, make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout, computed_in_place, stage_placement
-from muonkit.distributed.placement import Box, Placement
+from muonkit.distributed.placement import Box, Placement, cells
 from muonkit.distributed.plan import Plan, StepPlan
-from muonkit.distributed.transfers import Matrix, PlannedTensor
+from muonkit.distributed.transfers import Lines, Matrix, PlannedTensor
+from muonkit.selection import count_of, lines_are_rows
 from muonkit.stages import kept_shape
-from muonkit.views import Block, blocks_of, row_blocks
+from muonkit.views import Block, blocks_of, line_dims, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -33,6 +34,7 @@ __all__ = [
     "check_blocks",
     "matrices_of",
     "plan_step",
+    "selected_lines",
 ]
 
 
@@ -69,6 +71,7 @@ class GroupToPlan(NamedTuple):
         flops: of one matrix, by the parameter's `kind`, rows and columns.
         replicas: the option.
         stage_state: what a stage keeps of a matrix: "none", "rows" or "entries".
+        fraction, selection: the options.
         cap: bytes that a rank may have in flight for one bucket.
         in_blocks: whether what a rank stores of a matrix is a matrix of its own (MuonBP).
     """
@@ -79,6 +82,8 @@ class GroupToPlan(NamedTuple):
     cap: int
     replicas: str = "auto"
     stage_state: str = "none"
+    fraction: float = 1.0
+    selection: str = "global"
     in_blocks: bool = False
 
 
@@ -323,12 +328,13 @@ def _describe(
             tensor = tensor._replace(stage_shape=like, stage_placement=placement)
         tensors.append(tensor)
         for block, stage_block, boxes, cut in _matrices(group, param):
-            of_kind = param.kind, block.rows, block.cols
-            if of_kind not in costs:
-                costs[of_kind] = group.flops(*of_kind)
             blocks += [MatrixBlock(index, block, stage_block, cut)] * len(boxes)
-            flops = costs[of_kind]
-            matrices += [Matrix(number, box, flops, stage_box) for box, stage_box in boxes]
+            for box, stage_box in boxes:
+                lines = _lines(group, block, box, shape, param.layout.state_placement)
+                of_kind = param.kind, *_computed(block, lines)
+                if of_kind not in costs:
+                    costs[of_kind] = group.flops(*of_kind)
+                matrices.append(Matrix(number, box, costs[of_kind], stage_box, lines))
     return tensors, matrices, blocks
 
 
@@ -380,6 +386,57 @@ def blocks_of_param(
         for pair in boxes
         for each in blocks_of_matrix(block, stage_block, pair, shape, placement)
     )
+
+
+def _lines(
+    group: GroupToPlan, block: Block, box: Box, shape: tuple[int, ...], placement: Placement
+) -> Lines | None:
+    if group.fraction == 1:
+        return None
+    rows = lines_are_rows(block.rows, block.cols, group.stage_state)
+    assert group.view is not None
+    dims = tuple(line_dims(group.view, block, len(shape), rows))
+    return selected_lines(group.fraction, group.selection, dims, rows, box, shape, placement)
+
+
+@functools.lru_cache(maxsize=4096)
+def selected_lines(
+    fraction: float,
+    selection: str,
+    dims: tuple[int, ...],
+    rows: bool,
+    box: Box,
+    shape: tuple[int, ...],
+    placement: Placement,
+) -> Lines:
+    """Which lines of a matrix are taken, and whether they travel alone: along one dim, of which
+    every rank has either all of the matrix's lines, or with "local" a cell of their own.
+
+    Args:
+        placement: of the momentum.
+    """
+    lengths = [box[dim][1] - box[dim][0] for dim in dims]
+    count = math.prod(lengths)
+    long = [dim for dim, length in zip(dims, lengths, strict=True) if length > 1]
+    along = long[0] if len(long) == 1 else dims[0] if not long else None
+    if along is not None:
+        start, stop = box[along]
+        cut = [
+            (max(a, start) - start, min(b, stop) - start)
+            for (a, b), _ in cells(placement, shape[along], along)
+            if max(a, start) < min(b, stop)
+        ]
+        if selection == "local" or len(cut) == 1:
+            taken = tuple((a, b, count_of(fraction, b - a)) for a, b in cut)
+            return Lines(dims, rows, taken, along)
+    return Lines(dims, rows, ((0, count, count_of(fraction, count)),), None)
+
+
+def _computed(block: Block, lines: Lines | None) -> tuple[int, int]:
+    """Rows and columns of what is orthogonalized of each matrix of a block."""
+    if lines is None:
+        return block.rows, block.cols
+    return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
 
 
 @functools.lru_cache(maxsize=256)

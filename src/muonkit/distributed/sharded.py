@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +21,9 @@ from muonkit.distributed.exchange import Exchange, Pending, add_up, gather, move
 from muonkit.distributed.placement import Box, Placement, box_size, slices
 from muonkit.distributed.plan import Assignment, Plan, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
+from muonkit.distributed.selected import BucketLines, SelectedLines, lines_of
 from muonkit.groups import computed_dtype, momentum_dtype
+from muonkit.selection import put, selects, take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from muonkit.distributed.exchange import Domain
     from muonkit.distributed.planner import PlannedParams
     from muonkit.distributed.transfers import PlannedTensor
-    from muonkit.views import Block
 
 __all__ = ["ShardedGroup", "exchange_dtype", "stage_dtype", "update_dtype"]
 
@@ -123,7 +125,9 @@ class _Bucket:
             for part in sharded.parts(assignment.matrix, "state_placement"):
                 shape = [b - a for a, b in part.box]
                 only_kept = (part.matrix, part.box) not in sent
-                key = (only_kept, *shape, sharded.grad_dtypes[param])
+                lines = plan.matrices[part.matrix].lines
+                along = None if lines is None else (lines.dims, lines.sent)
+                key = (only_kept, *shape, sharded.grad_dtypes[param], along)
                 shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
                 self.param_shards.setdefault((block.rows, block.cols, cut), []).append(part)
@@ -139,19 +143,27 @@ class _Bucket:
         self.numbers = {each.matrix: number for number, each in enumerate(assignments)}
         self.indices: dict[tuple[int, ...], Tensor] = {}
         self.copies: Tensor | None = None  # ranks that store each part of `param_shards`
+        self.lines: BucketLines | None = None
+        if selects(sharded.group):
+            self.lines = BucketLines(
+                plan,
+                sharded.domain,
+                list(self.numbers),
+                [[(part.matrix, part.box) for part in some] for some, _ in self.momentum_shards],
+            )
         self.batches = self._batches(
             sharded, [assignment.matrix for assignment in assignments if me in assignment.owners]
         )
 
     def _batches(self, sharded: ShardedGroup, owned: list[int]) -> list[tuple[int, int, list[int]]]:
         """Rows, columns and matrices of what is computed together, equal shapes side by side."""
-        blocks = {matrix: sharded.blocks[matrix].block for matrix in owned}
+        shapes = {matrix: sharded.computed(matrix) for matrix in owned}
         kind = sharded.domain.device.type
         # Copies that are computed again elsewhere must come out the same to the bit: matrices of
         # other ranks' choice do not share their batch.
         items = [
-            Item(sharded.tensor(matrix).repeat, kind, 1, b.rows, b.cols, sharded.dtype.itemsize)
-            for matrix, b in blocks.items()
+            Item(sharded.tensor(matrix).repeat, kind, 1, *shape, sharded.dtype.itemsize)
+            for matrix, shape in shapes.items()
         ]
         return [
             (
@@ -159,7 +171,7 @@ class _Bucket:
                 batch.cols,
                 sorted(
                     (owned[i] for i in batch.positions),
-                    key=lambda matrix: (blocks[matrix].rows, blocks[matrix].cols, matrix),
+                    key=lambda matrix: (*shapes[matrix], matrix),
                 ),
             )
             for batch in make_batches(tuple(items), sharded.group["bytes_in_flight"])
@@ -198,6 +210,18 @@ class ShardedGroup:
     def tensor(self, matrix: int) -> PlannedTensor:
         """The parameter that a matrix is of."""
         return self.plan.tensors[self.plan.matrices[matrix].tensor]
+
+    def computed(self, matrix: int) -> tuple[int, int]:
+        """Rows and columns of what is orthogonalized of a matrix."""
+        block, lines = self.blocks[matrix].block, self.plan.matrices[matrix].lines
+        if lines is None:
+            return block.rows, block.cols
+        return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
+
+    def is_sent_whole(self, matrix: int) -> bool:
+        """Whether its owner takes the lines of a matrix, of which all travel."""
+        lines = self.plan.matrices[matrix].lines
+        return lines is not None and lines.sent is None
 
     def parts(self, matrix: int, where: str) -> list[_Part]:
         """The parts of a matrix that this rank stores: of the parameter ("param_placement"), or of
@@ -256,22 +280,65 @@ class ShardedBatch:
             ParamShards([part.of(self._entry(part.matrix).param) for part in members], *shape)
             for shape, members in bucket.param_shards.items()
         ]
+        self.lines: SelectedLines | None = None  # once they are selected
         self._variances: dict[int, Tensor] = {}  # of the matrices that this rank owns
         self._stacks: list[tuple[list[int], Tensor]] = []  # the same, as `stacks` gave them out
 
     def _entry(self, matrix: int) -> LocalParam:
         return self.entries[self.sharded.blocks[matrix].param]
 
+    def line_norms(self, u: Sequence[Tensor]) -> Pending[Tensor]:
+        assert self.bucket.lines is not None
+        return self.bucket.lines.norms(u)
+
+    def select_(self, norms: Tensor, mu: float | Tensor) -> None:
+        assert self.bucket.lines is not None
+        self.lines = SelectedLines(self.bucket.lines, norms)
+        self.lines.keep_([shards.momenta for shards in self.momentum_shards], mu)
+
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Any]:
         whole = self._owner_buffers()
-        pending = [self._inward(u, whole, self.bucket.comm_dtype)]
+        parts = self._parts(whole)
+        for matrix in parts:
+            if self.sharded.is_sent_whole(matrix):
+                box = self.sharded.plan.matrices[matrix].box
+                shape, device = [b - a for a, b in box], self.sharded.domain.device
+                parts[matrix] = torch.empty(shape, dtype=self.sharded.dtype, device=device)
+        taken = u if self.lines is None else self.lines.take(u)
+        pending = [self._inward(taken, parts, self.bucket.comm_dtype)]
         if self.bucket.stage_inbound is not None:
             pending.append(self._fetch_stage_state(self.bucket.stage_inbound))
-        return Pending(whole, pending)
+        return Pending(whole, pending, lambda into: self._take_lines(parts, into))
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Any]:
-        whole = self._owner_buffers()
-        return Pending(whole, [self._inward(tensors, whole, self.sharded.dtype)])
+        whole = self._owner_buffers(all_lines=True)
+        parts = self._parts(whole, all_lines=True)
+        return Pending(whole, [self._inward(tensors, parts, self.sharded.dtype, all_lines=True)])
+
+    def with_all_lines(self, o: Sequence[Tensor]) -> list[Tensor]:
+        whole = self._owner_buffers(all_lines=True)
+        places = self._places(whole, all_lines=True)
+        for matrix, taken in self._places(o).items():
+            places[matrix].copy_(self._put(matrix, taken))
+        return whole
+
+    def _take_lines(self, parts: dict[int, Tensor], whole: Sequence[Tensor]) -> None:
+        """Of matrices that arrived whole."""
+        if self.lines is None:
+            return
+        for matrix, computed in self._places(whole).items():
+            if self.sharded.is_sent_whole(matrix):
+                matrices = self.sharded.blocks[matrix].block.to_matrices(parts[matrix])
+                lines = self.lines.of(matrix)[None].to(matrices.device)
+                by_rows = lines_of(self.sharded.plan, matrix).rows
+                computed.copy_(take(matrices, lines, by_rows)[0])
+
+    def _put(self, matrix: int, taken: Tensor) -> Tensor:
+        """A matrix that has these lines, and is zero elsewhere."""
+        assert self.lines is not None
+        block, by_rows = self.sharded.blocks[matrix].block, lines_of(self.sharded.plan, matrix).rows
+        lines = self.lines.of(matrix)[None].to(taken.device)
+        return put(taken[None], lines, by_rows, block.rows if by_rows else block.cols)[0]
 
     def weights(self) -> list[list[Tensor]]:
         return [
@@ -285,11 +352,17 @@ class ShardedBatch:
     def _source(self, matrix: int) -> MatrixRef:
         number, block, *_ = self.sharded.blocks[matrix]
         box = self.sharded.plan.matrices[matrix].box
-        return MatrixRef(self.sharded.params[number], box, block.rows, block.cols)
+        computed = self.sharded.computed(matrix)
+        return MatrixRef(self.sharded.params[number], box, block.rows, block.cols, computed)
 
-    def _inward(self, u: Sequence[Tensor], whole: Sequence[Tensor], dtype: torch.dtype) -> Exchange:
-        """Stacks of this rank's pieces of the momentum, to the owners' buffers."""
-        parts = self._parts(whole)
+    def _inward(
+        self,
+        u: Sequence[Tensor],
+        parts: dict[int, Tensor],
+        dtype: torch.dtype,
+        all_lines: bool = False,
+    ) -> Exchange:
+        """Stacks of this rank's pieces of the momentum, to the owners' places for the matrices."""
         transfers = self.bucket.inbound
         pieces = [stack.unbind() for stack in u]
         outgoing = []
@@ -297,36 +370,56 @@ class ShardedBatch:
             stack, k = self.bucket.stacked[matrix, box]
             outgoing.append((position, pieces[stack][k]))
         incoming = [
-            (position, parts[matrix][self._inside(matrix, box)])
+            (position, parts[matrix][self._inside(matrix, box, all_lines)])
             for position, matrix, box in transfers.recvs
         ]
         return self._move_in(outgoing, incoming, dtype, state=False)
 
-    def _owner_buffers(self) -> list[Tensor]:
+    def _shape(self, matrix: int, all_lines: bool = False) -> tuple[int, int]:
+        """Rows and columns of a matrix, or of what is orthogonalized of it."""
+        block = self.sharded.blocks[matrix].block
+        return (block.rows, block.cols) if all_lines else self.sharded.computed(matrix)
+
+    def _owner_buffers(self, all_lines: bool = False) -> list[Tensor]:
         """Room for the matrices that this rank owns, zero where they are padded."""
         buffers = []
         for rows, cols, members in self.bucket.batches:
-            blocks = [self.sharded.blocks[matrix].block for matrix in members]
-            padded = any((b.rows, b.cols) != (rows, cols) for b in blocks)
+            shapes = [self._shape(matrix, all_lines) for matrix in members]
+            if all_lines and self.bucket.lines is not None:  # batches are of smaller ones
+                rows, cols = max(map(min, shapes)), max(map(max, shapes))
+            padded = any(shape != (rows, cols) for shape in shapes)
             make = torch.zeros if padded else torch.empty
             device = self.sharded.domain.device
             buffers.append(make(len(members), rows, cols, dtype=self.sharded.dtype, device=device))
         return buffers
 
-    def _parts(self, whole: Sequence[Tensor]) -> dict[int, Tensor]:
-        """For each matrix that this rank owns, its place, in the shape of its box."""
-        parts = {}
+    def _places(self, whole: Sequence[Tensor], all_lines: bool = False) -> dict[int, Tensor]:
+        """For each matrix that this rank owns, its place, without padding."""
+        places = {}
         for (_, _, members), matrices in zip(self.bucket.batches, whole, strict=True):
             for matrix, padded in zip(members, torch.split(matrices, 1), strict=True):
-                block = self.sharded.blocks[matrix].block
-                logical = place(padded, block.rows, block.cols)[0]
-                as_kept = logical.mT if block.transposed else logical
-                box = self.sharded.plan.matrices[matrix].box
-                parts[matrix] = as_kept.view([b - a for a, b in box])
+                places[matrix] = place(padded, *self._shape(matrix, all_lines))[0]
+        return places
+
+    def _parts(self, whole: Sequence[Tensor], all_lines: bool = False) -> dict[int, Tensor]:
+        """For each matrix that this rank owns, its place, in the shape of what travels of its box;
+        not of those that travel whole.
+        """
+        parts = self._places(whole, all_lines)
+        for matrix, logical in parts.items():
+            if self.sharded.is_sent_whole(matrix) and not all_lines:
+                continue
+            block, planned = self.sharded.blocks[matrix].block, self.sharded.plan.matrices[matrix]
+            as_kept = logical.mT if block.transposed else logical
+            box = planned.box if all_lines else planned.taken(planned.box)
+            parts[matrix] = as_kept.view([b - a for a, b in box])
         return parts
 
-    def _inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
-        return slices(box, self.sharded.plan.matrices[matrix].box)
+    def _inside(self, matrix: int, box: Box, all_lines: bool = False) -> tuple[slice, ...]:
+        planned = self.sharded.plan.matrices[matrix]
+        if all_lines:
+            return slices(box, planned.box)
+        return slices(planned.taken(box), planned.taken(planned.box))
 
     def _fetch_stage_state(self, transfers: Transfers) -> Exchange:
         """Receive the variance of the owned matrices, oriented as it is kept."""
@@ -360,23 +453,21 @@ class ShardedBatch:
         for (_, _, members), matrices in zip(self.bucket.batches, o, strict=True):
             start = 0
             while start < len(members):
-                block = self.sharded.blocks[members[start]].block
+                shape = self.sharded.computed(members[start])
                 stop = start + 1
-                while stop < len(members) and _alike(
-                    self.sharded.blocks[members[stop]].block, block
-                ):
+                while stop < len(members) and self.sharded.computed(members[stop]) == shape:
                     stop += 1
                 some = members[start:stop]
                 variance = None
                 if self.bucket.stage_inbound is not None:
-                    variance = torch.stack([self._logical_stage_state(matrix) for matrix in some])
+                    variance = torch.stack([self._taken_stage_state(matrix) for matrix in some])
                     self._stacks.append((some, variance))
                 steps = [self._entry(matrix).steps for matrix in some]
                 count = None
                 if steps[0] is not None:
                     count = torch.stack([s for s in steps if s is not None])
                     count = count.to(matrices.device).reshape(-1, 1, 1)
-                whole = place(matrices[start:stop], block.rows, block.cols)
+                whole = place(matrices[start:stop], *shape)
                 numbers = self._numbers(some)
                 stacks.append(MatrixStack(whole, numbers, variance, count))
                 start = stop
@@ -387,26 +478,69 @@ class ShardedBatch:
         block = self.sharded.blocks[matrix].stage_block
         return block.to_matrices(self._variances[matrix])[0]
 
+    def _taken_stage_state(self, matrix: int) -> Tensor:
+        """What it keeps of the lines that were taken; these are rows."""
+        state = self._logical_stage_state(matrix)
+        return state if self.lines is None else state[self.lines.of(matrix).to(state.device)]
+
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
         """Send the stage's state back to everywhere where it is kept."""
         for some, variance in self._stacks:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
-                self._logical_stage_state(matrix).copy_(rows)
+                state = self._logical_stage_state(matrix)
+                if self.lines is None:
+                    state.copy_(rows)
+                else:
+                    state.index_copy_(0, self.lines.of(matrix).to(state.device), rows)
         back = self.bucket.stage_outbound
         outgoing = [(at, self._owned_state(matrix, box)) for at, matrix, box in back.sends]
         return self._send_back(None, outgoing, back, self._kept_state, state=True)
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Any]:
         parts, back = self._parts(o), self.bucket.outbound
+        for matrix, taken in parts.items():
+            if self.sharded.is_sent_whole(matrix):
+                box = self.sharded.plan.matrices[matrix].box
+                block, whole = self.sharded.blocks[matrix].block, self._put(matrix, taken)
+                as_kept = whole.mT if block.transposed else whole
+                parts[matrix] = as_kept.reshape([b - a for a, b in box])
         outgoing = [
             (at, parts[matrix][self._inside(matrix, box)]) for at, matrix, box in back.sends
         ]
         pieces = self._room(parts)
+        full, put_lines = pieces, None
+        if self.lines is not None:
+            full = {at: self._room_for(piece, *at) for at, piece in pieces.items()}
+            put_lines = partial(self._put_lines, full, pieces)
         updates = [
-            [pieces[part.matrix, part.box] for part in members]
+            [full[part.matrix, part.box] for part in members]
             for members in self.bucket.param_shards.values()
         ]
-        return self._send_back(updates, outgoing, back, lambda *which: pieces[which], state=False)
+        return self._send_back(
+            updates, outgoing, back, lambda *which: pieces[which], state=False, last_=put_lines
+        )
+
+    def _room_for(self, piece: Tensor, matrix: int, box: Box) -> Tensor:
+        """Zeros in the shape of a box of which some lines arrive; the piece itself where all do."""
+        if self.sharded.is_sent_whole(matrix):
+            return piece
+        return piece.new_zeros([b - a for a, b in box])
+
+    def _put_lines(
+        self,
+        full: Mapping[tuple[int, Box], Tensor],
+        pieces: Mapping[tuple[int, Box], Tensor],
+        updates: object,
+    ) -> None:
+        """Put the lines that have arrived where they belong."""
+        assert self.lines is not None
+        for (matrix, box), piece in pieces.items():
+            whole = full[matrix, box]
+            if whole is not piece:
+                along = lines_of(self.sharded.plan, matrix).sent
+                assert along is not None
+                lines = self.lines.inside(matrix, box).to(whole.device)
+                whole.index_copy_(along, lines, piece)
 
     def _send_back(
         self,
@@ -415,6 +549,7 @@ class ShardedBatch:
         transfers: Transfers,
         place_of: Callable[[int, Box], Tensor],
         state: bool,
+        last_: Callable[[T], object] | None = None,
     ) -> Pending[T]:
         """Start to send what owners have to all who store it.
 
@@ -423,6 +558,7 @@ class ShardedBatch:
             outgoing: this rank's part of the first round's sends.
             transfers: the first round.
             place_of: where a part of a matrix is kept on this rank.
+            last_: what is done when all has arrived.
         """
         sharded, rounds = self.sharded, self.bucket.rounds[state]
         dtype = sharded.stage_dtype if state else self.bucket.comm_dtype
@@ -430,11 +566,11 @@ class ShardedBatch:
         incoming = [(at, place_of(matrix, box)) for at, matrix, box in transfers.recvs]
         if rounds.gathered:
             own = [tensor for at, tensor in outgoing if at == domain.position]
-            return Pending(value, [gather(domain, own, incoming, dtype, rounds.gathered)])
+            return Pending(value, [gather(domain, own, incoming, dtype, rounds.gathered)], last_)
         first = self._in_chunks(outgoing, incoming, dtype, rounds.moves, rounds.chunks[0])
         late = rounds.late
         if late is None:
-            return Pending(value, [first])
+            return Pending(value, [first], last_)
 
         def pass_on() -> Exchange:
             sends, recvs = (
@@ -442,7 +578,7 @@ class ShardedBatch:
             )
             return self._in_chunks(sends, recvs, dtype, True, rounds.chunks[1])
 
-        return Pending(value, [first], start_late=pass_on)
+        return Pending(value, [first], last_, start_late=pass_on)
 
     def _room(self, parts: Mapping[int, Tensor]) -> dict[tuple[int, Box], Tensor]:
         """Where the results that this rank receives will be: those of a round in the order in which
@@ -465,13 +601,15 @@ class ShardedBatch:
         for recvs in (first, rounds.late.recvs if rounds.late is not None else ()):
             if not recvs:
                 continue
-            sizes = [(at, box_size(box)) for at, _, box in recvs]
+            taken = [sharded.plan.matrices[matrix].taken(box) for _, matrix, box in recvs]
+            sizes = [(at, box_size(box)) for (at, _, _), box in zip(recvs, taken, strict=True)]
             count = sharded.domain.size * rounds.gathered or sum(size for _, size in sizes)
             device = self._entry(recvs[0].matrix).param.device
             flat = torch.empty(count, dtype=sharded.dtype, device=device)
             starts = slots(sizes, rounds.gathered)
-            for (_, matrix, box), (_, size), start in zip(recvs, sizes, starts, strict=True):
-                pieces[matrix, box] = flat[start : start + size].view([b - a for a, b in box])
+            each = zip(recvs, taken, sizes, starts, strict=True)
+            for (_, matrix, box), some, (_, size), start in each:
+                pieces[matrix, box] = flat[start : start + size].view([b - a for a, b in some])
         return pieces
 
     def weight_norms(self) -> Pending[Tensor]:
@@ -537,7 +675,3 @@ class ShardedBatch:
     ) -> Exchange:
         together = self.bucket.rounds[state].moves_in
         return move(self.sharded.domain, outgoing, incoming, dtype, together)
-
-
-def _alike(one: Block, other: Block) -> bool:
-    return (one.rows, one.cols) == (other.rows, other.cols)

@@ -21,6 +21,7 @@ from muonkit.gradients import lies_elsewhere
 from muonkit.groups import flops_of, parameter_names, products_of
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
 from muonkit.period import PERIOD_STEP, has_period
+from muonkit.selection import selected_shape
 from muonkit.stages import kept_state
 from muonkit.views import blocks_of
 
@@ -116,7 +117,10 @@ def choices_to_compare(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> di
             for block in blocks_of(group["view"], p.shape)
             if block.rows * block.cols
         }
-        products = {products_of(group, rows, cols, dtype, device) for rows, cols, dtype in kinds}
+        products = {
+            products_of(group, *selected_shape(group, rows, cols), dtype, device)
+            for rows, cols, dtype in kinds
+        }
         compared[products_label(number)] = ", ".join(sorted(products))
     return compared
 
@@ -260,6 +264,8 @@ def _to_plan(
         cap_of(kind, group["bytes_in_flight"]),
         group["replicas"],
         kept_state(group),
+        group["fraction"],
+        group["selection"],
         in_blocks,
     )
 
