@@ -96,7 +96,7 @@ def validate_options(group: dict[str, Any]) -> None:
         raise ValueError(
             f"period should be at least 1 (whole matrices in every step) but is: {period}"
         )
-    if period > 1 and group["fraction"] < 1:
+    if group["period"] > 1 and group["fraction"] < 1:
         raise ValueError(
             f"period={period} orthogonalizes blocks of matrices, and fraction={group['fraction']} "
             "some rows of whole ones: give one of them; selection='local' sends a fraction of the "
