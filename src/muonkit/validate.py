@@ -98,8 +98,9 @@ def validate_options(group: dict[str, Any]) -> None:
         )
     if group["period"] > 1 and group["fraction"] < 1:
         raise ValueError(
-            f"period={period} and fraction={group['fraction']}: what a row's waiting means for a "
-            "block was never said; give one of them, period=1 or fraction=1"
+            f"period={period} orthogonalizes blocks of matrices, and fraction={group['fraction']} "
+            "some rows of whole ones: give one of them; selection='local' sends a fraction of the "
+            "bytes too"
         )
     _validate_number("block_lr_factor", group["block_lr_factor"])
     if group["stage_beta2"] is not None:

@@ -99,6 +99,6 @@ def test_a_rule_gives_a_layer_its_own_period() -> None:
 
 
 def test_a_fraction_of_the_rows_is_refused_with_it() -> None:
-    with pytest.raises(ValueError, match=r"period=5 and fraction=0.25.*period=1 or fraction=1"):
+    with pytest.raises(ValueError, match=r"period=5 orthogonalizes blocks.*fraction=0.25"):
         Muon([weight()], period=5, fraction=0.25)
     Muon([weight()], period=1, fraction=0.25)

@@ -338,56 +338,6 @@ def _describe(
     return tensors, matrices, blocks
 
 
-def check_blocks(group: GroupToPlan) -> None:
-    """Refuse a group with steps of blocks in which a stage would not have what it needs.
-
-    Raises:
-        ValueError: it keeps a number per row, and a rank stores parts of rows.
-    """
-    for param in group.params.values():
-        _matrices(group, param)
-
-
-_Found = tuple[Block, Block, tuple[tuple[Box, Box | None], ...], bool]
-
-
-def _matrices(group: GroupToPlan, param: ParamToPlan) -> Sequence[_Found]:
-    """What `matrices_of` has, and whether it is cut: in a step of blocks the blocks."""
-    assert group.view is not None
-    if not group.in_blocks:
-        return [
-            (*found, False) for found in matrices_of(group.view, param.shape, group.stage_state)
-        ]
-    try:
-        return blocks_of_param(
-            group.view, param.shape, group.stage_state, param.layout.param_placement
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{param.name} {param.shape} {error}: with period > 1, give its group (or Rule) "
-            'period=1, or another stage than "normuon"; "adamuon" keeps a number per entry, '
-            '"muon_plus" none'
-        ) from None
-
-
-@functools.lru_cache(maxsize=256)
-def blocks_of_param(
-    view: str, shape: tuple[int, ...], stage_state: str, placement: Placement
-) -> tuple[_Found, ...]:
-    """The blocks that ranks store of all matrices of a parameter, as `matrices_of` has matrices,
-    and whether each is less than a matrix.
-
-    Raises:
-        ValueError: as `blocks_of_matrix`.
-    """
-    return tuple(
-        (each.block, each.stage_block, ((each.box, each.stage_box),), each.cut)
-        for block, stage_block, boxes in matrices_of(view, shape, stage_state)
-        for pair in boxes
-        for each in blocks_of_matrix(block, stage_block, pair, shape, placement)
-    )
-
-
 def _lines(
     group: GroupToPlan, block: Block, box: Box, shape: tuple[int, ...], placement: Placement
 ) -> Lines | None:
@@ -437,6 +387,56 @@ def _computed(block: Block, lines: Lines | None) -> tuple[int, int]:
     if lines is None:
         return block.rows, block.cols
     return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
+
+
+def check_blocks(group: GroupToPlan) -> None:
+    """Refuse a group with steps of blocks in which a stage would not have what it needs.
+
+    Raises:
+        ValueError: it keeps a number per row, and a rank stores parts of rows.
+    """
+    for param in group.params.values():
+        _matrices(group, param)
+
+
+_Found = tuple[Block, Block, tuple[tuple[Box, Box | None], ...], bool]
+
+
+def _matrices(group: GroupToPlan, param: ParamToPlan) -> Sequence[_Found]:
+    """What `matrices_of` has, and whether it is cut: in a step of blocks the blocks."""
+    assert group.view is not None
+    if not group.in_blocks:
+        return [
+            (*found, False) for found in matrices_of(group.view, param.shape, group.stage_state)
+        ]
+    try:
+        return blocks_of_param(
+            group.view, param.shape, group.stage_state, param.layout.param_placement
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{param.name} {param.shape} {error}: with period > 1, give its group (or Rule) "
+            'period=1, or another stage than "normuon"; "adamuon" keeps a number per entry, '
+            '"muon_plus" none'
+        ) from None
+
+
+@functools.lru_cache(maxsize=256)
+def blocks_of_param(
+    view: str, shape: tuple[int, ...], stage_state: str, placement: Placement
+) -> tuple[_Found, ...]:
+    """The blocks that ranks store of all matrices of a parameter, as `matrices_of` has matrices,
+    and whether each is less than a matrix.
+
+    Raises:
+        ValueError: as `blocks_of_matrix`.
+    """
+    return tuple(
+        (each.block, each.stage_block, ((each.box, each.stage_box),), each.cut)
+        for block, stage_block, boxes in matrices_of(view, shape, stage_state)
+        for pair in boxes
+        for each in blocks_of_matrix(block, stage_block, pair, shape, placement)
+    )
 
 
 @functools.lru_cache(maxsize=256)
