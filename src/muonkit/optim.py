@@ -42,6 +42,7 @@ from muonkit.gradients import (
 )
 from muonkit.groups import (
     MOMENTUM,
+    SCALE,
     STEP,
     VARIANCE,
     adopt_momentum,
@@ -49,6 +50,7 @@ from muonkit.groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
+    keeps_int8,
     refuse_half_named,
     refuse_held,
     separate_lr,
@@ -56,12 +58,13 @@ from muonkit.groups import (
     unused_name,
     warn_of_eps,
 )
+from muonkit.int8 import MomentumScale, block_extents
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.options import DEFAULTS, OF_ALGORITHM, take_other_names_
 from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.stages import kept_state, listed
-from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
+from muonkit.state import adopt_state, carried_state, check_blocks, check_parts, ensure_state
 from muonkit.step import muon_step
 from muonkit.validate import refuse_zero_weights, validate_defaults, validate_group
 
@@ -289,6 +292,7 @@ class Muon(Optimizer):
         added["name"] = unused_name(added, self.param_groups)
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
             self._layouts.add(trained_of([added]))
+            check_blocks(trained_of([added]), self._layouts)
             self._make_state([added])
         self.param_groups.append(added)
         self._known = known_of(self.param_groups)
@@ -346,6 +350,7 @@ class Muon(Optimizer):
         """
         trained = trained_of(self.param_groups)
         layouts.add(trained)
+        check_blocks(trained, layouts)
         carried = {
             p: carried_state(self.state[before[p]], p, group, layouts)
             for group in trained
@@ -404,6 +409,8 @@ class Muon(Optimizer):
             ValueError: the groups hold parameters that cannot be mapped to what they held before.
         """
         self._settle()
+        if any(keeps_int8(group) for group in self.param_groups):  # since this moment, it may be
+            self._make_state(self.param_groups)
         if self._whole is None:
             return spelled_groups(super().state_dict())
         parts, self.state = self.state, defaultdict(dict, self._whole)
@@ -704,9 +711,13 @@ class Muon(Optimizer):
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
         copies = () if layout is None else layout.param_placement.copies()
-        if kept_state(group) == "none":
-            return LocalParam(local(p), grad, momentum, copies=copies)
-        return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
+        variance = steps = scale = None
+        if kept_state(group) != "none":
+            variance, steps = local(state[VARIANCE]), state[STEP]
+        if keeps_int8(group):
+            scales = state[SCALE]
+            scale = MomentumScale(local(scales), block_extents(p.shape, scales.shape))
+        return LocalParam(local(p), grad, momentum, variance, steps, copies, scale)
 
     def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
         """The parts of AdamW's parameters that this rank updates: values, gradients, states."""

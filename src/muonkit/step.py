@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from muonkit import int8
 from muonkit._compile import copy_each_, scheduled
 from muonkit.batching import stacked
 from muonkit.distributed.exchange import Pending
@@ -91,7 +92,7 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
     """
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
-    for grads, momenta, dtype in momentum_shards:
+    for grads, momenta, dtype, scales in momentum_shards:
         U = stacked(grads, alone=len(momentum_shards) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
         # 1 - mu is computed before either is rounded to the momentum's dtype.
@@ -100,7 +101,9 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
         if group["maximize"]:
             U.neg_()
         directions = U.unbind()
-        if U.dtype == momenta[0].dtype:
+        if scales is not None:
+            U = int8.update_(momenta, scales, U, kept, new, nesterov)
+        elif U.dtype == momenta[0].dtype:
             torch._foreach_lerp_(momenta, directions, new)
             if nesterov:
                 torch._foreach_lerp_(directions, momenta, kept)

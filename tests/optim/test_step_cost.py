@@ -229,8 +229,8 @@ def test_momentum_dtype_survives_a_checkpoint() -> None:
 
 def test_misuse_is_refused() -> None:
     p = parameter(4, 4)
-    with pytest.raises(ValueError, match=r"momentum_dtype 'int8'.*'float32'"):
-        Muon([p], momentum_dtype="int8")
+    with pytest.raises(ValueError, match=r"momentum_dtype 'int4'.*'float32'"):
+        Muon([p], momentum_dtype="int4")
     with pytest.raises(ValueError, match="bytes_in_flight should be at least 1 but is: 0"):
         Muon([p], bytes_in_flight=0)
     with pytest.raises(TypeError, match=r"whole number of bytes or None, got 1\.5"):

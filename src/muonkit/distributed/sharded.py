@@ -20,7 +20,8 @@ from muonkit.distributed.exchange import Exchange, Pending, add_up, move
 from muonkit.distributed.placement import Box, Placement, slices
 from muonkit.distributed.plan import Assignment, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
-from muonkit.groups import computed_dtype, momentum_dtype
+from muonkit.groups import computed_dtype, momentum_dtype, scaled_block
+from muonkit.int8 import Scales, scale_cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -94,7 +95,7 @@ class _Bucket:
             param, block, _ = sharded.blocks[assignment.matrix]
             for part in sharded.parts(assignment.matrix, "state_placement"):
                 shape = [b - a for a, b in part.box]
-                key = (*shape, sharded.grad_dtypes[param])
+                key = (*shape, sharded.grad_dtypes[param], sharded.scaled_blocks[param])
                 self.momentum_shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
                 self.param_shards.setdefault((block.rows, block.cols), []).append(part)
@@ -154,6 +155,8 @@ class ShardedGroup:
         self.grad_dtypes = {i: grads[i] for i in shared.params}
         first = shared.params[0]
         p, grad_dtype = self.params[first], grads[first]
+        # Of a momentum in int8, the extents of its blocks; pieces of one stack have equal ones.
+        self.scaled_blocks = {i: scaled_block(p, group) for i, p in self.params.items()}
         self.dtype = update_dtype(p, grad_dtype, group)
         self.comm_dtype = exchange_dtype(p, grad_dtype, group)
         self.stage_dtype = stage_dtype(p)
@@ -214,6 +217,7 @@ class ShardedBatch:
                 [part.of(self._entry(part.matrix).grad) for part in members],
                 [part.of(self._entry(part.matrix).momentum) for part in members],
                 sharded.params[sharded.blocks[members[0].matrix].param].dtype,
+                self._scales(members),
             )
             for members in bucket.momentum_shards.values()
         ]
@@ -226,6 +230,12 @@ class ShardedBatch:
 
     def _entry(self, matrix: int) -> LocalParam:
         return self.entries[self.sharded.blocks[matrix].param]
+
+    def _scales(self, members: Sequence[_Part]) -> Scales | None:
+        scales = [(part, self._entry(part.matrix).scale) for part in members]
+        tensors = [s.tensor[scale_cut(part.cut, s.block)] for part, s in scales if s is not None]
+        block = self.sharded.scaled_blocks[self.sharded.blocks[members[0].matrix].param]
+        return None if block is None else Scales.of(tensors, block)
 
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Any]:
         whole = self._owner_buffers()
