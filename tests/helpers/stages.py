@@ -18,6 +18,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
 }
 
 
+# Beside stages: what else a step may keep.
+KEPT: dict[str, dict[str, Any]] = {
+    "int8": {"momentum_dtype": "int8"},
+    "int8 normuon": {"momentum_dtype": "int8", "after": "normuon"},
+}
+
+
 def stage_options(stage: AnyStage) -> dict[str, Any]:
     """The option for a stage or constraint, given by name or as an object; "plain" is none."""
     if isinstance(stage, Stage):
@@ -26,6 +33,6 @@ def stage_options(stage: AnyStage) -> dict[str, Any]:
         return {"constraint": stage}
     if stage == "plain":
         return {}
-    if stage in TOGETHER:
-        return TOGETHER[stage]
+    if stage in TOGETHER or stage in KEPT:
+        return (TOGETHER | KEPT)[stage]
     return next({option: stage} for option, table in STAGES.items() if stage in table)
