@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from muonkit._compile import constant_result, copy_each_
+from muonkit.newton_schulz.scratch import scratch
 from muonkit.views import Block, View
 
 if TYPE_CHECKING:
@@ -188,48 +189,63 @@ def scale_region(block: Block, scale: MomentumScale) -> MomentumScale:
 # --- the arithmetic -------------------------------------------------------------------------------
 
 
-def _in_blocks(tensor: Tensor, scales: Scales) -> Tensor:
-    """A stack `(N, *shape)` as `(..., blocks, length)`, the last one of a row padded with zeros."""
-    rows = tensor.flatten(-scales.dims)
-    over = -rows.shape[-1] % scales.length
+def _blocks(M: Tensor, scales: Scales) -> list[Tensor]:
+    """A stack `(N, *shape)` in blocks `(..., blocks of a row, elements)`, sharing its memory: the
+    whole ones, and where the last one of a row is shorter, these.
+    """
+    # (Not one expression over padded rows: torch 2.13's compiler reads beyond their end.)
+    rows, length = M.flatten(-scales.dims), scales.length
+    count, over = divmod(rows.shape[-1], length)
+    found = []
+    if count:
+        found.append(rows[..., : count * length].view(*rows.shape[:-1], count, length))
     if over:
-        rows = torch.nn.functional.pad(rows, (0, over))
-    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // scales.length, scales.length)
+        found.append(rows[..., count * length :].unsqueeze(-2))
+    return found
 
 
-def _in_rows(blocks: Tensor, shape: Sequence[int], scales: Scales) -> Tensor:
-    """The inverse of `_in_blocks`."""
-    row = math.prod(shape[len(shape) - scales.dims :])
-    return blocks.flatten(-2)[..., :row].reshape(shape)
+def _split(s: Tensor, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Values of all blocks of a row, `(..., blocks of a row, 1)`, as `_blocks` has them."""
+    return torch.split(s, [part.shape[-2] for part in blocks], dim=-2)
 
 
-def _per_block(scales: Scales) -> Tensor:
-    """`(..., blocks, 1)`"""
-    return torch.stack(scales.tensors).flatten(-scales.dims).unsqueeze(-1)
+def _read_(M: Tensor, scales: Scales) -> None:
+    """Multiply the numbers that were kept by the scales."""
+    if M.numel():
+        s = torch.stack(scales.tensors).flatten(-scales.dims).unsqueeze(-1)
+        blocks = _blocks(M, scales)
+        for part, factor in zip(blocks, _split(s, blocks), strict=True):
+            part.mul_(factor)
 
 
 def dequantized(momenta: Sequence[Tensor], scales: Scales, dtype: torch.dtype) -> Tensor:
     """The momenta, stacked `(N, *shape)`, in a floating-point dtype."""
-    Q = torch.stack(list(momenta)).to(dtype)
-    if not Q.numel():
-        return Q
-    return _in_rows(_in_blocks(Q, scales).mul_(_per_block(scales)), Q.shape, scales)
+    M = torch.stack(list(momenta)).to(dtype)
+    _read_(M, scales)
+    return M
 
 
 def quantize_(momenta: Sequence[Tensor], scales: Scales, M: Tensor) -> None:
-    """Write a stack `(N, *shape)` to the momenta, in int8, and to their scales."""
+    """Write a stack `(N, *shape)` to the momenta, in int8, and to their scales.
+
+    Args:
+        M: row-major; its memory is used, and its values are lost.
+    """
     if not M.numel():
         return
-    blocks = _in_blocks(M, scales)
-    largest = torch.maximum(blocks.amax(-1, keepdim=True), -blocks.amin(-1, keepdim=True))
-    s = (largest / LARGEST).to(scales.tensors[0].dtype)
+    blocks = _blocks(M, scales)
+    largest = [
+        torch.maximum(part.amax(-1, keepdim=True), -part.amin(-1, keepdim=True)) for part in blocks
+    ]
+    s = (torch.cat(largest, -2) / LARGEST).to(scales.tensors[0].dtype)
     # Where s is zero all is, or too small for the scale's dtype; where it is NaN all will be read
     # as NaN, whatever is kept. (What int8 becomes of a NaN is not defined.)
-    Q = blocks / torch.where(s > 0, s, 1.0)
-    Q = Q.round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0.0).to(torch.int8)
-    copy_each_(momenta, _in_rows(Q, M.shape, scales).unbind())
-    shape = len(M), *scales.tensors[0].shape
-    copy_each_(scales.tensors, s.reshape(shape).unbind())
+    divisor = torch.where(s > 0, s, 1.0)
+    for part, some in zip(blocks, _split(divisor, blocks), strict=True):
+        part.div_(some)
+    M.round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0.0)
+    copy_each_(momenta, M.unbind())
+    copy_each_(scales.tensors, s.reshape(len(M), *scales.tensors[0].shape).unbind())
 
 
 def update_(
@@ -250,6 +266,13 @@ def update_(
         lerp(G, M, kept), or M, in U's dtype.
     """
     G = U.to(torch.promote_types(U.dtype, torch.float32))
-    M = dequantized(momenta, scales, G.dtype).lerp_(G, new)
+    if torch.compiler.is_compiling():
+        M = torch.stack(list(momenta)).to(G.dtype)
+    else:
+        M = scratch("momentum", tuple(G.shape), G.dtype, G.device)
+        torch._foreach_copy_(M.unbind(), list(momenta))
+    _read_(M, scales)
+    M.lerp_(G, new)
+    G = G.lerp_(M, kept) if nesterov else G.copy_(M)
     quantize_(momenta, scales, M)
-    return (G.lerp_(M, kept) if nesterov else M).to(U.dtype)
+    return G.to(U.dtype)

@@ -209,9 +209,10 @@ def _follow_int8(
         kept = _zeros(_kept(MOMENTUM, wanted, p, group, layouts), p, layouts)
         most = torch.promote_types(p.dtype, torch.float32)
         scale = _zeros(_kept(SCALE, most, p, group, layouts), p, layouts)
-        numbers = local(have).to(p.device, torch.promote_types(have.dtype, torch.float32))
+        wide = torch.promote_types(have.dtype, torch.float32)
+        numbers = torch.stack([local(have).to(p.device, wide)])  # a copy, which is row-major
         scales = Scales.of([local(scale)], block_extents(p.shape, scale.shape))
-        quantize_([local(kept)], scales, numbers.unsqueeze(0))
+        quantize_([local(kept)], scales, numbers)
         state[MOMENTUM], state[SCALE] = kept, scale
     else:
         state[MOMENTUM] = as_numbers(state)

@@ -143,7 +143,10 @@ def peak_of(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
     return peak_bytes(profiler)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum_dtype": "bfloat16"}, {"nesterov": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int8"}, {"nesterov": False}],
+)
 @pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize(("rows", "cols"), [(32, 128), (64, 64)])
 def test_the_transient_peak_is_bounded_by_the_cap(
