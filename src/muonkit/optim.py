@@ -155,7 +155,10 @@ class Muon(Optimizer):
         momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
-            once a step); it is computed, and used in the step, in the gradient's dtype.
+            once a step); it is computed, and used in the step, in the gradient's dtype. "int8" (for
+            the momentum alone) takes a quarter: it has a scale for each block of at most 128
+            neighbours in a row, in the state's "momentum_scale" (`muonkit.int8`; arXiv 2509.23106),
+            and is off by at most 1 / (254 (1 - momentum)) of its block's largest magnitude.
         bytes_in_flight: cap on the bytes of the matrices that are computed together, in the
             parameters' dtype; None is 64 MiB on a CPU, 256 MiB elsewhere. A larger parameter is
             computed alone. A step holds these, and for those that are computed at a time (on a CPU
@@ -211,7 +214,8 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: an option out of range, a parameter that its view does not fit, one whose
-            placement is partial, or that lies on other ranks than the rest.
+            placement is partial, or that lies on other ranks than the rest; a view or layout that
+            cuts the blocks of a momentum in int8.
         TypeError: a parameter of integer dtype.
         RuntimeError: a sparse parameter, or a complex one for Muon (on construction; AdamW trains
             complex ones as torch's does), a sparse gradient (in `step`, before anything is
