@@ -2,6 +2,7 @@
 
     python benchmarks/options.py                      # the 2-layer, d = 384 GPT
     python benchmarks/options.py --set gpt2-small --rounds 3
+    python benchmarks/options.py --only fraction      # of the options those of this name
 
 Paired (harness.py): all options are in one process, on the same weights and gradients. Quoted are
 the median of the ratios to the defaults' step in the same round, and its quartiles. The
@@ -48,6 +49,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'constraint="hyperball"': {"constraint": "hyperball"},
     'constraint="relative_update"': {"constraint": "relative_update"},
     'constraint="radial_brake"': {"constraint": "radial_brake"},
+    "fraction=0.5": {"fraction": 0.5},
+    "fraction=0.25": {"fraction": 0.25},
+    'fraction=0.25, after="normuon"': {"fraction": 0.25, "after": "normuon"},
     'nonfinite="skip"': {"nonfinite": "skip"},
     "cautious=True": {"cautious": True},
     "bytes_in_flight=2**20": {"bytes_in_flight": MIB},
@@ -73,10 +77,14 @@ def build(workload: Workload, options: dict[str, Any]) -> Muon:
     return Muon([{"params": ps, "view": view} for view, ps in groups.items()], lr=1e-4, **options)
 
 
-def measure(entries: list[Entry], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(entries: list[Entry], rounds: int, only: str = "") -> dict[str, dict[str, Any]]:
     """Option -> ratios to the defaults' time, one for each round, and bytes."""
     workload = Workload(entries)
-    made = {name: build(workload, options) for name, options in OPTIONS.items()}
+    made = {
+        name: build(workload, options)
+        for name, options in OPTIONS.items()
+        if only in name or not options
+    }
     for optimizer in made.values():
         optimizer.step()
     tasks = {name: functools.partial(harness.timed, each.step) for name, each in made.items()}
@@ -96,9 +104,10 @@ def main() -> int:
     parser = harness.parser(__doc__, rounds=15)
     every = {**SETS, **TINY}
     parser.add_argument("--set", choices=list(every), default="gpt-2x384")
+    parser.add_argument("--only", default="", help="options that have this in their name")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = measure(every[options.set], options.rounds)
+    rows = measure(every[options.set], options.rounds, options.only)
     record = {"kind": "options", "machine": machine.facts(), "set": options.set, "rows": rows}
     print(options_block([record]))
     harness.write(options.json, harness.rounded(record))

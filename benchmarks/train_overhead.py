@@ -3,6 +3,7 @@
     python benchmarks/train_overhead.py                       # the lab's gpt task
     python benchmarks/train_overhead.py --width 384 --layers 6 --context 256 --json overhead.json
     python benchmarks/train_overhead.py --task mnist
+    python benchmarks/train_overhead.py --task mnist --beside dion2   # a third optimizer
 
 Model and data are those of one of the lab's tasks (`muonkit compare gpt`), the optimizers those
 that it compares, each at its default learning rate: MuonW, and torch.optim.AdamW(fused=True),
@@ -29,7 +30,7 @@ from torch import nn
 from muonkit import route
 from muonkit.lab.data import Data, stdlib_text
 from muonkit.lab.models import GPT
-from muonkit.lab.optimizers import get_optimizer
+from muonkit.lab.optimizers import OPTIMIZERS, get_optimizer
 from muonkit.lab.tasks import TASKS, get_task
 from muonkit.lab.train import loss_of
 
@@ -84,6 +85,8 @@ def measure(trainings: dict[str, Training], blocks: int, steps: int) -> dict[str
             "share": statistics.median(part / step for step, part in pairs),
             "seconds": [step for step, _ in pairs],
         }
+    for name in trainings.keys() - {"muonw", "adamw"}:
+        result[f"ratio_{name}"] = harness.quartiles(harness.ratios(whole, name, "adamw"))
     result["ratio"] = harness.quartiles(harness.ratios(whole, "muonw", "adamw"))
     result["ratio_optimizer"] = harness.quartiles(harness.ratios(optimizer, "muonw", "adamw"))
     return result
@@ -102,6 +105,7 @@ def main() -> int:
     parser = harness.parser(__doc__)
     add_model_options(parser)
     parser.add_argument("--task", choices=TASKS, default="gpt", help="all but gpt as they are")
+    parser.add_argument("--beside", choices=OPTIMIZERS, help="another of the lab's optimizers")
     parser.add_argument("--blocks", type=harness.at_least_one, default=15)
     parser.add_argument("--steps", type=harness.at_least_one, default=5, help="in a block")
     options = parser.parse_args()
@@ -122,7 +126,7 @@ def main() -> int:
         unit, count = "images", batch_size
     trainings = {
         name: Training(name, copy.deepcopy(model), data, batch_size, options.task)
-        for name in ("muonw", "adamw")
+        for name in dict.fromkeys(("muonw", "adamw", options.beside or "muonw"))
     }
     result = measure(trainings, options.blocks, options.steps)
     hidden = sum(r.param.numel() for r in route(model) if r.algorithm == "muon")
@@ -162,7 +166,7 @@ def show(record: dict[str, Any]) -> None:
         f"by Muon), {size} a step; "
         f"{record['machine']['threads']} threads; {record['blocks']} blocks of {record['steps']}"
     )
-    for name in ("muonw", "adamw"):
+    for name in [name for name in record if name in OPTIMIZERS]:
         r = record[name]
         print(
             f"  {name:6} step {r['step_ms']:9.2f} ms, optimizer {r['optimizer_ms']:8.2f} ms "

@@ -26,6 +26,7 @@ __all__ = [
     "FLAT_PARAMETER",
     "OUTSIDE_MARKS",
     "WRAPPERS",
+    "all_gather",
     "cpu_capabilities",
     "default_store",
     "is_watched_by_func",
@@ -191,6 +192,14 @@ def whole_tensor(tensor: Any) -> Tensor:
 def timeout_of(group: ProcessGroup) -> Any:
     """How long a group waits for its ranks."""
     return group._get_backend(group._device_types[0]).options._timeout
+
+
+def all_gather(output: Tensor, input: Tensor, group: ProcessGroup) -> Any:
+    """Start to bring every rank's `input` to all ranks, one after the other in `output`."""
+    dist: Any = torch.distributed
+    # Renamed in torch 2.13, which warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, input, group=group, async_op=True)
 
 
 def reduce_scatter(output: Tensor, input: Tensor, group: ProcessGroup) -> Any:

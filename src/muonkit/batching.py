@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from muonkit._compile import copy_each_
+from muonkit._compile import copy_each_, scheduled
 from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.int8 import MomentumScale, Scales, dequantized, scale_region
 from muonkit.newton_schulz.scratch import scratch
+from muonkit.selection import by_rows, largest, line_norms, put, selected_shape, take
 from muonkit.stages import kept_state
 from muonkit.views import Block, blocks_of, row_blocks
 
@@ -73,24 +74,30 @@ class MatrixRef(NamedTuple):
         param: that it is of: the optimizer's, or this rank's part of it (`LocalParam.param`).
         box: where it lies in that.
         rows, cols: of the matrix; in the stack it may be padded.
+        computed: rows and columns of what is orthogonalized of it (`muonkit.selection`).
     """
 
     param: Tensor
     box: Box
     rows: int
     cols: int
+    computed: tuple[int, int]
 
 
 class MomentumShards(NamedTuple):
-    """Pieces of one shape whose momentum is kept on this rank; `dtype` is the parameters'.
+    """Pieces of one shape whose momentum is kept on this rank.
 
     Attributes:
+        grads, momenta: of every piece.
+        dtype: the parameters'.
+        only_kept: another rank, which has the same momentum, computes with it. These come last.
         scales: of momenta in int8.
     """
 
     grads: list[Tensor]
     momenta: list[Tensor]
     dtype: torch.dtype
+    only_kept: bool = False
     scales: Scales | None = None
 
     def momentum(self) -> Tensor:
@@ -133,8 +140,20 @@ class Batch(Protocol):
     def param_shards(self) -> Sequence[ParamShards]: ...
 
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Sequence[Tensor]]:
-        """Takes a stack `(N, *shape)` for each of `momentum_shards`, and gives the matrices that
-        this rank computes: `(B, m, n)` in memory of their own, zeros where shapes were joined.
+        """Takes a stack `(N, *shape)` for each of `momentum_shards` that is not only kept, and
+        gives the matrices that this rank computes: `(B, m, n)` in memory of their own, zeros where
+        shapes were joined.
+        """
+        ...
+
+    def line_norms(self, u: Sequence[Tensor]) -> Pending[Any]:
+        """The norms of all lines of the stacks that `to_owners` takes, over all their shards."""
+        ...
+
+    def select_(self, norms: Any, mu: float | Tensor) -> None:
+        """Take the lines of largest norms (`muonkit.selection`), and multiply them by mu in the
+        momentum: from here on the matrices of `to_owners` are these lines, and `to_params` gives
+        zeros for the others.
         """
         ...
 
@@ -176,12 +195,22 @@ class ObservedBatch(Batch, Protocol):
         """The matrices that `to_owners` gives, in its order; equal shapes side by side."""
         ...
 
+    def with_all_lines(self, o: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The matrices of `to_owners`, zero where their lines were not selected: as `gathered`."""
+        ...
+
 
 class _Part(NamedTuple):
-    """Regions of one geometry, each `block.batch` matrices, with what belongs to them."""
+    """Regions of one geometry, each `block.batch` matrices, with what belongs to them.
+
+    `size` is the shape of what is orthogonalized of each matrix: some of its rows if `by_rows`,
+    else of its columns, or all.
+    """
 
     block: Block
     stage_block: Block
+    size: tuple[int, int]
+    by_rows: bool
     origins: list[tuple[Tensor, Block]]  # of each region: the parameter, and where in it
     params: list[Tensor]
     grads: list[Tensor]
@@ -194,7 +223,7 @@ class _Part(NamedTuple):
         scales = None
         if self.scales:
             scales = Scales.of([each.tensor for each in self.scales], self.scales[0].block)
-        return MomentumShards(self.grads, self.momenta, self.params[0].dtype, scales)
+        return MomentumShards(self.grads, self.momenta, self.params[0].dtype, scales=scales)
 
 
 class LocalBatch:
@@ -208,12 +237,16 @@ class LocalBatch:
         self.rows, self.cols, self.parts = rows, cols, parts
         self.momentum_shards = [part.momentum_shards() for part in parts]
         self.param_shards = [ParamShards(p.params, p.block.rows, p.block.cols) for p in parts]
+        self.lines: list[Tensor] = []  # for each part `(N * batch, k)`, once they are selected
 
     def to_owners(self, u: Sequence[Tensor]) -> Pending[list[Tensor]]:
         return Pending([join(self, u)])
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
-        return self.to_owners(tensors)
+        matrices = []
+        for part, stack in zip(self.parts, tensors, strict=True):
+            matrices.append(part.block.to_matrices(stack))
+        return Pending([_padded(matrices)])
 
     def weights(self) -> list[list[Tensor]]:
         return [part.params for part in self.parts]
@@ -221,22 +254,42 @@ class LocalBatch:
     def sources(self) -> list[list[MatrixRef]]:
         return [
             [
-                MatrixRef(param, box, block.rows, block.cols)
+                MatrixRef(param, box, block.rows, block.cols, part.size)
                 for part in self.parts
                 for param, block in part.origins
                 for box in block.boxes()
             ]
         ]
 
+    def line_norms(self, u: Sequence[Tensor]) -> Pending[list[Tensor]]:
+        norms = []
+        for part, stack in zip(self.parts, u, strict=True):
+            norms.append(line_norms(part.block.to_matrices(stack), part.by_rows))
+        return Pending(norms)
+
+    def select_(self, norms: Sequence[Tensor], mu: float | Tensor) -> None:
+        mu = mu.reshape(()) if isinstance(mu, torch.Tensor) else mu
+        for part, each in zip(self.parts, norms, strict=True):
+            taken = part.size[0 if part.by_rows else 1]
+            lines = largest(each, [(0, each.shape[-1], taken)])
+            chosen = torch.zeros_like(each, dtype=torch.bool).scatter_(-1, lines, True)
+            kept = torch.ones_like(each).masked_fill_(chosen, scheduled(mu, each))
+            kept = kept.unsqueeze(-1 if part.by_rows else -2)
+            kept = kept.expand(-1, part.block.rows, part.block.cols)
+            torch._foreach_mul_(part.momenta, list(part.block.to_regions(kept).unbind()))
+            self.lines.append(lines)
+
     def stacks(self, o: Sequence[Tensor]) -> list[MatrixStack]:
         stacks = []
         start = 0
-        for part, matrices in zip(self.parts, self._places(o[0]), strict=True):
+        for number, (part, matrices) in enumerate(zip(self.parts, self._places(o[0]), strict=True)):
             numbers = slice(start, start + len(part.params) * part.block.batch)
             start += len(part.params) * part.block.batch
             variance = steps = None
             if part.variances:
                 variance = part.stage_block.to_matrices(torch.stack(part.variances))
+                if self.lines:
+                    variance = take(variance, self.lines[number], rows=True)
             if part.steps:
                 steps = torch.stack(part.steps).repeat_interleave(part.block.batch)
                 steps = steps.to(matrices.device).reshape(-1, 1, 1)
@@ -247,16 +300,34 @@ class LocalBatch:
         return Pending(
             [
                 list(part.block.to_regions(matrices).unbind())
-                for part, matrices in zip(self.parts, self._places(o[0]), strict=True)
+                for part, matrices in zip(self.parts, self._with_all_lines(o[0]), strict=True)
             ]
         )
 
+    def with_all_lines(self, o: Sequence[Tensor]) -> list[Tensor]:
+        return [_padded(self._with_all_lines(o[0]))]
+
+    def _with_all_lines(self, whole: Tensor) -> list[Tensor]:
+        """For each part its matrices, `(N * batch, rows, cols)`, zero where none was taken."""
+        places = self._places(whole)
+        if not self.lines:
+            return places
+        full = []
+        for part, matrices, lines in zip(self.parts, places, self.lines, strict=True):
+            count = part.block.rows if part.by_rows else part.block.cols
+            full.append(put(matrices, lines, part.by_rows, count))
+        return full
+
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
         """Write the stage's state back."""
-        for part, whole in zip(self.parts, stacks, strict=True):
-            if whole.variance is not None:
-                regions = part.stage_block.to_regions(whole.variance)
-                copy_each_(part.variances, regions.unbind())
+        for number, (part, whole) in enumerate(zip(self.parts, stacks, strict=True)):
+            if whole.variance is None:
+                continue
+            variance = whole.variance
+            if self.lines:
+                before = part.stage_block.to_matrices(torch.stack(part.variances))
+                variance = before.scatter(-2, self.lines[number].unsqueeze(-1), variance)
+            copy_each_(part.variances, part.stage_block.to_regions(variance).unbind())
         return Pending(None)
 
     def _weights(self) -> list[Tensor]:
@@ -275,13 +346,13 @@ class LocalBatch:
         multiply_(self._weights(), factors)
 
     def _places(self, whole: Tensor) -> list[Tensor]:
-        """For each part a view of its matrices, `(N * batch, rows, cols)`, in the whole batch."""
+        """For each part a view of its matrices, `(N * batch, *size)`, in the whole batch."""
         places = []
         start = 0
         for part in self.parts:
             stop = start + len(part.params) * part.block.batch
             some = whole if len(self.parts) == 1 else whole[start:stop]
-            places.append(place(some, part.block.rows, part.block.cols))
+            places.append(place(some, *part.size))
             start = stop
         return places
 
@@ -297,7 +368,7 @@ def planned(
     params: Sequence[Tensor], group: dict[str, Any], copies: Sequence[tuple[int, ...]] | None = None
 ) -> list[tuple[int, int, list[tuple[int, Block, Block]]]]:
     """Rows, columns, and (index of the parameter, block, block of the stage's state) of every
-    batch.
+    batch: rows and columns of what is orthogonalized.
     """
     # Plain loops: torch.compile cannot trace comprehensions that nest.
     items: list[Item] = []
@@ -310,8 +381,11 @@ def planned(
         for block, rows in zip(whole, of_state, strict=True):
             if block.batch * block.rows * block.cols:
                 key = (p.dtype, p.device, copies[index] if copies else ())
-                size = block.batch, block.rows, block.cols
-                items.append(Item(key, p.device.type, *size, p.element_size()))
+                size = selected_shape(group, block.rows, block.cols)
+                # The cap is on whole matrices, from which lines are taken.
+                whole_size = block.rows * block.cols * p.element_size()
+                itemsize = -(-whole_size // (size[0] * size[1]))
+                items.append(Item(key, p.device.type, block.batch, *size, itemsize))
                 blocks.append((index, block, rows))
     batches = make_batches(tuple(items), group["bytes_in_flight"])
     return [(b.rows, b.cols, [blocks[i] for i in b.positions]) for b in batches]
@@ -329,7 +403,10 @@ def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatc
             scale = None if entry.scale is None else scale_region(block, entry.scale)
             geometry = *shape, entry.grad.dtype, None if scale is None else scale.block
             if geometry not in parts:
-                parts[geometry] = _Part(block, stage_block, [], [], [], [], [], [], [])
+                computed = selected_shape(group, block.rows, block.cols)
+                of_rows = by_rows(group, block.rows, block.cols)
+                lists: list[list[Any]] = [[] for _ in range(7)]
+                parts[geometry] = _Part(block, stage_block, computed, of_rows, *lists)
             part = parts[geometry]
             part.origins.append((entry.param, block))
             part.params.append(block.region(entry.param))
@@ -346,19 +423,37 @@ def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatc
 
 
 def join(batch: LocalBatch, stacks: Sequence[Tensor]) -> Tensor:
-    """The parts' regions, stacked `(N, *region shape)`, as one `(B, rows, cols)`."""
+    """The parts' regions, stacked `(N, *region shape)`, as one `(B, rows, cols)`: of each matrix
+    the selected lines.
+    """
     matrices = [
         part.block.to_matrices(stack) for part, stack in zip(batch.parts, stacks, strict=True)
     ]
-    if all(m.shape[1:] == (batch.rows, batch.cols) for m in matrices):
+    if batch.lines:
+        each = zip(matrices, batch.lines, batch.parts, strict=True)
+        matrices = [take(whole, lines, part.by_rows) for whole, lines, part in each]
+    return _padded(matrices, batch.rows, batch.cols)
+
+
+def _padded(matrices: list[Tensor], m: int = 0, n: int = 0) -> Tensor:
+    """Stacks of matrices as one `(B, m, n)`; by default the least that holds them."""
+    if not m and len(matrices) > 1:
+        m = max([min(each.shape[1:]) for each in matrices])
+        n = max([max(each.shape[1:]) for each in matrices])
+    if len(matrices) == 1 and not m:
+        return matrices[0]
+    if all(each.shape[1:] == (m, n) for each in matrices):
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     count, dtype = 0, matrices[0].dtype
-    for m in matrices:
-        count += len(m)
-        dtype = torch.promote_types(dtype, m.dtype)  # parts differ where gradients do
-    whole = matrices[0].new_zeros(count, batch.rows, batch.cols, dtype=dtype)
-    for m, where in zip(matrices, batch._places(whole), strict=True):
-        where.copy_(m)
+    for each in matrices:
+        count += len(each)
+        dtype = torch.promote_types(dtype, each.dtype)  # parts differ where gradients do
+    whole = matrices[0].new_zeros(count, m, n, dtype=dtype)
+    start = 0
+    for each in matrices:
+        stop = start + len(each)
+        place(whole[start:stop], each.shape[1], each.shape[2]).copy_(each)
+        start = stop
     return whole
 
 

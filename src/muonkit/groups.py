@@ -24,6 +24,7 @@ from muonkit.options import (
     take_other_names_,
 )
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
+from muonkit.selection import selected_shape
 from muonkit.stages import STAGES, kept_shape, kept_state, listed, sets_the_size
 from muonkit.views import View
 
@@ -469,6 +470,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "ns_dtype_reason": choice.dtype_reason,
                     "momentum_dtype": str(momentum_dtype(group, p)),
                     **stage_names(group),
+                    "selected": selected_shape(group, block.rows, block.cols),
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

@@ -192,6 +192,16 @@ class Muon(Optimizer):
         stage_beta2: weight of the past in what a stage keeps; None is the stage's default.
         variant: another name of `after`; "plain" is none.
 
+    Keyword Args: Less work in a step
+        fraction: of each matrix's rows (columns of a tall one), how many a step orthogonalizes and
+            applies, in (0, 1]: those of the momentum with the largest magnitudes (Dion2, with
+            error feedback: `muonkit.selection`). FLOPs fall by fraction squared. Below 1 `momentum`
+            is what a row keeps that was taken, and `nesterov` has no effect; decay is of the whole
+            weight, but with `cautious`. Not beside "adamuon".
+        selection: "global": the largest of a matrix's rows, the same in every layout; or "local":
+            of those that each rank has, for which `fraction` of the bytes are sent, and the result
+            depends on the layout.
+
     Keyword Args: Over several ranks
         process_group: the ranks that have copies of plain tensors (DDP), or of DTensors beside the
             axes of their own mesh (data parallel copies of a tensor parallel model): a process
@@ -246,6 +256,8 @@ class Muon(Optimizer):
         after: str | Stage | Sequence[str | Stage] = (),
         constraint: str | Constraint | Sequence[str | Constraint] = (),
         stage_beta2: float | None = None,
+        fraction: float = 1.0,
+        selection: str = "global",
         variant: str | Stage | None = None,
         exchange_dtype: str | torch.dtype = "auto",
         replicas: str = "auto",
@@ -604,7 +616,8 @@ class Muon(Optimizer):
         self._count_(work)
         for group, entries in adamw:
             adamw_step_(*entries, group)
-        tasks = [muon_step(batch, group, self._observer) for group, batch in shared]
+        tasks: list[Iterator[None]] = []
+        tasks += [muon_step(batch, group, self._observer) for group, batch in shared]
         tasks += [task for gather in planned.gathers for task in gather.tasks()]
         run_overlapped(tasks, depth=3)
         for group, batch in own:
@@ -744,7 +757,8 @@ class Muon(Optimizer):
             ones are padded to), ns_steps, ns_form, restarts (see `muonkit.newton_schulz.forms`),
             blocks (of rows of a symmetric product), gflop (of the products for one matrix),
             ns_dtype, ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype,
-            before, after and constraint (names, or "none"), scale, lr (after the scale).
+            before, after and constraint (names, or "none"), selected (rows and columns of what is
+            orthogonalized of each), scale, lr (after the scale).
         """
         self._settle()
         return [

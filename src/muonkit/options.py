@@ -15,6 +15,7 @@ from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, SCHEDULES,
 from muonkit.newton_schulz.dtypes import NS_DTYPES
 from muonkit.newton_schulz.forms import FORMS
 from muonkit.scale import SCALES, scale_name
+from muonkit.selection import SELECTIONS
 from muonkit.stages import AFTER, BEFORE, CONSTRAINTS, STAGES, Constraint, Stage, listed
 
 __all__ = [
@@ -136,6 +137,21 @@ OPTIONS = (
         also="a `Constraint`, several in a list",
     ),
     Option("stage_beta2", None, _MUON, "weight of the past in the average that a stage keeps"),
+    Option(
+        "fraction",
+        1.0,
+        _MUON,
+        "of the rows of each matrix, how many a step orthogonalizes (Dion2)",
+        plans=True,
+    ),
+    Option(
+        "selection",
+        "global",
+        _MUON,
+        "among which rows a fraction is looked for",
+        plans=True,
+        choices=SELECTIONS,
+    ),
     Option(
         "exchange_dtype",
         "auto",

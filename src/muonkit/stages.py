@@ -93,7 +93,8 @@ class Stage:
             - beta2: the group's `stage_beta2`, or the default below; 0.0 where there is neither;
             - step: how often v is updated with this call, 1 in the first, 0 where there is no v; a
               number, or a tensor (with torch.compile: a number is compiled in) that broadcasts to
-              `(N, 1, 1)`.
+              `(N, 1, 1)`. With `fraction` below 1, O and v are of the rows that a step takes, and
+              `step` counts the steps.
         state: "none", "rows" (one number per row) or "entries" (one per entry); zero at first.
         beta2: the default weight of the past in v; None where it is no average.
 

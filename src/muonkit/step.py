@@ -13,10 +13,11 @@ from muonkit.batching import stacked
 from muonkit.distributed.exchange import Pending
 from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype, scale_of
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
+from muonkit.selection import selects
 from muonkit.stages import NO_NORM, decays, kept_state, stages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from muonkit.batching import MatrixStack, MomentumShards, ObservedBatch, ParamShards
     from muonkit.stages import Constraint, Stage
@@ -49,14 +50,19 @@ class Observer(Protocol):
 
 def muon_step(
     batch: ObservedBatch, group: dict[str, Any], observer: Observer | None = None
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """The algorithm. It pauses while an exchange is under way, so that other batches go on."""
     stages = stages_of(group)
     norms = batch.weight_norms() if stages.constraint else None
-    u = batch.to_owners(
-        _momentum_(batch.momentum_shards, group)
-    )  # elementwise, on the shards of the state
-    yield
+    if selects(group):  # from here on U and O are the rows that are taken (Dion2)
+        shards = _sum_(batch.momentum_shards, group)
+        row_norms = batch.line_norms(shards)
+        yield
+        batch.select_(row_norms.wait(), group["momentum"])
+    else:
+        shards = _momentum_(batch.momentum_shards, group)  # elementwise, on the state's shards
+    u = batch.to_owners(shards)
+    yield from u.arrive()  # (torch.compile loses what `yield from` gives)
     whole = u.wait()
     if observer is not None:
         observer.before(batch, group, whole)
@@ -74,9 +80,9 @@ def muon_step(
     if old is not None:
         _size_(stages.constraint, stacks, old)
     if observer is not None:
-        observer.after(o)
+        observer.after(batch.with_all_lines(o) if selects(group) else o)
     d = batch.to_params(o)
-    yield
+    yield from d.arrive()
     _apply_(batch.param_shards, d.wait(), group)
     kept.wait()
     if old is not None and _holds_norms(stages.constraint):
@@ -88,11 +94,17 @@ def muon_step(
 def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
     """M <- lerp(M, G, 1 - mu); U = lerp(G, M, mu) if nesterov else M.
 
-    Returns U, stacked, in memory of its own; gradients are never written to.
+    Returns U of the shards that are not only kept, stacked, in memory of its own; gradients are
+    never written to.
     """
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
-    for grads, momenta, dtype, scales in momentum_shards:
+    for shards in momentum_shards:
+        grads, momenta, dtype, only_kept, scales = shards
+        if only_kept and not group["maximize"] and _alike(grads, momenta):
+            share: Any = scheduled(1 - mu, momenta[0])
+            torch._foreach_lerp_(momenta, grads, share)
+            continue
         U = stacked(grads, alone=len(momentum_shards) == 1)
         U = U.to(computed_dtype(U.dtype, momenta[0].dtype))
         # 1 - mu is computed before either is rounded to the momentum's dtype.
@@ -110,18 +122,56 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
             else:
                 torch._foreach_copy_(directions, momenta)
         else:
-            # The momentum is kept in fewer bits than it is computed in.
             M = torch.stack(momenta).to(U.dtype).lerp_(U, new)
-            held = M
-            if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
-                largest = torch.finfo(torch.float16).max
-                held = M.clamp(-largest, largest)
-            copy_each_(momenta, held.unbind())
+            _store_(momenta, M)
             U = U.lerp_(M, kept) if nesterov else M
-        # Nothing is computed in float64 for a momentum or gradient that is kept in it.
-        most = torch.promote_types(dtype, torch.float32)
-        stacks.append(U.to(most) if U.dtype.itemsize > most.itemsize else U)
+        if not only_kept:
+            stacks.append(_narrowed(U, dtype))
     return stacks
+
+
+def _alike(grads: Sequence[Tensor], momenta: Sequence[Tensor]) -> bool:
+    """Whether both lie alike in memory, so that the last bits are those of a stacked gradient."""
+    return all(
+        g.dtype == m.dtype and g.stride() == m.stride() for g, m in zip(grads, momenta, strict=True)
+    )
+
+
+def _sum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> list[Tensor]:
+    """M <- M + G.
+
+    Returns M of the shards that are not only kept, stacked, in memory of its own; gradients are
+    never written to.
+    """
+    stacks = []
+    sign = -1 if group["maximize"] else 1
+    for grads, momenta, dtype, only_kept, _ in momentum_shards:
+        wide = computed_dtype(grads[0].dtype, momenta[0].dtype)
+        if wide == momenta[0].dtype:
+            torch._foreach_add_(momenta, grads, alpha=sign)
+            if only_kept:
+                continue
+            U = stacked(momenta, alone=len(momentum_shards) == 1)
+        else:
+            U = torch.stack(momenta).to(wide).add_(torch.stack(grads), alpha=sign)
+            _store_(momenta, U)
+        if not only_kept:
+            stacks.append(_narrowed(U, dtype))
+    return stacks
+
+
+def _store_(momenta: list[Tensor], M: Tensor) -> None:
+    """Keep momenta in fewer bits than they were computed in."""
+    if momenta[0].dtype == torch.float16:  # infinite beyond this; NaN stays NaN
+        largest = torch.finfo(torch.float16).max
+        M = M.clamp(-largest, largest)
+    copy_each_(momenta, M.unbind())
+
+
+def _narrowed(U: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nothing is computed in float64 for a momentum or gradient that is kept in it."""
+    most = torch.promote_types(dtype, torch.float32)
+    return U.to(most) if U.dtype.itemsize > most.itemsize else U
 
 
 def _run_(stages: Sequence[Stage], stacks: Sequence[MatrixStack], group: dict[str, Any]) -> None:

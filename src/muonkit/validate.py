@@ -17,6 +17,7 @@ from muonkit.int8 import scale_shape
 from muonkit.newton_schulz.orthogonalizer import check_choice
 from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
 from muonkit.scale import check_scale
+from muonkit.selection import check_selection
 from muonkit.stages import check_stages, stages_of
 from muonkit.views import blocks_of
 
@@ -85,9 +86,10 @@ def validate_options(group: dict[str, Any]) -> None:
     _validate_number("momentum", group["momentum"], below=1.0)
     check_scale(group["adjust_lr_fn"])
     check_choice(*(group[key] for key in NS_OPTIONS))
-    for key in ("momentum_dtype", "exchange_dtype", "replicas"):
+    for key in ("momentum_dtype", "exchange_dtype", "replicas", "selection"):
         _validate_choice(group, key)
     check_stages(group)
+    check_selection(group)
     if group["stage_beta2"] is not None:
         _validate_number("stage_beta2", group["stage_beta2"], below=1.0)
     cap = group["bytes_in_flight"]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Block", "View", "blocks_of", "row_blocks", "row_shape"]
+__all__ = ["Block", "View", "blocks_of", "line_dims", "row_blocks", "row_shape"]
 
 _FIRST = ("matrix", "flatten", "experts")
 _CHAINED = ", or several of them, as in 'experts > split(rows=2)'"
@@ -283,6 +283,16 @@ def _row_geometry(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
         for b, index, region in zip(blocks, indices, regions, strict=True)
     ]
     return tuple(sizes), tuple(rows)
+
+
+def line_dims(spec: str, block: Block, ndim: int, rows: bool) -> range:
+    """The dimensions of a parameter that hold the rows, or the columns, of its logical matrices.
+
+    Args:
+        block: any of the view's.
+        ndim: of the parameter.
+    """
+    return _column_dims(View.parse(spec), block.transposed != rows, ndim)
 
 
 def _column_dims(view: View, transposed: bool, ndim: int) -> range:

@@ -16,18 +16,22 @@ from muonkit.distributed.owners import make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout
 from muonkit.distributed.placement import Axis, Placement, box_size, replicated, shard_over, whole
 from muonkit.distributed.plan import Plan, StepPlan, Traffic, fingerprint
-from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
+from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step, selected_lines
 from muonkit.distributed.transfers import Direction, Matrix, PlannedTensor
+from muonkit.selection import SELECTIONS
 
 CAPS = [1, 300, 1 << 30]
 
 
 @st.composite
 def described(draw: st.DrawFn) -> tuple[int, list[PlannedTensor], list[Matrix]]:
-    """Ranks, and parameters that they share: stacks of matrices, some with a stage's state."""
+    """Ranks, and parameters that they share: stacks of matrices, some with a stage's state, of some
+    of which a step takes a fraction of the rows.
+    """
     mesh = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
     positions = range(math.prod(mesh))
     keeps = draw(st.booleans())
+    fraction, selection = draw(st.sampled_from([1.0, 0.3, 0.6])), draw(st.sampled_from(SELECTIONS))
     tensors: list[PlannedTensor] = []
     matrices: list[Matrix] = []
     for number in range(draw(st.integers(1, 4))):
@@ -50,7 +54,11 @@ def described(draw: st.DrawFn) -> tuple[int, list[PlannedTensor], list[Matrix]]:
         for i in range(shape[0]):
             box = (i, i + 1), (0, shape[1]), (0, shape[2])
             kept = ((i, i + 1), (0, shape[1]), (0, 1)) if keeps else None
-            matrices.append(Matrix(number, box, shape[1] ** 2 * shape[2], kept))
+            rows = shape[1] <= shape[2]
+            dims = (1,) if rows else (2,)
+            lines = selected_lines(fraction, selection, dims, rows, box, shape, lives)
+            flops = shape[1] ** 2 * shape[2]
+            matrices.append(Matrix(number, box, flops, kept, lines if fraction < 1 else None))
     return len(positions), tensors, matrices
 
 
@@ -117,7 +125,7 @@ def test_owners_get_all_of_a_matrix_and_parameters_all_of_the_result(
     plan = make_plan(*given_, 4, 1 << 30)
     assignments = list(plan.assignments())
     for matrix, owners in assignments:
-        number, box, _, _ = matrices[matrix]
+        number, box = matrices[matrix][:2]
         tensor = tensors[number]
         for owner in owners:
             parts = Direction(
@@ -137,11 +145,40 @@ def test_owners_get_all_of_a_matrix_and_parameters_all_of_the_result(
             assert mine == tensor.param_placement.parts(tensor.shape, position, box)
 
 
+@given(described())
+@settings(deadline=None)
+def test_lines_travel_once_and_all_of_those_that_are_taken(
+    given_: tuple[int, list[PlannedTensor], list[Matrix]],
+) -> None:
+    ranks, tensors, matrices = given_
+    plan = make_plan(*given_, 4, 1 << 30)
+    for matrix, owners in plan.assignments():
+        planned = matrices[matrix]
+        tensor = tensors[planned.tensor]
+        taken = planned.taken(planned.box)
+        if planned.lines is not None:
+            dim = planned.lines.dims[0]
+            whole = planned.lines.cells == ((0, planned.box[dim][1], planned.lines.total),)
+            assert whole or planned.lines.sent == dim
+        for owner in owners:
+            way = Direction(
+                tensor.state_placement, tensor.shape, planned.box, tensor.state_placement.copies()
+            )
+            parts = [planned.taken(part) for _, part in way.others(owner)]
+            assert covered(parts, taken) == covered([taken], taken)
+        for position in range(ranks):
+            stored = tensor.param_placement.parts(tensor.shape, position, planned.box)
+            parts = [planned.taken(part) for part in stored]
+            assert covered(parts, taken) <= covered([taken], taken)
+
+
 def counted(plan: Plan) -> Traffic:
     """What the rank_transfers of all ranks add up to."""
     total = Traffic(*([0] * plan.ranks for _ in Traffic._fields))
     for bucket in plan.buckets:
         for me in range(plan.ranks):
+            total.sent_out[me] += (plan.ranks - 1) * plan.gathered_bytes(bucket)
+            total.received_out[me] += (plan.ranks - 1) * plan.gathered_bytes(bucket)
             for way, transfers, itemsize in plan.rank_transfers(bucket, me):
                 inward = way == "to_owners"
                 sent = total.sent_in if inward else total.sent_out
@@ -152,7 +189,8 @@ def counted(plan: Plan) -> Traffic:
             for owner in owners:
                 total.flops[owner] += plan.matrices[matrix].flops
                 total.matrices[owner] += plan.inward
-                total.owned[owner] += box_size(plan.matrices[matrix].box) * plan.inward
+                planned = plan.matrices[matrix]
+                total.owned[owner] += box_size(planned.taken(planned.box)) * plan.inward
     return total
 
 
@@ -214,7 +252,7 @@ def test_buckets_are_under_the_cap_or_one_matrix(
         owned: Counter[int] = Counter()
         stored: Counter[int] = Counter()
         for matrix, owners in bucket:
-            number, box, _, _ = plan.matrices[matrix]
+            number, box = plan.matrices[matrix][:2]
             tensor = plan.tensors[number]
             for owner in owners:
                 owned[owner] += box_size(box) * 4
@@ -302,6 +340,95 @@ def test_equal_input_makes_equal_plans_and_other_input_does_not(
     assert fingerprint([plan]) != fingerprint([other])
 
 
+@given(described(), st.integers(1, 4), st.sampled_from(CAPS))
+@settings(deadline=None)
+def test_a_result_enters_every_node_once_and_reaches_all_who_store_it(
+    given_: tuple[int, list[PlannedTensor], list[Matrix]], node: int, cap: int
+) -> None:
+    plan = make_plan(*given_, 4, cap, node=node)
+    assume(plan.several_nodes)
+    for bucket in plan.buckets:
+        for state in (False, True) if plan.has_stage_state else (False,):
+            back = plan.stage_outbound if state else plan.outbound
+            rounds = [
+                [back(bucket, me, late=late) for me in range(plan.ranks)] for late in (False, True)
+            ]
+            has: Counter[Any] = Counter()
+            enters: Counter[Any] = Counter()
+            for number, transfers in enumerate(rounds):
+                for me, other in itertools.product(range(plan.ranks), repeat=2):
+                    sent = [(m, box) for at, m, box in transfers[me].sends if at == other]
+                    assert sent == [(m, b) for at, m, b in transfers[other].recvs if at == me]
+                    has.update((other, m, box) for m, box in sent)
+                    if me // node != other // node:
+                        assert not (number and sent), "relays send within their node"
+                        enters.update((other // node, me, m, box) for m, box in sent)
+                    assert not number or all(has[me, m, box] for m, box in sent), "not yet there"
+            assert all(count == 1 for count in enters.values())
+            assert set(has.values()) <= {1}
+            stored = {
+                (at, matrix, box)
+                for matrix, owners in bucket
+                for owner in owners
+                for at, box in plan.direction(matrix, False, state).others(owner)
+            }
+            assert set(has) == stored
+            late = any(sends or recvs for sends, recvs in rounds[1])
+            assert plan.relays(bucket, state) == late
+            for number, transfers in enumerate(rounds):
+                chunks = plan.chunks(bucket, cap, state, late=bool(number))
+                size = 4 * max(
+                    sum(box_size(box) for at, _, box in sends if at != me)
+                    for me, (sends, _) in enumerate(transfers)
+                )
+                assert size <= chunks * cap or chunks == plan.ranks - 1
+    assert plan.traffic() == counted(plan)
+    crossing = [0] * plan.ranks
+    for me in range(plan.ranks):
+        for at, size in StepPlan(plan.ranks, (plan,), (1,)).messages(me)["to_params"].items():
+            crossing[me] += size * (at // node != me // node)
+    assert plan.traffic(node).sent_out == crossing
+    assert sum(plan.traffic(node).received_out) == sum(crossing)
+
+
+def test_two_nodes_of_two_by_hand() -> None:
+    """Rank 1 owns one matrix of 6 elements: node 1 gets it once, by its second rank."""
+    at = replicated(4)
+    tensors = [PlannedTensor("w", (2, 3), at, at)]
+    loads = [1, 0, 1, 1]
+    plan = make_plan(4, tensors, [Matrix(0, ((0, 2), (0, 3)), 1)], 4, 99, loads, node=2)
+    assert [assignment.owners for assignment in plan.assignments()] == [(1,)]
+    assert plan.traffic().sent_out == [0, 48, 0, 24]
+    assert plan.traffic().received_out == [24, 0, 24, 24]
+    assert plan.traffic(2).sent_out == [0, 24, 0, 0]
+    assert plan.traffic(2).received_out == [0, 0, 0, 24]
+
+
+def test_what_all_ranks_get_is_gathered_unless_one_has_much_more_than_others() -> None:
+    at = replicated(4)
+    whole_node = [PlannedTensor(str(i), (2, 3), at, at) for i in range(5)]
+
+    def gathered(count: int, ranks: int = 4, node: int = 0) -> int:
+        matrices = [Matrix(i, ((0, 2), (0, 3)), 1) for i in range(count)]
+        tensors = whole_node[:count]
+        if ranks == 2:
+            two = replicated(2)
+            tensors = [t._replace(param_placement=two, state_placement=two) for t in tensors]
+        plan = make_plan(ranks, tensors, matrices, 4, 1 << 20, node=node)
+        return plan.gathers(plan.buckets[0])
+
+    assert gathered(4) == 6
+    assert gathered(5) == 0, "8 parts of 6 elements for 5"
+    assert gathered(2, ranks=2) == 0
+    assert gathered(4, node=2) == 0
+    cut = Placement((4,), (Axis(0),), range(4))
+    rows = [t._replace(param_placement=cut, state_placement=cut) for t in whole_node[:4]]
+    plan = make_plan(4, rows, [Matrix(i, ((0, 2), (0, 3)), 1) for i in range(4)], 4, 1 << 20)
+    assert plan.gathers(plan.buckets[0]) == 0
+    plan = make_plan(4, whole_node[:4], list(plan.matrices), 4, 1 << 20)
+    assert plan.traffic().sent_out == plan.traffic().received_out == [72] * 4
+
+
 @given(described())
 @settings(deadline=None)
 def test_a_gather_brings_every_rank_what_it_stores(
@@ -356,6 +483,12 @@ def test_repeated_where_links_are_slow_and_shared_out_where_products_are() -> No
     assert not cheaper_repeated(equal, stored, (0,), flops=1, size=1)
     slow_links = Machine(flops=1e9, intra=1.0, inter=0.1, node=2)
     assert cheaper_repeated(slow_links, stored, (0,), flops=1, size=1)
+    # Four copies on two nodes, 1 s of products again; shared out 1/4, and of the bytes 3/4 arrive,
+    # one half of them from the other node.
+    copies = replicated(4)
+    for inter, again in ((0.6, False), (0.4, True)):
+        rates = Machine(flops=1.0, intra=1e9, inter=inter, node=2)
+        assert cheaper_repeated(rates, copies, (0,), flops=1, size=1) is again
 
 
 @given(described(), st.sampled_from(CAPS))

@@ -24,7 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonkit import Muon
+from muonkit.distributed import exchange
 from muonkit.distributed.step_plan import present_gradients
+from muonkit.selection import selects
 from muonkit.stages import stages_of
 from muonkit.state import as_numbers
 from muonkit.views import blocks_of
@@ -126,7 +128,10 @@ def deviations(
         {f"{kind} {name}": t for kind, some in mine.items() for name, t in some.items()}
     )
     return {
-        kind: max((zoo.deviation(full[f"{kind} {name}"], t), name) for name, t in some.items())
+        kind: max(
+            ((zoo.deviation(full[f"{kind} {name}"], t), name) for name, t in some.items()),
+            default=(0.0, ""),
+        )
         for kind, some in expected.items()
     }
 
@@ -136,7 +141,7 @@ def parity(layout: str, stage: AnyStage = "plain", blocks: int = 1, **options: A
     model, optimizer = make(layout, blocks, **stage_options(stage), **options)
     check_state(model, optimizer)
     train(model, optimizer, last=STEPS - 1)
-    sums = _sums(optimizer)
+    sums = sums_of(optimizer)
     with internals.counted_orthogonalizations() as counted, sent_bytes(sums) as sent:
         train(model, optimizer, STEPS - 1)
     check_state(model, optimizer)
@@ -161,12 +166,13 @@ def parity(layout: str, stage: AnyStage = "plain", blocks: int = 1, **options: A
     )
 
 
-def _sums(optimizer: Muon) -> int:
-    """How often a step adds up norms over the ranks: once or twice for each bucket."""
+def sums_of(optimizer: Muon) -> int:
+    """How often a step adds up norms over the ranks, of weights and of lines: for each bucket."""
     times = 0
     group = next(each for each in optimizer.param_groups if each["algorithm"] == "muon")
     for each in stages_of(group).constraint:
         times = max(times, 1 if each.target is None else 2)
+    times += selects(group)
     if not times:
         return 0
     planned = optimizer._planned_step(present_gradients(optimizer.param_groups))
@@ -323,12 +329,20 @@ def sent_bytes(sums: int = 0) -> Iterator[Counter[int]]:
         sums: how often norms are added up over the ranks.
 
     Raises:
-        AssertionError: padding, or any communication that is neither an exchange, nor one of these
-            sums, nor the one of three numbers by which ranks compare their plans.
+        AssertionError: padding of a message, or any communication that is neither an exchange, nor
+            one of these sums, nor the one of three numbers by which ranks compare their plans.
     """
     sent: Counter[int] = Counter()
-    calls = 0
-    original = dist.all_to_all_single
+    calls = gathers = 0
+    original, gather = dist.all_to_all_single, exchange.all_gather
+
+    def gathering(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Any:
+        nonlocal gathers
+        gathers += 1
+        for rank in range(dist.get_world_size()):
+            if rank != dist.get_rank():
+                sent[rank] += input.numel() * input.element_size()
+        return gather(output, input, group)
 
     def counting(
         output: Tensor, input: Tensor, into: list[int], out_of: list[int], **options: Any
@@ -344,12 +358,15 @@ def sent_bytes(sums: int = 0) -> Iterator[Counter[int]]:
     with (
         counted_collectives() as named,
         mock.patch.object(dist, "all_to_all_single", counting),
+        mock.patch.object(exchange, "all_gather", gathering),
         _Collectives() as every,
     ):
         yield sent
-    assert not named, named
-    expected = Counter({"c10d.alltoall_base_": calls, "c10d.allreduce_": 1 + sums})
-    assert every.counts == expected, every.counts
+    assert len(named) == gathers, named
+    assert {name for name, _ in named} <= {"all_gather_single", "all_gather_into_tensor"}, named
+    expected = {"c10d.alltoall_base_": calls, "c10d.allreduce_": 1 + sums}
+    expected["c10d._allgather_base_"] = gathers
+    assert every.counts == +Counter(expected), every.counts
 
 
 def check_state(model: nn.Module, optimizer: Muon) -> None:

@@ -1,4 +1,4 @@
-"""Stages and constraints by name, and the options that stand for them."""
+"""Stages, constraints and selections by name, and the options that stand for them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "braked": {"after": "muon_plus", "constraint": ["relative_update", "radial_brake"]},
 }
 
+# Selections (`muonkit.selection`), the same in every layout.
+SELECTED: dict[str, dict[str, Any]] = {
+    "dion2": {"fraction": 0.25},
+    "nordion2": {"fraction": 0.4, "after": "normuon"},
+    "dion2_braked": {
+        "fraction": 0.5,
+        "before": "muoneq",
+        "after": "muon_plus",
+        "constraint": "radial_brake",
+    },
+}
+
 
 # Beside stages: what else a step may keep.
 KEPT: dict[str, dict[str, Any]] = {
@@ -33,6 +45,7 @@ def stage_options(stage: AnyStage) -> dict[str, Any]:
         return {"constraint": stage}
     if stage == "plain":
         return {}
-    if stage in TOGETHER or stage in KEPT:
-        return (TOGETHER | KEPT)[stage]
+    for table in (TOGETHER, SELECTED, KEPT):
+        if stage in table:
+            return table[stage]
     return next({option: stage} for option, table in STAGES.items() if stage in table)

@@ -17,6 +17,7 @@ from muonkit import Monitor, Muon
 from muonkit.monitor.sample import KINDS
 from tests.helpers import measures, zoo
 from tests.helpers.ranks import Cases, Ranks, shared_folder
+from tests.helpers.stages import stage_options
 
 CASES = Cases()
 
@@ -31,7 +32,7 @@ STEPS = 3
 
 @functools.cache
 def alone(variant: str) -> dict[str, Any]:
-    model, optimizer = measures.make("single", variant=variant)
+    model, optimizer = measures.make("single", **stage_options(variant))
     with Monitor(optimizer, every=STEPS, spectra=KINDS) as monitor:
         measures.train(model, optimizer, last=STEPS)
     assert monitor.latest is not None
@@ -70,10 +71,11 @@ def distance(got: Any, expected: Any, where: str = "") -> tuple[float, str]:
 
 
 @CASES.on(2, 4, layout=MANY, variant=["plain", "normuon"])
+@CASES.on(4, layout=["fsdp2_tp", "zero1", "tp_any_dim"], variant=["dion2", "nordion2"])
 def equals_one_process(layout: str, variant: str) -> tuple[float, str]:
-    plain, unwatched = measures.make(layout, variant=variant)
+    plain, unwatched = measures.make(layout, **stage_options(variant))
     measures.train(plain, unwatched, last=STEPS)
-    model, optimizer = measures.make(layout, variant=variant)
+    model, optimizer = measures.make(layout, **stage_options(variant))
     seen = torch.get_rng_state()
     with Monitor(optimizer, every=STEPS, spectra=KINDS) as monitor:
         measures.train(model, optimizer, last=STEPS - 1)

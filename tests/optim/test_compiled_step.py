@@ -56,6 +56,8 @@ MUON: dict[str, Sequence[Any]] = {
     "after": [(), *AFTER, ["normuon", "muon_plus"]],
     "constraint": [(), *CONSTRAINTS, ["relative_update", "radial_brake"]],
     "stage_beta2": [None, 0.0, 0.9],
+    "fraction": [1.0, 0.5, 1.0, 0.25, 0.4],  # 1 beside "adamuon", the third of `after`
+    "selection": CHOICES["selection"],
     "exchange_dtype": CHOICES["exchange_dtype"],
     "replicas": CHOICES["replicas"],
     "maximize": [False, True],
@@ -174,6 +176,29 @@ def test_compiled_equals_eager() -> None:
     for (algorithm, options), difference in zip(table, found, strict=True):
         coarse = {"bfloat16", "float16"} & {str(value) for value in options.values()}
         assert difference <= (COARSE if coarse else CLOSE), (algorithm, options)
+
+
+@pytest.mark.parametrize("after", [(), "normuon"])
+def test_a_fraction_is_compiled_once_for_every_dtype_of_momentum(after: Any) -> None:
+    def schedule(optimizer: Muon, t: int) -> None:
+        for group in optimizer.param_groups:
+            group["momentum"].fill_(0.9 + 0.01 * t)
+
+    groups = [
+        {
+            "params": [parameter(6, 4, seed=i), parameter(6, 9, seed=i + 10)],
+            "momentum_dtype": dtype,
+            "momentum": torch.tensor(0.9),
+            "ns_dtype": "float32",
+        }
+        for i, dtype in enumerate(("float32", "float64", "bfloat16", "float16"))
+    ]
+    found, graphs = deviation(
+        groups, backend="aot_eager", before=schedule, fullgraph=True, fraction=0.5, after=after
+    )
+    assert graphs == 1
+    assert max(found[:2]) <= CLOSE
+    assert max(found[2:]) <= COARSE
 
 
 def test_adamws_arguments_of_the_constructor() -> None:

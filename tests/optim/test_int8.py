@@ -463,6 +463,14 @@ def test_a_view_that_cuts_blocks_is_refused_at_once() -> None:
     assert torch.equal(p, before)
 
 
+def test_a_fraction_of_the_lines_is_refused() -> None:
+    """Error feedback multiplies the lines that were taken, which may be columns of many blocks."""
+    with pytest.raises(ValueError, match="takes lines out of the momentum") as error:
+        Muon([parameter(16, 128)], momentum_dtype="int8", fraction=0.25)
+    assert "bfloat16" in str(error.value)
+    Muon([parameter(16, 128)], momentum_dtype="bfloat16", fraction=0.25)
+
+
 def test_a_resized_scale_is_refused_before_anything_is_written() -> None:
     params, optimizer = made("int8")
     stepped(params, optimizer, 0, 1)

@@ -28,12 +28,13 @@ def test_the_constructor_has_these_arguments_with_these_defaults_in_this_order()
 
 
 def test_a_constructor_has_no_more_than_26_keyword_arguments() -> None:
-    """Those that it names, beside the stages'; `MuonW` passes on the rest of Muon's."""
+    """Those that it names, beside those that change the algorithm; `MuonW` passes on Muon's."""
+    others = {*STAGES, "fraction", "selection"}
     for kind, first in ((Muon, "params"), (MuonW, "model")):
         named = [
             argument.name
             for argument in inspect.signature(kind).parameters.values()
-            if argument.kind is not argument.VAR_KEYWORD and argument.name not in (first, *STAGES)
+            if argument.kind is not argument.VAR_KEYWORD and argument.name not in (first, *others)
         ]
         assert len(named) <= 26, named
 
@@ -133,6 +134,7 @@ def test_the_command_line_offers_what_the_tables_have() -> None:
             "exchange_dtype": CHOICES["exchange_dtype"],
             "after": CHOICES["after"],
             "replicas": CHOICES["replicas"],
+            "selection": CHOICES["selection"],
             "dtype": DTYPES,
             "device": MACHINES,
             "layout": LAYOUTS,
@@ -149,6 +151,6 @@ def test_the_command_line_offers_what_the_tables_have() -> None:
                 default = ROUTED if command == "route" else DEFAULTS[name]
                 assert own[name].default == ("none" if default == () else default)
     assert ", ".join(MODELS) in commands["plan"].help
-    for name in ("exchange_dtype", "after", "replicas", "dtype", "device"):
+    for name in ("exchange_dtype", "after", "replicas", "selection", "dtype", "device"):
         for choice in offered["plan"][name]:
             assumptions(**{name: choice})

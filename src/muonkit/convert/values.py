@@ -34,7 +34,14 @@ _RATES = ("initial_lr", "max_lr", "min_lr", "base_lr")
 SCHEDULERS = (*_RATES, "max_momentum", "base_momentum")
 
 # Our options that other formats do not have -> the value at which nothing is lost.
-_OUR_NEUTRAL = {"maximize": False, "cautious": False, "before": (), "after": (), "constraint": ()}
+_OUR_NEUTRAL = {
+    "maximize": False,
+    "cautious": False,
+    "before": (),
+    "after": (),
+    "constraint": (),
+    "fraction": 1.0,
+}
 _MOMENTS = {"exp_avg": "AdamW's first moment", "exp_avg_sq": "AdamW's second moment"}
 
 

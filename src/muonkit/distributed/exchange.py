@@ -1,8 +1,9 @@
 """The exchange: moves tensors between the ranks of a group, and knows nothing of Muon.
 
 What one rank sends to another is packed into one buffer for each direction, and moved by
-`all_to_all_single` with uneven sizes, asynchronously. What stays on a rank is copied, or not even
-that. `check_ranks_agree` compares the ranks' plans before anything is moved.
+`all_to_all_single` with uneven sizes, asynchronously; what all ranks get goes into one buffer for
+all, by an all-gather. What stays on a rank is copied, or not even that. `check_ranks_agree`
+compares the ranks' plans before anything is moved.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 
 from muonkit._text import shown
+from muonkit._torch import all_gather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
@@ -28,8 +30,10 @@ __all__ = [
     "add_up",
     "announce",
     "check_ranks_agree",
+    "gather",
     "move",
     "run_overlapped",
+    "slots",
     "together",
 ]
 
@@ -67,6 +71,7 @@ class Pending(Generic[T]):
         value: what is there afterwards; at once, where nothing has to travel.
         exchanges: to complete first, in order.
         last_: what is done to the value then, in place.
+        start_late: starts one more exchange, of what the first have brought.
     """
 
     def __init__(
@@ -74,19 +79,37 @@ class Pending(Generic[T]):
         value: T,
         exchanges: Sequence[Exchange] = (),
         last_: Callable[[T], object] | None = None,
+        start_late: Callable[[], Exchange] | None = None,
     ) -> None:
         self._value, self._exchanges, self._last = value, exchanges, last_
+        self._start_late = start_late
+
+    def arrive(self) -> Generator[None, None, T]:
+        """`wait`, with a pause whenever something is under way."""
+        yield
+        if self._start_late is not None:
+            self._next_round()
+            yield
+        return self.wait()
 
     def wait(self) -> T:
         """Raises:
         RuntimeError: as `Exchange.wait`.
         """
+        if self._start_late is not None:
+            self._next_round()
         for exchange in self._exchanges:
             exchange.wait()
         if self._last is not None:
             self._last(self._value)
         self._exchanges, self._last = (), None
         return self._value
+
+    def _next_round(self) -> None:
+        assert self._start_late is not None
+        for exchange in self._exchanges:
+            exchange.wait()
+        self._exchanges, self._start_late = [self._start_late()], None
 
 
 class Exchange:
@@ -143,10 +166,11 @@ def move(
     """
     number, count = chunk
     me = domain.position
-    own_from = [tensor.to(dtype) for position, tensor in outgoing if position == me]
+    own_from = [tensor for position, tensor in outgoing if position == me]
     own_into = [tensor for position, tensor in incoming if position == me]
-    if own_into and number == 0:
-        torch._foreach_copy_(own_into, own_from)
+    own = [(i, o) for i, o in zip(own_into, own_from, strict=True) if i.data_ptr() != o.data_ptr()]
+    if own and number == 0:
+        torch._foreach_copy_([into for into, _ in own], [tensor.to(dtype) for _, tensor in own])
     if not together:
         return Exchange(None, (), ())
     sent = [(to, tensor) for to, tensor in outgoing if to != me and (to - me) % count == number]
@@ -155,23 +179,58 @@ def move(
         for source, tensor in incoming
         if source != me and (me - source) % count == number
     ]
-    send, views = _buffer(domain, sent, dtype)
+    to_send, to_come = (_sizes(domain, some) for some in (sent, received))
+    send = torch.empty(sum(to_send), dtype=dtype, device=domain.device)
     if sent:
-        torch._foreach_copy_(views, [tensor for _, tensor in sent])
-    receive, chunks = _buffer(domain, received, dtype)
+        leaving = [tensor for _, tensor in sent]
+        torch._foreach_copy_(_views(send, _starts(sent), leaving), leaving)
+    into = [tensor for _, tensor in received]
+    starts = _starts(received)
+    receive = _in_place(into, starts, sum(to_come), dtype, domain.device)
+    arrived: Sequence[Any] = ()
+    if receive is None:
+        receive = torch.empty(sum(to_come), dtype=dtype, device=domain.device)
+        arrived = list(zip(into, _views(receive, starts, into), strict=True))
     try:
         work = torch.distributed.all_to_all_single(
-            receive,
-            send,
-            _sizes(domain, received),
-            _sizes(domain, sent),
-            group=domain.group,
-            async_op=True,
+            receive, send, to_come, to_send, group=domain.group, async_op=True
         )
     except RuntimeError as error:
         raise RuntimeError(_BROKEN) from error
-    into = [tensor for _, tensor in received]
-    return Exchange(work, (send, receive), list(zip(into, chunks, strict=True)))
+    return Exchange(work, (send, receive), arrived)
+
+
+def gather(
+    domain: Domain,
+    own: Sequence[Tensor],
+    incoming: Sequence[tuple[int, Tensor]],
+    dtype: torch.dtype,
+    size: int,
+) -> Exchange:
+    """Start to bring tensors of every rank to all ranks.
+
+    Args:
+        own: this rank's.
+        incoming: (position, tensor to write into), ascending, in the sender's order, of all ranks.
+        dtype: in which elements travel; tensors of other dtypes are cast.
+        size: elements that each rank sends: as many on all ranks as the one has that has most.
+    """
+    send = torch.empty(size, dtype=dtype, device=domain.device)
+    if own:
+        starts = _starts([(0, tensor) for tensor in own])
+        torch._foreach_copy_(_views(send, starts, own), list(own))
+    into = [tensor for _, tensor in incoming]
+    starts, count = _starts(incoming, size), domain.size * size
+    receive = _in_place(into, starts, count, dtype, domain.device)
+    arrived: Sequence[Any] = ()
+    if receive is None:
+        receive = torch.empty(count, dtype=dtype, device=domain.device)
+        arrived = list(zip(into, _views(receive, starts, into), strict=True))
+    try:
+        work = all_gather(receive, send, domain.group)
+    except RuntimeError as error:
+        raise RuntimeError(_BROKEN) from error
+    return Exchange(work, (send, receive), arrived)
 
 
 def add_up(domain: Domain, numbers: Tensor) -> Exchange:
@@ -187,16 +246,51 @@ def add_up(domain: Domain, numbers: Tensor) -> Exchange:
     return Exchange(work, (numbers,), ())
 
 
-def _buffer(
-    domain: Domain, tensors: Sequence[tuple[int, Tensor]], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    """One buffer for all of them, and the part of each in its shape."""
-    sizes = [tensor.numel() for _, tensor in tensors]
-    buffer = torch.empty(sum(sizes), dtype=dtype, device=domain.device)
-    chunks = torch.split(buffer, sizes) if sizes else ()
-    return buffer, [
-        chunk.view(tensor.shape) for chunk, (_, tensor) in zip(chunks, tensors, strict=True)
+def slots(sizes: Sequence[tuple[int, int]], room: int = 0) -> list[int]:
+    """Where (position, so many elements) start in a buffer, one after the other; with `room`, each
+    position's in a part of the buffer of so many elements.
+    """
+    starts = []
+    used: dict[int, int] = {}
+    for position, size in sizes:
+        part = position if room else 0
+        starts.append(part * room + used.get(part, 0))
+        used[part] = used.get(part, 0) + size
+    return starts
+
+
+def _views(buffer: Tensor, starts: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a buffer that start there, in the tensors' shapes."""
+    return [
+        buffer[start : start + tensor.numel()].view(tensor.shape)
+        for start, tensor in zip(starts, tensors, strict=True)
     ]
+
+
+def _starts(tensors: Sequence[tuple[int, Tensor]], room: int = 0) -> list[int]:
+    return slots([(position, tensor.numel()) for position, tensor in tensors], room)
+
+
+def _in_place(
+    tensors: Sequence[Tensor],
+    starts: Sequence[int],
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    """The buffer of `count` elements in which these tensors start there; None if there is none."""
+    if not count or not tensors or tensors[0].device != device:
+        return None
+    storage, each = tensors[0].untyped_storage(), dtype.itemsize
+    base = tensors[0].data_ptr() - starts[0] * each
+    first = base - storage.data_ptr()
+    if first < 0 or first + count * each > storage.nbytes():
+        return None
+    for tensor, start in zip(tensors, starts, strict=True):
+        there = tensor.data_ptr() == base + start * each and tensor.is_contiguous()
+        if tensor.dtype != dtype or not there:
+            return None
+    return tensors[0].as_strided((count,), (1,), first // each)
 
 
 def _sizes(domain: Domain, tensors: Sequence[tuple[int, Tensor]]) -> list[int]:

@@ -49,7 +49,8 @@ def cheaper_repeated(
     """Whether ranks that have copies along these axes had better compute the same, each set of
     shards among itself, than divide the matrices among all copies.
 
-    Shared out, a rank computes less, and every result crosses the copies.
+    Shared out, a rank computes less, and every result crosses the copies; it enters a node once,
+    and is passed on within it.
 
     Args:
         flops: of all matrices.
@@ -66,5 +67,12 @@ def cheaper_repeated(
     repeated += 2 * (shards - 1) / shards**2 * size / rates.rate(one_set)
     shared = flops / ranks / rates.flops
     shared += (shards - 1) / shards * size / ranks / rates.rate(one_set)  # a set's own parts
-    shared += (ranks - 1) / ranks * size / shards / rates.rate(placement.positions)
+    received = (ranks - 1) / ranks * size / shards
+    holders = placement.replicas(placement.positions[0], axes)
+    in_node = len(holders) / len({position // rates.node for position in holders})
+    if in_node == len(holders):
+        shared += received / rates.rate(placement.positions)
+    else:
+        shared += received / in_node / rates.inter
+        shared += received / rates.intra if in_node > 1 else 0
     return repeated <= shared

@@ -7,13 +7,13 @@ import math
 from typing import TYPE_CHECKING
 
 from muonkit.distributed.placement import Box, box_size, pieces, whole
-from muonkit.distributed.plan import Assignment, Plan
+from muonkit.distributed.plan import PADDING, Assignment, Plan
 from muonkit.distributed.transfers import Direction, Matrix, PlannedTensor, alike
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["make_gather", "make_own", "make_plan"]
+__all__ = ["are_even", "make_gather", "make_own", "make_plan"]
 
 
 def make_plan(
@@ -24,6 +24,7 @@ def make_plan(
     cap: int,
     loads: list[int] | None = None,
     stage_itemsize: int = 4,
+    node: int = 0,
 ) -> Plan:
     """Owners by FLOPs, longest first, each to the least loaded rank that stores a part of it (LPT,
     Graham 1969); then buckets, in the same order, so that each is about balanced too.
@@ -31,6 +32,7 @@ def make_plan(
     Args:
         cap: bytes that a rank may have in flight for one bucket; a larger matrix goes alone.
         loads: FLOPs that each rank has already; added to.
+        node: ranks in a node; 0 where all are in one.
     """
     loads = [0] * ranks if loads is None else loads
     like = alike(tensors, matrices)
@@ -53,7 +55,9 @@ def make_plan(
             loads[position] += matrices[i].flops
         assignments.append(Assignment(i, owners))
     buckets = _fill(assignments, tensors, matrices, itemsize, cap, like)
-    return Plan(ranks, tuple(tensors), tuple(matrices), buckets, itemsize, stage_itemsize)
+    return Plan(
+        ranks, tuple(tensors), tuple(matrices), buckets, itemsize, stage_itemsize, node=node
+    )
 
 
 def make_own(
@@ -76,7 +80,12 @@ def make_own(
 
 
 def make_gather(
-    ranks: int, tensors: Sequence[PlannedTensor], itemsize: int, cap: int | None = None
+    ranks: int,
+    tensors: Sequence[PlannedTensor],
+    itemsize: int,
+    cap: int | None = None,
+    node: int = 0,
+    even: bool | None = None,
 ) -> Plan:
     """The plan of an elementwise step: every rank computes the part of the parameter that its state
     lives for, and sends it to all who store it.
@@ -84,7 +93,11 @@ def make_gather(
     Args:
         cap: bytes that a rank may send in one bucket, for which parts are cut on their first dim;
             None is all in one.
+        node: ranks in a node; 0 where all are in one.
+        even: whether ranks have about equal parts, of which an all-gather pads little: by default,
+            whether they have of these tensors.
     """
+    padding = math.inf if (are_even(ranks, tensors) if even is None else even) else 0
     matrices: list[Matrix] = []
     buckets: list[list[Assignment]] = [[]]
     busy = 0
@@ -108,7 +121,26 @@ def make_gather(
                     buckets[-1].append(Assignment(len(matrices), at))
                     matrices.append(Matrix(i, part, 0))
     filled = tuple(tuple(bucket) for bucket in buckets if bucket)
-    return Plan(ranks, tuple(alone), tuple(matrices), filled, itemsize, inward=False)
+    return Plan(
+        ranks,
+        tuple(alone),
+        tuple(matrices),
+        filled,
+        itemsize,
+        inward=False,
+        node=node,
+        padding=padding,
+    )
+
+
+def are_even(ranks: int, tensors: Iterable[PlannedTensor]) -> bool:
+    """Whether an all-gather of the parts of an elementwise step pads little."""
+    sizes = [0] * ranks
+    for tensor in tensors:
+        for box, at in pieces(tensor.state_placement, tensor.shape, whole(tensor.shape)):
+            for position in at:
+                sizes[position] += box_size(box)
+    return ranks * max(sizes) <= PADDING * sum(sizes)
 
 
 def _kth(box: Box, k: int, cuts: int) -> Box:

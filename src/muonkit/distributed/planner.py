@@ -11,17 +11,19 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from muonkit.distributed.machines import Machine, cheaper_repeated
-from muonkit.distributed.owners import make_gather, make_own, make_plan
+from muonkit.distributed.owners import are_even, make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout, computed_in_place, stage_placement
+from muonkit.distributed.placement import cells
 from muonkit.distributed.plan import Plan, StepPlan
-from muonkit.distributed.transfers import Matrix, PlannedTensor
+from muonkit.distributed.transfers import Lines, Matrix, PlannedTensor
+from muonkit.selection import count_of, lines_are_rows
 from muonkit.stages import kept_shape
-from muonkit.views import Block, blocks_of, row_blocks
+from muonkit.views import Block, blocks_of, line_dims, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from muonkit.distributed.placement import Box
+    from muonkit.distributed.placement import Box, Placement
 
 __all__ = [
     "GroupToPlan",
@@ -31,6 +33,7 @@ __all__ = [
     "PlannedParams",
     "matrices_of",
     "plan_step",
+    "selected_lines",
 ]
 
 
@@ -67,6 +70,7 @@ class GroupToPlan(NamedTuple):
         flops: of one matrix, by the parameter's `kind`, rows and columns.
         replicas: the option.
         stage_state: what a stage keeps of a matrix: "none", "rows" or "entries".
+        fraction, selection: the options.
         cap: bytes that a rank may have in flight for one bucket.
     """
 
@@ -76,6 +80,8 @@ class GroupToPlan(NamedTuple):
     cap: int
     replicas: str = "auto"
     stage_state: str = "none"
+    fraction: float = 1.0
+    selection: str = "global"
 
 
 class MatrixBlock(NamedTuple):
@@ -142,12 +148,12 @@ def plan_step(
         own, shared = _sort(group, set(in_place))
         if group.view is None:
             if merge_gathers:
-                for plan, count in _merged_gathers(ranks, group, shared):
+                for plan, count in _merged_gathers(ranks, group, shared, rates):
                     gathers.append(plan)
                     times.append(count)
                 planned.append(PlannedGroup(own, ()))
                 continue
-            found = [_gather(ranks, group, indices) for indices in shared]
+            found = [_gather(ranks, group, indices, rates) for indices in shared]
             gathers += [params.plan for params in found]
             times += [1] * len(found)
         else:
@@ -215,7 +221,14 @@ def _shared(
         for tensor, index in zip(tensors, indices, strict=True)
     ]
     plan = make_plan(
-        ranks, tensors, matrices, first.itemsize, group.cap, loads, first.stage_itemsize
+        ranks,
+        tensors,
+        matrices,
+        first.itemsize,
+        group.cap,
+        loads,
+        first.stage_itemsize,
+        _node(rates, ranks),
     )
     return PlannedParams(indices, plan, tuple(blocks))
 
@@ -244,23 +257,35 @@ def _repeated_axes(
     return both if cheaper else implied
 
 
-def _gather(ranks: int, group: GroupToPlan, indices: tuple[int, ...]) -> PlannedParams:
+def _node(rates: Machine, ranks: int) -> int:
+    """Ranks in a node; 0 where all are in one."""
+    return rates.node if rates.node < ranks else 0
+
+
+def _gather(
+    ranks: int, group: GroupToPlan, indices: tuple[int, ...], rates: Machine
+) -> PlannedParams:
     tensors = [_tensor(group.params[i]) for i in indices]
     itemsize = group.params[indices[0]].itemsize
-    return PlannedParams(indices, make_gather(ranks, tensors, itemsize, group.cap))
+    plan = make_gather(ranks, tensors, itemsize, group.cap, _node(rates, ranks))
+    return PlannedParams(indices, plan)
 
 
 def _merged_gathers(
-    ranks: int, group: GroupToPlan, shared: Sequence[tuple[int, ...]]
+    ranks: int, group: GroupToPlan, shared: Sequence[tuple[int, ...]], rates: Machine
 ) -> list[tuple[Plan, int]]:
-    counts: dict[tuple[PlannedTensor, int], int] = {}
-    for index in (index for indices in shared for index in indices):
-        param = group.params[index]
-        kind = _tensor(param)._replace(name=""), param.itemsize
-        counts[kind] = counts.get(kind, 0) + 1
+    counts: dict[tuple[PlannedTensor, int, bool], int] = {}
+    for indices in shared:
+        # Of all that travel together, as in the optimizer's own plan.
+        even = are_even(ranks, [_tensor(group.params[index]) for index in indices])
+        for index in indices:
+            param = group.params[index]
+            kind = _tensor(param)._replace(name=""), param.itemsize, even
+            counts[kind] = counts.get(kind, 0) + 1
+    node = _node(rates, ranks)
     return [
-        (make_gather(ranks, [tensor], itemsize), count)
-        for (tensor, itemsize), count in counts.items()
+        (make_gather(ranks, [tensor], itemsize, node=node, even=even), count)
+        for (tensor, itemsize, even), count in counts.items()
     ]
 
 
@@ -290,13 +315,65 @@ def _describe(
             tensor = tensor._replace(stage_shape=like, stage_placement=placement)
         tensors.append(tensor)
         for block, stage_block, boxes in matrices_of(group.view, shape, group.stage_state):
-            of_kind = param.kind, block.rows, block.cols
-            if of_kind not in costs:
-                costs[of_kind] = group.flops(*of_kind)
             blocks += [MatrixBlock(index, block, stage_block)] * len(boxes)
-            flops = costs[of_kind]
-            matrices += [Matrix(number, box, flops, stage_box) for box, stage_box in boxes]
+            for box, stage_box in boxes:
+                lines = _lines(group, block, box, shape, param.layout.state_placement)
+                of_kind = param.kind, *_computed(block, lines)
+                if of_kind not in costs:
+                    costs[of_kind] = group.flops(*of_kind)
+                matrices.append(Matrix(number, box, costs[of_kind], stage_box, lines))
     return tensors, matrices, blocks
+
+
+def _lines(
+    group: GroupToPlan, block: Block, box: Box, shape: tuple[int, ...], placement: Placement
+) -> Lines | None:
+    if group.fraction == 1:
+        return None
+    rows = lines_are_rows(block.rows, block.cols, group.stage_state)
+    assert group.view is not None
+    dims = tuple(line_dims(group.view, block, len(shape), rows))
+    return selected_lines(group.fraction, group.selection, dims, rows, box, shape, placement)
+
+
+@functools.lru_cache(maxsize=4096)
+def selected_lines(
+    fraction: float,
+    selection: str,
+    dims: tuple[int, ...],
+    rows: bool,
+    box: Box,
+    shape: tuple[int, ...],
+    placement: Placement,
+) -> Lines:
+    """Which lines of a matrix are taken, and whether they travel alone: along one dim, of which
+    every rank has either all of the matrix's lines, or with "local" a cell of their own.
+
+    Args:
+        placement: of the momentum.
+    """
+    lengths = [box[dim][1] - box[dim][0] for dim in dims]
+    count = math.prod(lengths)
+    long = [dim for dim, length in zip(dims, lengths, strict=True) if length > 1]
+    along = long[0] if len(long) == 1 else dims[0] if not long else None
+    if along is not None:
+        start, stop = box[along]
+        cut = [
+            (max(a, start) - start, min(b, stop) - start)
+            for (a, b), _ in cells(placement, shape[along], along)
+            if max(a, start) < min(b, stop)
+        ]
+        if selection == "local" or len(cut) == 1:
+            taken = tuple((a, b, count_of(fraction, b - a)) for a, b in cut)
+            return Lines(dims, rows, taken, along)
+    return Lines(dims, rows, ((0, count, count_of(fraction, count)),), None)
+
+
+def _computed(block: Block, lines: Lines | None) -> tuple[int, int]:
+    """Rows and columns of what is orthogonalized of each matrix of a block."""
+    if lines is None:
+        return block.rows, block.cols
+    return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,15 +17,17 @@ from muonkit.batching import (
     norms_of,
     place,
 )
-from muonkit.distributed.exchange import Exchange, Pending, add_up, move
-from muonkit.distributed.placement import Box, Placement, slices
-from muonkit.distributed.plan import Assignment, Transfers
+from muonkit.distributed.exchange import Exchange, Pending, add_up, gather, move, slots
+from muonkit.distributed.placement import Box, Placement, box_size, slices
+from muonkit.distributed.plan import Assignment, Plan, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
+from muonkit.distributed.selected import BucketLines, SelectedLines, lines_of
 from muonkit.groups import computed_dtype, momentum_dtype, scaled_block
 from muonkit.int8 import Scales, scale_cut
+from muonkit.selection import put, selects, take
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from muonkit.distributed.exchange import Domain
     from muonkit.distributed.planner import PlannedParams
     from muonkit.distributed.transfers import PlannedTensor
-    from muonkit.views import Block
 
 __all__ = ["ShardedGroup", "exchange_dtype", "stage_dtype", "update_dtype"]
 
@@ -55,6 +57,9 @@ def stage_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+T = TypeVar("T")
+
+
 class _Part(NamedTuple):
     """A box of a matrix that this rank has, and where it lies in the rank's own tensor."""
 
@@ -67,6 +72,29 @@ class _Part(NamedTuple):
         return tensor[self.cut]
 
 
+class _Rounds:
+    """How a bucket's results, or the stage's state, come back from the owners.
+
+    Attributes:
+        moves_in, moves: whether any rank sends anything to the owners, and back.
+        gathered: see `Plan.gathers`.
+        late: what relays pass on in a second round; None where there are none.
+        chunks: of the first round and the second.
+    """
+
+    def __init__(
+        self, plan: Plan, bucket: tuple[Assignment, ...], me: int, cap: int, state: bool
+    ) -> None:
+        self.moves_in, self.moves = (plan.moves(bucket, inward, state) for inward in (True, False))
+        self.gathered = plan.gathers(bucket, state)
+        outbound = plan.stage_outbound if state else plan.outbound
+        self.late: Transfers | None = None
+        self.chunks = [plan.chunks(bucket, cap, state)]
+        if plan.relays(bucket, state):
+            self.late = outbound(bucket, me, late=True)
+            self.chunks.append(plan.chunks(bucket, cap, state, late=True))
+
+
 class _Bucket:
     """One bucket of the plan, and this rank's part in it; the same in every step."""
 
@@ -74,52 +102,62 @@ class _Bucket:
         plan, me = sharded.plan, sharded.domain.position
         self.assignments = assignments
         self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
-        self.stage_transfers: tuple[Transfers, Transfers] | None = None
+        self.stage_inbound: Transfers | None = None
         if plan.has_stage_state:
-            self.stage_transfers = (
-                plan.stage_inbound(assignments, me),
-                plan.stage_outbound(assignments, me),
-            )
-        self.moves = {
-            (inward, state): plan.moves(assignments, inward, state)
-            for inward in (True, False)
+            self.stage_inbound = plan.stage_inbound(assignments, me)
+            self.stage_outbound = plan.stage_outbound(assignments, me)
+        self.rounds = {
+            state: _Rounds(plan, assignments, me, sharded.cap, state)
             for state in ((False, True) if plan.has_stage_state else (False,))
         }
-        self.chunks = {
-            state: plan.chunks(assignments, sharded.cap, state)
-            for state in ((False, True) if plan.has_stage_state else (False,))
-        }
-        self.momentum_shards: dict[tuple[Any, ...], list[_Part]] = {}  # the parts of each stack
         self.param_shards: dict[tuple[int, int], list[_Part]] = {}
+        shards: dict[tuple[Any, ...], list[_Part]] = {}
+        sent = {(matrix, box) for _, matrix, box in self.inbound.sends}
         for assignment in assignments:
             param, block, _ = sharded.blocks[assignment.matrix]
             for part in sharded.parts(assignment.matrix, "state_placement"):
                 shape = [b - a for a, b in part.box]
-                key = (*shape, sharded.grad_dtypes[param], sharded.scaled_blocks[param])
-                self.momentum_shards.setdefault(key, []).append(part)
+                only_kept = (part.matrix, part.box) not in sent
+                lines = plan.matrices[part.matrix].lines
+                along = None if lines is None else (lines.dims, lines.sent)
+                kind = sharded.grad_dtypes[param], sharded.scaled_blocks[param]
+                key = (only_kept, *shape, *kind, along)
+                shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
                 self.param_shards.setdefault((block.rows, block.cols), []).append(part)
+        # The parts of each stack, and whether they are only kept; these last.
+        self.momentum_shards = [
+            (parts, key[0]) for key, parts in sorted(shards.items(), key=lambda item: item[0][0])
+        ]
         self.stacked = {
             (part.matrix, part.box): (stack, k)
-            for stack, members in enumerate(self.momentum_shards.values())
+            for stack, (members, _) in enumerate(self.momentum_shards)
             for k, part in enumerate(members)
         }
         self.numbers = {each.matrix: number for number, each in enumerate(assignments)}
         self.indices: dict[tuple[int, ...], Tensor] = {}
         self.copies: Tensor | None = None  # ranks that store each part of `param_shards`
+        self.lines: BucketLines | None = None
+        if selects(sharded.group):
+            self.lines = BucketLines(
+                plan,
+                sharded.domain,
+                list(self.numbers),
+                [[(part.matrix, part.box) for part in some] for some, _ in self.momentum_shards],
+            )
         self.batches = self._batches(
             sharded, [assignment.matrix for assignment in assignments if me in assignment.owners]
         )
 
     def _batches(self, sharded: ShardedGroup, owned: list[int]) -> list[tuple[int, int, list[int]]]:
         """Rows, columns and matrices of what is computed together, equal shapes side by side."""
-        blocks = {matrix: sharded.blocks[matrix].block for matrix in owned}
+        shapes = {matrix: sharded.computed(matrix) for matrix in owned}
         kind = sharded.domain.device.type
         # Copies that are computed again elsewhere must come out the same to the bit: matrices of
         # other ranks' choice do not share their batch.
         items = [
-            Item(sharded.tensor(matrix).repeat, kind, 1, b.rows, b.cols, sharded.dtype.itemsize)
-            for matrix, b in blocks.items()
+            Item(sharded.tensor(matrix).repeat, kind, 1, *shape, sharded.dtype.itemsize)
+            for matrix, shape in shapes.items()
         ]
         return [
             (
@@ -127,7 +165,7 @@ class _Bucket:
                 batch.cols,
                 sorted(
                     (owned[i] for i in batch.positions),
-                    key=lambda matrix: (blocks[matrix].rows, blocks[matrix].cols, matrix),
+                    key=lambda matrix: (*shapes[matrix], matrix),
                 ),
             )
             for batch in make_batches(tuple(items), sharded.group["bytes_in_flight"])
@@ -167,6 +205,18 @@ class ShardedGroup:
     def tensor(self, matrix: int) -> PlannedTensor:
         """The parameter that a matrix is of."""
         return self.plan.tensors[self.plan.matrices[matrix].tensor]
+
+    def computed(self, matrix: int) -> tuple[int, int]:
+        """Rows and columns of what is orthogonalized of a matrix."""
+        block, lines = self.blocks[matrix].block, self.plan.matrices[matrix].lines
+        if lines is None:
+            return block.rows, block.cols
+        return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
+
+    def is_sent_whole(self, matrix: int) -> bool:
+        """Whether its owner takes the lines of a matrix, of which all travel."""
+        lines = self.plan.matrices[matrix].lines
+        return lines is not None and lines.sent is None
 
     def parts(self, matrix: int, where: str) -> list[_Part]:
         """The parts of a matrix that this rank stores: of the parameter ("param_placement"), or of
@@ -217,14 +267,16 @@ class ShardedBatch:
                 [part.of(self._entry(part.matrix).grad) for part in members],
                 [part.of(self._entry(part.matrix).momentum) for part in members],
                 sharded.params[sharded.blocks[members[0].matrix].param].dtype,
+                only_kept,
                 self._scales(members),
             )
-            for members in bucket.momentum_shards.values()
+            for members, only_kept in bucket.momentum_shards
         ]
         self.param_shards = [
             ParamShards([part.of(self._entry(part.matrix).param) for part in members], *shape)
             for shape, members in bucket.param_shards.items()
         ]
+        self.lines: SelectedLines | None = None  # once they are selected
         self._variances: dict[int, Tensor] = {}  # of the matrices that this rank owns
         self._stacks: list[tuple[list[int], Tensor]] = []  # the same, as `stacks` gave them out
 
@@ -237,21 +289,63 @@ class ShardedBatch:
         block = self.sharded.scaled_blocks[self.sharded.blocks[members[0].matrix].param]
         return None if block is None else Scales.of(tensors, block)
 
+    def line_norms(self, u: Sequence[Tensor]) -> Pending[Tensor]:
+        assert self.bucket.lines is not None
+        return self.bucket.lines.norms(u)
+
+    def select_(self, norms: Tensor, mu: float | Tensor) -> None:
+        assert self.bucket.lines is not None
+        self.lines = SelectedLines(self.bucket.lines, norms)
+        self.lines.keep_([shards.momenta for shards in self.momentum_shards], mu)
+
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Any]:
         whole = self._owner_buffers()
-        pending = [self._inward(u, whole, self.sharded.comm_dtype)]
-        if self.bucket.stage_transfers is not None:
-            pending.append(self._fetch_stage_state(self.bucket.stage_transfers[0]))
-        return Pending(whole, pending)
+        parts = self._parts(whole)
+        for matrix in parts:
+            if self.sharded.is_sent_whole(matrix):
+                box = self.sharded.plan.matrices[matrix].box
+                shape, device = [b - a for a, b in box], self.sharded.domain.device
+                parts[matrix] = torch.empty(shape, dtype=self.sharded.dtype, device=device)
+        taken = u if self.lines is None else self.lines.take(u)
+        pending = [self._inward(taken, parts, self.sharded.comm_dtype)]
+        if self.bucket.stage_inbound is not None:
+            pending.append(self._fetch_stage_state(self.bucket.stage_inbound))
+        return Pending(whole, pending, lambda into: self._take_lines(parts, into))
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Any]:
-        whole = self._owner_buffers()
-        return Pending(whole, [self._inward(tensors, whole, self.sharded.dtype)])
+        whole = self._owner_buffers(all_lines=True)
+        parts = self._parts(whole, all_lines=True)
+        return Pending(whole, [self._inward(tensors, parts, self.sharded.dtype, all_lines=True)])
+
+    def with_all_lines(self, o: Sequence[Tensor]) -> list[Tensor]:
+        whole = self._owner_buffers(all_lines=True)
+        places = self._places(whole, all_lines=True)
+        for matrix, taken in self._places(o).items():
+            places[matrix].copy_(self._put(matrix, taken))
+        return whole
+
+    def _take_lines(self, parts: dict[int, Tensor], whole: Sequence[Tensor]) -> None:
+        """Of matrices that arrived whole."""
+        if self.lines is None:
+            return
+        for matrix, computed in self._places(whole).items():
+            if self.sharded.is_sent_whole(matrix):
+                matrices = self.sharded.blocks[matrix].block.to_matrices(parts[matrix])
+                lines = self.lines.of(matrix)[None].to(matrices.device)
+                by_rows = lines_of(self.sharded.plan, matrix).rows
+                computed.copy_(take(matrices, lines, by_rows)[0])
+
+    def _put(self, matrix: int, taken: Tensor) -> Tensor:
+        """A matrix that has these lines, and is zero elsewhere."""
+        assert self.lines is not None
+        block, by_rows = self.sharded.blocks[matrix].block, lines_of(self.sharded.plan, matrix).rows
+        lines = self.lines.of(matrix)[None].to(taken.device)
+        return put(taken[None], lines, by_rows, block.rows if by_rows else block.cols)[0]
 
     def weights(self) -> list[list[Tensor]]:
         return [
             [self.sharded.momentum_piece(part, self._entry(part.matrix).param) for part in members]
-            for members in self.bucket.momentum_shards.values()
+            for members, _ in self.bucket.momentum_shards
         ]
 
     def sources(self) -> list[list[MatrixRef]]:
@@ -260,11 +354,17 @@ class ShardedBatch:
     def _source(self, matrix: int) -> MatrixRef:
         number, block, _ = self.sharded.blocks[matrix]
         box = self.sharded.plan.matrices[matrix].box
-        return MatrixRef(self.sharded.params[number], box, block.rows, block.cols)
+        computed = self.sharded.computed(matrix)
+        return MatrixRef(self.sharded.params[number], box, block.rows, block.cols, computed)
 
-    def _inward(self, u: Sequence[Tensor], whole: Sequence[Tensor], dtype: torch.dtype) -> Exchange:
-        """Stacks of this rank's pieces of the momentum, to the owners' buffers."""
-        parts = self._parts(whole)
+    def _inward(
+        self,
+        u: Sequence[Tensor],
+        parts: dict[int, Tensor],
+        dtype: torch.dtype,
+        all_lines: bool = False,
+    ) -> Exchange:
+        """Stacks of this rank's pieces of the momentum, to the owners' places for the matrices."""
         transfers = self.bucket.inbound
         pieces = [stack.unbind() for stack in u]
         outgoing = []
@@ -272,36 +372,56 @@ class ShardedBatch:
             stack, k = self.bucket.stacked[matrix, box]
             outgoing.append((position, pieces[stack][k]))
         incoming = [
-            (position, parts[matrix][self._inside(matrix, box)])
+            (position, parts[matrix][self._inside(matrix, box, all_lines)])
             for position, matrix, box in transfers.recvs
         ]
-        return self._move(outgoing, incoming, dtype, inward=True, state=False)
+        return self._move_in(outgoing, incoming, dtype, state=False)
 
-    def _owner_buffers(self) -> list[Tensor]:
+    def _shape(self, matrix: int, all_lines: bool = False) -> tuple[int, int]:
+        """Rows and columns of a matrix, or of what is orthogonalized of it."""
+        block = self.sharded.blocks[matrix].block
+        return (block.rows, block.cols) if all_lines else self.sharded.computed(matrix)
+
+    def _owner_buffers(self, all_lines: bool = False) -> list[Tensor]:
         """Room for the matrices that this rank owns, zero where they are padded."""
         buffers = []
         for rows, cols, members in self.bucket.batches:
-            blocks = [self.sharded.blocks[matrix].block for matrix in members]
-            padded = any((b.rows, b.cols) != (rows, cols) for b in blocks)
+            shapes = [self._shape(matrix, all_lines) for matrix in members]
+            if all_lines and self.bucket.lines is not None:  # batches are of smaller ones
+                rows, cols = max(map(min, shapes)), max(map(max, shapes))
+            padded = any(shape != (rows, cols) for shape in shapes)
             make = torch.zeros if padded else torch.empty
             device = self.sharded.domain.device
             buffers.append(make(len(members), rows, cols, dtype=self.sharded.dtype, device=device))
         return buffers
 
-    def _parts(self, whole: Sequence[Tensor]) -> dict[int, Tensor]:
-        """For each matrix that this rank owns, its place, in the shape of its box."""
-        parts = {}
+    def _places(self, whole: Sequence[Tensor], all_lines: bool = False) -> dict[int, Tensor]:
+        """For each matrix that this rank owns, its place, without padding."""
+        places = {}
         for (_, _, members), matrices in zip(self.bucket.batches, whole, strict=True):
             for matrix, padded in zip(members, torch.split(matrices, 1), strict=True):
-                block = self.sharded.blocks[matrix].block
-                logical = place(padded, block.rows, block.cols)[0]
-                as_kept = logical.mT if block.transposed else logical
-                box = self.sharded.plan.matrices[matrix].box
-                parts[matrix] = as_kept.view([b - a for a, b in box])
+                places[matrix] = place(padded, *self._shape(matrix, all_lines))[0]
+        return places
+
+    def _parts(self, whole: Sequence[Tensor], all_lines: bool = False) -> dict[int, Tensor]:
+        """For each matrix that this rank owns, its place, in the shape of what travels of its box;
+        not of those that travel whole.
+        """
+        parts = self._places(whole, all_lines)
+        for matrix, logical in parts.items():
+            if self.sharded.is_sent_whole(matrix) and not all_lines:
+                continue
+            block, planned = self.sharded.blocks[matrix].block, self.sharded.plan.matrices[matrix]
+            as_kept = logical.mT if block.transposed else logical
+            box = planned.box if all_lines else planned.taken(planned.box)
+            parts[matrix] = as_kept.view([b - a for a, b in box])
         return parts
 
-    def _inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
-        return slices(box, self.sharded.plan.matrices[matrix].box)
+    def _inside(self, matrix: int, box: Box, all_lines: bool = False) -> tuple[slice, ...]:
+        planned = self.sharded.plan.matrices[matrix]
+        if all_lines:
+            return slices(box, planned.box)
+        return slices(planned.taken(box), planned.taken(planned.box))
 
     def _fetch_stage_state(self, transfers: Transfers) -> Exchange:
         """Receive the variance of the owned matrices, oriented as it is kept."""
@@ -314,50 +434,42 @@ class ShardedBatch:
                     dtype=self.sharded.stage_dtype,
                     device=self.sharded.domain.device,
                 )
-        outgoing, incoming = self._stage_transfers(transfers)
-        return self._move(outgoing, incoming, self.sharded.stage_dtype, inward=True, state=True)
+        outgoing = [(at, self._kept_state(matrix, box)) for at, matrix, box in transfers.sends]
+        incoming = [(at, self._owned_state(matrix, box)) for at, matrix, box in transfers.recvs]
+        return self._move_in(outgoing, incoming, self.sharded.stage_dtype, state=True)
 
-    def _stage_transfers(
-        self, transfers: Transfers, back: bool = False
-    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
-        """The pieces of the variance that are sent and received: to the owner, or `back`."""
-        at_home, at_owner = (
-            (transfers.recvs, transfers.sends) if back else (transfers.sends, transfers.recvs)
-        )
-        home = []
-        for position, matrix, box in at_home:
-            variance = self._entry(matrix).variance
-            assert variance is not None
-            home.append((position, self.sharded.stage_piece(matrix, box, variance)))
-        owner = []
-        for position, matrix, box in at_owner:
-            state = self.sharded.plan.matrices[matrix].stage_box
-            assert state is not None
-            owner.append((position, self._variances[matrix][slices(box, state)]))
-        return (owner, home) if back else (home, owner)
+    def _kept_state(self, matrix: int, box: Box) -> Tensor:
+        """A piece of the variance where it is kept."""
+        variance = self._entry(matrix).variance
+        assert variance is not None
+        return self.sharded.stage_piece(matrix, box, variance)
+
+    def _owned_state(self, matrix: int, box: Box) -> Tensor:
+        """A piece of the variance of a matrix that this rank owns."""
+        state = self.sharded.plan.matrices[matrix].stage_box
+        assert state is not None
+        return self._variances[matrix][slices(box, state)]
 
     def stacks(self, o: Sequence[Tensor]) -> list[MatrixStack]:
         stacks = []
         for (_, _, members), matrices in zip(self.bucket.batches, o, strict=True):
             start = 0
             while start < len(members):
-                block = self.sharded.blocks[members[start]].block
+                shape = self.sharded.computed(members[start])
                 stop = start + 1
-                while stop < len(members) and _alike(
-                    self.sharded.blocks[members[stop]].block, block
-                ):
+                while stop < len(members) and self.sharded.computed(members[stop]) == shape:
                     stop += 1
                 some = members[start:stop]
                 variance = None
-                if self.bucket.stage_transfers is not None:
-                    variance = torch.stack([self._logical_stage_state(matrix) for matrix in some])
+                if self.bucket.stage_inbound is not None:
+                    variance = torch.stack([self._taken_stage_state(matrix) for matrix in some])
                     self._stacks.append((some, variance))
                 steps = [self._entry(matrix).steps for matrix in some]
                 count = None
                 if steps[0] is not None:
                     count = torch.stack([s for s in steps if s is not None])
                     count = count.to(matrices.device).reshape(-1, 1, 1)
-                whole = place(matrices[start:stop], block.rows, block.cols)
+                whole = place(matrices[start:stop], *shape)
                 numbers = self._numbers(some)
                 stacks.append(MatrixStack(whole, numbers, variance, count))
                 start = stop
@@ -368,38 +480,138 @@ class ShardedBatch:
         block = self.sharded.blocks[matrix].stage_block
         return block.to_matrices(self._variances[matrix])[0]
 
+    def _taken_stage_state(self, matrix: int) -> Tensor:
+        """What it keeps of the lines that were taken; these are rows."""
+        state = self._logical_stage_state(matrix)
+        return state if self.lines is None else state[self.lines.of(matrix).to(state.device)]
+
     def keep(self, stacks: Sequence[MatrixStack]) -> Pending[None]:
         """Send the stage's state back to everywhere where it is kept."""
-        assert self.bucket.stage_transfers is not None
         for some, variance in self._stacks:
             for matrix, rows in zip(some, variance.unbind(), strict=True):
-                self._logical_stage_state(matrix).copy_(rows)
-        outgoing, incoming = self._stage_transfers(self.bucket.stage_transfers[1], back=True)
-        exchange = self._move_out(outgoing, incoming, self.sharded.stage_dtype, state=True)
-        return Pending(None, [exchange])
+                state = self._logical_stage_state(matrix)
+                if self.lines is None:
+                    state.copy_(rows)
+                else:
+                    state.index_copy_(0, self.lines.of(matrix).to(state.device), rows)
+        back = self.bucket.stage_outbound
+        outgoing = [(at, self._owned_state(matrix, box)) for at, matrix, box in back.sends]
+        return self._send_back(None, outgoing, back, self._kept_state, state=True)
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Any]:
-        parts = self._parts(o)
-        transfers = self.bucket.outbound
+        parts, back = self._parts(o), self.bucket.outbound
+        for matrix, taken in parts.items():
+            if self.sharded.is_sent_whole(matrix):
+                box = self.sharded.plan.matrices[matrix].box
+                block, whole = self.sharded.blocks[matrix].block, self._put(matrix, taken)
+                as_kept = whole.mT if block.transposed else whole
+                parts[matrix] = as_kept.reshape([b - a for a, b in box])
         outgoing = [
-            (position, parts[matrix][self._inside(matrix, box)])
-            for position, matrix, box in transfers.sends
+            (at, parts[matrix][self._inside(matrix, box)]) for at, matrix, box in back.sends
         ]
-        pieces: dict[tuple[int, Box], Tensor] = {
-            (matrix, box): torch.empty(
-                [b - a for a, b in box],
-                dtype=self.sharded.dtype,
-                device=self._entry(matrix).param.device,
-            )
-            for _, matrix, box in transfers.recvs
-        }
-        incoming = [(position, pieces[matrix, box]) for position, matrix, box in transfers.recvs]
-        exchange = self._move_out(outgoing, incoming, self.sharded.comm_dtype, state=False)
+        pieces = self._room(parts)
+        full, put_lines = pieces, None
+        if self.lines is not None:
+            full = {at: self._room_for(piece, *at) for at, piece in pieces.items()}
+            put_lines = partial(self._put_lines, full, pieces)
         updates = [
-            [pieces[part.matrix, part.box] for part in members]
+            [full[part.matrix, part.box] for part in members]
             for members in self.bucket.param_shards.values()
         ]
-        return Pending(updates, [exchange])
+        return self._send_back(
+            updates, outgoing, back, lambda *which: pieces[which], state=False, last_=put_lines
+        )
+
+    def _room_for(self, piece: Tensor, matrix: int, box: Box) -> Tensor:
+        """Zeros in the shape of a box of which some lines arrive; the piece itself where all do."""
+        if self.sharded.is_sent_whole(matrix):
+            return piece
+        return piece.new_zeros([b - a for a, b in box])
+
+    def _put_lines(
+        self,
+        full: Mapping[tuple[int, Box], Tensor],
+        pieces: Mapping[tuple[int, Box], Tensor],
+        updates: object,
+    ) -> None:
+        """Put the lines that have arrived where they belong."""
+        assert self.lines is not None
+        for (matrix, box), piece in pieces.items():
+            whole = full[matrix, box]
+            if whole is not piece:
+                along = lines_of(self.sharded.plan, matrix).sent
+                assert along is not None
+                lines = self.lines.inside(matrix, box).to(whole.device)
+                whole.index_copy_(along, lines, piece)
+
+    def _send_back(
+        self,
+        value: T,
+        outgoing: list[tuple[int, Tensor]],
+        transfers: Transfers,
+        place_of: Callable[[int, Box], Tensor],
+        state: bool,
+        last_: Callable[[T], object] | None = None,
+    ) -> Pending[T]:
+        """Start to send what owners have to all who store it.
+
+        Args:
+            value: what the result has.
+            outgoing: this rank's part of the first round's sends.
+            transfers: the first round.
+            place_of: where a part of a matrix is kept on this rank.
+            last_: what is done when all has arrived.
+        """
+        sharded, rounds = self.sharded, self.bucket.rounds[state]
+        dtype, domain = sharded.stage_dtype if state else sharded.comm_dtype, sharded.domain
+        incoming = [(at, place_of(matrix, box)) for at, matrix, box in transfers.recvs]
+        if rounds.gathered:
+            own = [tensor for at, tensor in outgoing if at == domain.position]
+            return Pending(value, [gather(domain, own, incoming, dtype, rounds.gathered)], last_)
+        first = self._in_chunks(outgoing, incoming, dtype, rounds.moves, rounds.chunks[0])
+        late = rounds.late
+        if late is None:
+            return Pending(value, [first], last_)
+
+        def pass_on() -> Exchange:
+            sends, recvs = (
+                [(at, place_of(matrix, box)) for at, matrix, box in some] for some in late
+            )
+            return self._in_chunks(sends, recvs, dtype, True, rounds.chunks[1])
+
+        return Pending(value, [first], last_, start_late=pass_on)
+
+    def _room(self, parts: Mapping[int, Tensor]) -> dict[tuple[int, Box], Tensor]:
+        """Where the results that this rank receives will be: those of a round in the order in which
+        they arrive, in one piece of memory; what this rank computed itself is used where it is if
+        it can be.
+        """
+        sharded, me, rounds = self.sharded, self.sharded.domain.position, self.bucket.rounds[False]
+        pieces: dict[tuple[int, Box], Tensor] = {}
+        first = []
+        for transfer in self.bucket.outbound.recvs:
+            at, matrix, box = transfer
+            if at == me and not rounds.gathered and sharded.comm_dtype == sharded.dtype:
+                own = parts[matrix][self._inside(matrix, box)]
+                if own.is_contiguous() and own.device == self._entry(matrix).param.device:
+                    pieces[matrix, box] = own
+                    continue
+            first.append(transfer)
+        if not rounds.gathered:
+            first.sort(key=lambda transfer: transfer.position == me)  # they would part others
+        for recvs in (first, rounds.late.recvs if rounds.late is not None else ()):
+            if not recvs:
+                continue
+            taken = [sharded.plan.matrices[matrix].taken(box) for _, matrix, box in recvs]
+            sizes = [(at, box_size(box)) for (at, _, _), box in zip(recvs, taken, strict=True)]
+            count = sharded.domain.size * rounds.gathered or sum(size for _, size in sizes)
+            device = self._entry(recvs[0].matrix).param.device
+            flat = torch.empty(count, dtype=sharded.dtype, device=device)
+            starts = slots(sizes, rounds.gathered)
+            each = zip(recvs, taken, sizes, starts, strict=True)
+            for (_, matrix, box), some, (_, size), start in each:
+                pieces[matrix, box] = flat[start : start + size].view([b - a for a, b in some])
+        return pieces
 
     def weight_norms(self) -> Pending[Tensor]:
         domain, bucket = self.sharded.domain, self.bucket
@@ -435,33 +647,28 @@ class ShardedBatch:
             bucket.indices[key] = torch.tensor(numbers, device=self.sharded.domain.device)
         return bucket.indices[key]
 
-    def _move_out(
+    def _in_chunks(
         self,
         outgoing: list[tuple[int, Tensor]],
         incoming: list[tuple[int, Tensor]],
         dtype: torch.dtype,
-        state: bool,
+        together: bool,
+        chunks: int,
     ) -> Exchange:
-        """Send the results, in several chunks where an owner's copies for all others would not fit
-        in the cap; the last chunk is under way when this returns.
+        """Send results in several chunks, where a rank's copies for all others would not fit in the
+        cap; the last chunk is under way when this returns.
         """
-        chunks = self.bucket.chunks[state]
+        domain = self.sharded.domain
         for number in range(chunks - 1):
-            self._move(outgoing, incoming, dtype, False, state, (number, chunks)).wait()
-        return self._move(outgoing, incoming, dtype, False, state, (chunks - 1, chunks))
+            move(domain, outgoing, incoming, dtype, together, (number, chunks)).wait()
+        return move(domain, outgoing, incoming, dtype, together, (chunks - 1, chunks))
 
-    def _move(
+    def _move_in(
         self,
         outgoing: list[tuple[int, Tensor]],
         incoming: list[tuple[int, Tensor]],
         dtype: torch.dtype,
-        inward: bool,
         state: bool,
-        chunk: tuple[int, int] = (0, 1),
     ) -> Exchange:
-        together = self.bucket.moves[inward, state]
-        return move(self.sharded.domain, outgoing, incoming, dtype, together, chunk)
-
-
-def _alike(one: Block, other: Block) -> bool:
-    return (one.rows, one.cols) == (other.rows, other.cols)
+        together = self.bucket.rounds[state].moves_in
+        return move(self.sharded.domain, outgoing, incoming, dtype, together)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from muonkit.distributed.exchange import move
+from muonkit.distributed.exchange import gather, move
 from muonkit.distributed.layout import local
 from muonkit.distributed.machines import machine
 from muonkit.distributed.param_layout import ONE_RANK, computed_in_place
@@ -20,6 +20,7 @@ from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, stage_dtyp
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import flops_of, parameter_names, products_of
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
+from muonkit.selection import selected_shape
 from muonkit.stages import kept_state
 from muonkit.views import blocks_of
 
@@ -114,7 +115,10 @@ def choices_to_compare(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> di
             for block in blocks_of(group["view"], p.shape)
             if block.rows * block.cols
         }
-        products = {products_of(group, rows, cols, dtype, device) for rows, cols, dtype in kinds}
+        products = {
+            products_of(group, *selected_shape(group, rows, cols), dtype, device)
+            for rows, cols, dtype in kinds
+        }
         compared[products_label(number)] = ", ".join(sorted(products))
     return compared
 
@@ -233,6 +237,8 @@ def _to_plan(
         cap_of(kind, group["bytes_in_flight"]),
         group["replicas"],
         kept_state(group),
+        group["fraction"],
+        group["selection"],
     )
 
 
@@ -267,24 +273,43 @@ class Gather:
         self.params: list[Tensor] = [group["params"][index] for index in shared.params]
         self.dtype = self.params[0].dtype
         me = domain.position
-        self._transfers = [
-            (self.plan.outbound(assignments, me), self.plan.moves(assignments, inward=False))
-            for assignments in self.plan.buckets
+        self._buckets = [
+            (
+                self.plan.outbound(bucket, me),
+                self.plan.outbound(bucket, me, late=True) if self.plan.relays(bucket) else None,
+                self.plan.moves(bucket, inward=False),
+                self.plan.gathers(bucket),
+            )
+            for bucket in self.plan.buckets
         ]
 
     def tasks(self) -> list[Iterator[None]]:
         """The exchanges of a step, once this rank has updated its parts."""
-        return [self._task(transfers, moves) for transfers, moves in self._transfers]
+        return [self._task(*bucket) for bucket in self._buckets]
 
-    def _task(self, transfers: Transfers, moves: bool) -> Iterator[None]:
-        me = self.domain.position
-        outgoing, incoming = (
-            [(at, self._piece(matrix, box)) for at, matrix, box in some if at != me]
-            for some in (transfers.sends, transfers.recvs)
-        )
-        pending = move(self.domain, outgoing, incoming, self.dtype, moves)
+    def _task(
+        self, first: Transfers, late: Transfers | None, moves: bool, gathered: int
+    ) -> Iterator[None]:
+        outgoing, incoming = self._pieces(first)
+        if gathered:
+            me = self.domain.position
+            own = [self._piece(matrix, box) for at, matrix, box in first.sends if at == me]
+            pending = gather(self.domain, own, incoming, self.dtype, gathered)
+        else:
+            pending = move(self.domain, outgoing, incoming, self.dtype, moves)
         yield
         pending.wait()
+        if late is not None:
+            outgoing, incoming = self._pieces(late)
+            pending = move(self.domain, outgoing, incoming, self.dtype)
+            yield
+            pending.wait()
+
+    def _pieces(self, transfers: Transfers) -> Iterator[list[tuple[int, Tensor]]]:
+        """What this rank sends to others, and receives from them."""
+        me = self.domain.position
+        for some in transfers:
+            yield [(at, self._piece(matrix, box)) for at, matrix, box in some if at != me]
 
     def _piece(self, matrix: int, box: Any) -> Tensor:
         number = self.plan.matrices[matrix].tensor

@@ -6,9 +6,11 @@ import bisect
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from muonkit.distributed.nodes import Hop, hops
 from muonkit.distributed.placement import (
     Box,
     Interval,
+    Piece,
     Placement,
     Where,
     box_size,
@@ -19,7 +21,7 @@ from muonkit.distributed.placement import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Direction", "Matrix", "PlannedTensor", "alike"]
+__all__ = ["Direction", "Lines", "Matrix", "PlannedTensor", "alike"]
 
 
 class PlannedTensor(NamedTuple):
@@ -45,6 +47,41 @@ class PlannedTensor(NamedTuple):
     stage_placement: Placement | None = None
 
 
+class Lines(NamedTuple):
+    """Which lines of a matrix a step takes: its rows, or its columns (`muonkit.selection`).
+
+    Attributes:
+        dims: of the parameter, that the lines are counted along, row-major.
+        rows: whether they are the matrix's rows.
+        cells: (start, stop, k): of the lines in [start, stop) the k largest are taken.
+        sent: the one of `dims` along which the lines that were taken travel without the others, as
+            every rank has whole cells of it; None where whole matrices travel.
+    """
+
+    dims: tuple[int, ...]
+    rows: bool
+    cells: tuple[tuple[int, int, int], ...]
+    sent: int | None
+
+    @property
+    def total(self) -> int:
+        """How many lines are taken."""
+        return sum(k for _, _, k in self.cells)
+
+    def among(self, start: int, stop: int) -> int:
+        """How many are taken of the lines in [start, stop), which are whole cells."""
+        return sum(k for a, b, k in self.cells if start <= a and b <= stop)
+
+    def taken(self, box: Box, matrix: Box) -> Box:
+        """A part of the matrix in the coordinates of what is taken of it."""
+        if self.sent is None:
+            return box
+        (start, stop), origin = box[self.sent], matrix[self.sent][0]
+        first = origin + self.among(0, start - origin)
+        interval = first, first + self.among(start - origin, stop - origin)
+        return (*box[: self.sent], interval, *box[self.sent + 1 :])
+
+
 class Matrix(NamedTuple):
     """One matrix of a parameter.
 
@@ -53,12 +90,18 @@ class Matrix(NamedTuple):
         box: of the parameter, which holds it.
         flops: that it costs to orthogonalize.
         stage_box: of the stage's state, which belongs to it.
+        lines: that a step takes of it; None where it takes all.
     """
 
     tensor: int
     box: Box
     flops: int
     stage_box: Box | None = None
+    lines: Lines | None = None
+
+    def taken(self, box: Box) -> Box:
+        """What travels of a part of it."""
+        return box if self.lines is None else self.lines.taken(box, self.box)
 
 
 class Direction(NamedTuple):
@@ -72,17 +115,31 @@ class Direction(NamedTuple):
         place: where the tensor lies whose box it is.
         shape: of the tensor.
         axes: mesh axes along which an owner deals with ranks of its own coordinates only.
+        lines: of the matrix, that travel; None where all do.
     """
 
     place: Placement
     shape: tuple[int, ...]
     box: Box
     axes: tuple[int, ...]
+    lines: Lines | None = None
 
     def others(self, owner: int) -> list[tuple[int, Box]]:
         """Who exchanges which part of the box with this owner."""
-        parts = pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
-        return [(position, piece.box) for piece in parts for position in piece.positions]
+        return [(at, piece.box) for piece in self.pieces(owner) for at in piece.positions]
+
+    def pieces(self, owner: int) -> tuple[Piece, ...]:
+        """The parts of the box, each with all who exchange it with this owner."""
+        return pieces(self.place, self.shape, self.box, self.place.where(owner, self.axes))
+
+    def hops(self, owner: int, node: int) -> tuple[Hop, ...]:
+        """How the parts come from this owner to those who store them, on nodes of so many ranks."""
+        return _hops(self.pieces(owner), owner, node)
+
+    def to_all(self, ranks: int) -> bool:
+        """Whether every one of so many ranks has the whole box."""
+        whole = len(self.place.copies()) == len(self.place.mesh) and not self.axes
+        return whole and len(self.place.positions) == ranks
 
     def parts(self, position: int) -> tuple[Box, ...]:
         """The parts of the box that the rank at this position stores."""
@@ -94,17 +151,31 @@ class Direction(NamedTuple):
             self.place.where(position, self.axes) == self.place.where(owner, self.axes)
         )
 
+    def size(self, box: Box) -> int:
+        """The elements that travel of a part of the box."""
+        return box_size(box if self.lines is None else self.lines.taken(box, self.box))
+
     def sizes(self, where: Where) -> Mapping[int, int]:
-        """The elements that each of an owner's others has; the owner's coordinates are `where`."""
-        return _sizes(self.place, self.shape, self.box, where)
+        """The elements that travel between an owner and each of its others; the owner's coordinates
+        are `where`.
+        """
+        return _sizes(self.place, self.shape, self.box, where, self.lines)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _hops(parts: tuple[Piece, ...], owner: int, node: int) -> tuple[Hop, ...]:
+    return tuple(hops(parts, owner, node))
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def _sizes(place: Placement, shape: tuple[int, ...], box: Box, where: Where) -> dict[int, int]:
+def _sizes(
+    place: Placement, shape: tuple[int, ...], box: Box, where: Where, lines: Lines | None
+) -> dict[int, int]:
     sizes: dict[int, int] = {}
     for part, positions in pieces(place, shape, box, where):
+        size = box_size(part if lines is None else lines.taken(part, box))
         for position in positions:
-            sizes[position] = sizes.get(position, 0) + box_size(part)
+            sizes[position] = sizes.get(position, 0) + size
     return sizes
 
 
@@ -113,7 +184,7 @@ def alike(
 ) -> list[int]:
     """For each matrix, the first one whose parts lie on the same ranks, in the same sizes: of an
     equal parameter, and elsewhere at most along dims that nothing cuts, or within what one rank
-    has of a dim (experts of a stack).
+    has of a dim (experts of a stack); and of which the same lines travel.
 
     Args:
         inward: compare the parts of the momentum; matrices that are alike in these are alike in the
@@ -126,11 +197,11 @@ def alike(
     first: dict[tuple[Any, ...], int] = {}
     known: dict[tuple[int, Box, Box | None], int] = {}
     like = []
-    for i, (tensor, box, _, stage_box) in enumerate(matrices):
+    for i, (tensor, box, _, stage_box, lines) in enumerate(matrices):
         k = kind[tensor]
         same = known.get((k, box, stage_box))
         if same is None:
-            key = (k, *extents[k].of(box), *of_state[k].of(stage_box or ()))
+            key = (k, lines, *extents[k].of(box), *of_state[k].of(stage_box or ()))
             same = known[k, box, stage_box] = first.setdefault(key, i)
         like.append(same)
     return like

@@ -347,6 +347,12 @@ def plan_command(
     replicas: Annotated[
         str, typer.Option(help=f"Copies by a placement: {one_of(CHOICES['replicas'])}.")
     ] = DEFAULTS["replicas"],
+    fraction: Annotated[
+        float, typer.Option(help="Of each matrix's rows, how many a step takes: in (0, 1].")
+    ] = DEFAULTS["fraction"],
+    selection: Annotated[
+        str, typer.Option(help=f"Among which rows: {one_of(CHOICES['selection'])}.")
+    ] = DEFAULTS["selection"],
     tp: Annotated[
         list[str] | None,
         typer.Option(
@@ -378,6 +384,8 @@ def plan_command(
         exchange_dtype,
         after,
         replicas,
+        fraction,
+        selection,
         flops=flops,
         intra=intra,
         inter=inter,

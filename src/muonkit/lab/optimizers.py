@@ -124,7 +124,7 @@ def _make_muonw(model: nn.Module, lr: float, decay: float) -> Optimizer:
     return muonkit.MuonW(model, lr=lr, weight_decay=decay, **_MUONW)
 
 
-# What stands around Muon, each alone: title, and the option of MuonW.
+# What stands around Muon, each alone: title, and the options of MuonW.
 _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "normuon": ("NorMuon", {"after": "normuon"}),
     "adamuon": ("AdaMuon", {"after": "adamuon"}),
@@ -135,6 +135,8 @@ _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "radial_brake": ("Radial brake", {"constraint": "radial_brake"}),
     "aol4": ("Turbo-Muon", {"ns_coefficients": "aol4"}),
     "int8": ("int8 momentum", {"momentum_dtype": "int8"}),
+    "dion2": ("Dion2", {"fraction": 0.25}),
+    "nordion2": ("NorDion2", {"fraction": 0.25, "after": "normuon"}),
 }
 
 # With these lr is the size of an update relative to its weight; AdamW's share of it is about the
@@ -204,13 +206,16 @@ class OptimizerSpec:
 
 def _staged(name: str) -> OptimizerSpec:
     title, options = _STAGES[name]
-    ((option, value),) = options.items()
+    said = ", ".join(
+        f'{option}="{value}"' if isinstance(value, str) else f"{option}={value}"
+        for option, value in options.items()
+    )
     unit = (
         f"lr relative to the weight, AdamW's {_ADAMW_SHARE} of it"
         if name in RELATIVE
         else f"scale {SCALE}"
     )
-    summary = f'muonkit.MuonW(model, {option}="{value}"), {unit}'
+    summary = f"muonkit.MuonW(model, {said}), {unit}"
     make = partial(_make_staged, name)
     return OptimizerSpec(name, title, summary, make, scaled=name not in RELATIVE)
 

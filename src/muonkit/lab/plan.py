@@ -70,6 +70,8 @@ def assumptions(
     exchange_dtype: str = "auto",
     after: str = "none",
     replicas: str = "auto",
+    fraction: float = 1.0,
+    selection: str = "global",
     **rates: float | None,
 ) -> Assumptions:
     """Assumptions from the command's options.
@@ -78,8 +80,10 @@ def assumptions(
         rates: flops, intra, inter, memory; None is the device's default.
 
     Raises:
-        LabError: an unknown name.
+        LabError: an unknown name, or a fraction out of (0, 1].
     """
+    if not 0 < fraction <= 1:
+        raise LabError(f"--fraction {fraction:g} should be in (0, 1]; 1 takes all rows")
     given = {name: rate for name, rate in rates.items() if rate is not None}
     for what, got, options in (
         ("device", device, MACHINES),
@@ -87,6 +91,7 @@ def assumptions(
         ("exchange dtype", exchange_dtype, CHOICES["exchange_dtype"]),
         ("after", after, ("none", *AFTER)),
         ("choice of replicas", replicas, CHOICES["replicas"]),
+        ("selection", selection, CHOICES["selection"]),
     ):
         if got not in options:
             raise unknown(what, got, options)
@@ -103,6 +108,8 @@ def assumptions(
         comm_itemsize=_ITEMSIZES.get(exchange_dtype),
         after=after,
         replicas=replicas,
+        fraction=fraction,
+        selection=selection,
     )
 
 

@@ -60,6 +60,7 @@ class Assumptions:
         comm_itemsize: bytes of an element between ranks; None is `itemsize`.
         after: the stage of that option: a key of `AFTER`, or "none".
         replicas: "auto", "recompute" or "split", as the optimizer's option.
+        fraction, selection: as the optimizer's options.
     """
 
     device: str
@@ -69,6 +70,8 @@ class Assumptions:
     comm_itemsize: int | None = None
     after: str = "none"
     replicas: str = "auto"
+    fraction: float = 1.0
+    selection: str = "global"
 
     @property
     def kept(self) -> str:
@@ -200,6 +203,8 @@ class Simulation:
                 cap_of(self.assume.device),
                 self.assume.replicas,
                 self.assume.kept,
+                self.assume.fraction,
+                self.assume.selection,
             )
             for view, params in by_view.items()
         ]
@@ -345,9 +350,9 @@ def _own_batch(plan: Plan, assume: Assumptions) -> Vector:
     every = np.zeros(plan.ranks)
     by_tensor: dict[int, Vector] = {}
     for matrix, owners in plan.assignments():
-        tensor, box, _, _ = plan.matrices[matrix]
-        mine = by_tensor.setdefault(tensor, np.zeros(plan.ranks))
-        mine[list(owners)] += box_size(box) * assume.itemsize
+        planned = plan.matrices[matrix]
+        mine = by_tensor.setdefault(planned.tensor, np.zeros(plan.ranks))
+        mine[list(owners)] += box_size(planned.box) * assume.itemsize
     boxes = {matrix.box for matrix in plan.matrices}
     ratio = max((workspace(box, assume) / box_size(box) for box in boxes), default=0.0)
     for mine in by_tensor.values():

@@ -110,7 +110,11 @@ class Sampler:
 
     def orthogonalized(self, o: Sequence[Tensor]) -> None:
         assert self._batch is not None
-        for keys, matrices in self._runs(self._batch[0], o):
+        computed = [
+            [each._replace(rows=each.computed[0], cols=each.computed[1]) for each in some]
+            for some in self._batch[0]
+        ]
+        for keys, matrices in self._runs(computed, o):
             self._measured.append((keys, "error", orthogonality_error(matrices)[:, None]))
 
     def after(self, o: Sequence[Tensor]) -> None:
@@ -145,9 +149,9 @@ class Sampler:
         for some, stack in zip(sources, stacks, strict=True):
             start = 0
             while start < len(some):
-                rows, cols = some[start][2:]
+                rows, cols = some[start].rows, some[start].cols
                 stop = start
-                while stop < len(some) and some[stop][2:] == (rows, cols):
+                while stop < len(some) and (some[stop].rows, some[stop].cols) == (rows, cols):
                     stop += 1
                 keys = [names.key(source) for source in some[start:stop]]
                 yield keys, place(stack[start:stop], rows, cols)
