@@ -11,6 +11,8 @@ from kernels import HEAD
 from parts import Record, machine_line, machine_lines, mib, spread, table
 from train_overhead import what_and_how_much
 
+from muonkit.lab.results import p_value
+
 
 def merged_sets(records: list[Record]) -> dict[str, Record]:
     """The sets of several step files; the last one measured counts."""
@@ -269,6 +271,46 @@ def options_block(records: list[Record]) -> str:
     return "\n\n".join(parts)
 
 
+def int8_errors_block(records: list[Record]) -> str:
+    (record,) = records
+    keys = ("momentum", "momentum_worst", "update", "update_worst")
+    rows = [
+        [f"{task}, {found['steps']} steps", name, *(f"{row[key]:.3f}" for key in keys)]
+        for task, found in record["rows"].items()
+        for name, row in found["rows"].items()
+    ]
+    head = ["gradients of", "kept in", "momentum", "worst matrix", "update", "worst matrix"]
+    return "\n\n".join([machine_line(record), table(head, rows, left=2)])
+
+
+def int8_step_block(records: list[Record]) -> str:
+    (record,) = records
+    rows = []
+    for found in record["rows"].values():
+        whole = found["rows"]["float32"]["state"]
+        rows += [
+            [
+                f"`{name}`",
+                spread(row["ratio"]),
+                mib(row["state"]),
+                f"{row['state'] / whole:.3f}",
+            ]
+            for name, row in found["rows"].items()
+        ]
+    head = ["momentum_dtype", "× float32's step", "state, MiB", "× float32's"]
+    return "\n\n".join([machine_line(record), table(head, rows)])
+
+
+def int8_losses_block(records: list[Record]) -> str:
+    (record,) = records
+    rows = [
+        [task, found["budget"], found["text"]["muonw"], found["text"]["int8"], p_value(found["p"])]
+        for task, found in record["rows"].items()
+    ]
+    head = ["task", "length", "validation loss, float32", "int8", "p"]
+    return "\n\n".join([machine_line(record), table(head, rows)])
+
+
 MONITOR = {"monitor": ("monitor", monitor_block)}
 KERNELS = {"kernels": ("kernels", kernels_block)}
 BLOCKS = {
@@ -279,4 +321,9 @@ BLOCKS = {
     "gpu-step": ("gpu", gpu_step_block),
     "gpu-products": ("kernel_blocks", gpu_products_block),
 }
-CHOOSING = {"options": ("options", options_block)}
+CHOOSING = {
+    "options": ("options", options_block),
+    "int8-errors": ("int8-errors", int8_errors_block),
+    "int8-step": ("int8-step", int8_step_block),
+    "int8-losses": ("int8-losses", int8_losses_block),
+}

@@ -14,6 +14,7 @@ import torch
 from muonkit._compile import copy_each_, scheduled
 from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
+from muonkit.int8 import MomentumScale, Scales, dequantized, scale_region
 from muonkit.newton_schulz.scratch import scratch
 from muonkit.selection import by_rows, largest, line_norms, put, selected_shape, take
 from muonkit.stages import kept_state
@@ -52,6 +53,7 @@ class LocalParam(NamedTuple):
         param, grad, momentum: of one shape.
         variance: the stage's state, None where it keeps none.
         steps: how often the stage's state was updated, this time included.
+        scale: of a momentum in int8.
         copies: the mesh axes along which ranks compute the same. Only equal ones share a batch:
             padding and companions change the last bits, and copies must not drift apart.
     """
@@ -62,6 +64,7 @@ class LocalParam(NamedTuple):
     variance: Tensor | None = None
     steps: Tensor | None = None
     copies: tuple[int, ...] = ()
+    scale: MomentumScale | None = None
 
 
 class MatrixRef(NamedTuple):
@@ -88,12 +91,20 @@ class MomentumShards(NamedTuple):
         grads, momenta: of every piece.
         dtype: the parameters'.
         only_kept: another rank, which has the same momentum, computes with it. These come last.
+        scales: of momenta in int8.
     """
 
     grads: list[Tensor]
     momenta: list[Tensor]
     dtype: torch.dtype
     only_kept: bool = False
+    scales: Scales | None = None
+
+    def momentum(self) -> Tensor:
+        """A copy of the momenta, stacked, as numbers."""
+        if self.scales is None:
+            return torch.stack(self.momenta)
+        return dequantized(self.momenta, self.scales, self.scales.tensors[0].dtype)
 
 
 class ParamShards(NamedTuple):
@@ -209,6 +220,13 @@ class _Part(NamedTuple):
     momenta: list[Tensor]
     variances: list[Tensor]
     steps: list[Tensor]
+    scales: list[MomentumScale]
+
+    def momentum_shards(self) -> MomentumShards:
+        scales = None
+        if self.scales:
+            scales = Scales.of([each.tensor for each in self.scales], self.scales[0].block)
+        return MomentumShards(self.grads, self.momenta, self.params[0].dtype, scales=scales)
 
 
 class LocalBatch:
@@ -220,9 +238,7 @@ class LocalBatch:
 
     def __init__(self, rows: int, cols: int, parts: list[_Part]) -> None:
         self.rows, self.cols, self.parts = rows, cols, parts
-        self.momentum_shards = [
-            MomentumShards(p.grads, p.momenta, p.params[0].dtype) for p in parts
-        ]
+        self.momentum_shards = [part.momentum_shards() for part in parts]
         self.param_shards = [ParamShards(p.params, p.block.rows, p.block.cols) for p in parts]
         self.lines: list[Tensor] = []  # for each part `(N * batch, k)`, once they are selected
 
@@ -387,11 +403,12 @@ def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatc
         for index, block, stage_block in blocks:
             entry = entries[index]
             shape = block.shape, block.batch, block.rows, block.cols, block.transposed
-            geometry = *shape, entry.grad.dtype
+            scale = None if entry.scale is None else scale_region(block, entry.scale)
+            geometry = *shape, entry.grad.dtype, None if scale is None else scale.block
             if geometry not in parts:
                 computed = selected_shape(group, block.rows, block.cols)
                 of_rows = by_rows(group, block.rows, block.cols)
-                lists: list[list[Any]] = [[] for _ in range(6)]
+                lists: list[list[Any]] = [[] for _ in range(7)]
                 parts[geometry] = _Part(block, stage_block, computed, of_rows, *lists)
             part = parts[geometry]
             part.origins.append((entry.param, block))
@@ -402,6 +419,8 @@ def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatc
                 part.variances.append(stage_block.region(entry.variance))
             if entry.steps is not None:
                 part.steps.append(entry.steps)
+            if scale is not None:
+                part.scales.append(scale)
         batches.append(LocalBatch(rows, cols, list(parts.values())))
     return batches
 

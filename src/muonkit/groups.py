@@ -10,6 +10,7 @@ from torch import Tensor
 
 from muonkit._text import shown, unknown
 from muonkit.batching import planned
+from muonkit.int8 import block_extents, scale_shape
 from muonkit.newton_schulz.coefficients import Schedule
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose
 from muonkit.options import (
@@ -37,6 +38,7 @@ __all__ = [
     "ALGORITHMS",
     "MOMENTUM",
     "NS_OPTIONS",
+    "SCALE",
     "STEP",
     "VARIANCE",
     "adopt_momentum",
@@ -48,6 +50,7 @@ __all__ = [
     "drop_foreign_keys",
     "flops_of",
     "is_trained",
+    "keeps_int8",
     "momentum_dtype",
     "own_names",
     "parameter_names",
@@ -56,6 +59,7 @@ __all__ = [
     "refuse_half_named",
     "refuse_held",
     "scale_of",
+    "scaled_block",
     "separate_lr",
     "spell_",
     "stage_names",
@@ -69,6 +73,7 @@ NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 
 # The keys of the state; AdamW's are torch's.
 MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
+SCALE = "momentum_scale"  # of a momentum in int8
 
 # torch.optim.Muon's default, kept for its signature.
 EPS = DEFAULTS["eps"]
@@ -369,10 +374,12 @@ def state_shapes(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ..
     shape = tuple(p.shape)
     if group["algorithm"] == "adamw":
         return {"exp_avg": shape, "exp_avg_sq": shape}
-    kept = kept_state(group)
-    if kept == "none":
-        return {MOMENTUM: shape}
-    return {MOMENTUM: shape, VARIANCE: kept_shape(kept, group["view"], shape)}
+    shapes, kept = {MOMENTUM: shape}, kept_state(group)
+    if keeps_int8(group):
+        shapes[SCALE] = scale_shape(group["view"], shape)
+    if kept != "none":
+        shapes[VARIANCE] = kept_shape(kept, group["view"], shape)
+    return shapes
 
 
 def is_trained(p: Tensor) -> bool:
@@ -380,9 +387,24 @@ def is_trained(p: Tensor) -> bool:
     return p.requires_grad or p.grad is not None
 
 
+def keeps_int8(group: Mapping[str, Any]) -> bool:
+    """Whether the group's momenta are kept in int8, with scales."""
+    # (A group of AdamW's has none; one that was read from elsewhere may not say.)
+    return group.get("momentum_dtype") == "int8"
+
+
 def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
     """The dtype that the momentum of this parameter is kept in."""
+    if keeps_int8(group):
+        return torch.int8
     return NS_DTYPES.get(group["momentum_dtype"], p.dtype)
+
+
+def scaled_block(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The extents of the blocks of this parameter's momentum, where it is kept in int8."""
+    if not keeps_int8(group):
+        return None
+    return block_extents(p.shape, scale_shape(group["view"], p.shape))
 
 
 def computed_dtype(grad: torch.dtype, momentum: torch.dtype) -> torch.dtype:

@@ -43,6 +43,7 @@ from muonkit.gradients import (
 )
 from muonkit.groups import (
     MOMENTUM,
+    SCALE,
     STEP,
     VARIANCE,
     adopt_momentum,
@@ -50,6 +51,7 @@ from muonkit.groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
+    keeps_int8,
     refuse_half_named,
     refuse_held,
     separate_lr,
@@ -57,13 +59,14 @@ from muonkit.groups import (
     unused_name,
     warn_of_eps,
 )
+from muonkit.int8 import MomentumScale, block_extents
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.options import DEFAULTS, OF_ALGORITHM, take_other_names_
 from muonkit.period import PERIOD_STEP, count_, has_period, in_blocks
 from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.stages import kept_state, listed
-from muonkit.state import adopt_state, carried_state, check_parts, ensure_state
+from muonkit.state import adopt_state, carried_state, check_blocks, check_parts, ensure_state
 from muonkit.step import muon_step
 from muonkit.validate import refuse_zero_weights, validate_defaults, validate_group
 
@@ -154,7 +157,10 @@ class Muon(Optimizer):
         momentum_dtype: dtype that the momentum is kept in: "auto" (the parameter's), or one of the
             above. In "bfloat16" it takes half of float32's memory and is off by at most
             2^-8 / (1 - momentum) of its largest magnitude so far (an update is rounded to nearest
-            once a step); it is computed, and used in the step, in the gradient's dtype.
+            once a step); it is computed, and used in the step, in the gradient's dtype. "int8" (for
+            the momentum alone) takes a quarter: it has a scale for each block of at most 128
+            neighbours in a row, in the state's "momentum_scale" (`muonkit.int8`; arXiv 2509.23106),
+            and is off by at most 1 / (254 (1 - momentum)) of its block's largest magnitude.
         bytes_in_flight: cap on the bytes of the matrices that are computed together, in the
             parameters' dtype; None is 64 MiB on a CPU, 256 MiB elsewhere. A larger parameter is
             computed alone. A step holds these, and for those that are computed at a time (on a CPU
@@ -227,7 +233,8 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: an option out of range, a parameter that its view does not fit, one whose
-            placement is partial, or that lies on other ranks than the rest.
+            placement is partial, or that lies on other ranks than the rest; a view or layout that
+            cuts the blocks of a momentum in int8.
         TypeError: a parameter of integer dtype.
         RuntimeError: a sparse parameter, or a complex one for Muon (on construction; AdamW trains
             complex ones as torch's does), a sparse gradient (in `step`, before anything is
@@ -316,6 +323,7 @@ class Muon(Optimizer):
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
             self._layouts.add(trained_of([added]))
             refuse_cut_rows(self._layouts, [added])
+            check_blocks(trained_of([added]), self._layouts)
             self._make_state([added])
         self.param_groups.append(added)
         self._known = known_of(self.param_groups)
@@ -374,6 +382,7 @@ class Muon(Optimizer):
         trained = trained_of(self.param_groups)
         layouts.add(trained)
         refuse_cut_rows(layouts, self.param_groups)
+        check_blocks(trained, layouts)
         carried = {
             p: carried_state(self.state[before[p]], p, group, layouts)
             for group in trained
@@ -433,6 +442,8 @@ class Muon(Optimizer):
             ValueError: the groups hold parameters that cannot be mapped to what they held before.
         """
         self._settle()
+        if any(keeps_int8(group) for group in self.param_groups):  # since this moment, it may be
+            self._make_state(self.param_groups)
         if self._whole is None:
             return spelled_groups(super().state_dict())
         parts, self.state = self.state, defaultdict(dict, self._whole)
@@ -745,9 +756,13 @@ class Muon(Optimizer):
         grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
         copies = () if layout is None else layout.param_placement.copies()
-        if kept_state(group) == "none":
-            return LocalParam(local(p), grad, momentum, copies=copies)
-        return LocalParam(local(p), grad, momentum, local(state[VARIANCE]), state[STEP], copies)
+        variance = steps = scale = None
+        if kept_state(group) != "none":
+            variance, steps = local(state[VARIANCE]), state[STEP]
+        if keeps_int8(group):
+            scales = state[SCALE]
+            scale = MomentumScale(local(scales), block_extents(p.shape, scales.shape))
+        return LocalParam(local(p), grad, momentum, variance, steps, copies, scale)
 
     def _adamw_entries(self, params: Sequence[Tensor], group: dict[str, Any]) -> _AdamWEntries:
         """The parts of AdamW's parameters that this rank updates: values, gradients, states."""

@@ -106,7 +106,7 @@ OPTIONS = (
         _MUON,
         "dtype that the momentum is kept in",
         plans=True,
-        choices=_DTYPES,
+        choices=(*_DTYPES, "int8"),
     ),
     Option("bytes_in_flight", None, _MUON, "cap on what is computed together", plans=True),
     Option(

@@ -18,12 +18,15 @@ from muonkit.distributed.exchange import check_ranks_agree
 from muonkit.distributed.layout import is_a_part, is_dtensor, local
 from muonkit.groups import (
     MOMENTUM,
+    SCALE,
     STEP,
     VARIANCE,
+    keeps_int8,
     parameter_names,
     spell_,
     state_shapes,
 )
+from muonkit.int8 import is_scaled
 from muonkit.options import spelled, unspelled
 from muonkit.stages import kept_by, stages_of
 from muonkit.validate import validate_options
@@ -120,7 +123,8 @@ def merge_saved(
                 _refuse_absent(name, key, saved)
             if entry:
                 _check_entry(name, p, own, group, entry)
-                _check_parts(name, state_shapes(p, group), entry, state.get(p) or {})
+                kinds = [kind for kind in state_shapes(p, group) if kind in entry]
+                _check_parts(name, kinds, entry, state.get(p) or {})
         merged.append({**group, "params": keys})
     return {**state_dict, "param_groups": merged}
 
@@ -194,6 +198,7 @@ def _check_entry(
         )
     for group in (own, merged):
         shapes = state_shapes(p, group)
+        shapes.pop(SCALE, None)
         counted = group["algorithm"] == "adamw" or VARIANCE in shapes
         for kind in (*shapes, *((STEP,) if counted else ())):
             if kind not in there:
@@ -201,6 +206,31 @@ def _check_entry(
         for kind, shape in shapes.items():
             if not isinstance(entry[kind], Tensor) or tuple(entry[kind].shape) != shape:
                 raise ValueError(_misshapen(name, kind, entry[kind], p, shape, own, merged))
+    if own["algorithm"] == "muon":
+        _check_int8(name, own, merged, entry)
+
+
+def _check_int8(
+    name: str, own: Mapping[str, Any], merged: Mapping[str, Any], entry: Mapping[str, Any]
+) -> None:
+    """Refuse a momentum in int8 without its scales, and numbers that stand for one."""
+    momentum, scale = entry[MOMENTUM], entry.get(SCALE)
+    if momentum.dtype == torch.int8:
+        if not isinstance(scale, Tensor) or not is_scaled(momentum.shape, scale.shape):
+            has = f"of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else "not there"
+            raise ValueError(
+                f"the state dict's momentum for {name} is in int8, and its {SCALE} is {has}: "
+                "without the scales of its blocks it says nothing. Nothing was loaded"
+            )
+    elif keeps_int8(merged) and not keeps_int8(own):
+        # torch.distributed.checkpoint copies what was saved into tensors of this optimizer's
+        # dtypes, and asks for no tensor that this optimizer has not.
+        raise ValueError(
+            f"the state dict was saved with momentum_dtype='int8', and its momentum for {name} is "
+            f"{momentum.dtype}, without scales: make the optimizer with momentum_dtype='int8', "
+            f"load the state, and set group['momentum_dtype'] = {own['momentum_dtype']!r} in its "
+            "muon groups. Nothing was loaded"
+        )
 
 
 def _incomplete(name: str, kind: str, there: Sequence[str], group: Mapping[str, Any]) -> str:

@@ -175,6 +175,11 @@ def check_selection(group: Mapping[str, Any]) -> None:
             f"fraction should be in (0, 1] but is: {fraction!r}; 0.25 orthogonalizes a quarter of "
             "the lines of each matrix in a step, 1 all of them"
         )
+    if fraction < 1 and group["momentum_dtype"] == "int8":
+        raise ValueError(
+            f"fraction={fraction!r} takes lines out of the momentum, which may cut the blocks that "
+            "momentum_dtype='int8' keeps a scale for; give momentum_dtype='bfloat16', or fraction=1"
+        )
     if fraction < 1 and kept_state(group) == "entries":
         stage = kept_by(group)
         assert stage is not None

@@ -8,27 +8,37 @@ import torch
 from torch import Tensor
 
 from muonkit._torch import whole_tensor
-from muonkit.distributed.layout import is_a_part, is_dtensor, local
-from muonkit.distributed.param_layout import stage_placement
+from muonkit.distributed.layout import is_a_part, is_dtensor, like_dtensor, local
+from muonkit.distributed.param_layout import scale_placement, stage_placement
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import (
     MOMENTUM,
+    SCALE,
     STEP,
     VARIANCE,
+    keeps_int8,
     momentum_dtype,
     parameter_names,
     state_shapes,
 )
+from muonkit.int8 import Scales, block_extents, dequantized, quantize_
 from muonkit.stages import kept_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from muonkit.distributed.layout import Layouts
     from muonkit.distributed.placement import Placement
     from muonkit.gradients import Work
 
-__all__ = ["adopt_state", "carried_state", "check_parts", "ensure_state"]
+__all__ = [
+    "adopt_state",
+    "as_numbers",
+    "carried_state",
+    "check_blocks",
+    "check_parts",
+    "ensure_state",
+]
 
 
 class _Kept(NamedTuple):
@@ -46,16 +56,47 @@ def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]
     """The tensors that are kept for a parameter."""
     if group["algorithm"] == "adamw":
         return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
-    if kept_state(group) == "none":
-        return [(MOMENTUM, momentum_dtype(group, p))]
     most = torch.promote_types(p.dtype, torch.float32)
-    return [(MOMENTUM, momentum_dtype(group, p)), (VARIANCE, most)]
+    dtypes = [(MOMENTUM, momentum_dtype(group, p))]
+    if keeps_int8(group):
+        dtypes.append((SCALE, most))
+    if kept_state(group) != "none":
+        dtypes.append((VARIANCE, most))
+    return dtypes
+
+
+def _dtypes_of(
+    state: dict[str, Any], p: Tensor, group: Mapping[str, Any]
+) -> list[tuple[str, torch.dtype]]:
+    """`_dtypes` for a state from elsewhere, whose momentum may be in int8 where the group's is not,
+    in other blocks, or not in int8 where the group's is.
+
+    In `state` a momentum that is in int8 otherwise than here becomes numbers. Numbers stay what
+    they are: `ensure_state` quantizes them, in the layout that they are in by then.
+    """
+    dtypes = dict(_dtypes(p, group))
+    if group["algorithm"] == "adamw" or MOMENTUM not in state:
+        return list(dtypes.items())
+    if state[MOMENTUM].dtype == torch.int8:
+        if SCALE in dtypes and tuple(state[SCALE].shape) == state_shapes(p, group)[SCALE]:
+            return list(dtypes.items())
+        state[MOMENTUM] = as_numbers(state)
+    state.pop(SCALE, None)
+    if dtypes.pop(SCALE, None) is not None:
+        dtypes[MOMENTUM] = state[MOMENTUM].dtype
+    return list(dtypes.items())
 
 
 def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts) -> _Kept:
     shape, layout = state_shapes(p, group)[key], layouts.get(p)
-    placement = None if layout is None else stage_placement(layout, tuple(p.shape), shape)
-    return _Kept(key, dtype, shape, placement)
+    if layout is None:
+        return _Kept(key, dtype, shape, None)
+    if key != SCALE:
+        return _Kept(key, dtype, shape, stage_placement(layout, tuple(p.shape), shape))
+    try:
+        return _Kept(key, dtype, shape, scale_placement(layout, tuple(p.shape), shape))
+    except ValueError as error:
+        raise ValueError(f"{_name_of(p, group)} {tuple(p.shape)}: {error}") from None
 
 
 def _own_shapes(
@@ -69,6 +110,18 @@ def _own_shapes(
             shape if placement is None else tuple(placement.local_shape(shape, layouts[p].at))
         )
     return shapes
+
+
+def check_blocks(groups: Sequence[Mapping[str, Any]], layouts: Layouts) -> None:
+    """Refuse a layout that cuts the blocks of a momentum in int8, before any state is made.
+
+    Raises:
+        ValueError: there is one; on all ranks, since each looks at all parts.
+    """
+    for group in groups:
+        if group["algorithm"] == "muon" and keeps_int8(group):
+            for p in group["params"]:
+                _kept(SCALE, torch.float32, p, group, layouts)
 
 
 def check_parts(work: Work, state: Mapping[Any, Mapping[str, Any]], layouts: Layouts) -> None:
@@ -85,7 +138,8 @@ def check_parts(work: Work, state: Mapping[Any, Mapping[str, Any]], layouts: Lay
         for p in params:
             if layouts.get(p) is None:
                 continue
-            which = p, kept_state(group) if group["algorithm"] == "muon" else None
+            muon = group["algorithm"] == "muon"
+            which = (p, kept_state(group), keeps_int8(group)) if muon else (p,)
             if which not in layouts.state_shapes:
                 layouts.state_shapes[which] = _own_shapes(p, group, layouts)
             wanted = layouts.state_shapes[which]
@@ -119,6 +173,8 @@ def ensure_state(
     """
     adamw = group["algorithm"] == "adamw"
     device, was_meta = p.device, False
+    if not adamw:
+        _follow_int8(state, p, group, layouts)
     for key, dtype in _dtypes(p, group):
         have = state.get(key)
         if have is None or (have.is_meta and not p.is_meta):
@@ -142,6 +198,35 @@ def ensure_state(
             state[STEP] = count.clone()
 
 
+def _follow_int8(
+    state: dict[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
+) -> None:
+    """Quantize a momentum that is kept in int8 from now on, or make it numbers again."""
+    have, wanted = state.get(MOMENTUM), momentum_dtype(group, p)
+    if have is None or (have.dtype == torch.int8) == (wanted == torch.int8):
+        return
+    if wanted == torch.int8:
+        kept = _zeros(_kept(MOMENTUM, wanted, p, group, layouts), p, layouts)
+        most = torch.promote_types(p.dtype, torch.float32)
+        scale = _zeros(_kept(SCALE, most, p, group, layouts), p, layouts)
+        wide = torch.promote_types(have.dtype, torch.float32)
+        numbers = torch.stack([local(have).to(p.device, wide)])  # a copy, which is row-major
+        scales = Scales.of([local(scale)], block_extents(p.shape, scale.shape))
+        quantize_([local(kept)], scales, numbers)
+        state[MOMENTUM], state[SCALE] = kept, scale
+    else:
+        state[MOMENTUM] = as_numbers(state)
+        del state[SCALE]
+
+
+def as_numbers(state: Mapping[str, Any]) -> Tensor:
+    """The momentum that a state has in int8, in the dtype of its scales and its own layout."""
+    momentum, scale = state[MOMENTUM], state[SCALE]
+    scales = Scales.of([local(scale)], block_extents(momentum.shape, scale.shape))
+    numbers = dequantized([local(momentum)], scales, scale.dtype)[0]
+    return like_dtensor(numbers, momentum) if is_dtensor(momentum) else numbers
+
+
 def _is_frozen(tensor: Tensor) -> bool:
     """Whether it was made under `torch.inference_mode()`, and this is outside of it: then it may
     not be written to. Inside of a graph there is no such state: the step before made it anew.
@@ -160,7 +245,8 @@ def carried_state(
     not copied.
     """
     state = dict(before)
-    for key, dtype in _dtypes(p, group):
+    dtypes = _dtypes_of(state, p, group)
+    for key, dtype in dtypes:
         have = state.get(key)
         if have is None:
             continue
@@ -190,15 +276,20 @@ def adopt_state(
     Args:
         saved: the state as it was before torch loaded it.
     """
-    for key, dtype in _dtypes(p, group):
-        if key not in saved:
+    wanted = dict(saved)
+    dtypes = _dtypes_of(wanted, p, group)
+    if SCALE not in wanted:
+        state.pop(SCALE, None)
+    for key, dtype in dtypes:
+        if key not in wanted:
             continue
         kept = _kept(key, dtype, p, group, layouts)
         loaded = state[kept.key]
         # A hook may have changed it: then it is as the hook wants it.
-        exact = saved[kept.key]
-        sharded = is_dtensor(exact) or is_dtensor(loaded)
-        if kept.dtype != loaded.dtype and (sharded or _same(exact.to(loaded), loaded)):
+        given, exact = saved[kept.key], wanted[kept.key]
+        sharded = is_dtensor(given) or is_dtensor(loaded)
+        other = kept.dtype != loaded.dtype or exact is not given
+        if other and (sharded or _same(given.to(loaded), loaded)):
             loaded = exact.to(p.device, kept.dtype, copy=True)
         if is_dtensor(loaded) or kept.placement is not None:
             loaded = _moved(loaded, _zeros(kept, p, layouts), kept, layouts, p)

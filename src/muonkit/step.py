@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from muonkit import int8
 from muonkit._compile import copy_each_, scheduled
 from muonkit.batching import stacked
 from muonkit.distributed.exchange import Pending
@@ -99,7 +100,7 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
     mu, nesterov = group["momentum"], group["nesterov"]
     stacks = []
     for shards in momentum_shards:
-        grads, momenta, dtype, only_kept = shards
+        grads, momenta, dtype, only_kept, scales = shards
         if only_kept and not group["maximize"] and _alike(grads, momenta):
             share: Any = scheduled(1 - mu, momenta[0])
             torch._foreach_lerp_(momenta, grads, share)
@@ -112,7 +113,9 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
         if group["maximize"]:
             U.neg_()
         directions = U.unbind()
-        if U.dtype == momenta[0].dtype:
+        if scales is not None:
+            U = int8.update_(momenta, scales, U, kept, new, nesterov)
+        elif U.dtype == momenta[0].dtype:
             torch._foreach_lerp_(momenta, directions, new)
             if nesterov:
                 torch._foreach_lerp_(directions, momenta, kept)
@@ -142,7 +145,7 @@ def _sum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> l
     """
     stacks = []
     sign = -1 if group["maximize"] else 1
-    for grads, momenta, dtype, only_kept in momentum_shards:
+    for grads, momenta, dtype, only_kept, _ in momentum_shards:
         wide = computed_dtype(grads[0].dtype, momenta[0].dtype)
         if wide == momenta[0].dtype:
             torch._foreach_add_(momenta, grads, alpha=sign)

@@ -12,7 +12,8 @@ from torch import Tensor
 from muonkit._shards import WHOLE, flat_shard
 from muonkit._text import unknown
 from muonkit.distributed.layout import is_dtensor, local
-from muonkit.groups import ALGORITHMS, NS_OPTIONS, is_trained, parameter_names
+from muonkit.groups import ALGORITHMS, NS_OPTIONS, is_trained, keeps_int8, parameter_names
+from muonkit.int8 import scale_shape
 from muonkit.newton_schulz.orthogonalizer import check_choice
 from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
 from muonkit.scale import check_scale
@@ -217,6 +218,8 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             )
         try:
             blocks = blocks_of(group["view"], shape)
+            if keeps_int8(group):
+                scale_shape(group["view"], shape)
         except ValueError as error:
             hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
             raise ValueError(f"{name}: {error}{hint}") from None

@@ -81,7 +81,7 @@ class World:
             adamw_lr=0.01,
             **choose([{}, {}, *map(stage_options, _STAGES)]),
             nonfinite=choose(["propagate", "skip", "raise"]),
-            momentum_dtype=choose(["auto", "auto", "float32", "bfloat16"]),
+            momentum_dtype=choose(["auto", "auto", "float32", "bfloat16", "int8"]),
             cautious=choose([False, True]),
             nesterov=choose([False, True]),
             ns_dtype="float32",
@@ -345,7 +345,7 @@ def tamper(world: World) -> None:
     key = world.random.choice(list(state))
     kept = state[key]
     state[key] = world.random.choice(
-        [torch.zeros(2), kept.double(), kept.half(), torch.full_like(kept, float("nan")), None]
+        [torch.zeros(2), kept.double(), kept.half(), torch.full(kept.shape, float("nan")), None]
     )
     world.fill()
     try:
@@ -408,6 +408,7 @@ EDITS: list[dict[str, Any]] = [
     {"constraint": ()},
     {"constraint": "typo"},
     {"momentum_dtype": "bfloat16"},
+    {"momentum_dtype": "int8"},
     {"ns_steps": 3},
     {"ns_steps": 0},
     {"ns_coefficients": "svd"},

@@ -28,6 +28,7 @@ from muonkit.distributed import exchange
 from muonkit.distributed.step_plan import present_gradients
 from muonkit.selection import selects
 from muonkit.stages import stages_of
+from muonkit.state import as_numbers
 from muonkit.views import blocks_of
 from tests.helpers import internals, sampling, zoo
 from tests.helpers.ranks import counted_collectives
@@ -96,9 +97,10 @@ def tensors_of(model: nn.Module, optimizer: Muon) -> dict[str, dict[str, Tensor]
     }
     for name, p in model.named_parameters():
         found["parameters"][name] = p.detach()
-        for key, value in optimizer.state[p].items():
+        state = optimizer.state[p]
+        for key, value in state.items():
             if key in kinds:
-                found[kinds[key]][name] = value
+                found[kinds[key]][name] = as_numbers(state) if value.dtype == torch.int8 else value
     return found
 
 
@@ -384,7 +386,7 @@ def check_state(model: nn.Module, optimizer: Muon) -> None:
             if key == "step":
                 continue
             assert value.ndim == p.ndim, (name, key)
-            if key != "second_momentum_buffer":
+            if key not in ("second_momentum_buffer", "momentum_scale"):
                 assert value.shape == p.shape, (name, key)
             if isinstance(p, DTensor):
                 assert isinstance(value, DTensor), (name, key)

@@ -30,6 +30,13 @@ SELECTED: dict[str, dict[str, Any]] = {
 }
 
 
+# Beside stages: what else a step may keep.
+KEPT: dict[str, dict[str, Any]] = {
+    "int8": {"momentum_dtype": "int8"},
+    "int8 normuon": {"momentum_dtype": "int8", "after": "normuon"},
+}
+
+
 def stage_options(stage: AnyStage) -> dict[str, Any]:
     """The option for a stage or constraint, given by name or as an object; "plain" is none."""
     if isinstance(stage, Stage):
@@ -38,7 +45,7 @@ def stage_options(stage: AnyStage) -> dict[str, Any]:
         return {"constraint": stage}
     if stage == "plain":
         return {}
-    for table in (TOGETHER, SELECTED):
+    for table in (TOGETHER, SELECTED, KEPT):
         if stage in table:
             return table[stage]
     return next({option: stage} for option, table in STAGES.items() if stage in table)

@@ -346,7 +346,10 @@ def test_what_is_not_finite_is_counted_and_never_raises(value: float) -> None:
 # --- nothing is changed -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "normuon"}, {"momentum_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"variant": "normuon"}, {"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int8"}],
+)
 def test_parameters_and_state_are_those_without_it(options: dict[str, Any]) -> None:
     plain, watched = mlp(), mlp()
     optimizers = [MuonW(model, lr=0.01, **options) for model in (plain, watched)]

@@ -50,7 +50,7 @@ MUON: dict[str, Sequence[Any]] = {
     "adjust_lr_fn": [None, *SCALES],
     "ns_form": ["auto", *FORMS],
     "ns_dtype": DTYPES,
-    "momentum_dtype": DTYPES,
+    "momentum_dtype": (*DTYPES, "int8"),
     "bytes_in_flight": [None, 1, 2**20],
     "before": [(), *BEFORE],
     "after": [(), *AFTER, ["normuon", "muon_plus"]],

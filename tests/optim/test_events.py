@@ -260,7 +260,7 @@ EDITS: list[tuple[str, dict[str, Any], str]] = [
     ("muon", {"after": "typo"}, "after"),
     ("muon", {"view": "split(rows=7)"}, "equal parts"),
     ("muon", {"view": "experts"}, "experts"),
-    ("muon", {"momentum_dtype": "int8"}, "momentum_dtype"),
+    ("muon", {"momentum_dtype": "int4"}, "momentum_dtype"),
     ("muon", {"lr": float("nan")}, "Learning rate"),
     ("muon", {"bytes_in_flight": 0}, "bytes_in_flight"),
     ("muon", {"maximize": "q"}, "maximize should be"),

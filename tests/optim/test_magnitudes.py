@@ -12,7 +12,7 @@ WEIGHTS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("kept", ["auto", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("kept", ["auto", "float16", "bfloat16", "float32", "int8"])
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [

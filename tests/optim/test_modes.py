@@ -105,6 +105,7 @@ def on_meta(**options: Any) -> tuple[nn.Module, MuonW]:
         {"nonfinite": "raise"},
         {"ns_coefficients": "svd"},
         {"cautious": True, "momentum_dtype": "bfloat16"},
+        {"momentum_dtype": "int8"},
     ],
 )
 def test_a_step_of_meta_parameters_is_a_dry_run(options: dict[str, Any]) -> None:

@@ -143,7 +143,10 @@ def peak_of(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
     return peak_bytes(profiler)
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum_dtype": "bfloat16"}, {"nesterov": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int8"}, {"nesterov": False}],
+)
 @pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize(("rows", "cols"), [(32, 128), (64, 64)])
 def test_the_transient_peak_is_bounded_by_the_cap(
@@ -229,8 +232,8 @@ def test_momentum_dtype_survives_a_checkpoint() -> None:
 
 def test_misuse_is_refused() -> None:
     p = parameter(4, 4)
-    with pytest.raises(ValueError, match=r"momentum_dtype 'int8'.*'float32'"):
-        Muon([p], momentum_dtype="int8")
+    with pytest.raises(ValueError, match=r"momentum_dtype 'int4'.*'float32'"):
+        Muon([p], momentum_dtype="int4")
     with pytest.raises(ValueError, match="bytes_in_flight should be at least 1 but is: 0"):
         Muon([p], bytes_in_flight=0)
     with pytest.raises(TypeError, match=r"whole number of bytes or None, got 1\.5"):

@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
     ("distributed.blocks",),
     ("distributed.param_layout", "distributed.nodes"),
-    ("options",),
+    ("options", "int8"),
     ("selection",),
     ("distributed", "distributed.placement", "newton_schulz", "period", "scale", "stages", "views"),
     ("_compile", "_install", "_shards", "_text"),

@@ -19,6 +19,7 @@ from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, resolve
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
 from muonkit.scale import scale_factor
 from muonkit.stages import listed
+from muonkit.state import as_numbers
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -352,6 +353,8 @@ def _written_state(
                 "its state lies on several ranks: call optimizer.consolidate_state_dict() on all "
                 "of them first, and convert on rank 0"
             )
+        if value.dtype == torch.int8:
+            value = as_numbers(entry)
         if key == MOMENTUM and side.summed:
             value = _times(value.to(torch.promote_types(value.dtype, p.dtype)), _sum_of(group))
         if key == MOMENTUM and form.flat and value.ndim > 2:

@@ -41,6 +41,7 @@ __all__ = [
     "dtensor_placements",
     "is_a_part",
     "is_dtensor",
+    "like_dtensor",
     "local",
     "own_layout",
 ]
@@ -78,7 +79,7 @@ class Layouts:
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
         # For a parameter and what its stages keep, see `state.check_parts`.
-        self.state_shapes: dict[tuple[Tensor, str | None], dict[str, tuple[int, ...]]] = {}
+        self.state_shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 
     def anew(self) -> Layouts:
         """For other parameters, with what was asked for here."""
@@ -345,6 +346,16 @@ def dtensor_placements(axes: Sequence[Axis]) -> list[Any]:
         else strided_shard(axis.dim, axis.split)
         for axis in axes
     ]
+
+
+def like_dtensor(own: Tensor, like: Any) -> Tensor:
+    """A DTensor of which this rank has `own`, as it has its part of `like`."""
+    mesh, placements, shape = like.device_mesh, like.placements, like.shape
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=shape, stride=like.stride()
+    )
 
 
 def _as_dtensor(

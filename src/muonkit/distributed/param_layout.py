@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from muonkit.distributed.placement import Axis, Placement, replicated, shard_over
+from muonkit.distributed.placement import Axis, Placement, cells, replicated, shard_over
 from muonkit.views import View
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = [
     "computed_in_place",
     "cuts_experts_only",
     "is_whole",
+    "scale_placement",
     "stage_placement",
     "with_state",
 ]
@@ -86,6 +87,35 @@ def stage_placement(
         for axis in layout.state_placement.axes
     )
     return layout.state_placement._replace(axes=axes)
+
+
+def scale_placement(layout: Layout, shape: tuple[int, ...], scales: tuple[int, ...]) -> Placement:
+    """Where the scales of a momentum in int8 lie: cut as the momentum, each with its block.
+
+    Args:
+        scales: their logical shape.
+
+    Raises:
+        ValueError: a rank has a part of a block.
+    """
+    placement = layout.state_placement
+    for dim, (length, count) in enumerate(zip(shape, scales, strict=True)):
+        if length == count:
+            continue
+        extent = -(-length // count)
+        parts = cells(placement, length, dim)
+        blocks = [((a // extent, -(-b // extent)), at) for (a, b), at in parts]
+        whole = all(a % extent == 0 and (b % extent == 0 or b == length) for (a, b), _ in parts)
+        if not whole or blocks != cells(placement, count, dim):
+            raise ValueError(
+                f"momentum_dtype='int8' keeps a scale for each {extent} neighbours along dim "
+                f"{dim}, and {placement.described()} cuts that dim of {length} in parts of "
+                f"{', '.join(sorted({str(b - a) for (a, b), _ in parts}))}: shard another dim, or "
+                f"over a number of ranks that shares {count} such blocks evenly, or give it "
+                "another momentum_dtype in its group (Rule(..., options={'momentum_dtype': "
+                "'bfloat16'}))"
+            )
+    return placement
 
 
 def cuts_experts_only(axes: Sequence[Axis], ndim: int, view: str) -> bool:

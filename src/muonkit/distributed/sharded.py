@@ -22,7 +22,8 @@ from muonkit.distributed.placement import Box, Placement, box_size, slices
 from muonkit.distributed.plan import Assignment, Plan, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
 from muonkit.distributed.selected import BucketLines, SelectedLines, lines_of
-from muonkit.groups import computed_dtype, momentum_dtype
+from muonkit.groups import computed_dtype, momentum_dtype, scaled_block
+from muonkit.int8 import Scales, scale_cut
 from muonkit.selection import put, selects, take
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class _Bucket:
                 only_kept = (part.matrix, part.box) not in sent
                 lines = plan.matrices[part.matrix].lines
                 along = None if lines is None else (lines.dims, lines.sent)
-                key = (only_kept, *shape, sharded.grad_dtypes[param], along)
+                kind = sharded.grad_dtypes[param], sharded.scaled_blocks[param]
+                key = (only_kept, *shape, *kind, along)
                 shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
                 self.param_shards.setdefault((block.rows, block.cols, cut), []).append(part)
@@ -200,6 +202,8 @@ class ShardedGroup:
         self.grad_dtypes = {i: grads[i] for i in shared.params}
         first = shared.params[0]
         p, grad_dtype = self.params[first], grads[first]
+        # Of a momentum in int8, the extents of its blocks; pieces of one stack have equal ones.
+        self.scaled_blocks = {i: scaled_block(p, group) for i, p in self.params.items()}
         self.dtype = update_dtype(p, grad_dtype, group)
         self.comm_dtype = exchange_dtype(p, grad_dtype, group)
         self.stage_dtype = stage_dtype(p)
@@ -273,6 +277,7 @@ class ShardedBatch:
                 [part.of(self._entry(part.matrix).momentum) for part in members],
                 sharded.params[sharded.blocks[members[0].matrix].param].dtype,
                 only_kept,
+                self._scales(members),
             )
             for members, only_kept in bucket.momentum_shards
         ]
@@ -286,6 +291,12 @@ class ShardedBatch:
 
     def _entry(self, matrix: int) -> LocalParam:
         return self.entries[self.sharded.blocks[matrix].param]
+
+    def _scales(self, members: Sequence[_Part]) -> Scales | None:
+        scales = [(part, self._entry(part.matrix).scale) for part in members]
+        tensors = [s.tensor[scale_cut(part.cut, s.block)] for part, s in scales if s is not None]
+        block = self.sharded.scaled_blocks[self.sharded.blocks[members[0].matrix].param]
+        return None if block is None else Scales.of(tensors, block)
 
     def line_norms(self, u: Sequence[Tensor]) -> Pending[Tensor]:
         assert self.bucket.lines is not None

@@ -134,6 +134,7 @@ _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "relative_update": ("Relative update", {"constraint": "relative_update"}),
     "radial_brake": ("Radial brake", {"constraint": "radial_brake"}),
     "aol4": ("Turbo-Muon", {"ns_coefficients": "aol4"}),
+    "int8": ("int8 momentum", {"momentum_dtype": "int8"}),
     "dion2": ("Dion2", {"fraction": 0.25}),
     "nordion2": ("NorDion2", {"fraction": 0.25, "after": "normuon"}),
 }

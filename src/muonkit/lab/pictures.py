@@ -47,6 +47,7 @@ STYLES = {
     "relative_update": Style("#117733", ":", "h"),
     "radial_brake": Style("#AA4499", "-.", "*"),
     "aol4": Style("#888888", "--", "d"),
+    "int8": Style("#661100", ":", "v"),
 }
 
 

@@ -99,7 +99,7 @@ class Sampler:
         if self._names is None:  # not earlier: another hook may have replaced parameters meanwhile
             self._names = _Names(self._optimizer)
         sources = [list(some) for some in batch.sources()]
-        momenta = [torch.stack(shards.momenta) for shards in batch.momentum_shards]
+        momenta = [shards.momentum() for shards in batch.momentum_shards]
         self._measure("momentum", sources, batch.gathered(momenta).wait())
         grads = [torch.stack(shards.grads) for shards in batch.momentum_shards]
         self._measure("gradient", sources, batch.gathered(grads).wait())
