@@ -96,9 +96,55 @@ def kill_block(records: list[Record]) -> str:
     return f"{machine_lines(records)}\n\n{said}"
 
 
+def period_block(records: list[Record]) -> str:
+    """A step with a period of five beside one without, and their bytes."""
+    (record,) = records
+    period, rows = record["period"], []
+    for case in record["cases"]:
+        every, periodic = (
+            sum(case["bytes"][f"period={p}"]) / period / case["ranks"] for p in (1, period)
+        )
+        whole, blocks = case["flops"]
+        times = [
+            spread(case[kind][what])
+            for what in ("step_of_blocks", "mean_of_period")
+            for kind in ("cpu", "clock")
+        ]
+        sent = f"{every / 2**20:.2f}", f"{periodic / 2**20:.2f}"
+        place = case["layout"], case["set"], case["ranks"]
+        ms = f"{case['cpu']['ms']:.0f}, {case['clock']['ms']:.0f}"
+        rows.append([*place, *sent, f"{blocks / whole:.2f}", ms, *times])
+    head = ["layout", "matrices", "ranks", "MiB sent", f"with period={period}"]
+    head += ["FLOPs of a step of blocks", "ms of the CPU, clock"]
+    head += [f"{what}, {kind}" for what in ("step of blocks", f"mean of {period}")
+             for kind in ("CPU", "clock")]  # fmt: skip
+    rounds = sorted({case["rounds"] for case in record["cases"]})
+    said = f" {rounds[0]} to {rounds[-1]} rounds."
+    return "\n\n".join([machine_lines(records) + said, table(head, rows, left=2)])
+
+
+def period_losses_block(records: list[Record]) -> str:
+    """Validation losses of whole trainings, by run."""
+    (record,) = records
+    found: dict[str, list[float]] = {}
+    for run in record["runs"]:
+        found.setdefault(run["run"], []).append(run["validation"])
+    first = next(iter(found.values()))
+    rows = []
+    for name, losses in found.items():
+        differences = [a - b for a, b in zip(losses, first, strict=True)]
+        mean = sum(differences) / len(differences)
+        rows.append([name, *(f"{loss:.3f}" for loss in losses), f"{mean:+.3f}"])
+    seeds = [f"seed {number}" for number in range(len(first))]
+    head = ["run", *seeds, "mean difference"]
+    return "\n\n".join([machine_lines(records), table(head, rows)])
+
+
 BLOCKS = {
     "ranks-losses": ("losses", losses_block),
     "ranks-step": ("distributed", step_block),
     "ranks-bytes": ("distributed", bytes_block),
     "ranks-kill": ("kill", kill_block),
+    "ranks-period": ("period-step", period_block),
+    "ranks-period-losses": ("period-train", period_losses_block),
 }

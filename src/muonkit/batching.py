@@ -97,11 +97,14 @@ class MomentumShards(NamedTuple):
 
 
 class ParamShards(NamedTuple):
-    """Pieces of parameters that this rank stores, of matrices of one shape."""
+    """Pieces of parameters that this rank stores, of matrices of one shape; `cut`: of blocks that
+    are less than a matrix of the view.
+    """
 
     params: list[Tensor]
     rows: int
     cols: int
+    cut: bool = False
 
 
 class MatrixStack(NamedTuple):

@@ -449,6 +449,7 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
                     "momentum_dtype": str(momentum_dtype(group, p)),
                     **stage_names(group),
                     "selected": selected_shape(group, block.rows, block.cols),
+                    "period": group["period"],
                     "scale": scale,
                     "lr": float(group["lr"]) * scale,
                 },

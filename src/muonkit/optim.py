@@ -28,6 +28,7 @@ from muonkit.distributed.step_plan import (
     plan_key,
     present_gradients,
     products_label,
+    refuse_cut_rows,
 )
 from muonkit.gradients import (
     GradientCheck,
@@ -58,6 +59,7 @@ from muonkit.groups import (
 )
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER
 from muonkit.options import DEFAULTS, OF_ALGORITHM, take_other_names_
+from muonkit.period import PERIOD_STEP, count_, has_period, in_blocks
 from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.stages import kept_state, listed
@@ -212,6 +214,13 @@ class Muon(Optimizer):
             shards computes all matrices by itself), "split" (every matrix is computed once, and
             sent to all) or "auto", by the cost of FLOPs and bytes
             (`muonkit.distributed.machines.MACHINES`).
+        period: P > 1 (MuonBP): in one step of P matrices are orthogonalized whole; in the others
+            every rank orthogonalizes what it stores of each matrix as a matrix of its own, with the
+            scale of that block. None of it is sent but among copies that divide the work (ZeRO-1,
+            `replicas="split"`). The first step is a whole one. A matrix that a rank stores whole is
+            trained as ever. The result depends on the layout (`muonkit.period`).
+        block_lr_factor: MuonBP's second learning rate, as a factor on lr for blocks that are less
+            than a matrix; decay stays lr's.
 
     Where ranks share parameters, all of them make the same optimizer and take its steps together;
     every step begins with a small collective in which they compare what they are about to do.
@@ -256,6 +265,8 @@ class Muon(Optimizer):
         replicas: str = "auto",
         process_group: ProcessGroup | DeviceMesh | None = None,
         zero: int = 0,
+        period: int = 1,
+        block_lr_factor: float = 1.0,
         maximize: bool = False,
         cautious: bool = False,
         nonfinite: str = "propagate",
@@ -299,8 +310,12 @@ class Muon(Optimizer):
             refuse_zero_weights(added)
         separate_lr([added], self.param_groups)
         added["name"] = unused_name(added, self.param_groups)
+        if added["algorithm"] == "muon":
+            others = [group.get(PERIOD_STEP, 0) for group in self.param_groups]
+            added.setdefault(PERIOD_STEP, max(others, default=0))
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
             self._layouts.add(trained_of([added]))
+            refuse_cut_rows(self._layouts, [added])
             self._make_state([added])
         self.param_groups.append(added)
         self._known = known_of(self.param_groups)
@@ -358,6 +373,7 @@ class Muon(Optimizer):
         """
         trained = trained_of(self.param_groups)
         layouts.add(trained)
+        refuse_cut_rows(layouts, self.param_groups)
         carried = {
             p: carried_state(self.state[before[p]], p, group, layouts)
             for group in trained
@@ -401,6 +417,7 @@ class Muon(Optimizer):
                 take_other_names_(group)
                 for key in OF_ALGORITHM["muon"]:
                     group.setdefault(key, DEFAULTS[key])
+                group.setdefault(PERIOD_STEP, 0)
         if "_layouts" not in self.__dict__:  # load_state_dict of torch comes here too
             self._settle_all(Layouts(), {p: p for p in self.state})
 
@@ -592,7 +609,8 @@ class Muon(Optimizer):
             self._step_alone()
             return
         with self._telling("step"):
-            planned = self._planned_step(present_gradients(self.param_groups))
+            present = present_gradients(self.param_groups)
+            planned = self._planned_step(present, list(map(in_blocks, self.param_groups)))
             scaled = scaled_by(self)
             verdict = judge(work) if scaled is None else scaled.check()
         vote = self._agree(planned, verdict.vote, scaled)
@@ -603,6 +621,7 @@ class Muon(Optimizer):
         if scaled is not None:
             scaled.unscale_(work)
         self._count_(work)
+        count_(self.param_groups)
         for group, entries in adamw:
             adamw_step_(*entries, group)
         tasks: list[Iterator[None]] = []
@@ -638,9 +657,13 @@ class Muon(Optimizer):
             if muon and kept_state(group) != "none":
                 torch._foreach_add_([self.state[p][STEP] for p in params], 1)
 
-    def plan(self) -> StepPlan:
+    def plan(self, blocks: bool = False) -> StepPlan:
         """Which rank computes what, and sends how much to whom, in a step in which every parameter
         has a gradient in its own dtype.
+
+        Args:
+            blocks: of a step between whole ones, of the groups that have a period: such a group
+                takes one step like `plan()` and then `period - 1` like `plan(blocks=True)`.
 
         Returns:
             A `muonkit.distributed.plan.StepPlan`: `traffic()` has FLOPs and bytes of every rank,
@@ -651,7 +674,8 @@ class Muon(Optimizer):
         present = present_gradients(self.param_groups, all_of_them=True)
         if self._layouts.domain is None:
             return plan_alone(self._layouts, self.param_groups, present)
-        return self._planned_step(present).plan
+        between = [blocks and has_period(group) for group in self.param_groups]
+        return self._planned_step(present, between).plan
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
         """Scale the gradients of all parameters, in place, so that their 2-norm is at most
@@ -680,14 +704,18 @@ class Muon(Optimizer):
         remedies |= {_SCALE: _SCALES, "": _DISAGREE}
         return check_ranks_agree(self._layouts.domain, compared, remedies, vote)
 
-    def _planned_step(self, present: Present) -> PlannedStep:
-        key = plan_key(self.param_groups, present)
+    def _planned_step(self, present: Present, blocks: Sequence[bool] | None = None) -> PlannedStep:
+        """Args:
+        blocks: for each group, whether its step is one of blocks; None: whole matrices in all.
+        """
+        blocks = [False] * len(self.param_groups) if blocks is None else blocks
+        key = *plan_key(self.param_groups, present), *blocks
         planned = self._planned_steps.pop(key, None)
         if planned is None:
             if len(self._planned_steps) == _MOST_PLANS:
                 longest_ago = next(iter(self._planned_steps))
                 del self._planned_steps[longest_ago]
-            planned = PlannedStep(self._layouts, self.param_groups, present)
+            planned = PlannedStep(self._layouts, self.param_groups, present, blocks)
         self._planned_steps[key] = planned
         return planned
 
@@ -743,7 +771,7 @@ class Muon(Optimizer):
             blocks (of rows of a symmetric product), gflop (of the products for one matrix),
             ns_dtype, ns_dtype_reason ("given", or what auto's choice is due to), momentum_dtype,
             before, after and constraint (names, or "none"), selected (rows and columns of what is
-            orthogonalized of each), scale, lr (after the scale).
+            orthogonalized of each), period, scale, lr (after the scale).
         """
         self._settle()
         return [

@@ -172,6 +172,14 @@ OPTIONS = (
     ),
     Option("process_group", None, (), "the ranks that have copies of the parameters", ranks=True),
     Option("zero", 0, (), "1 shards the state over these ranks (ZeRO-1)", ranks=True),
+    Option(
+        "period",
+        1,
+        _MUON,
+        "steps from one whole orthogonalization to the next; each rank's own block between",
+        ranks=True,
+    ),
+    Option("block_lr_factor", 1.0, _MUON, "factor on lr in the steps between", ranks=True),
     Option("maximize", False, _BOTH, "ascend instead of descend"),
     Option("cautious", False, _MUON, "decay only where the update shrinks the weight too"),
     Option(

@@ -210,7 +210,7 @@ def _apply_(
 ) -> None:
     """W <- W - lr * weight_decay * W - lr * scale * D."""
     decaying = decays(group)
-    for (params, rows, cols), updates in zip(param_shards, d, strict=True):
+    for (params, rows, cols, cut), updates in zip(param_shards, d, strict=True):
         lr, decay = (
             _near(value, params[0]).reshape(()) if isinstance(value, Tensor) else value
             for value in (group["lr"], group["weight_decay"])
@@ -221,7 +221,7 @@ def _apply_(
                 _add_(params, shrinking, -lr * decay)
             else:
                 _add_(params, params, -lr * decay)
-        scale = scale_of(group, rows, cols)
+        scale = scale_of(group, rows, cols) * (group["block_lr_factor"] if cut else 1)
         _add_(params, updates, -lr * scale)
 
 

@@ -89,6 +89,20 @@ def validate_options(group: dict[str, Any]) -> None:
         _validate_choice(group, key)
     check_stages(group)
     check_selection(group)
+    period = group["period"]
+    if isinstance(period, bool) or not isinstance(period, Integral):
+        raise TypeError(f"period is a whole number of steps, got {period!r}")
+    if period < 1:
+        raise ValueError(
+            f"period should be at least 1 (whole matrices in every step) but is: {period}"
+        )
+    if group["period"] > 1 and group["fraction"] < 1:
+        raise ValueError(
+            f"period={period} orthogonalizes blocks of matrices, and fraction={group['fraction']} "
+            "some rows of whole ones: give one of them; selection='local' sends a fraction of the "
+            "bytes too"
+        )
+    _validate_number("block_lr_factor", group["block_lr_factor"])
     if group["stage_beta2"] is not None:
         _validate_number("stage_beta2", group["stage_beta2"], below=1.0)
     cap = group["bytes_in_flight"]

@@ -281,8 +281,11 @@ def _size(optimizer: Muon) -> tuple[int, float]:
     return matrices, here / whole
 
 
-def check_identity(model: nn.Module, optimizer: Muon) -> None:
+def check_identity(model: nn.Module, optimizer: Muon, blocks: bool = False) -> None:
     """`to_params` of `to_owners` is the identity, bit by bit: of the parameters themselves.
+
+    Args:
+        blocks: in a step of blocks (`period`).
 
     Raises:
         AssertionError: it is not.
@@ -290,15 +293,16 @@ def check_identity(model: nn.Module, optimizer: Muon) -> None:
     for p in model.parameters():
         p.grad = p.detach().clone()
     work = [(group, group["params"]) for group in optimizer.param_groups]
-    planned = optimizer._planned_step(present_gradients(optimizer.param_groups))
+    present = present_gradients(optimizer.param_groups)
+    planned = optimizer._planned_step(present, [blocks] * len(work))
     own, shared = optimizer._batches(work, planned)
     for _, batch in [*shared, *own]:
         stacks = [torch.stack(shards.grads) for shards in batch.momentum_shards]
         owned = batch.to_owners(stacks).wait()
         back = batch.to_params(owned).wait()
-        for (params, rows, cols), pieces in zip(batch.param_shards, back, strict=True):
-            for p, piece in zip(params, pieces, strict=True):
-                assert torch.equal(p, piece), (rows, cols)
+        for shards, pieces in zip(batch.param_shards, back, strict=True):
+            for p, piece in zip(shards.params, pieces, strict=True):
+                assert torch.equal(p, piece), shards[1:]
 
 
 class _Collectives(TorchDispatchMode):

@@ -164,7 +164,7 @@ def many_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def real_traffic(
-    model: ModelShape, mesh: str, layout: str | None, after: str
+    model: ModelShape, mesh: str, layout: str | None, after: str, blocks: bool = False
 ) -> dict[str, list[int]]:
     """What the optimizer itself plans for this model: parameters distributed as the simulation
     says, in torch's own words.
@@ -208,28 +208,30 @@ def real_traffic(
         process_group=group,
         zero=int(kind.zero),
         ns_dtype="float32",
+        period=1 + blocks,
     )
-    return optimizer.plan().traffic()._asdict()
+    return optimizer.plan(blocks).traffic()._asdict()
+
+
+PLACES = [
+    (DENSE, "dp=4", "ddp"),
+    (DENSE, "dp=3", "zero1"),
+    (SPARSE, "dp=16", "zero1"),
+    (DENSE, "fsdp=7", None),
+    (SPARSE, "fsdp=3", None),
+    (SPARSE, "fsdp=12", None),
+    (DENSE, "dp=2,fsdp=4", None),
+    (DENSE, "tp=4", None),
+    (DENSE, "fsdp=4,tp=2", None),
+    (SPARSE, "fsdp=2,tp=4", None),
+    (DENSE, "dp=2,tp=2", None),
+    (SPARSE, "dp=3,tp=2", None),
+]
 
 
 @pytest.mark.parametrize("after", ["none", "normuon", "adamuon"])
 @pytest.mark.parametrize(
-    ("model", "mesh", "layout"),
-    [
-        (DENSE, "dp=4", "ddp"),
-        (DENSE, "dp=3", "zero1"),
-        (SPARSE, "dp=16", "zero1"),
-        (DENSE, "fsdp=7", None),
-        (SPARSE, "fsdp=3", None),
-        (SPARSE, "fsdp=12", None),
-        (DENSE, "dp=2,fsdp=4", None),
-        (DENSE, "tp=4", None),
-        (DENSE, "fsdp=4,tp=2", None),
-        (SPARSE, "fsdp=2,tp=4", None),
-        (DENSE, "dp=2,tp=2", None),
-        (SPARSE, "dp=3,tp=2", None),
-    ],
-    ids=lambda value: getattr(value, "name", value),
+    ("model", "mesh", "layout"), PLACES, ids=lambda value: getattr(value, "name", value)
 )
 def test_the_simulated_step_is_what_the_optimizer_plans(
     many_ranks: Any, model: ModelShape, mesh: str, layout: str | None, after: str
@@ -239,6 +241,35 @@ def test_the_simulated_step_is_what_the_optimizer_plans(
     expected = real_traffic(model, mesh, layout, after)
     for name, figures in step.traffic().items():
         assert figures.tolist() == expected[name], name
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "layout"), PLACES, ids=lambda value: getattr(value, "name", value)
+)
+def test_the_simulated_step_of_blocks_is_what_the_optimizer_plans(
+    many_ranks: Any, model: ModelShape, mesh: str, layout: str | None
+) -> None:
+    name, axes = choose_layout(layout, parse_mesh(mesh), model)
+    laid = [(n, p, place(p, name, axes)) for n, p in of_stage(model, 0, 1)]
+    step = Simulation(axes, ASSUME, laid, in_blocks=True)
+    many_ranks(step.mesh.ranks)
+    expected = real_traffic(model, mesh, layout, "none", blocks=True)
+    for each, figures in step.traffic().items():
+        assert figures.tolist() == expected[each], each
+    if name in ("fsdp", "hsdp", "tp", "fsdp_tp"):
+        assert not any(expected["sent_in"]) and not any(expected["sent_out"])  # noqa: PT018
+
+
+def test_a_period_has_a_scheme_of_its_own_and_divides_the_bytes() -> None:
+    whole, blocks, *_ = schemes(DENSE, "fsdp", parse_mesh("fsdp=4"), replace(ASSUME, period=5))
+    assert (whole.name, blocks.name) == ("muonkit, fsdp", "muonkit, fsdp, blocks")
+    assert whole.costs.sent_in.sum() > 0 == blocks.costs.sent_in.sum()
+    assert (blocks.costs.flops < whole.costs.flops).all()
+    said = verdict(forecast(find_model("llama-8b"), "fsdp=64", None, assumptions(period=5)))
+    assert "sends at most 891 MB" in said
+    assert "sends nothing: 178 MB a step in the mean" in said
+    with pytest.raises(LabError, match="is cut between columns"):
+        forecast(find_model("llama-8b"), "tp=2", None, assumptions(after="normuon", period=2))
 
 
 # -- parameters, memory, time ---------------------------------------------------------------------

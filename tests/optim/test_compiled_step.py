@@ -60,6 +60,8 @@ MUON: dict[str, Sequence[Any]] = {
     "selection": CHOICES["selection"],
     "exchange_dtype": CHOICES["exchange_dtype"],
     "replicas": CHOICES["replicas"],
+    "period": [1, 5],
+    "block_lr_factor": [1.0, 0.5],
     "maximize": [False, True],
     "cautious": [False, True],
     "nonfinite": CHOICES["nonfinite"],

@@ -29,7 +29,7 @@ def test_the_constructor_has_these_arguments_with_these_defaults_in_this_order()
 
 def test_a_constructor_has_no_more_than_26_keyword_arguments() -> None:
     """Those that it names, beside those that change the algorithm; `MuonW` passes on Muon's."""
-    others = {*STAGES, "fraction", "selection"}
+    others = {*STAGES, "fraction", "selection", "period", "block_lr_factor"}
     for kind, first in ((Muon, "params"), (MuonW, "model")):
         named = [
             argument.name
@@ -41,7 +41,14 @@ def test_a_constructor_has_no_more_than_26_keyword_arguments() -> None:
 
 def test_the_ranks_arguments_are_one_group() -> None:
     ranks = [row.name for row in OPTIONS if row.ranks]
-    assert sorted(ranks) == ["exchange_dtype", "process_group", "replicas", "zero"]
+    assert sorted(ranks) == [
+        "block_lr_factor",
+        "exchange_dtype",
+        "period",
+        "process_group",
+        "replicas",
+        "zero",
+    ]
     names = [row.name for row in OPTIONS]
     first = names.index(ranks[0])
     assert names[first : first + len(ranks)] == ranks

@@ -64,6 +64,7 @@ def test_complex_and_integer_parameters_are_refused(algorithm: str) -> None:
         ({"ns_form": "gram!"}, ValueError, "unknown ns_form"),
         ({"adjust_lr_fn": "muP"}, ValueError, "'original', 'match_rms_adamw', 'spectral'"),
         ({"nonfinite": "ignore"}, ValueError, "'propagate', 'skip', 'raise'"),
+        ({"period": 2, "fraction": 0.5}, ValueError, "give one of them"),
     ],
 )
 def test_wrong_options_are_refused(options: dict, error: type[Exception], words: str) -> None:

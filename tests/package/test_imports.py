@@ -36,10 +36,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed.selected",),
     ("distributed.plan", "distributed.exchange"),
     ("distributed.plan_batches", "distributed.machines", "distributed.transfers"),
+    ("distributed.blocks",),
     ("distributed.param_layout", "distributed.nodes"),
     ("options",),
     ("selection",),
-    ("distributed", "distributed.placement", "newton_schulz", "scale", "stages", "views"),
+    ("distributed", "distributed.placement", "newton_schulz", "period", "scale", "stages", "views"),
     ("_compile", "_install", "_shards", "_text"),
     ("_torch",),
 )
@@ -56,7 +57,7 @@ TORCHLESS = frozenset(
     {
         *(f"muonkit.distributed.{name}" for name in ("plan", "planner", "owners", "plan_batches")),
         *(f"muonkit.distributed.{name}" for name in ("placement", "param_layout", "machines")),
-        *(f"muonkit.distributed.{name}" for name in ("transfers", "nodes")),
+        *(f"muonkit.distributed.{name}" for name in ("transfers", "nodes", "blocks")),
         "muonkit.newton_schulz.forms",
     }
 )

@@ -10,10 +10,11 @@ import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from muonkit.distributed.blocks import blocks_of_matrix
 from muonkit.distributed.machines import Machine, cheaper_repeated
 from muonkit.distributed.owners import are_even, make_gather, make_own, make_plan
 from muonkit.distributed.param_layout import Layout, computed_in_place, stage_placement
-from muonkit.distributed.placement import cells
+from muonkit.distributed.placement import Box, Placement, cells
 from muonkit.distributed.plan import Plan, StepPlan
 from muonkit.distributed.transfers import Lines, Matrix, PlannedTensor
 from muonkit.selection import count_of, lines_are_rows
@@ -23,14 +24,14 @@ from muonkit.views import Block, blocks_of, line_dims, row_blocks
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from muonkit.distributed.placement import Box, Placement
-
 __all__ = [
     "GroupToPlan",
     "MatrixBlock",
     "ParamToPlan",
     "PlannedGroup",
     "PlannedParams",
+    "blocks_of_param",
+    "check_blocks",
     "matrices_of",
     "plan_step",
     "selected_lines",
@@ -72,6 +73,7 @@ class GroupToPlan(NamedTuple):
         stage_state: what a stage keeps of a matrix: "none", "rows" or "entries".
         fraction, selection: the options.
         cap: bytes that a rank may have in flight for one bucket.
+        in_blocks: whether what a rank stores of a matrix is a matrix of its own (MuonBP).
     """
 
     params: Mapping[int, ParamToPlan]
@@ -82,6 +84,7 @@ class GroupToPlan(NamedTuple):
     stage_state: str = "none"
     fraction: float = 1.0
     selection: str = "global"
+    in_blocks: bool = False
 
 
 class MatrixBlock(NamedTuple):
@@ -91,11 +94,13 @@ class MatrixBlock(NamedTuple):
         param: the index in the group.
         block: of the parameter.
         stage_block: of the stage's state; the same block where it keeps none.
+        cut: whether the planned matrix is less than one of the view.
     """
 
     param: int
     block: Block
     stage_block: Block
+    cut: bool = False
 
 
 class PlannedParams(NamedTuple):
@@ -103,11 +108,13 @@ class PlannedParams(NamedTuple):
 
     Attributes:
         blocks: of the plan's matrices, one for each; empty for AdamW's.
+        in_blocks: as `GroupToPlan.in_blocks`: whoever stores a part of a matrix stores it whole.
     """
 
     params: tuple[int, ...]
     plan: Plan
     blocks: tuple[MatrixBlock, ...] = ()
+    in_blocks: bool = False
 
 
 class PlannedGroup(NamedTuple):
@@ -213,7 +220,7 @@ def _shared(
         cost[0] += number
         cost[1] += math.prod(group.params[index].shape) * first.itemsize
     repeats = {
-        layout: _repeated_axes(layout, group.replicas, rates, *cost)
+        layout: _repeated_axes(layout, _replicas(group, layout), rates, *cost)
         for layout, cost in costs.items()
     }
     tensors = [
@@ -230,7 +237,13 @@ def _shared(
         first.stage_itemsize,
         _node(rates, ranks),
     )
-    return PlannedParams(indices, plan, tuple(blocks))
+    return PlannedParams(indices, plan, tuple(blocks), group.in_blocks)
+
+
+def _replicas(group: GroupToPlan, layout: Layout) -> str:
+    """The option, and in a step of blocks, which is to send nothing, "recompute" for "auto"."""
+    cut = any(axis.dim is not None for axis in layout.param_placement.axes)
+    return "recompute" if group.in_blocks and cut and group.replicas == "auto" else group.replicas
 
 
 def _repeated_axes(
@@ -314,8 +327,8 @@ def _describe(
             placement = stage_placement(param.layout, shape, like)
             tensor = tensor._replace(stage_shape=like, stage_placement=placement)
         tensors.append(tensor)
-        for block, stage_block, boxes in matrices_of(group.view, shape, group.stage_state):
-            blocks += [MatrixBlock(index, block, stage_block)] * len(boxes)
+        for block, stage_block, boxes, cut in _matrices(group, param):
+            blocks += [MatrixBlock(index, block, stage_block, cut)] * len(boxes)
             for box, stage_box in boxes:
                 lines = _lines(group, block, box, shape, param.layout.state_placement)
                 of_kind = param.kind, *_computed(block, lines)
@@ -374,6 +387,56 @@ def _computed(block: Block, lines: Lines | None) -> tuple[int, int]:
     if lines is None:
         return block.rows, block.cols
     return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
+
+
+def check_blocks(group: GroupToPlan) -> None:
+    """Refuse a group with steps of blocks in which a stage would not have what it needs.
+
+    Raises:
+        ValueError: it keeps a number per row, and a rank stores parts of rows.
+    """
+    for param in group.params.values():
+        _matrices(group, param)
+
+
+_Found = tuple[Block, Block, tuple[tuple[Box, Box | None], ...], bool]
+
+
+def _matrices(group: GroupToPlan, param: ParamToPlan) -> Sequence[_Found]:
+    """What `matrices_of` has, and whether it is cut: in a step of blocks the blocks."""
+    assert group.view is not None
+    if not group.in_blocks:
+        return [
+            (*found, False) for found in matrices_of(group.view, param.shape, group.stage_state)
+        ]
+    try:
+        return blocks_of_param(
+            group.view, param.shape, group.stage_state, param.layout.param_placement
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{param.name} {param.shape} {error}: with period > 1, give its group (or Rule) "
+            'period=1, or another stage than "normuon"; "adamuon" keeps a number per entry, '
+            '"muon_plus" none'
+        ) from None
+
+
+@functools.lru_cache(maxsize=256)
+def blocks_of_param(
+    view: str, shape: tuple[int, ...], stage_state: str, placement: Placement
+) -> tuple[_Found, ...]:
+    """The blocks that ranks store of all matrices of a parameter, as `matrices_of` has matrices,
+    and whether each is less than a matrix.
+
+    Raises:
+        ValueError: as `blocks_of_matrix`.
+    """
+    return tuple(
+        (each.block, each.stage_block, ((each.box, each.stage_box),), each.cut)
+        for block, stage_block, boxes in matrices_of(view, shape, stage_state)
+        for pair in boxes
+        for each in blocks_of_matrix(block, stage_block, pair, shape, placement)
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -99,6 +99,11 @@ class _Bucket:
 
     def __init__(self, sharded: ShardedGroup, assignments: tuple[Assignment, ...]) -> None:
         plan, me = sharded.plan, sharded.domain.position
+        every = assignments
+        if sharded.in_blocks:  # those alone that this rank stores: others have far more of them
+            assignments = tuple(
+                each for each in every if sharded.parts(each.matrix, "param_placement")
+            )
         self.assignments = assignments
         self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
         self.stage_inbound: Transfers | None = None
@@ -106,14 +111,17 @@ class _Bucket:
             self.stage_inbound = plan.stage_inbound(assignments, me)
             self.stage_outbound = plan.stage_outbound(assignments, me)
         self.rounds = {
-            state: _Rounds(plan, assignments, me, sharded.cap, state)
+            state: _Rounds(plan, every, me, sharded.cap, state)
             for state in ((False, True) if plan.has_stage_state else (False,))
         }
-        self.param_shards: dict[tuple[int, int], list[_Part]] = {}
+        # Of blocks that stay where they are nothing is rounded.
+        moves = any(rounds.moves_in or rounds.moves for rounds in self.rounds.values())
+        self.comm_dtype = sharded.comm_dtype if moves or not sharded.in_blocks else sharded.dtype
+        self.param_shards: dict[tuple[int, int, bool], list[_Part]] = {}
         shards: dict[tuple[Any, ...], list[_Part]] = {}
         sent = {(matrix, box) for _, matrix, box in self.inbound.sends}
         for assignment in assignments:
-            param, block, _ = sharded.blocks[assignment.matrix]
+            param, block, _, cut = sharded.blocks[assignment.matrix]
             for part in sharded.parts(assignment.matrix, "state_placement"):
                 shape = [b - a for a, b in part.box]
                 only_kept = (part.matrix, part.box) not in sent
@@ -122,7 +130,7 @@ class _Bucket:
                 key = (only_kept, *shape, sharded.grad_dtypes[param], along)
                 shards.setdefault(key, []).append(part)
             for part in sharded.parts(assignment.matrix, "param_placement"):
-                self.param_shards.setdefault((block.rows, block.cols), []).append(part)
+                self.param_shards.setdefault((block.rows, block.cols, cut), []).append(part)
         # The parts of each stack, and whether they are only kept; these last.
         self.momentum_shards = [
             (parts, key[0]) for key, parts in sorted(shards.items(), key=lambda item: item[0][0])
@@ -187,6 +195,7 @@ class ShardedGroup:
     ) -> None:
         self.domain, self.group = domain, group
         self.plan, self.blocks = shared.plan, shared.blocks
+        self.in_blocks = shared.in_blocks
         self.params: dict[int, Tensor] = {i: group["params"][i] for i in shared.params}
         self.grad_dtypes = {i: grads[i] for i in shared.params}
         first = shared.params[0]
@@ -296,7 +305,7 @@ class ShardedBatch:
                 shape, device = [b - a for a, b in box], self.sharded.domain.device
                 parts[matrix] = torch.empty(shape, dtype=self.sharded.dtype, device=device)
         taken = u if self.lines is None else self.lines.take(u)
-        pending = [self._inward(taken, parts, self.sharded.comm_dtype)]
+        pending = [self._inward(taken, parts, self.bucket.comm_dtype)]
         if self.bucket.stage_inbound is not None:
             pending.append(self._fetch_stage_state(self.bucket.stage_inbound))
         return Pending(whole, pending, lambda into: self._take_lines(parts, into))
@@ -341,7 +350,7 @@ class ShardedBatch:
         return [[self._source(matrix) for matrix in members] for *_, members in self.bucket.batches]
 
     def _source(self, matrix: int) -> MatrixRef:
-        number, block, _ = self.sharded.blocks[matrix]
+        number, block, *_ = self.sharded.blocks[matrix]
         box = self.sharded.plan.matrices[matrix].box
         computed = self.sharded.computed(matrix)
         return MatrixRef(self.sharded.params[number], box, block.rows, block.cols, computed)
@@ -552,7 +561,8 @@ class ShardedBatch:
             last_: what is done when all has arrived.
         """
         sharded, rounds = self.sharded, self.bucket.rounds[state]
-        dtype, domain = sharded.stage_dtype if state else sharded.comm_dtype, sharded.domain
+        dtype = sharded.stage_dtype if state else self.bucket.comm_dtype
+        domain = sharded.domain
         incoming = [(at, place_of(matrix, box)) for at, matrix, box in transfers.recvs]
         if rounds.gathered:
             own = [tensor for at, tensor in outgoing if at == domain.position]
@@ -580,7 +590,7 @@ class ShardedBatch:
         first = []
         for transfer in self.bucket.outbound.recvs:
             at, matrix, box = transfer
-            if at == me and not rounds.gathered and sharded.comm_dtype == sharded.dtype:
+            if at == me and not rounds.gathered and self.bucket.comm_dtype == sharded.dtype:
                 own = parts[matrix][self._inside(matrix, box)]
                 if own.is_contiguous() and own.device == self._entry(matrix).param.device:
                     pieces[matrix, box] = own
@@ -609,12 +619,16 @@ class ShardedBatch:
         squares = torch.zeros(len(bucket.assignments), dtype=dtype, device=domain.device)
         if weights:
             # A part that several ranks store is in the sum as often.
-            if bucket.copies is None:
+            if bucket.copies is None and not self.sharded.in_blocks:
                 placements = [self.sharded.tensor(matrix).param_placement for matrix in matrices]
                 copies = [math.prod(p.mesh[axis] for axis in p.copies()) for p in placements]
                 bucket.copies = torch.tensor(copies, dtype=dtype, device=domain.device)
-            mine = norms_of(weights).to(squares).square_() / bucket.copies
+            mine = norms_of(weights).to(squares).square_()
+            if bucket.copies is not None:
+                mine = mine / bucket.copies
             squares.index_add_(0, self._numbers(matrices), mine)
+        if self.sharded.in_blocks:  # a block is whole wherever it is stored
+            return Pending(squares.sqrt_())
         return Pending(squares, [add_up(domain, squares)], torch.Tensor.sqrt_)
 
     def scale_weights_(self, factors: Tensor) -> None:

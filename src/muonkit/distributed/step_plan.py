@@ -15,11 +15,12 @@ from muonkit.distributed.machines import machine
 from muonkit.distributed.param_layout import ONE_RANK, computed_in_place
 from muonkit.distributed.plan import StepPlan, fingerprint
 from muonkit.distributed.plan_batches import cap_of
-from muonkit.distributed.planner import GroupToPlan, ParamToPlan, plan_step
+from muonkit.distributed.planner import GroupToPlan, ParamToPlan, check_blocks, plan_step
 from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, stage_dtype
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import flops_of, parameter_names, products_of
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
+from muonkit.period import PERIOD_STEP, has_period
 from muonkit.selection import selected_shape
 from muonkit.stages import kept_state
 from muonkit.views import blocks_of
@@ -44,6 +45,7 @@ __all__ = [
     "plan_key",
     "present_gradients",
     "products_label",
+    "refuse_cut_rows",
 ]
 
 
@@ -96,7 +98,7 @@ def options_to_compare(groups: Sequence[dict[str, Any]]) -> list[tuple[str, str]
     return [
         (f"group {number}'s {key}", _shown(group[key]))
         for number, group in enumerate(groups)
-        for key in OPTION_KEYS
+        for key in (*OPTION_KEYS, *((PERIOD_STEP,) if has_period(group) else ()))
         if key in group
     ]
 
@@ -138,6 +140,9 @@ def _shown(value: Any) -> str:
 class PlannedStep:
     """The plan of one step, and what this rank needs to carry it out.
 
+    Args:
+        in_blocks: for each group, whether the step is one of blocks (see `muonkit.period`).
+
     Attributes:
         own: for each group, the indices of the parameters that are computed where they are.
         sharded_groups: for each group, Muon's other parameters, by dtypes.
@@ -147,12 +152,19 @@ class PlannedStep:
     """
 
     def __init__(
-        self, layouts: Layouts, groups: Sequence[dict[str, Any]], present: Present
+        self,
+        layouts: Layouts,
+        groups: Sequence[dict[str, Any]],
+        present: Present,
+        in_blocks: Sequence[bool],
     ) -> None:
         domain = layouts.domain
         assert domain is not None
         rates = machine(domain.device.type, domain.node)
-        to_plan = [_to_plan(layouts, groups, number, has) for number, has in enumerate(present)]
+        to_plan = [
+            _to_plan(layouts, groups, number, has, in_blocks[number])
+            for number, has in enumerate(present)
+        ]
         self.plan, planned = plan_step(to_plan, rates, domain.size)
         self.own = [list(group.own) for group in planned]
         self.sharded_groups: list[list[ShardedGroup]] = []
@@ -203,8 +215,23 @@ def plan_alone(layouts: Layouts, groups: Sequence[dict[str, Any]], present: Pres
     return plan
 
 
+def refuse_cut_rows(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse groups whose steps of blocks would not have what a stage needs.
+
+    Raises:
+        ValueError: as `check_blocks`.
+    """
+    for number, group in enumerate(groups):
+        if layouts.domain is not None and has_period(group) and kept_state(group) == "rows":
+            check_blocks(_to_plan(layouts, groups, number, {}, in_blocks=True))
+
+
 def _to_plan(
-    layouts: Layouts, groups: Sequence[dict[str, Any]], number: int, has: Mapping[int, Gradient]
+    layouts: Layouts,
+    groups: Sequence[dict[str, Any]],
+    number: int,
+    has: Mapping[int, Gradient],
+    in_blocks: bool = False,
 ) -> GroupToPlan:
     """A param group as the planner knows it: of its parameters those that are trained."""
     group, domain = groups[number], layouts.domain
@@ -239,6 +266,7 @@ def _to_plan(
         kept_state(group),
         group["fraction"],
         group["selection"],
+        in_blocks,
     )
 
 

@@ -353,6 +353,9 @@ def plan_command(
     selection: Annotated[
         str, typer.Option(help=f"Among which rows: {one_of(CHOICES['selection'])}.")
     ] = DEFAULTS["selection"],
+    period: Annotated[
+        int, typer.Option(min=1, help="Steps from one of whole matrices to the next (MuonBP).")
+    ] = DEFAULTS["period"],
     tp: Annotated[
         list[str] | None,
         typer.Option(
@@ -386,6 +389,7 @@ def plan_command(
         replicas,
         fraction,
         selection,
+        period,
         flops=flops,
         intra=intra,
         inter=inter,
@@ -396,7 +400,8 @@ def plan_command(
     console = Console()
     write(found, plot, json_file)
     # A table that is cut off tells nothing: a pipe, or a narrow terminal, gets it whole.
-    show(Console(width=max(console.width, 118)), found)
+    least = 118 if period == 1 else 137
+    show(Console(width=max(console.width, least)), found)
 
 
 @app.command("monitor", help=_MONITOR_HELP)

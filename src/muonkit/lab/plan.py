@@ -50,7 +50,9 @@ class Panel(NamedTuple):
 
 @dataclass(frozen=True)
 class Forecast:
-    """A model on a mesh, and what each way of doing the step would cost; muonkit's is the first."""
+    """A model on a mesh, and what each way of doing the step would cost; muonkit's is the first,
+    with a period its step of blocks the second.
+    """
 
     model: ModelShape
     layout: str
@@ -72,6 +74,7 @@ def assumptions(
     replicas: str = "auto",
     fraction: float = 1.0,
     selection: str = "global",
+    period: int = 1,
     **rates: float | None,
 ) -> Assumptions:
     """Assumptions from the command's options.
@@ -110,6 +113,7 @@ def assumptions(
         replicas=replicas,
         fraction=fraction,
         selection=selection,
+        period=period,
     )
 
 
@@ -122,7 +126,8 @@ def forecast(model: ModelShape, mesh: str, layout: str | None, assume: Assumptio
         layout: a key of `LAYOUTS`; None: what the mesh's axes say.
 
     Raises:
-        LabError: an unknown name, or a mesh that does not fit the layout or the model.
+        LabError: an unknown name, a mesh that does not fit the layout or the model, or a stage that
+            does not go with a period there.
     """
     name, axes = choose_layout(layout, parse_mesh(mesh), model)
     if axes.stages > max(model.layers, 1):
@@ -137,7 +142,11 @@ def forecast(model: ModelShape, mesh: str, layout: str | None, assume: Assumptio
             "tp out, or say what is cut, by the names that muonkit route prints, as "
             "--tp '*.q_proj.weight=colwise' --tp '*.o_proj.weight=rowwise'"
         )
-    return Forecast(model, name, axes, assume, schemes(model, name, axes, assume))
+    try:
+        found = schemes(model, name, axes, assume)
+    except ValueError as error:
+        raise LabError(str(error)) from error
+    return Forecast(model, name, axes, assume, found)
 
 
 # -- as data --------------------------------------------------------------------------------------
@@ -313,7 +322,27 @@ def verdict(found: Forecast) -> str:
         f"{short} The slowest rank's part of it: products {_time(took.products)}, exchange "
         f"{_time(took.exchange)}, elementwise {_time(took.elementwise)}. A rank sends "
         f"{f'at most {_si(sent)}B' if sent else 'nothing'}; its memory peaks at "
-        f"{_si(float(peak(ours).max()))}B, without activations."
+        f"{_si(float(peak(ours).max()))}B, without activations." + _of_period(found, sent)
+    )
+
+
+def _of_period(found: Forecast, sent: float) -> str:
+    """What the steps between whole ones cost, where there are any.
+
+    Args:
+        sent: bytes in a whole step.
+    """
+    period = found.assume.period
+    if period == 1:
+        return ""
+    blocks = found.schemes[1]
+    took, costs = seconds(blocks, found.assume), blocks.costs
+    between = float((costs.sent_in + costs.sent_out).max())
+    mean = (sent + (period - 1) * between) / period
+    return (
+        f" With a period of {period} that is one step of {period}; one of blocks takes "
+        f"{_time(took.overlapped)} to {_time(took.serial)}, and a rank sends "
+        f"{f'{_si(between)}B' if between else 'nothing'}: {_si(mean)}B a step in the mean."
     )
 
 

@@ -61,6 +61,7 @@ class Assumptions:
         after: the stage of that option: a key of `AFTER`, or "none".
         replicas: "auto", "recompute" or "split", as the optimizer's option.
         fraction, selection: as the optimizer's options.
+        period: as the optimizer's option.
     """
 
     device: str
@@ -72,6 +73,7 @@ class Assumptions:
     replicas: str = "auto"
     fraction: float = 1.0
     selection: str = "global"
+    period: int = 1
 
     @property
     def kept(self) -> str:
@@ -182,11 +184,13 @@ class Simulation:
 
     Attributes:
         parameters: their names, shapes and layouts.
+        in_blocks: whether it is one between whole steps.
     """
 
     mesh: Mesh
     assume: Assumptions
     parameters: list[tuple[str, ParameterShape, Layout]]
+    in_blocks: bool = False
     plan: StepPlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -205,6 +209,7 @@ class Simulation:
                 self.assume.kept,
                 self.assume.fraction,
                 self.assume.selection,
+                self.in_blocks,
             )
             for view, params in by_view.items()
         ]

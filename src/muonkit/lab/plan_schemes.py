@@ -92,12 +92,15 @@ def seconds(scheme: Scheme, assume: Assumptions) -> Seconds:
 
 
 def schemes(model: ModelShape, layout: str, mesh: Mesh, assume: Assumptions) -> list[Scheme]:
-    """muonkit's step in a layout, and others on the same ranks; all stages together."""
+    """muonkit's step in a layout, with a period that of blocks too, and others on the same ranks;
+    all stages together.
+    """
     zero_layout, zero_mesh = replicating(layout, mesh)
     zero_mesh = replace(zero_mesh, stages=mesh.stages)
     found: list[Scheme] = []
     stages = range(mesh.stages)
-    found.append(_together([_muon(model, layout, mesh, s, assume) for s in stages]))
+    for in_blocks in (False, True) if assume.period > 1 else (False,):
+        found.append(_together([_muon(model, layout, mesh, s, assume, in_blocks) for s in stages]))
     found.append(_together([_all_gather(model, layout, mesh, s, assume) for s in stages]))
     found.append(_together([_round_robin(model, mesh, s, assume) for s in stages]))
     if layout != zero_layout:
@@ -125,13 +128,17 @@ def _together(stages: Sequence[Scheme]) -> Scheme:
     return Scheme(stages[0].name, joined, float(bound), worst.bound_by, buckets, chain)
 
 
-def _muon(model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assumptions) -> Scheme:
+def _muon(
+    model: ModelShape, layout: str, mesh: Mesh, stage: int, assume: Assumptions, in_blocks: bool
+) -> Scheme:
     named = of_stage(model, stage, mesh.stages)
-    step = Simulation(mesh, assume, [(name, p, place(p, layout, mesh)) for name, p in named])
+    laid = [(name, p, place(p, layout, mesh)) for name, p in named]
+    step = Simulation(mesh, assume, laid, in_blocks)
     bound, why = lower_bound(step.plan.plans, mesh.ranks)
     buckets = sum(len(plan.buckets) for plan in step.plan.plans if plan.inward and plan.itemsize)
     costs = costs_of(step, assume)
-    return Scheme(f"muonkit, {layout}", costs, bound, why, buckets, _chain(step))
+    name = f"muonkit, {layout}" + ", blocks" * in_blocks
+    return Scheme(name, costs, bound, why, buckets, _chain(step))
 
 
 def _chain(step: Simulation) -> float:

@@ -26,6 +26,7 @@ from muonkit.monitor.sample import KINDS, Sampler, global_rank, matrices_of
 from muonkit.monitor.sinks import FORMAT, JsonLines, copied, deliver, shut, sinks_of
 from muonkit.monitor.spectra import LEVELS
 from muonkit.optim import Muon
+from muonkit.period import in_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +84,8 @@ class Monitor:
     On several ranks that share parameters all of them make a monitor with the same arguments and
     take the same steps; each ends with the same sample, whose numbers are one process's to the
     rounding of the dtype. Whole matrices are measured by the ranks that compute them: a sampled
-    step has three more exchanges to the owners, and one of the results.
+    step has three more exchanges to the owners, and one of the results. With `period` a sample
+    waits for the next step of whole matrices.
 
     Matrices and parameters are those in the optimizer's groups at each sample, whatever was added,
     taken out or replaced since the last one; a file then gets a new header.
@@ -146,7 +148,7 @@ class Monitor:
         self._sinks = sinks_of(to, first if writes is None else writes, max_bytes)
         self._owned = list(self._sinks)
         self._sampler: Sampler | None = None
-        self._skipped = 0
+        self._skipped, self._due = 0, False
         self._traffic = TrafficRecords(optimizer)
         self._know()
         disable: Any = torch.compiler.disable  # a compiled step calls these as they are
@@ -187,11 +189,16 @@ class Monitor:
     def _before_step(self, *_: Any) -> None:
         self.step += 1
         self._listen(None)  # the last step may have raised
-        if self.step == 1 or self.step % self.every == 0:
+        self._due = self._due or self.step == 1 or self.step % self.every == 0
+        if self._due:
             _refuse_meta(self._optimizer)
             # Whatever is refused here is refused by the step too, which tells the other ranks.
             with suppress(Exception):
                 self._optimizer._settle()  # parameters that were replaced since the last step
+            shared = self._optimizer._layouts.domain is not None
+            if shared and any(map(in_blocks, self._optimizer.param_groups)):
+                return  # no matrix is whole in this step
+            self._due = False
             sampler = Sampler(self._optimizer, self._spectra)
             self._skipped = self._optimizer.skipped_steps
             with torch.no_grad():
