@@ -48,6 +48,8 @@ STYLES = {
     "radial_brake": Style("#AA4499", "-.", "*"),
     "aol4": Style("#888888", "--", "d"),
     "int8": Style("#661100", ":", "v"),
+    "dion2": Style("#DDCC77", "-", "8"),
+    "nordion2": Style("#88CCEE", "-.", "H"),
 }
 
 
