@@ -5,8 +5,9 @@
 (Linear quantization by blocks, which the authors of arXiv 2509.23106 found to suffice for Muon;
 rounded to nearest.) A block is at most `MOST` elements that follow one another in a row as it is
 stored: of the last dim, or of all dims but the first where the last ones are short (kernels of a
-convolution). Rows are never joined, so what is cut by rows has whole blocks. Which elements share
-a block depends on the parameter's shape and view alone, and never on the layout: every layout
+convolution). What lies apart along dim 0 is never joined, so what is cut there has whole blocks
+(only rows of fewer than `LEAST` elements share one, within an expert). Which elements share a block
+depends on the parameter's shape and view alone, and never on the layout: every layout
 computes what one process computes, and checkpoints travel.
 
 The scales are a state tensor of their own with the parameter's dims, of which the blocks shorten
