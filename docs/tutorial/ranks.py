@@ -125,19 +125,29 @@ def average_gradients(model: nn.Module, dp: dist.ProcessGroup) -> None:
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
-    """The bytes that this rank sends to others in exchanges inside."""
+    """The bytes that this rank sends to others in exchanges inside: each other rank's own message,
+    or in an all-gather the same one to each.
+    """
     sent: list[int] = []
-    original = dist.all_to_all_single
+    newer = hasattr(dist, "all_gather_single")  # torch 2.13's name
+    gather = "all_gather_single" if newer else "all_gather_into_tensor"
+    originals = {name: getattr(dist, name) for name in ("all_to_all_single", gather)}
 
-    def counting(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(input.nbytes)
-        return original(output, input, *args, **kwargs)
+    def counting(name: str) -> Any:
+        def call(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            others = dist.get_world_size() - 1 if name == gather else 1
+            sent.append(others * input.nbytes)
+            return originals[name](output, input, *args, **kwargs)
 
-    dist.all_to_all_single = counting
+        return call
+
+    for name in originals:
+        setattr(dist, name, counting(name))
     try:
         yield sent
     finally:
-        dist.all_to_all_single = original
+        for name, original in originals.items():
+            setattr(dist, name, original)
 
 
 @dataclass
