@@ -28,6 +28,7 @@ def measured(tmp_path: Path, *words: str) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.whole
 def test_the_bytes_of_a_period_are_a_fifth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = measured(tmp_path, "step", "--set", "tiny", "--rounds", "1", "--seconds", "1")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -46,6 +47,7 @@ def test_the_bytes_of_a_period_are_a_fifth(tmp_path: Path, monkeypatch: pytest.M
     assert "period=5" in table
 
 
+@pytest.mark.whole
 def test_a_training_is_one_run_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

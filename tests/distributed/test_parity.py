@@ -51,7 +51,8 @@ def equals_one_process_with_every_stage(layout: str, stage: str) -> measures.Par
 
 # Sums of a row's shards are rounded elsewhere: where two rows' norms are as close as that, another
 # is taken. In the zoo none are.
-@CASES.on(2, 4, layout=MANY, stage=list(SELECTED))
+@CASES.on(2, layout=MANY, stage=list(SELECTED) if WHOLE else [])
+@CASES.on(4, layout=MANY, stage=list(SELECTED))
 def equals_one_process_with_a_selection(layout: str, stage: str) -> measures.Parity:
     return measures.parity(layout, stage)
 
@@ -62,7 +63,12 @@ def selects_alike_whatever_replicas_do(replicas: str, layout: str) -> measures.P
 
 
 @CASES.on(4, layout=["ddp", "zero1", "hsdp", "dp_tp_zero1"], stage=["normuon"], node=[2])
-@CASES.on(4, layout=["ddp", "zero1", "dp_tp_zero1"], stage=["dion2", "nordion2"], node=[2])
+@CASES.on(
+    4,
+    layout=["ddp", "zero1", "dp_tp_zero1"],
+    stage=["dion2", "nordion2"] if WHOLE else ["nordion2"],
+    node=[2],
+)
 @CASES.on(8, layout=["zero1"], stage=["plain"], node=[3])  # the last node has two ranks
 def equals_one_process_on_nodes(layout: str, stage: str, node: int) -> measures.Parity:
     """Ranks that take themselves for several nodes: what crosses them enters each once."""
