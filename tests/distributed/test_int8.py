@@ -142,9 +142,12 @@ def refuses_a_group_and_an_option_too() -> str:
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
-SAVED = {4: ["fsdp2_tp"], 2: ["zero1"], 1: ["single"]}
-LOADED = {4: ["fsdp2_tp", "hsdp"], 2: ["zero1", "tp"], 1: ["single"]}
-PLACES = [(4, "fsdp2_tp"), (2, "zero1"), (1, "single")]
+SAVED = {4: ["fsdp2_tp"], 1: ["single"]}
+LOADED = {2: ["zero1"], 1: ["single"]}
+if WHOLE:
+    SAVED |= {2: ["zero1"]}
+    LOADED = {4: ["fsdp2_tp", "hsdp"], 2: ["zero1", "tp"], 1: ["single"]}
+PLACES = [(ranks, layout) for ranks, layouts in SAVED.items() for layout in layouts]
 
 
 @on_the_wide_zoo

@@ -52,7 +52,7 @@ def equals_one_process_with_every_stage(layout: str, stage: str) -> measures.Par
 # Sums of a row's shards are rounded elsewhere: where two rows' norms are as close as that, another
 # is taken. In the zoo none are.
 @CASES.on(2, layout=MANY, stage=list(SELECTED) if WHOLE else [])
-@CASES.on(4, layout=MANY, stage=list(SELECTED))
+@CASES.on(4, layout=MANY, stage=list(SELECTED) if WHOLE else ["nordion2", "dion2_braked"])
 def equals_one_process_with_a_selection(layout: str, stage: str) -> measures.Parity:
     return measures.parity(layout, stage)
 

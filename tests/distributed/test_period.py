@@ -181,7 +181,7 @@ STAGES = {
 }
 
 
-@CASES.on(4, layout=["fsdp2", "hsdp"], stage=list(STAGES))
+@CASES.on(4, layout=["fsdp2", "hsdp"] if WHOLE else ["hsdp"], stage=list(STAGES))
 @CASES.on(
     4, layout=["fsdp2_tp", "tp_any_dim", "dp_tp_zero1"], stage=[s for s in STAGES if s != "normuon"]
 )

@@ -66,6 +66,7 @@ def on_ranks(count: int, example: str, *arguments: str) -> str:
     return str(first)
 
 
+@pytest.mark.whole  # under torchrun they run below
 @pytest.mark.parametrize(("example", "ranks"), [("train_fsdp2", 2), ("train_dp_tp_zero1", 4)])
 def test_losses_are_those_of_one_process(example: str, ranks: int) -> None:
     expected = alone(example)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from muonkit.distributed.placement import Box, Piece
 
-__all__ = ["Hop", "by_node", "count_hops", "hops", "needs_relays"]
+__all__ = ["Hop", "by_node", "count_hops", "hops", "needs_relays", "share_nodes"]
 
 
 class Hop(NamedTuple):
@@ -67,6 +67,14 @@ def needs_relays(pieces: Iterable[Piece], owner: int, node: int) -> bool:
         number != owner // node and len(holders) > 1
         for _, positions in pieces
         for number, holders in by_node(positions, node).items()
+    )
+
+
+def share_nodes(pieces: Iterable[Piece], node: int) -> bool:
+    """Whether any node has a part on several of its ranks; if none has, no owner needs a relay."""
+    return any(
+        len({position // node for position in positions}) < len(positions)
+        for _, positions in pieces
     )
 
 

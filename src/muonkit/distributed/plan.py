@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from muonkit.distributed.nodes import count_hops, needs_relays
+from muonkit.distributed.nodes import count_hops, needs_relays, share_nodes
 from muonkit.distributed.placement import Box, Where, box_size
 from muonkit.distributed.transfers import Direction, Matrix, PlannedTensor, alike
 
@@ -369,7 +369,7 @@ class Plan(NamedTuple):
         for owner in assignments:
             partners.setdefault(way.place.where(owner, way.axes), []).append(owner)
         for where, owners in partners.items():
-            if self.several_nodes and not inward:
+            if not inward and self.several_nodes and share_nodes(way.pieces(owners[0]), self.node):
                 pieces = [(way.size(box), at) for box, at in way.pieces(owners[0])]
                 some = {owner: assignments[owner] for owner in owners}
                 counted = count_hops(pieces, some, self.node, within=node == 1)
