@@ -113,6 +113,18 @@ def memory_block(records: list[Record]) -> str:
     return table(head, rows)
 
 
+def moved_block(records: list[Record]) -> str:
+    (record,) = records
+    rows = []
+    for name, found in record["sets"].items():
+        for who, each in found["moved"].items():
+            others = each["all"] - each["products"]
+            cells = [name, who, mib(each["all"]), f"{each['all'] / found['fewest']:.2f}"]
+            rows.append([*cells, mib(each["products"]), mib(others)])
+    head = ["set", "implementation", "moved, MiB", "of the fewest", "by products", "by all else"]
+    return table(head, rows, left=2)
+
+
 def errors_block(records: list[Record]) -> str:
     rows = [
         [
@@ -316,6 +328,7 @@ KERNELS = {"kernels": ("kernels", kernels_block)}
 BLOCKS = {
     "step": ("step", step_block),
     "memory": ("step", memory_block),
+    "moved": ("moved", moved_block),
     "errors": ("errors", errors_block),
     "overhead": ("overhead", overhead_block),
     "gpu-step": ("gpu", gpu_step_block),
