@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from statistics import fmean
 
 import torch
 from rich import console as rich_console
+from torch import nn
 
 import muonkit
 from muonkit._text import shortened, shown
@@ -18,14 +20,16 @@ from muonkit.lab import report
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.files import is_there
 from muonkit.lab.jobs import Workers
+from muonkit.lab.objective import Place
 from muonkit.lab.optimizers import SCALE, get_optimizer
 from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome
 from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read_result
-from muonkit.lab.store import DATA, Folder, Record, write_atomically
+from muonkit.lab.store import DATA, SOURCES, Folder, Record, write_atomically
 from muonkit.lab.sweep import POINTS, Search, best_decay, best_rate
-from muonkit.lab.tasks import Budget, get_task
+from muonkit.lab.task import Budget, Task
+from muonkit.lab.tasks import get_task
 from muonkit.lab.train import Run, Setting, StopRequest, train
 
 
@@ -34,7 +38,7 @@ class Comparison:
     """What is asked for. Equal comparisons give equal losses, and share a folder.
 
     Attributes:
-        task: a key of ``TASKS``.
+        task: a key of ``TASKS``, or where one of the user's own is.
         optimizers: keys of ``OPTIMIZERS``.
         lr: the learning rate of each of them, the centre of the grid when swept.
         sweep: whether the learning rate of each is chosen first.
@@ -49,6 +53,8 @@ class Comparison:
         jobs: runs at a time, which the seconds depend on.
         evaluations: validations of a run; None: the task's.
         monitor: steps between samples of ``muonkit.Monitor``; None: it is not used.
+        device: where runs are trained.
+        record: the task itself, as it was when this was asked for.
     """
 
     task: str
@@ -66,6 +72,13 @@ class Comparison:
     jobs: int = 1
     evaluations: int | None = None
     monitor: int | None = None
+    device: str = "cpu"
+    record: Task | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def chosen(self) -> Task:
+        """The task."""
+        return self.record or get_task(self.task)
 
     def config(self) -> Record:
         """What is asked for, and the model that the task has by now."""
@@ -77,10 +90,11 @@ class Comparison:
             "jobs": self.jobs if self.jobs > 1 else None,
             "evaluations": self.evaluations,
             "monitor": self.monitor,
+            "device": self.device if self.device != "cpu" else None,
         }
         return {
             "task": self.task,
-            "model": get_task(self.task).model,
+            "model": self.chosen.model,
             "optimizers": list(self.optimizers),
             "lr": dict(self.lr),
             "sweep": self.sweep,
@@ -94,7 +108,7 @@ class Comparison:
     def default_folder(self) -> Path:
         """A folder of its own for every configuration, so that the same command goes on."""
         text = json.dumps(self.config(), sort_keys=True)
-        return Path("runs") / f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return Path("runs") / f"{self.chosen.label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def comparison(
@@ -114,6 +128,7 @@ def comparison(
     jobs: int = 1,
     evaluations: int | None = None,
     monitor: int | None = None,
+    device: str = "cpu",
 ) -> Comparison:
     """A checked :class:`Comparison`, the task's defaults filled in.
 
@@ -127,6 +142,11 @@ def comparison(
             or a grid that has no middle.
     """
     chosen = get_task(task)
+    if chosen.is_own and batch_size:
+        raise LabError(
+            f"--batch-size {batch_size}: the batches are those that {task} returns; change them "
+            "there"
+        )
     defaults = {name: get_optimizer(name).weight_decay for name in optimizers}
     if not optimizers or len(set(optimizers)) < len(optimizers):
         raise LabError(f"--optimizers {','.join(optimizers)}: name each optimizer once")
@@ -157,6 +177,8 @@ def comparison(
         jobs=jobs,
         evaluations=evaluations,
         monitor=monitor,
+        device=device,
+        record=chosen,
     )
 
 
@@ -302,7 +324,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
     task = session.setting.task
     recorded = [(run, session.folder.run(run.key) / RECORDING) for run in runs if run.seed == 0]
     return report.Material(
-        config=session.asked.config() | {DATA: session.setting.data.fingerprint},
+        config=session.folder.config(),
         summary=task.summary,
         data=session.setting.data.description,
         routing=str(muonkit.route(task.build(), scale=SCALE)),
@@ -311,6 +333,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         records={f"{run.optimizer}/{run.seed}": measured[run][1] for run in runs},
         recordings={run.title: path for run, path in recorded if is_there(path)},
         caveat=report.caveat(session.asked.config(), task),
+        unit=task.unit,
     )
 
 
@@ -324,10 +347,88 @@ def _check_data(folder: Folder, fingerprint: str) -> None:
         )
 
 
+def _check_source(folder: Folder, task: Task, same_task: bool) -> list[str]:
+    """The editions of the user's task that the folder's runs may be of, the first one first.
+
+    Raises:
+        LabError: it was edited since, and nobody said that what is trained is the same.
+    """
+    assert task.source is not None
+    found = folder.config().get(SOURCES)
+    known = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    if task.source in known:
+        return known
+    if not same_task:
+        raise LabError(
+            f"{task.name} was edited since {folder.path} was begun: --same-task goes on with its "
+            f"{folder.begun()} runs, if what is trained is the same (a crash was mended); else "
+            "choose another folder with --out, or delete it"
+        )
+    return [*known, task.source]
+
+
+def _check_room(folder: Path, model: nn.Module, asked: Comparison, steps: int) -> None:
+    """Refuse a folder on a disk that is too full for what will be written.
+
+    Raises:
+        LabError: it is.
+    """
+    tensors = sum(t.nbytes for t in model.state_dict().values())
+    # The model and two moments, the checkpoint beside the one that it replaces; a line of 300 bytes
+    # for each step, twice; the pictures.
+    lines = 2 * 300 * steps * asked.seeds * len(asked.optimizers)
+    needed = asked.jobs * 2 * 3 * tensors + lines + (1 << 23)
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise LabError(
+            f"{folder} needs about {needed / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB "
+            "free: make room, or choose another folder with --out"
+        )
+
+
 def _table_console() -> Console:
     """Standard output; in a file or pipe rich would otherwise assume 80 columns and cut."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
+
+
+def _checked(
+    asked: Comparison, folder: Folder, checkpoint_seconds: float, same_task: bool
+) -> tuple[Setting, Record]:
+    """What all runs share, and the configuration to store; whatever is not fit is refused here,
+    before anything is written.
+    """
+    task = asked.chosen
+    is_there = folder.check(asked.config(), loose=("model",) if task.is_own else ())
+    data = task.load()
+    is_counted = asked.budget.unit == "steps" and task.is_own  # whose loader may have no length
+    steps = asked.budget.steps(1 if is_counted else data.steps_per_epoch(asked.batch_size))
+    model = task.build()
+    for name, lr in asked.lr.items():
+        Run(name, lr, 0, asked.weight_decay.get(name)).build(model)
+    stored = asked.config() | {DATA: data.fingerprint}
+    if task.is_own:
+        stored[SOURCES] = [task.source]
+    # With no run begun there is nothing to lose: the user's task may have been mended meanwhile.
+    if is_there and (folder.begun() or not task.is_own):
+        _check_data(folder, data.fingerprint)
+        if task.is_own:
+            stored[SOURCES] = _check_source(folder, task, same_task)
+    _check_room(folder.path, model, asked, steps)
+    first = stored[SOURCES][0] if task.is_own else None
+    setting = Setting(
+        task,
+        data,
+        steps,
+        asked.batch_size,
+        checkpoint_seconds,
+        asked.evaluations,
+        asked.monitor,
+        Place(asked.device),
+        first,
+    )
+    return setting, stored
 
 
 def compare(
@@ -335,6 +436,7 @@ def compare(
     out: Path | None = None,
     *,
     checkpoint_seconds: float = 15.0,
+    same_task: bool = False,
     progress: rich_console.Console | None = None,
     output: rich_console.Console | None = None,
 ) -> Path:
@@ -343,6 +445,7 @@ def compare(
     Args:
         out: the folder; made when it is missing, taken up when it holds the same comparison.
         checkpoint_seconds: time between two checkpoints of the run in progress.
+        same_task: what the user's task trains is what it was, though its source was edited.
         progress: where progress goes (default: standard error).
         output: where the table goes (default: standard output).
 
@@ -355,35 +458,18 @@ def compare(
     """
     progress, output = progress or Console(stderr=True), output or _table_console()
     folder = Folder(out or asked.default_folder())
-    begun = folder.check(asked.config())
-    task = get_task(asked.task)
     torch.set_num_threads(asked.threads)
-    data = task.load()
-    per_epoch = data.steps_per_epoch(asked.batch_size)
-    setting = Setting(
-        task,
-        data,
-        asked.budget.steps(per_epoch),
-        asked.batch_size,
-        checkpoint_seconds,
-        asked.evaluations,
-        asked.monitor,
-    )
-    for name, lr in asked.lr.items():
-        Run(name, lr, 0, asked.weight_decay.get(name)).build(
-            task.build()
-        )  # refused here, before anything is written
-    if begun:
-        _check_data(folder, data.fingerprint)
-    folder.create(asked.config() | {DATA: data.fingerprint})
+    setting, stored = _checked(asked, folder, checkpoint_seconds, same_task)
+    folder.create(stored)
     with folder.locked(), reporter(progress) as lines:
+        if folder.config() != stored:
+            folder.configure(stored)
         session = Session(asked, setting, folder, lines)
         with session.working():
             runs = session.all_runs()
             material = _material(session, runs)
         path = report.write(folder.path, material, lines.say)
-    notes = report.notes(asked.config())
-    report.show(output, asked.task, material.outcomes, notes, material.caveat)
+    report.show(output, material)
     if not session.trained:
         said = f"{shown(folder.path)} was finished already: nothing was trained"
         output.print(said, soft_wrap=True, markup=False)

@@ -28,7 +28,7 @@ from muonkit.lab.pictures import dark
 from muonkit.lab.results import NOTES, Outcome, rows, transposed, verdicts
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
-from muonkit.lab.tasks import Task
+from muonkit.lab.task import Task
 
 
 def environment() -> dict[str, str]:
@@ -70,6 +70,7 @@ class Material:
         records: the measurements of each of ``outcomes``, by ``"NAME/SEED"``.
         recordings: what the monitor wrote on seed 0, by the run's title.
         caveat: of `caveat`, what to keep in mind beside the verdict.
+        unit: what losses are in; empty where nobody knows.
     """
 
     config: Record
@@ -81,12 +82,14 @@ class Material:
     records: dict[str, list[Record]]
     recordings: Mapping[str, Path] = field(default_factory=dict)
     caveat: str = ""
+    unit: str = "nats"
 
 
-def notes(config: Record) -> str:
+def notes(config: Record, unit: str = "nats") -> str:
     """What the table's figures mean."""
     jobs, every = config.get("jobs", 1), config.get("monitor")
-    said = [NOTES]
+    losses = f"Losses are cross-entropies in {unit}." if unit else "Losses are the task's own."
+    said = [losses, NOTES]
     muons = [title_of(name) for name in config.get("optimizers", ()) if get_optimizer(name).scaled]
     if muons:
         said.append(
@@ -109,7 +112,15 @@ def caveat(config: Record, task: Task) -> str:
     """That default learning rates were taken to another length or batch; empty if none were."""
     defaults = [name for name in config["optimizers"] if config["lr"][name] == task.lr[name]]
     own = str(task.budget), task.batch_size
-    if config["sweep"] or not defaults or (config["budget"], config["batch_size"]) == own:
+    if config["sweep"] or not defaults:
+        return ""
+    if task.is_own:
+        return (
+            f"The learning rates of {_and([title_of(name) for name in defaults])} are defaults "
+            "that nobody has tuned for this task, and another optimizer may win with others: "
+            "--sweep chooses them, --lr sets them."
+        )
+    if (config["budget"], config["batch_size"]) == own:
         return ""
     batch = f" with batches of {task.batch_size}" if config["batch_size"] != task.batch_size else ""
     return (
@@ -119,26 +130,21 @@ def caveat(config: Record, task: Task) -> str:
     )
 
 
-def show(
-    console: Console,
-    task: str,
-    outcomes: Sequence[Outcome],
-    note: str = NOTES,
-    caveat: str = "",
-) -> None:
+def show(console: Console, material: Material) -> None:
     """Print the verdict and the table of results: a column per optimizer, to fit 80 characters."""
-    for said in (*verdicts(outcomes), *filter(None, [caveat])):
+    outcomes = material.outcomes
+    for said in (*verdicts(outcomes, material.unit), *filter(None, [material.caveat])):
         console.print(said, highlight=False, markup=False)
     headings, lines = transposed(rows(outcomes))
     # Cells are `Text`, since rich reads plain strings in a table as markup.
-    filled = Table(title=Text(f"muonkit compare {shown(task)}"))
+    filled = Table(title=Text(f"muonkit compare {shown(material.config['task'])}"))
     filled.add_column(Text(headings[0]), no_wrap=True)
     for heading in headings[1:]:
         filled.add_column(Text(shown(heading)), justify="right", no_wrap=True)
     for name, *cells in lines:
         filled.add_row(Text(name), *(Text(shown(cell)) for cell in cells))
     console.print(filled)
-    console.print(note, highlight=False, markup=False)
+    console.print(notes(material.config, material.unit), highlight=False, markup=False)
 
 
 def _decay(result: Result) -> float:
@@ -234,7 +240,9 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     for against, name in (("step", "loss-steps"), ("seconds", "loss-seconds")):
         title = f"{task}: {material.summary}"
         for form in ("png", "svg"):
-            image = loss_plot(title, against, material.outcomes, material.records, form)
+            image = loss_plot(
+                title, against, material.outcomes, material.records, form, material.unit
+            )
             write_atomically(folder / f"{name}.{form}", image)
         images[against] = _inline(image)
     headings, cells = transposed(lines)
@@ -245,11 +253,11 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     )
     page = templates.get_template("report.html.j2").render(
         task=task,
-        verdicts=verdicts(material.outcomes),
+        verdicts=verdicts(material.outcomes, material.unit),
         caveat=material.caveat,
         summary=material.summary,
         data=material.data,
-        notes=notes(material.config),
+        notes=notes(material.config, material.unit),
         headings=headings,
         cells=cells,
         images=images,

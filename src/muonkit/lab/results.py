@@ -161,23 +161,29 @@ def transposed(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return list(first), [list(line) for line in figures]
 
 
-def verdicts(outcomes: Sequence[Outcome]) -> list[str]:
-    """What came out in a sentence for each optimizer, against AdamW; MuonW's is the first."""
+def verdicts(outcomes: Sequence[Outcome], unit: str = "nats") -> list[str]:
+    """What came out in a sentence for each optimizer, against AdamW; MuonW's is the first.
+
+    Args:
+        outcomes: the runs that count.
+        unit: what the losses are in; empty where nobody knows.
+    """
+    unit = f" {unit}" if unit else ""
     lines = rows(outcomes)
     steps = max((result.steps for result, _ in outcomes), default=0)
     reference = next((row for row in lines if row.optimizer == REFERENCE), None)
     if reference is None or reference.val_loss is None or reference.diverged:
-        return [_lowest(lines)]
+        return [_lowest(lines, unit)]
     others = [row for row in lines if row is not reference]
     others.sort(key=lambda row: row.optimizer != "muonw")
-    return [_verdict(row, reference, steps) for row in others] or [_lowest(lines)]
+    return [_verdict(row, reference, steps, unit) for row in others] or [_lowest(lines, unit)]
 
 
 def _seeds(row: Row) -> str:
     return "one seed" if row.seeds == 1 else f"mean of {row.seeds} seeds"
 
 
-def _lowest(lines: Sequence[Row]) -> str:
+def _lowest(lines: Sequence[Row], unit: str) -> str:
     """Where there is no AdamW to be compared with."""
     sound = [row for row in lines if row.val_loss is not None]
     if not sound:
@@ -186,16 +192,17 @@ def _lowest(lines: Sequence[Row]) -> str:
     assert best.val_loss is not None
     loss = f"{best.val_loss.mean:.{_decimals(best.val_loss.mean)}f}"
     lowest = "ended at" if len(lines) == 1 else "ended at the lowest validation loss,"
-    return f"{title_of(best.optimizer)} {lowest} {loss} nats; {_seeds(best)}."
+    return f"{title_of(best.optimizer)} {lowest} {loss}{unit}; {_seeds(best)}."
 
 
-def _verdict(row: Row, reference: Row, steps: int) -> str:
+def _verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
     name, theirs = title_of(row.optimizer), reference.val_loss
     assert theirs is not None
     if row.val_loss is None:
         return f"{name} diverged; {_seeds(row)}."
     digits = _decimals(min(row.val_loss.mean, theirs.mean))
-    ends = f"it ended at {row.val_loss.mean:.{digits}f} nats, AdamW at {theirs.mean:.{digits}f}"
+    ours = f"{row.val_loss.mean:.{digits}f}{unit}"
+    ends = f"it ended at {ours}, AdamW at {theirs.mean:.{digits}f}"
     reached, took, whole = row.steps_to_reference, row.seconds_to_reference, reference.seconds
     if reached is None or took is None or whole is None:
         return f"{name} did not reach AdamW's final loss in {steps:,} steps: {ends}; {_seeds(row)}."
@@ -273,7 +280,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 NOTES = (
-    "Losses are cross-entropies in nats. Train loss: mean over the last 5% of the steps. "
+    "Train loss: mean over the last 5% of the steps. "
     "To AdamW's loss: where the validation curve first reaches the loss AdamW's ends at, same "
     "seed; — if never. ms/step: median. Seconds: training steps only, validation left out. "
     "±: standard deviation over seeds; (n/N): n of N seeds have the figure. "
