@@ -243,7 +243,9 @@ def test_processes_import_the_task_and_its_crash_comes_from_there(
     assert said.count("Traceback") == said.count("in check_rows") == 1
     Path("mine.py").write_text(HEAD + MENDED)
     assert main([*words, "--same-task"]) == 0
-    said = capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "1 batch to validate; 12 steps a run, on cpu" in captured.err
+    said = captured.out
     assert "accuracy, %" in said
     assert "defaults that nobody has tuned for this task" in said.replace("\n", "")
     assert "nats" not in said

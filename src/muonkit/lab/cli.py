@@ -191,8 +191,17 @@ def compare_command(
         bool,
         typer.Option(
             "--sweep",
-            help="First choose each optimizer's learning rate: five, a factor of 2 apart, wider "
-            "if the best is at the edge; lowest validation loss on seed 0, or on --sweep-seeds.",
+            help="First choose each optimizer's learning rate by halving: five, a factor of 2 "
+            "apart, in runs of a quarter of the steps, wider if the best is at the edge; then the "
+            "best and its neighbours in whole runs; lowest validation loss.",
+        ),
+    ] = False,
+    sweep_embedding_lr: Annotated[
+        bool,
+        typer.Option(
+            "--sweep-embedding-lr",
+            help="Then choose a rate of its own for AdamW's embeddings and head (of a Muon: for "
+            "all that it leaves to AdamW), likewise.",
         ),
     ] = False,
     sweep_decay: Annotated[
@@ -200,18 +209,34 @@ def compare_command(
         typer.Option(
             "--sweep-decay",
             help="Then choose each optimizer's weight decay, from a tenth of its default to ten "
-            "times it, likewise.",
+            "times it, in whole runs.",
+        ),
+    ] = False,
+    sweep_full: Annotated[
+        bool,
+        typer.Option(
+            "--sweep-full",
+            help="In sweeps train every value in whole runs, on all of --sweep-seeds.",
         ),
     ] = False,
     sweep_points: Annotated[
         int, typer.Option(metavar="N", help="Values in each sweep's grid; an odd number.")
     ] = 5,
     sweep_seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Seeds whose mean loss chooses in a sweep.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Seeds that choose in a sweep: between the better two; all, if in full.",
+        ),
     ] = 1,
     weight_decay: Annotated[
         str | None,
         typer.Option(metavar="X | NAME=X,...", help="Weight decays, for all or by name."),
+    ] = None,
+    embedding_lr: Annotated[
+        str | None,
+        typer.Option(metavar="X | NAME=X,...", help="Rates of embeddings and head, likewise."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per optimizer.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
@@ -279,6 +304,9 @@ def compare_command(
         evaluations=evaluations,
         monitor=monitor,
         device=_device(device),
+        sweep_embedding_lr=sweep_embedding_lr,
+        full=sweep_full,
+        embedding_lr=_rates(embedding_lr, "--embedding-lr"),
     )
     compare(asked, out, checkpoint_seconds=checkpoint_every, same_task=same_task)
 

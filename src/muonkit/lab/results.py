@@ -116,6 +116,7 @@ class Row:
     seconds: Figure | None
     val_loss_p: float | None
     accuracy_p: float | None
+    embedding_lr: float | None = None
 
 
 Outcome = tuple[Result, Curve]
@@ -144,6 +145,7 @@ def _row(outcomes: Sequence[Outcome], reference: Sequence[Result]) -> Row:
         seconds=figure([result.seconds for result in results]),
         val_loss_p=welch([r.val_loss for r in results], [r.val_loss for r in against]),
         accuracy_p=welch([r.accuracy for r in results], [r.accuracy for r in against]),
+        embedding_lr=first.embedding_lr,
     )
 
 
@@ -243,8 +245,91 @@ def _decimals(loss: float) -> int:
     return min(9, max(4, 3 - math.floor(math.log10(loss)))) if loss > 0 else 4
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to train with, by what was measured.
+
+    Attributes:
+        optimizer: the one that came to AdamW's final loss in the fewest seconds, else AdamW.
+        said: why, or that nothing pays.
+    """
+
+    optimizer: str
+    said: str
+
+
+def advice(outcomes: Sequence[Outcome]) -> Advice | None:
+    """What to train with; None where every run of every optimizer diverged."""
+    lines = rows(outcomes)
+    sound = [row for row in lines if row.val_loss is not None and not row.diverged]
+    reference = next((row for row in sound if row.optimizer == REFERENCE), None)
+    if reference is None:
+        if not sound:
+            return None
+        best = min(sound, key=lambda row: _mean(row.val_loss))
+        return Advice(best.optimizer, "It ended at the lowest validation loss.")
+    others = [row for row in sound if row is not reference]
+    if not others:
+        return Advice(REFERENCE, "Nothing else was compared, or it diverged.")
+    there = [row for row in others if _reached(row)]
+    if not there:
+        names = " or ".join(title_of(row.optimizer) for row in others)
+        some = "" if reference.seeds == 1 else " with every seed"
+        return Advice(
+            REFERENCE,
+            f"{names} does not pay here, neither in steps nor in seconds: AdamW's final loss was "
+            f"not reached{some}.",
+        )
+    if any(_uneven(row, reference) for row in there):
+        best = min(there, key=_steps)
+        return Advice(
+            best.optimizer,
+            "It needed the fewest steps; whether it pays in seconds was not measured, since "
+            "something else used this machine.",
+        )
+    best = min(there, key=_seconds)
+    if _seconds(best) < _mean(reference.seconds):
+        return Advice(best.optimizer, "It came to AdamW's final loss in the fewest seconds.")
+    return Advice(
+        REFERENCE,
+        f"{title_of(best.optimizer)} does not pay in seconds here: to AdamW's final loss it needed "
+        f"{_steps(best):,.0f} steps, but {_shown_seconds(_seconds(best))} s where AdamW took "
+        f"{_shown_seconds(_mean(reference.seconds))} s, since its step takes "
+        f"{_mean(best.step_ms):,.3g} ms and AdamW's {_mean(reference.step_ms):,.3g} ms.",
+    )
+
+
+def _reached(row: Row) -> bool:
+    """Whether it came to AdamW's final loss with every seed."""
+    reached = row.steps_to_reference
+    return reached is not None and reached.of == reached.runs
+
+
+def _mean(figure: Figure | None) -> float:
+    return math.inf if figure is None else figure.mean
+
+
+def _steps(row: Row) -> float:
+    return _mean(row.steps_to_reference)
+
+
+def _seconds(row: Row) -> float:
+    return _mean(row.seconds_to_reference)
+
+
+def _shown_seconds(seconds: float) -> str:
+    return f"{seconds:,.1f}" if seconds >= 1 else f"{seconds:.3f}"
+
+
 def p_value(p: float | None) -> str:
     return "—" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+
+
+def _embedding_rates(rows: Sequence[Row]) -> list[str]:
+    """Those of all rows, once any has one of its own."""
+    if all(row.embedding_lr is None for row in rows):
+        return ["—"] * len(rows)
+    return [f"{row.lr if row.embedding_lr is None else row.embedding_lr:g}" for row in rows]
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -261,6 +346,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns = {
         "optimizer": [row.optimizer for row in rows],
         "lr": [f"{row.lr:g}" for row in rows],
+        "embedding lr": _embedding_rates(rows),
         "weight decay": [f"{row.weight_decay:g}" for row in rows],
         "train loss": [loss(row, row.train_loss) for row in rows],
         "val loss": [loss(row, row.val_loss) for row in rows],
@@ -273,7 +359,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "of it optimizer": [plain(row.optimizer_ms, 2) for row in rows],
         "s in all": [plain(row.seconds, 1) for row in rows],
     }
-    for name in ("accuracy, %", "p of val loss", "p of accuracy"):
+    for name in ("embedding lr", "accuracy, %", "p of val loss", "p of accuracy"):
         if set(columns[name]) == {"—"}:
             del columns[name]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,36 +48,57 @@ FINAL_SHARE = 0.05
 class Run:
     """What tells one run from another in a comparison.
 
-    A weight decay of None is the optimizer's default: it is named nowhere, so that one run has
-    one key, whether its decay was chosen or never asked for.
+    A weight decay of None is the optimizer's default, an embedding_lr of None is lr, and a part of
+    1 is the whole length: these are named nowhere, so that one run has one key, whether they were
+    chosen or never asked for.
+
+    Attributes:
+        optimizer: a key of ``OPTIMIZERS``.
+        lr: the peak learning rate.
+        seed: of weights, batches and all else that is random.
+        weight_decay: of matrices and tables.
+        embedding_lr: the peak learning rate of embeddings and head.
+        part: a short run of a sweep has 1/part of the steps.
     """
 
     optimizer: str
     lr: float
     seed: int
     weight_decay: float | None = None
+    embedding_lr: float | None = None
+    part: int = 1
+
+    @property
+    def _named(self) -> dict[str, float]:
+        """What it has beside optimizer, lr and seed."""
+        further = {
+            "embedding_lr": self.embedding_lr,
+            "weight_decay": self.weight_decay,
+            "part": self.part if self.part != 1 else None,
+        }
+        return {name: value for name, value in further.items() if value is not None}
 
     @property
     def key(self) -> str:
         """The run's name on disk."""
-        decay = "" if self.weight_decay is None else f"-wd{self.weight_decay!r}"
-        return f"{self.optimizer}-lr{self.lr!r}{decay}-seed{self.seed}"
+        short = {"embedding_lr": "emb", "weight_decay": "wd", "part": "part"}
+        further = "".join(f"-{short[name]}{value!r}" for name, value in self._named.items())
+        return f"{self.optimizer}-lr{self.lr!r}{further}-seed{self.seed}"
 
     @property
     def title(self) -> str:
-        decay = "" if self.weight_decay is None else f" decay {self.weight_decay:g}"
-        return f"{self.optimizer} lr {self.lr:g}{decay} seed {self.seed}"
+        words = {"embedding_lr": "embedding lr", "weight_decay": "decay", "part": "steps 1 /"}
+        further = "".join(f" {words[name]} {value:g}" for name, value in self._named.items())
+        return f"{self.optimizer} lr {self.lr:g}{further} seed {self.seed}"
 
     def fields(self) -> Record:
         """As a line of measurements begins."""
-        named = asdict(self)
-        if self.weight_decay is None:
-            del named["weight_decay"]
-        return named
+        return {"optimizer": self.optimizer, "lr": self.lr, "seed": self.seed, **self._named}
 
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer of this run for ``model``."""
-        return get_optimizer(self.optimizer).build(model, self.lr, self.weight_decay)
+        spec = get_optimizer(self.optimizer)
+        return spec.build(model, self.lr, self.weight_decay, self.embedding_lr)
 
 
 @dataclass(frozen=True)
@@ -100,13 +121,23 @@ class Setting:
         count = min(self.evaluations or self.task.evaluations, self.steps)
         return frozenset(round(i * self.steps / count) for i in range(count + 1))
 
+    def of(self, run: Run) -> "Setting":
+        """The setting of one of the runs: a short one is validated at its ends only."""
+        if run.part == 1:
+            return self
+        return replace(self, steps=max(1, round(self.steps / run.part)), evaluations=1)
+
     def identity(self, run: Run) -> Record:
         """All that a run's numbers depend on, but versions and the machine: nothing else may be
         gone on with.
         """
         decay = run.weight_decay
         default = get_optimizer(run.optimizer).weight_decay
-        further = {"source": self.source, "device": self.place.device}
+        further = {
+            "source": self.source,
+            "device": self.place.device,
+            "embedding_lr": run.embedding_lr,
+        }
         return {
             **{name: x for name, x in further.items() if x not in (None, "cpu")},
             "task": self.task.name,
@@ -184,6 +215,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of the model's tensors."""
+    return sum(x.nbytes for x in model.state_dict().values() if isinstance(x, torch.Tensor))
+
+
 def warm_up(run: Run, setting: Setting) -> None:
     """One step of a model that is thrown away.
 
@@ -210,11 +246,14 @@ class Trainer:
     ) -> None:
         self.run, self.setting, self.folder = run, setting, folder
         self.stop, self.reporter = stop, reporter
-        warm_up(run, setting)
+        self.step = 0
+        try:
+            warm_up(run, setting)
+        except TaskError as error:
+            raise self._located(error) from error
         self.model = setting.task.make(run.seed).to(setting.place.device)
         self.optimizer = run.build(self.model)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.step = 0
         self.seconds = 0.0
         files.make_folder(folder)
         self.identity = setting.identity(run)
@@ -234,7 +273,7 @@ class Trainer:
         Raises:
             LabError: it is damaged, or of another run.
         """
-        tensors = sum(t.nbytes for t in self.model.state_dict().values())
+        tensors = bytes_of(self.model)
         saved = read_checkpoint(self.folder, self.identity, self.run.fields(), tensors)
         if saved is None:
             return b"", None
@@ -412,6 +451,7 @@ def train(
         Interrupted: the user stopped it; the checkpoint is up to date.
     """
     files.make_folder(folder)
+    setting = setting.of(run)
     if is_finished(folder):
         result, _, _ = read_result(folder, setting.identity(run), run.fields())
         reporter.start(run.title, 0, setting.steps)
