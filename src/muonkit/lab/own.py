@@ -167,13 +167,14 @@ def own_task(spec: str) -> Task:
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise LabError(f"{spec!r} has no function: write {_suggested(spec)}")
-    found = _path(where)
-    source = hashlib.sha256(_content(found)).hexdigest()[:16]
-    key = (str(found), name, source)
+    path = _path(where)
+    content = _content(path)
+    source = hashlib.sha256(content).hexdigest()[:16]
+    key = (str(path), name, source)
     if key not in _loaded:
-        module = _module(where, found)
+        module = _module(where, path, content)
         if not hasattr(module, name):
-            offered = factories(found)
+            offered = factories(path)
             hint = f"{meant(name, offered)} " if meant(name, offered) else ""
             raise LabError(
                 f"{where} has no {name!r}: {hint}it has {', '.join(offered) or 'no function'}"
@@ -239,27 +240,23 @@ def _search_here(folder: str | None = None) -> None:
         sys.path.insert(0, folder)
 
 
-def _module(where: str, path: Path) -> ModuleType:
-    """The module, run anew: what was imported before may be of an older source."""
-    name = path.stem if _is_file(where) else where
+def _module(where: str, path: Path, content: bytes) -> ModuleType:
+    """The module, made of this content: neither of an older import nor of an older .pyc."""
+    name = where
     if _is_file(where):
+        name = path.stem
         _search_here(str(path.parent))
         before = sys.modules.get(name)
         if before is not None and getattr(before, "__file__", None) != str(path):
             name = f"_muonkit_task_{path.stem}"  # another module has its name already
-    else:
-        sys.modules.pop(name, None)
-        with users(f"importing {where}"):
-            return importlib.import_module(where)
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
-    assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     # Before it is run: classes of it are found by their module's name, as pickle does.
     sys.modules[name] = module
     try:
         with users(f"importing {where}"):
-            found.loader.exec_module(module)
+            exec(compile(content, path, "exec"), module.__dict__)
     except BaseException:
         sys.modules.pop(name, None)
         raise
