@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from muonkit.lab import objective, own
 from muonkit.lab.cli import main
 from muonkit.lab.compare import comparison
-from muonkit.lab.errors import TaskError
+from muonkit.lab.errors import RunError, TaskError
 from muonkit.lab.loaders import ENDLESS, OwnData
 from muonkit.lab.store import DATA, SOURCES, Folder
 from muonkit.lab.task import Task
@@ -425,6 +426,24 @@ def test_a_disk_that_is_too_full_is_told_before(
     assert main([*COMMAND, "--out", "a/b"]) == 2
     assert "a/b needs about 8 MB, and its disk has 1 MB free: make room" in capsys.readouterr().err
     assert not Path("a").exists()
+
+
+def test_a_disk_that_fills_up_in_a_run_is_a_line_and_the_run_goes_on(tmp_path: Path) -> None:
+    task, run = written(FORMS["a factory"]), Run("adamw", 1e-3, 0)
+    trainer = Trainer(run, setting(task), tmp_path / "full", StopRequest(), Silent())
+    trainer.save()
+
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    trainer.file.close()
+    trainer.file._file = Full()
+    with pytest.raises(RunError, match=r"measurements.jsonl: No space left on device; make room"):
+        trainer.train()
+    train(run, setting(task), tmp_path / "full", StopRequest(), Silent())
+    train(run, setting(task), tmp_path / "whole", StopRequest(), Silent())
+    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
 
 
 def test_no_cuda_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

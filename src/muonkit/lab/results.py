@@ -273,13 +273,7 @@ def advice(outcomes: Sequence[Outcome]) -> Advice | None:
         return Advice(REFERENCE, "Nothing else was compared, or it diverged.")
     there = [row for row in others if _reached(row)]
     if not there:
-        names = " or ".join(title_of(row.optimizer) for row in others)
-        some = "" if reference.seeds == 1 else " with every seed"
-        return Advice(
-            REFERENCE,
-            f"{names} does not pay here, neither in steps nor in seconds: AdamW's final loss was "
-            f"not reached{some}.",
-        )
+        return Advice(REFERENCE, _never_reached(others))
     if any(_uneven(row, reference) for row in there):
         best = min(there, key=_steps)
         return Advice(
@@ -297,6 +291,24 @@ def advice(outcomes: Sequence[Outcome]) -> Advice | None:
         f"{_shown_seconds(_mean(reference.seconds))} s, since its step takes "
         f"{_mean(best.step_ms):,.3g} ms and AdamW's {_mean(reference.step_ms):,.3g} ms.",
     )
+
+
+def _never_reached(others: Sequence[Row]) -> str:
+    """What to say where nothing came to AdamW's final loss with every seed."""
+    some = [row for row in others if row.steps_to_reference is not None]
+    if not some:
+        names = " or ".join(title_of(row.optimizer) for row in others)
+        return (
+            f"{names} does not pay here, neither in steps nor in seconds: AdamW's final loss was "
+            "not reached."
+        )
+    said = (
+        f"{title_of(row.optimizer)} came to AdamW's final loss with {row.steps_to_reference.of} of "
+        f"{row.seeds} seeds"
+        for row in some
+        if row.steps_to_reference is not None
+    )
+    return f"That another one pays is not shown here: {', '.join(said)}."
 
 
 def _reached(row: Row) -> bool:

@@ -21,13 +21,13 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from muonkit._text import shortened
 from muonkit.lab import files
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import LabError, RunError
 from muonkit.lab.files import UnfitError
 from muonkit.lab.files import write_atomically as write_atomically
 
@@ -202,23 +202,37 @@ class MeasurementFile:
     """An append-only JSONL file that begins with what it had, and knows its sum."""
 
     def __init__(self, path: Path, content: bytes = b"") -> None:
-        self._file = files.begin(path, content)
+        self._path, self._file = path, files.begin(path, content)
         self._length, self._sum = len(content), hashlib.sha256(content)
 
     def append(self, record: Record) -> None:
+        """Add a line; RunError where there is no room."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._file.write(line)
+        with self._writing():
+            self._file.write(line)
         self._length += len(line)
         self._sum.update(line)
 
     def sync(self) -> Record:
-        """Put everything on disk; its length and SHA-256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Put everything on disk; its length and SHA-256. RunError where there is no room."""
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return sum_of(self._length, self._sum.hexdigest())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of what no checkpoint speaks
+            self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self._path}: {error.strerror or error}; make room there, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
 
 
 def parse_lines(content: bytes) -> list[Record]:
