@@ -122,7 +122,7 @@ def run(task: str, plan: Plan, options: argparse.Namespace) -> None:
     shared = [*plan.length, "--seeds", str(seeds), "--jobs", str(options.jobs), "--threads", "1"]
     further = [*(QUICK if options.quick else ()), *options.further]
     optimizers = options.optimizers or ",".join(plan.optimizers)
-    words = [task, "--optimizers", optimizers, "--sweep", "--sweep-decay"]
+    words = [task, "--optimizers", optimizers, "--sweep", "--sweep-decay", "--sweep-full"]
     words += ["--sweep-points", str(plan.points)]
     out = options.out / task
     record = compare(merged([*words, *shared], further), out)

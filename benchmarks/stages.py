@@ -57,7 +57,14 @@ def state_bytes(task: str, name: str) -> int:
 
 
 def run(task: str, options: argparse.Namespace) -> None:
-    words = [task, "--optimizers", ",".join(options.optimizers), "--sweep", "--sweep-decay"]
+    words = [
+        task,
+        "--optimizers",
+        ",".join(options.optimizers),
+        "--sweep",
+        "--sweep-decay",
+        "--sweep-full",
+    ]
     words += [*PLANS[task], "--jobs", str(options.jobs), "--threads", "1"]
     record = compare(
         merged(words, [*(QUICK if options.quick else ()), *options.further]), options.out / task

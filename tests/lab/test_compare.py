@@ -19,7 +19,7 @@ from rich.console import Console
 
 from muonkit.lab import data, plots, report
 from muonkit.lab.cli import main
-from muonkit.lab.compare import Comparison, Session, comparison
+from muonkit.lab.compare import Chosen, Comparison, Session, comparison
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.progress import Lines
@@ -267,7 +267,7 @@ def test_a_sweep_walks_away_from_divergence() -> None:
 
 def test_compare_sweeps_on_seed_0_and_reports_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["--optimizers", "adamw", "--steps", "12", "--sweep", "--seeds", "2"]
+    words = ["--optimizers", "adamw", "--steps", "12", "--sweep", "--sweep-full", "--seeds", "2"]
     assert main(["compare", "digits", *words, "--out", str(out)]) == 0
     results = [json.loads(path.read_text()) for path in out.rglob("result.json")]
     first = {r["lr"]: r["val_loss"] for r in results if r["seed"] == 0}
@@ -305,9 +305,14 @@ def test_the_mean_chooses_and_one_that_diverges_counts_as_infinite() -> None:
     }
     for seeds, best in ((2, 0.002), (1, 0.008)):
         asked = comparison(
-            "digits", ["adamw"], lr={"adamw": 0.004}, sweep=True, points=3, sweep_seeds=seeds
+            *("digits", ["adamw"]),
+            lr={"adamw": 0.004},
+            sweep=True,
+            full=True,
+            points=3,
+            sweep_seeds=seeds,
         )
-        assert Known(asked, losses)._chosen() == {"adamw": (best, None)}
+        assert Known(asked, losses)._chosen() == {"adamw": Chosen(best, None, None)}
 
 
 def test_a_grid_is_nothing_without_a_sweep() -> None:
@@ -318,7 +323,8 @@ def test_a_grid_is_nothing_without_a_sweep() -> None:
 def test_compare_sweeps_over_several_seeds_and_reports_their_means(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--optimizers", "adamw,sgd", "--steps", "6", "--lr", "sgd=1e18,adamw=0.004"]
-    words += ["--sweep", "--sweep-points", "3", "--sweep-seeds", "2", "--seeds", "3"]
+    words += ["--sweep", "--sweep-full", "--sweep-points", "3"]
+    words += ["--sweep-seeds", "2", "--seeds", "3"]
     assert main(["compare", "digits", *words, "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert {r["seed"] for r in summary["sweep"]} == {0, 1}

@@ -128,7 +128,15 @@ def test_compare_sweeps_rates_then_decays_and_keeps_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = ["--optimizers", "adamw,sgd", "--steps", "12", "--sweep", "--sweep-decay"]
+    words = [
+        "--optimizers",
+        "adamw,sgd",
+        "--steps",
+        "12",
+        "--sweep",
+        "--sweep-decay",
+        "--sweep-full",
+    ]
     words += ["--sweep-points", "3", "--seeds", "2", "--out", str(out)]
     assert main(["compare", "digits", *words]) == 0
     summary = json.loads((out / "summary.json").read_text())
@@ -236,7 +244,7 @@ def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
     told = capsys.readouterr()
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert "times are those of a loaded machine" in " ".join(told.out.split())
-    assert "muonw lr 0.004 seed 0: val loss" in told.err
+    assert "muonw lr 0.004 steps 1 / 4 seed 0: val loss" in told.err
     page = (tmp_path / "two" / "report.html").read_text()
     assert "times are those of a loaded machine" in page
     assert "a loaded machine" not in (tmp_path / "one" / "report.html").read_text()

@@ -31,7 +31,7 @@ from muonkit.lab.cli import main
 from muonkit.lab.data import digits
 from muonkit.lab.errors import LabError
 from muonkit.lab.plots import plain
-from muonkit.lab.report import show
+from muonkit.lab.report import Material, show
 from muonkit.lab.results import Curve
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Folder, read_sealed, write_sealed
@@ -547,7 +547,10 @@ def test_names_in_the_table_are_no_markup_and_in_pictures_no_mathematics() -> No
     stream = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cli.OPTIMIZERS, ODD, cli.OPTIMIZERS["adamw"])
-        show(Console(file=stream, width=120), "[b]t[/b]", [(result, Curve([0], [0], [1.0]))])
+        outcomes = [(result, Curve([0], [0], [1.0]))]
+        asked = {"task": "[b]t[/b]", "optimizers": [ODD]}
+        material = Material(asked, "", "", "", outcomes, outcomes, {})
+        show(Console(file=stream, width=120), material)
     assert r"a\x1b[2J\n[red]$x$\u202e\udcff" in stream.getvalue()
     assert "[b]t[/b]" in stream.getvalue()
     from matplotlib import cbook

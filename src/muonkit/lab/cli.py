@@ -1,4 +1,4 @@
-"""The command line: ``muonkit compare TASK``, ``monitor RUN``, ``route SPEC`` and ``plan``.
+"""The command line: ``muonkit compare TASK``, ``new-task``, ``monitor``, ``route`` and ``plan``.
 
 Every error of the user's is one line on standard error with its remedy, and exit status 2; 1 is
 a failure while running, 130 is Ctrl-C. ``--debug`` shows the traceback.
@@ -16,7 +16,7 @@ import typer
 import muonkit
 from muonkit._text import one_of, shown
 from muonkit.distributed.machines import MACHINES
-from muonkit.lab.errors import Interrupted, LabError
+from muonkit.lab.errors import Interrupted, LabError, TaskError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.output import Console, any_stream, say
 from muonkit.lab.plan_layouts import LAYOUTS
@@ -50,6 +50,11 @@ Tasks:
 {_TASK_LIST}
 
 \b
+Your own task (`muonkit new-task mytask` writes one to begin with):
+  mytask.py:task      a function that returns model, train, validation, loss
+  package.module:name the same in a module
+
+\b
 Optimizers:
 {_OPTIMIZER_LIST}
 
@@ -59,10 +64,22 @@ Examples:
   muonkit compare gpt --optimizers muonw,adamw,sgd --sweep --sweep-decay --seeds 3 --jobs 2
   muonkit compare mnist --epochs 3 --lr muonw=2e-3,adamw=1e-3
   MUONKIT_DATA=/data muonkit compare cifar10 --out runs/cifar
+  muonkit compare mytask.py:task --steps 200 --sweep
 
 \b
 MUONKIT_DATA is a folder that has mnist/ and cifar10/ with the official files; without it they are
 downloaded to MUONKIT_CACHE (default: ~/.cache/muonkit).
+"""
+
+_NEW_TASK_HELP = """Write NAME.py, a task of your own for `muonkit compare NAME.py:task`.
+
+It trains as it is, on data that it makes; comments say what to change. A file that is there already
+is left as it is.
+
+\b
+Examples:
+  muonkit new-task mytask
+  muonkit compare mytask.py:task --steps 200
 """
 
 _ROUTE_HELP = """Print which parameter of SPEC gets which algorithm and view, and why.
@@ -174,8 +191,17 @@ def compare_command(
         bool,
         typer.Option(
             "--sweep",
-            help="First choose each optimizer's learning rate: five, a factor of 2 apart, wider "
-            "if the best is at the edge; lowest validation loss on seed 0, or on --sweep-seeds.",
+            help="First choose each optimizer's learning rate by halving: five, a factor of 2 "
+            "apart, in runs of a quarter of the steps, wider if the best is at the edge; then the "
+            "best and its neighbours in whole runs; lowest validation loss.",
+        ),
+    ] = False,
+    sweep_embedding_lr: Annotated[
+        bool,
+        typer.Option(
+            "--sweep-embedding-lr",
+            help="Then choose a rate of its own for AdamW's embeddings and head (of a Muon: for "
+            "all that it leaves to AdamW), likewise.",
         ),
     ] = False,
     sweep_decay: Annotated[
@@ -183,18 +209,34 @@ def compare_command(
         typer.Option(
             "--sweep-decay",
             help="Then choose each optimizer's weight decay, from a tenth of its default to ten "
-            "times it, likewise.",
+            "times it, in whole runs.",
+        ),
+    ] = False,
+    sweep_full: Annotated[
+        bool,
+        typer.Option(
+            "--sweep-full",
+            help="In sweeps train every value in whole runs, on all of --sweep-seeds.",
         ),
     ] = False,
     sweep_points: Annotated[
         int, typer.Option(metavar="N", help="Values in each sweep's grid; an odd number.")
     ] = 5,
     sweep_seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Seeds whose mean loss chooses in a sweep.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Seeds that choose in a sweep: between the better two; all, if in full.",
+        ),
     ] = 1,
     weight_decay: Annotated[
         str | None,
         typer.Option(metavar="X | NAME=X,...", help="Weight decays, for all or by name."),
+    ] = None,
+    embedding_lr: Annotated[
+        str | None,
+        typer.Option(metavar="X | NAME=X,...", help="Rates of embeddings and head, likewise."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per optimizer.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Length of a run.")] = None,
@@ -228,6 +270,19 @@ def compare_command(
             help="Record every N steps what muonw and normuon do; pictures in the report.",
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu | cuda", help="Where to train [default: cuda where there is one]."
+        ),
+    ] = None,
+    same_task: Annotated[
+        bool,
+        typer.Option(
+            "--same-task",
+            help="Go on after an edit of your own task that does not change what is trained.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     from muonkit.lab.compare import compare, comparison
@@ -248,8 +303,34 @@ def compare_command(
         jobs=jobs,
         evaluations=evaluations,
         monitor=monitor,
+        device=_device(device),
+        sweep_embedding_lr=sweep_embedding_lr,
+        full=sweep_full,
+        embedding_lr=_rates(embedding_lr, "--embedding-lr"),
     )
-    compare(asked, out, checkpoint_seconds=checkpoint_every)
+    compare(asked, out, checkpoint_seconds=checkpoint_every, same_task=same_task)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda"):
+        raise LabError(f"--device {name}: write cpu or cuda")
+    if name == "cuda" and not there:
+        raise LabError("--device cuda: torch sees no GPU here; leave it out, or write cpu")
+    return name or ("cuda" if there else "cpu")
+
+
+@app.command("new-task", help=_NEW_TASK_HELP)
+def new_task_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The file, without or with .py.")],
+    debug: Debug = False,
+) -> None:
+    from muonkit.lab.new_task import write_task
+
+    path = write_task(name)
+    say(f"wrote {shown(path)}; it runs as it is: muonkit compare {shown(path)}:task")
 
 
 def _rule(text: str) -> muonkit.Rule:
@@ -495,13 +576,22 @@ def _run(words: list[str]) -> int:
 
 
 def _failed(error: BaseException, words: list[str]) -> int:
-    """Say it in one line, if anybody can read it; the exit status."""
+    """Say it in one line, if anybody can read it; the exit status. An error of the user's own code
+    is preceded by its traceback.
+    """
     text, status = _line(error)
     with suppress(OSError):
         if "--debug" in words:
             traceback.print_exception(error)
+        elif isinstance(error, TaskError) and error.trace:
+            print(_printable(error.trace), end="", file=sys.stderr)
         print(shown(text), file=sys.stderr)
     return status
+
+
+def _printable(text: str) -> str:
+    """Lines in which nothing acts on a terminal."""
+    return "".join(f"{shown(line)}\n" for line in text.splitlines())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from statistics import fmean
 
 import torch
 from rich import console as rich_console
+from torch import nn
 
 import muonkit
 from muonkit._text import shortened, shown
@@ -18,15 +20,25 @@ from muonkit.lab import report
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.files import is_there
 from muonkit.lab.jobs import Workers
+from muonkit.lab.objective import Place
 from muonkit.lab.optimizers import SCALE, get_optimizer
 from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome
 from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read_result
-from muonkit.lab.store import DATA, Folder, Record, write_atomically
-from muonkit.lab.sweep import POINTS, Search, best_decay, best_rate
-from muonkit.lab.tasks import Budget, get_task
-from muonkit.lab.train import Run, Setting, StopRequest, train
+from muonkit.lab.store import DATA, SOURCES, Folder, Record, write_atomically
+from muonkit.lab.sweep import (
+    POINTS,
+    Halving,
+    Search,
+    best_decay,
+    best_rate,
+    halved_decay,
+    halved_rate,
+)
+from muonkit.lab.task import Budget, Task
+from muonkit.lab.tasks import get_task
+from muonkit.lab.train import Run, Setting, StopRequest, bytes_of, train
 
 
 @dataclass(frozen=True)
@@ -34,13 +46,16 @@ class Comparison:
     """What is asked for. Equal comparisons give equal losses, and share a folder.
 
     Attributes:
-        task: a key of ``TASKS``.
+        task: a key of ``TASKS``, or where one of the user's own is.
         optimizers: keys of ``OPTIMIZERS``.
         lr: the learning rate of each of them, the centre of the grid when swept.
         sweep: whether the learning rate of each is chosen first.
-        sweep_decay: whether the weight decay of each is, after that.
-        points: in the grid of either sweep.
-        sweep_seeds: number of runs of every value in either sweep, with the seeds 0, 1, …
+        sweep_embedding_lr: whether the rate of embeddings and head is, after that.
+        sweep_decay: whether the weight decay of each is, at last.
+        full: whether every value in a sweep gets whole runs on all of its seeds.
+        points: in the grid of each sweep.
+        sweep_seeds: how many seeds choose in a sweep, 0, 1, …
+        embedding_lr: the rate of embeddings and head, where it is another one than lr.
         weight_decay: those that are not the optimizer's default; the centre of the grid when swept.
         seeds: number of runs per optimizer, with the seeds 0, 1, …
         budget: length of a run.
@@ -49,6 +64,8 @@ class Comparison:
         jobs: runs at a time, which the seconds depend on.
         evaluations: validations of a run; None: the task's.
         monitor: steps between samples of ``muonkit.Monitor``; None: it is not used.
+        device: where runs are trained.
+        record: the task itself, as it was when this was asked for.
     """
 
     task: str
@@ -66,21 +83,35 @@ class Comparison:
     jobs: int = 1
     evaluations: int | None = None
     monitor: int | None = None
+    device: str = "cpu"
+    sweep_embedding_lr: bool = False
+    full: bool = False
+    embedding_lr: Mapping[str, float] = field(default_factory=dict)
+    record: Task | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def chosen(self) -> Task:
+        """The task."""
+        return self.record or get_task(self.task)
 
     def config(self) -> Record:
         """What is asked for, and the model that the task has by now."""
         further = {
+            "sweep_embedding_lr": self.sweep_embedding_lr,
             "sweep_decay": self.sweep_decay,
+            "sweep_full": self.full,
+            "embedding_lr": dict(self.embedding_lr),
             "sweep_points": self.points if self.points != POINTS else None,
             "sweep_seeds": self.sweep_seeds if self.sweep_seeds > 1 else None,
             "weight_decay": dict(self.weight_decay),
             "jobs": self.jobs if self.jobs > 1 else None,
             "evaluations": self.evaluations,
             "monitor": self.monitor,
+            "device": self.device if self.device != "cpu" else None,
         }
         return {
             "task": self.task,
-            "model": get_task(self.task).model,
+            "model": self.chosen.model,
             "optimizers": list(self.optimizers),
             "lr": dict(self.lr),
             "sweep": self.sweep,
@@ -94,7 +125,7 @@ class Comparison:
     def default_folder(self) -> Path:
         """A folder of its own for every configuration, so that the same command goes on."""
         text = json.dumps(self.config(), sort_keys=True)
-        return Path("runs") / f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return Path("runs") / f"{self.chosen.label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def comparison(
@@ -114,12 +145,16 @@ def comparison(
     jobs: int = 1,
     evaluations: int | None = None,
     monitor: int | None = None,
+    device: str = "cpu",
+    sweep_embedding_lr: bool = False,
+    full: bool = False,
+    embedding_lr: Mapping[str | None, float] | None = None,
 ) -> Comparison:
     """A checked :class:`Comparison`, the task's defaults filled in.
 
     Args:
         lr: learning rates by optimizer; the key None is for all that are not named.
-        weight_decay: likewise.
+        weight_decay, embedding_lr: likewise.
         threads: None: torch's number, or one of each run if there are several at a time.
 
     Raises:
@@ -127,6 +162,11 @@ def comparison(
             or a grid that has no middle.
     """
     chosen = get_task(task)
+    if chosen.is_own and batch_size:
+        raise LabError(
+            f"--batch-size {batch_size}: the batches are those that {task} returns; change them "
+            "there"
+        )
     defaults = {name: get_optimizer(name).weight_decay for name in optimizers}
     if not optimizers or len(set(optimizers)) < len(optimizers):
         raise LabError(f"--optimizers {','.join(optimizers)}: name each optimizer once")
@@ -140,6 +180,9 @@ def comparison(
         raise LabError(
             "--weight-decay 0 with --sweep-decay: a grid around 0 is only 0; give another centre"
         )
+    is_swept = sweep or sweep_decay or sweep_embedding_lr
+    if full and not is_swept:
+        raise LabError("--sweep-full without a sweep: give --sweep too")
     return Comparison(
         task=task,
         optimizers=tuple(optimizers),
@@ -151,12 +194,17 @@ def comparison(
         threads=threads or (1 if jobs > 1 else torch.get_num_threads()),
         sweep_decay=sweep_decay,
         # Without a sweep they are nothing that tells one comparison from another.
-        points=points if sweep or sweep_decay else POINTS,
-        sweep_seeds=sweep_seeds if sweep or sweep_decay else 1,
+        points=points if is_swept else POINTS,
+        sweep_seeds=sweep_seeds if is_swept else 1,
         weight_decay={name: x for name, x in decays.items() if x != defaults[name]},
         jobs=jobs,
         evaluations=evaluations,
         monitor=monitor,
+        device=device,
+        sweep_embedding_lr=sweep_embedding_lr,
+        full=full,
+        embedding_lr=_embedding_rates(embedding_lr, optimizers),
+        record=chosen,
     )
 
 
@@ -173,22 +221,61 @@ def _by_optimizer(
     return {name: given.get(name, given.get(None, x)) for name, x in defaults.items()}
 
 
-#: Yields runs (of seed 0, for all seeds that choose), is sent the loss of each, returns the
-#: learning rate and the decay.
-Choice = Generator[list[Run], list[float], tuple[float, float | None]]
+def _embedding_rates(
+    given: Mapping[str | None, float] | None, optimizers: Sequence[str]
+) -> dict[str, float]:
+    """The embeddings' rates that were given, by optimizer; of those that can have one."""
+    can = [name for name in optimizers if get_optimizer(name).has_embedding_lr]
+    rates = _by_optimizer("--embedding-lr", given, dict.fromkeys(can, math.nan))
+    return {name: rate for name, rate in rates.items() if not math.isnan(rate)}
 
 
-def _with_runs(
-    search: Search, run_of: Callable[[float], Run]
+@dataclass(frozen=True)
+class Chosen:
+    """What a run of an optimizer has beside its seed: as asked for, or as a sweep found it."""
+
+    lr: float
+    embedding_lr: float | None
+    weight_decay: float | None
+
+    def run(self, optimizer: str, seed: int = 0) -> Run:
+        return Run(optimizer, self.lr, seed, self.weight_decay, self.embedding_lr)
+
+
+#: Yields runs, is sent the loss of each, returns what it found.
+Choice = Generator[list[Run], list[float], Chosen]
+
+
+def _in_full(
+    search: Search, run_of: Callable[[float], Run], seeds: int
 ) -> Generator[list[Run], list[float], float]:
-    """``search``, asking for runs where it asks for values."""
+    """``search``, asking for whole runs of each value on so many seeds, and told their mean."""
     losses = None
     while True:
         try:
             values = search.send(losses)  # type: ignore[arg-type]
         except StopIteration as end:
             return float(end.value)
-        losses = yield [run_of(value) for value in values]
+        found = yield [replace(run_of(x), seed=seed) for x in values for seed in range(seeds)]
+        losses = [fmean(found[i : i + seeds]) for i in range(0, len(found), seeds)]
+
+
+def _by_halving(
+    search: Halving, run_of: Callable[[float], Run]
+) -> Generator[list[Run], list[float], float]:
+    """``search``, asking for the runs that its trials are."""
+    losses = None
+    while True:
+        try:
+            trials = search.send(losses)  # type: ignore[arg-type]
+        except StopIteration as end:
+            return float(end.value)
+        losses = yield [replace(run_of(t.value), seed=t.seed, part=t.part) for t in trials]
+
+
+def _other(value: float, usual: float) -> float | None:
+    """None for what is the usual value anyway."""
+    return None if value == usual else value
 
 
 class Session:
@@ -198,6 +285,7 @@ class Session:
         self.asked, self.setting, self.folder, self.lines = asked, setting, folder, lines
         self.stop = StopRequest()
         self.results: dict[Run, Result] = {}
+        self.swept: list[Run] = []
         self.trained = False  # whether any run was, this time
         self.expected = 0
         self.workers: Workers | None = None
@@ -235,33 +323,53 @@ class Session:
         self.trained |= any(map(self._is_new, runs))
         return self.workers.train(runs, self.lines)
 
+    def _search(
+        self, is_rate: bool, centre: float, run_of: Callable[[float], Run]
+    ) -> Generator[list[Run], list[float], float]:
+        """The best value around ``centre``, of a rate or of a decay."""
+        points, seeds = self.asked.points, self.asked.sweep_seeds
+        if self.asked.full:
+            search = (best_rate if is_rate else best_decay)(centre, points)
+            return _in_full(search, run_of, seeds)
+        return _by_halving(
+            (halved_rate if is_rate else halved_decay)(centre, points, seeds), run_of
+        )
+
     def _choose(self, name: str) -> Choice:
-        """The learning rate and the decay of an optimizer, swept where that is asked for."""
-        asked, default = self.asked, get_optimizer(name).weight_decay
-        lr, decay = asked.lr[name], asked.weight_decay.get(name)
+        """The rates and the decay of an optimizer, swept where that is asked for."""
+        asked, spec = self.asked, get_optimizer(name)
+        found = Chosen(asked.lr[name], asked.embedding_lr.get(name), asked.weight_decay.get(name))
         if asked.sweep:
-            rates = best_rate(lr, asked.points)
-            lr = yield from _with_runs(rates, lambda x: Run(name, x, 0, decay))
+            lr = yield from self._search(True, found.lr, lambda x: replace(found, lr=x).run(name))
+            found = replace(found, lr=lr)
             self.lines.say(f"{name}: lr {lr:g} has the lowest validation loss")
-        if asked.sweep_decay:
-            decays = best_decay(default if decay is None else decay, asked.points)
-            best = yield from _with_runs(
-                decays, lambda x: Run(name, lr, 0, x if x != default else None)
+        if asked.sweep_embedding_lr and spec.has_embedding_lr:
+            at = found
+            rate = yield from self._search(
+                True,
+                at.lr if at.embedding_lr is None else at.embedding_lr,
+                lambda x: replace(at, embedding_lr=_other(x, at.lr)).run(name),
             )
-            self.lines.say(f"{name}: weight decay {best:g} has the lowest validation loss")
-            decay = best if best != default else None
-        return lr, decay
+            found = replace(at, embedding_lr=_other(rate, at.lr))
+            self.lines.say(f"{name}: embedding lr {rate:g} has the lowest validation loss")
+        if asked.sweep_decay:
+            last, default = found, spec.weight_decay
+            decay = yield from self._search(
+                False,
+                spec.decay(last.weight_decay),
+                lambda x: replace(last, weight_decay=_other(x, default)).run(name),
+            )
+            found = replace(last, weight_decay=_other(decay, default))
+            self.lines.say(f"{name}: weight decay {decay:g} has the lowest validation loss")
+        return found
 
-    def _mean_losses(self, candidates: Sequence[Run]) -> list[float]:
-        """The validation loss of each, its mean over the seeds that choose; inf if one diverged."""
-        count = self.asked.sweep_seeds
-        runs = [replace(run, seed=seed) for run in candidates for seed in range(count)]
-        losses = [math.inf if x.val_loss is None else x.val_loss for x in self.run(runs)]
-        return [fmean(losses[i : i + count]) for i in range(0, len(losses), count)]
+    def _losses(self, runs: Sequence[Run]) -> list[float]:
+        """The validation loss of each; inf where it diverged."""
+        return [math.inf if x.val_loss is None else x.val_loss for x in self.run(runs)]
 
-    def _chosen(self) -> dict[str, tuple[float, float | None]]:
+    def _chosen(self) -> dict[str, Chosen]:
         """Sweep all optimizers, side by side, and return the choice of each."""
-        chosen: dict[str, tuple[float, float | None]] = {}
+        chosen: dict[str, Chosen] = {}
         searches = {name: self._choose(name) for name in self.asked.optimizers}
         losses: dict[str, list[float] | None] = dict.fromkeys(searches)
         while True:
@@ -274,24 +382,37 @@ class Session:
                     del searches[name]
             if not wanted:
                 return chosen
-            found = iter(self._mean_losses([run for runs in wanted.values() for run in runs]))
+            found = iter(self._losses([run for runs in wanted.values() for run in runs]))
             losses = {name: [next(found) for _ in runs] for name, runs in wanted.items()}
 
     def all_runs(self) -> list[Run]:
         """Train everything; the runs that count, by optimizer and seed."""
         chosen = self._chosen()
-        runs = [
-            Run(name, lr, seed, decay)
-            for seed in range(self.asked.seeds)
-            for name, (lr, decay) in chosen.items()
-        ]
+        self.swept = list(self.results)
+        for line in self.spent():
+            self.lines.say(line)
+        runs = [chosen[name].run(name, seed) for seed in range(self.asked.seeds) for name in chosen]
         self.run(runs)
         return sorted(runs, key=lambda run: (self.asked.optimizers.index(run.optimizer), run.seed))
+
+    def spent(self) -> list[str]:
+        """What the sweeps took, in a line for each optimizer; nothing where there was none."""
+        said = []
+        for name in self.asked.optimizers if self.swept else ():
+            results = [self.results[run] for run in self.swept if run.optimizer == name]
+            steps = sum(result.steps for result in results)
+            said.append(
+                f"{name}: its sweep took {len(results)} runs, {steps:,} steps (as many as "
+                f"{steps / self.setting.steps:.3g} whole runs), "
+                f"{sum(result.seconds for result in results):,.1f} s of training"
+            )
+        return said
 
     def outcome(self, run: Run) -> tuple[Outcome, list[Record], bytes]:
         """A finished run's figures and curve, and its measurements, read and as they are."""
         folder = self.folder.run(run.key)
-        result, records, content = read_result(folder, self.setting.identity(run), run.fields())
+        identity = self.setting.of(run).identity(run)
+        result, records, content = read_result(folder, identity, run.fields())
         return (result, Curve.of(records)), records, content
 
 
@@ -302,15 +423,18 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
     task = session.setting.task
     recorded = [(run, session.folder.run(run.key) / RECORDING) for run in runs if run.seed == 0]
     return report.Material(
-        config=session.asked.config() | {DATA: session.setting.data.fingerprint},
+        config=session.folder.config(),
         summary=task.summary,
         data=session.setting.data.description,
         routing=str(muonkit.route(task.build(), scale=SCALE)),
         outcomes=[measured[run][0] for run in runs],
         attempts=[outcome for outcome, _, _ in measured.values()],
+        swept=[measured[run][0] for run in session.swept],
+        spent=session.spent(),
         records={f"{run.optimizer}/{run.seed}": measured[run][1] for run in runs},
         recordings={run.title: path for run, path in recorded if is_there(path)},
         caveat=report.caveat(session.asked.config(), task),
+        unit=task.unit,
     )
 
 
@@ -324,10 +448,90 @@ def _check_data(folder: Folder, fingerprint: str) -> None:
         )
 
 
+def _check_source(folder: Folder, task: Task, same_task: bool) -> list[str]:
+    """The editions of the user's task that the folder's runs may be of, the first one first.
+
+    Raises:
+        LabError: it was edited since, and nobody said that what is trained is the same.
+    """
+    assert task.source is not None
+    found = folder.config().get(SOURCES)
+    known = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    if task.source in known:
+        return known
+    if not same_task:
+        raise LabError(
+            f"{task.name} was edited since {folder.path} was begun: --same-task goes on with its "
+            f"{folder.begun()} runs, if what is trained is the same (a crash was mended); else "
+            "choose another folder with --out, or delete it"
+        )
+    return [*known, task.source]
+
+
+def _check_room(folder: Path, model: nn.Module, asked: Comparison, steps: int) -> None:
+    """Refuse a folder on a disk that is too full for what will be written.
+
+    Raises:
+        LabError: it is.
+    """
+    tensors = bytes_of(model)
+    # The model and two moments, the checkpoint beside the one that it replaces; a line of 300 bytes
+    # for each step, twice; the pictures.
+    lines = 2 * 300 * steps * asked.seeds * len(asked.optimizers)
+    needed = asked.jobs * 2 * 3 * tensors + lines + (1 << 23)
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise LabError(
+            f"{folder} needs about {needed / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB "
+            "free: make room, or choose another folder with --out"
+        )
+
+
 def _table_console() -> Console:
     """Standard output; in a file or pipe rich would otherwise assume 80 columns and cut."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
+
+
+def _checked(
+    asked: Comparison, folder: Folder, checkpoint_seconds: float, same_task: bool
+) -> tuple[Setting, Record]:
+    """What all runs share, and the configuration to store; whatever is not fit is refused here,
+    before anything is written.
+    """
+    task = asked.chosen
+    is_there = folder.check(asked.config(), loose=("model",) if task.is_own else ())
+    data = task.load()
+    is_counted = asked.budget.unit == "steps" and task.is_own  # whose loader may have no length
+    steps = asked.budget.steps(1 if is_counted else data.steps_per_epoch(asked.batch_size))
+    model = task.build()
+    for name, lr in asked.lr.items():
+        Chosen(lr, asked.embedding_lr.get(name), asked.weight_decay.get(name)).run(name).build(
+            model
+        )
+    stored = asked.config() | {DATA: data.fingerprint}
+    if task.is_own:
+        stored[SOURCES] = [task.source]
+    # With no run begun there is nothing to lose: the user's task may have been mended meanwhile.
+    if is_there and (folder.begun() or not task.is_own):
+        _check_data(folder, data.fingerprint)
+        if task.is_own:
+            stored[SOURCES] = _check_source(folder, task, same_task)
+    _check_room(folder.path, model, asked, steps)
+    first = stored[SOURCES][0] if task.is_own else None
+    setting = Setting(
+        task,
+        data,
+        steps,
+        asked.batch_size,
+        checkpoint_seconds,
+        asked.evaluations,
+        asked.monitor,
+        Place(asked.device),
+        first,
+    )
+    return setting, stored
 
 
 def compare(
@@ -335,6 +539,7 @@ def compare(
     out: Path | None = None,
     *,
     checkpoint_seconds: float = 15.0,
+    same_task: bool = False,
     progress: rich_console.Console | None = None,
     output: rich_console.Console | None = None,
 ) -> Path:
@@ -343,6 +548,7 @@ def compare(
     Args:
         out: the folder; made when it is missing, taken up when it holds the same comparison.
         checkpoint_seconds: time between two checkpoints of the run in progress.
+        same_task: what the user's task trains is what it was, though its source was edited.
         progress: where progress goes (default: standard error).
         output: where the table goes (default: standard output).
 
@@ -355,35 +561,23 @@ def compare(
     """
     progress, output = progress or Console(stderr=True), output or _table_console()
     folder = Folder(out or asked.default_folder())
-    begun = folder.check(asked.config())
-    task = get_task(asked.task)
     torch.set_num_threads(asked.threads)
-    data = task.load()
-    per_epoch = data.steps_per_epoch(asked.batch_size)
-    setting = Setting(
-        task,
-        data,
-        asked.budget.steps(per_epoch),
-        asked.batch_size,
-        checkpoint_seconds,
-        asked.evaluations,
-        asked.monitor,
-    )
-    for name, lr in asked.lr.items():
-        Run(name, lr, 0, asked.weight_decay.get(name)).build(
-            task.build()
-        )  # refused here, before anything is written
-    if begun:
-        _check_data(folder, data.fingerprint)
-    folder.create(asked.config() | {DATA: data.fingerprint})
+    setting, stored = _checked(asked, folder, checkpoint_seconds, same_task)
+    folder.create(stored)
     with folder.locked(), reporter(progress) as lines:
+        if folder.config() != stored:
+            folder.configure(stored)
+        if asked.chosen.is_own:
+            lines.say(
+                f"{asked.task}: {setting.data.description}; {setting.steps:,} steps a run, on "
+                f"{asked.device}"
+            )
         session = Session(asked, setting, folder, lines)
         with session.working():
             runs = session.all_runs()
             material = _material(session, runs)
         path = report.write(folder.path, material, lines.say)
-    notes = report.notes(asked.config())
-    report.show(output, asked.task, material.outcomes, notes, material.caveat)
+    report.show(output, material)
     if not session.trained:
         said = f"{shown(folder.path)} was finished already: nothing was trained"
         output.print(said, soft_wrap=True, markup=False)

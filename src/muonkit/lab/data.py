@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from muonkit._install import install_line
 from muonkit.lab.download import RemoteFile, fetch, local_copy
 from muonkit.lab.errors import DataError, LabError
+from muonkit.lab.randomness import generator as generator
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,17 +42,11 @@ class Data(Protocol):
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in one pass; LabError when there is not a single one."""
 
-    def batch(self, seed: int, step: int, size: int) -> Batch:
-        """The inputs and targets of one step (counted from 0)."""
+    def batch(self, seed: int, step: int, size: int) -> Any:
+        """What the loss takes at one step (counted from 0): (inputs, targets), if it is ours."""
 
-    def validation(self) -> Iterator[Batch]:
+    def validation(self) -> Iterator[Any]:
         """The fixed validation set, in batches."""
-
-
-def generator(*key: object) -> torch.Generator:
-    """A CPU generator seeded from the whole of ``key``, so that nearby seeds are unrelated."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _fingerprint(*tensors: Tensor) -> str:

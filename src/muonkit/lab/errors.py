@@ -15,6 +15,17 @@ class DataError(LabError):
     """A data set that is absent, truncated, or not what it should be."""
 
 
+class TaskError(LabError):
+    """The user's own task is not what the protocol says, or its code failed.
+
+    Attributes:
+        trace: the traceback of the user's code, without our own frames; empty where it raised
+            nothing.
+    """
+
+    trace = ""
+
+
 class RunError(LabError):
     """Something that went wrong while training, for which no option is to blame."""
 

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from muonkit.lab.errors import Interrupted, LabError, RunError
+from muonkit.lab.objective import Place
 from muonkit.lab.progress import Lines, Reporter
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Folder
@@ -42,12 +43,17 @@ class _Recipe:
     checkpoint_seconds: float
     evaluations: int | None
     monitor: int | None
+    device: str
+    source: str | None
+    read: str | None  # the source as it was read, of which `source` may be a later edition
     fingerprint: str
     threads: int
 
     def setting(self) -> Setting:
         torch.set_num_threads(self.threads)
         task = get_task(self.task)
+        if task.source != self.read:
+            raise LabError(f"{self.task} was edited meanwhile: give the command again")
         data = task.load()
         if data.fingerprint != self.fingerprint:
             raise LabError(f"the data of {self.task} changed meanwhile: give the command again")
@@ -59,6 +65,8 @@ class _Recipe:
             self.checkpoint_seconds,
             self.evaluations,
             self.monitor,
+            Place(self.device),
+            self.source,
         )
 
 
@@ -111,9 +119,10 @@ class _Worker:
 _worker: _Worker
 
 
-def _begin(told: Event) -> None:
+def _begin(told: Event, folder: str) -> None:
     """Once in every process."""
     global _worker
+    os.chdir(folder)  # relative names, of the user's task and of --out, are as in the parent
     # Ctrl-C reaches every process of a terminal's group; what it means, the parent alone decides.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -153,6 +162,9 @@ class Workers:
             setting.checkpoint_seconds,
             setting.evaluations,
             setting.monitor,
+            setting.place.device,
+            setting.source,
+            setting.task.source,
             setting.data.fingerprint,
             torch.get_num_threads(),
         )
@@ -163,7 +175,7 @@ class Workers:
         if forks:
             context.set_forkserver_preload([__name__])
         self._told = context.Event()
-        self._pool = ProcessPoolExecutor(jobs, context, _begin, (self._told,))
+        self._pool = ProcessPoolExecutor(jobs, context, _begin, (self._told, os.getcwd()))
         self._steps = setting.steps
 
     def __enter__(self) -> Self:

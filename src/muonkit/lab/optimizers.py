@@ -6,6 +6,7 @@ A new optimizer is one entry in ``OPTIMIZERS`` and a default learning rate in ea
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from string import Template
 from typing import Any, Protocol
 
 import torch
@@ -96,22 +97,41 @@ class Float32Muon(Together):
             )
 
 
-def _adamw(parameters: Iterable[nn.Parameter], lr: float, decay: float) -> torch.optim.AdamW:
-    """torch's AdamW with decay on matrices and tables only."""
+def _apart(model: nn.Module) -> list[nn.Parameter]:
+    """Embeddings, head, and what else of two or more dimensions Muon leaves to AdamW."""
+    routes = muonkit.route(model)
+    return [r.param for r in routes if r.algorithm == "adamw" and r.param.ndim >= 2]
+
+
+def _adamw(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    decay: float,
+    apart: Iterable[nn.Parameter] = (),
+    apart_lr: float | None = None,
+) -> torch.optim.AdamW:
+    """torch's AdamW with decay on matrices and tables only, and another rate for some of them."""
     every = list(parameters)
-    groups = [
-        {"params": [p for p in every if p.ndim >= 2], "weight_decay": decay},
+    others = {id(p) for p in apart} if apart_lr is not None else set()
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p in every if p.ndim >= 2 and id(p) not in others],
+            "weight_decay": decay,
+        },
+        {"params": [p for p in every if id(p) in others], "weight_decay": decay, "lr": apart_lr},
         {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
     ]
     # Fused is the fastest that torch has, here and on GPUs.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=True)
 
 
-def _make_adamw(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return _adamw(model.parameters(), lr, decay)
+def _make_adamw(model: nn.Module, lr: float, decay: float, embedding_lr: float | None) -> Optimizer:
+    return _adamw(model.parameters(), lr, decay, _apart(model), embedding_lr)
 
 
-def _make_sgd(model: nn.Module, lr: float, decay: float) -> Optimizer:
+def _make_sgd(model: nn.Module, lr: float, decay: float, embedding_lr: float | None) -> Optimizer:
+    if embedding_lr is not None:
+        raise LabError("sgd has no rate of its own for embeddings: leave it out of --embedding-lr")
     return torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=decay
     )
@@ -120,12 +140,9 @@ def _make_sgd(model: nn.Module, lr: float, decay: float) -> Optimizer:
 _MUONW: dict[str, Any] = {"adamw_betas": BETAS, "adjust_lr_fn": SCALE}
 
 
-def _make_muonw(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return muonkit.MuonW(model, lr=lr, weight_decay=decay, **_MUONW)
-
-
 # What stands around Muon, each alone: title, and the options of MuonW.
 _STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "muonw": ("MuonW", {}),
     "normuon": ("NorMuon", {"after": "normuon"}),
     "adamuon": ("AdaMuon", {"after": "adamuon"}),
     "muoneq": ("MuonEq", {"before": "muoneq"}),
@@ -145,15 +162,26 @@ RELATIVE = ("hyperball", "relative_update")
 _ADAMW_SHARE = 0.5
 
 
-def _make_staged(name: str, model: nn.Module, lr: float, decay: float) -> Optimizer:
-    options = {**_MUONW, **_STAGES[name][1]}
-    if name in RELATIVE:
+def _muonw_options(
+    name: str, lr: float, decay: float, embedding_lr: float | None
+) -> dict[str, Any]:
+    """What MuonW is given, beside the model."""
+    options: dict[str, Any] = {"lr": lr, "weight_decay": decay}
+    if embedding_lr is not None:
+        options["adamw_lr"] = embedding_lr
+    elif name in RELATIVE:
         options["adamw_lr"] = _ADAMW_SHARE * lr
-    return muonkit.MuonW(model, lr=lr, weight_decay=decay, **options)
+    return {**options, **_MUONW, **_STAGES[name][1]}
+
+
+def _make_muonw(
+    name: str, model: nn.Module, lr: float, decay: float, embedding_lr: float | None
+) -> Optimizer:
+    return muonkit.MuonW(model, **_muonw_options(name, lr, decay, embedding_lr))
 
 
 def _torch_parts(
-    name: str, model: nn.Module, lr: float, decay: float
+    name: str, model: nn.Module, lr: float, decay: float, embedding_lr: float | None
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """torch.optim.Muon for the 2-D hidden matrices, AdamW for all else; LabError without one."""
     chosen = {
@@ -170,15 +198,106 @@ def _torch_parts(
             "only, and the model has none; leave it out of --optimizers"
         )
     muon = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn=SCALE)
-    return muon, _adamw(rest, lr, decay)
+    return muon, _adamw(rest, lr if embedding_lr is None else embedding_lr, decay)
 
 
-def _make_torch_muon(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return Together(*_torch_parts("torch-muon", model, lr, decay))
+def _make_torch_muon(
+    model: nn.Module, lr: float, decay: float, embedding_lr: float | None
+) -> Optimizer:
+    return Together(*_torch_parts("torch-muon", model, lr, decay, embedding_lr))
 
 
-def _make_torch_muon_fp32(model: nn.Module, lr: float, decay: float) -> Optimizer:
-    return Float32Muon(*_torch_parts("torch-muon-fp32", model, lr, decay))
+def _make_torch_muon_fp32(
+    model: nn.Module, lr: float, decay: float, embedding_lr: float | None
+) -> Optimizer:
+    return Float32Muon(*_torch_parts("torch-muon-fp32", model, lr, decay, embedding_lr))
+
+
+# --- as a script has them: $lr, $decay and $embedding are filled in ---------------------------
+
+_ADAMW_LINES = """import torch
+
+optimizer = torch.optim.AdamW(
+    [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": $decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ],
+    lr=$lr,
+    betas=$betas,
+    fused=True,
+)
+"""
+
+_ADAMW_APART_LINES = """import torch
+from muonkit import route
+
+# Embeddings, head, and what else of two or more dimensions Muon would leave to AdamW.
+apart = [r.param for r in route(model) if r.algorithm == "adamw" and r.param.ndim >= 2]
+taken = {id(p) for p in apart}
+matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in taken]
+optimizer = torch.optim.AdamW(
+    [
+        {"params": matrices, "weight_decay": $decay},
+        {"params": apart, "weight_decay": $decay, "lr": $embedding},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ],
+    lr=$lr,
+    betas=$betas,
+    fused=True,
+)
+"""
+
+_SGD_LINES = """import torch
+
+optimizer = torch.optim.SGD(
+    model.parameters(), lr=$lr, momentum=0.9, nesterov=True, weight_decay=$decay
+)
+"""
+
+_TORCH_MUON_LINES = """import torch
+from muonkit import route
+
+hidden = [r.param for r in route(model) if r.algorithm == "muon" and r.param.ndim == 2]
+taken = {id(p) for p in hidden}
+rest = [p for p in model.parameters() if id(p) not in taken]
+optimizers = (  # both of them step
+    torch.optim.Muon(hidden, lr=$lr, weight_decay=$decay, adjust_lr_fn="$scale"),
+    torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": $decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=$embedding,
+        betas=$betas,
+        fused=True,
+    ),
+)
+"""
+
+
+def _filled(text: str, lr: float, decay: float, embedding_lr: float | None) -> str:
+    return Template(text).substitute(
+        lr=repr(lr),
+        decay=repr(decay),
+        embedding=repr(lr if embedding_lr is None else embedding_lr),
+        betas=repr(BETAS),
+        scale=SCALE,
+    )
+
+
+def _adamw_lines(lr: float, decay: float, embedding_lr: float | None) -> str:
+    text = _ADAMW_LINES if embedding_lr is None else _ADAMW_APART_LINES
+    return _filled(text, lr, decay, embedding_lr)
+
+
+def _muonw_lines(name: str, lr: float, decay: float, embedding_lr: float | None) -> str:
+    options = _muonw_options(name, lr, decay, embedding_lr)
+    given = "".join(f"    {option}={_quoted(value)},\n" for option, value in options.items())
+    return f"from muonkit import MuonW\n\noptimizer = MuonW(\n    model,\n{given})\n"
+
+
+def _quoted(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 @dataclass(frozen=True)
@@ -187,21 +306,37 @@ class OptimizerSpec:
 
     Attributes:
         title: its name in sentences and pictures.
-        make: from a model, a learning rate and a weight decay.
+        make: from a model, a learning rate, a weight decay, and the rate of embeddings and head,
+            None for the same: a Muon gives it to all that it leaves to AdamW.
+        lines: the same for a script, as text in which the model is called ``model``; they end with
+            ``optimizer``, or with ``optimizers``.
         weight_decay: the default, and the centre of its sweep.
         scaled: whether its learning rate is in the unit of `SCALE`.
+        has_embedding_lr: whether it can have that other rate.
     """
 
     name: str
     title: str
     summary: str
-    make: Callable[[nn.Module, float, float], Optimizer]
+    make: Callable[[nn.Module, float, float, float | None], Optimizer]
+    lines: Callable[[float, float, float | None], str]
     weight_decay: float = WEIGHT_DECAY
     scaled: bool = False
+    has_embedding_lr: bool = True
 
-    def build(self, model: nn.Module, lr: float, weight_decay: float | None = None) -> Optimizer:
+    def decay(self, given: float | None) -> float:
+        """A weight decay; None is the default."""
+        return self.weight_decay if given is None else given
+
+    def build(
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float | None = None,
+        embedding_lr: float | None = None,
+    ) -> Optimizer:
         """The optimizer for ``model``; a weight decay of None is the default."""
-        return self.make(model, lr, self.weight_decay if weight_decay is None else weight_decay)
+        return self.make(model, lr, self.decay(weight_decay), embedding_lr)
 
 
 def _staged(name: str) -> OptimizerSpec:
@@ -215,25 +350,32 @@ def _staged(name: str) -> OptimizerSpec:
         if name in RELATIVE
         else f"scale {SCALE}"
     )
-    summary = f"muonkit.MuonW(model, {said}), {unit}"
-    make = partial(_make_staged, name)
-    return OptimizerSpec(name, title, summary, make, scaled=name not in RELATIVE)
+    summary = f"muonkit.MuonW({', '.join(filter(None, ['model', said]))}), {unit}"
+    return OptimizerSpec(
+        name,
+        title,
+        summary,
+        partial(_make_muonw, name),
+        partial(_muonw_lines, name),
+        scaled=name not in RELATIVE,
+    )
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
-        OptimizerSpec(
-            "muonw",
-            "MuonW",
-            f"muonkit.MuonW(model), scale {SCALE}",
-            _make_muonw,
-            scaled=True,
-        ),
         *map(_staged, _STAGES),
-        OptimizerSpec("adamw", "AdamW", "torch.optim.AdamW, decay on matrices only", _make_adamw),
         OptimizerSpec(
-            "sgd", "SGD", "torch.optim.SGD, Nesterov momentum 0.9", _make_sgd, SGD_WEIGHT_DECAY
+            "adamw", "AdamW", "torch.optim.AdamW, decay on matrices only", _make_adamw, _adamw_lines
+        ),
+        OptimizerSpec(
+            "sgd",
+            "SGD",
+            "torch.optim.SGD, Nesterov momentum 0.9",
+            _make_sgd,
+            partial(_filled, _SGD_LINES),
+            SGD_WEIGHT_DECAY,
+            has_embedding_lr=False,
         ),
         OptimizerSpec(
             "torch-muon",
@@ -241,6 +383,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             "torch.optim.Muon for the 2-D hidden matrices, torch.optim.AdamW for the rest; "
             "its bfloat16 products are about 100 times slower than float32 on most CPUs",
             _make_torch_muon,
+            partial(_filled, _TORCH_MUON_LINES),
             scaled=True,
         ),
         OptimizerSpec(
@@ -248,6 +391,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             "torch.optim.Muon in float32",
             "the same, its cast to bfloat16 changed to float32",
             _make_torch_muon_fp32,
+            partial(_filled, _TORCH_MUON_LINES),
             scaled=True,
         ),
     )

@@ -87,6 +87,7 @@ def loss_plot(
     outcomes: Sequence[Outcome],
     records: Mapping[str, Sequence[Record]],
     form: str = "png",
+    unit: str = "nats",
 ) -> bytes:
     """The picture of all loss curves: for each optimizer the mean over seeds, and their range.
 
@@ -97,6 +98,7 @@ def loss_plot(
         records: each run's measurements, by optimizer and seed as ``"NAME/SEED"``; a run that has
             none is drawn without its training loss.
         form: "png" or "svg".
+        unit: of the losses; empty where nobody knows.
     """
     figure = Figure(figsize=_SIZE, layout="constrained")
     FigureCanvasAgg(figure)
@@ -113,7 +115,7 @@ def loss_plot(
             ends.append((losses.x[-1], losses.mean[-1], plain(label), style))
     _scale(axes, _limits(outcomes, records))
     axes.set_xlabel("step" if against == "step" else "seconds of training")
-    axes.set_ylabel("cross-entropy, nats")
+    axes.set_ylabel(f"cross-entropy, {unit}" if unit else "loss")
     several = max((len(runs) for runs in _by_optimizer(outcomes).values()), default=1) > 1
     of = "mean over seeds, shaded from the lowest to the highest" if several else "one seed"
     thin = "; thin: training, smoothed" if any(records.values()) else ""

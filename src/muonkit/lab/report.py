@@ -25,10 +25,11 @@ from muonkit._text import shown
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import SCALE, get_optimizer, title_of
 from muonkit.lab.pictures import dark
-from muonkit.lab.results import NOTES, Outcome, rows, transposed, verdicts
+from muonkit.lab.results import NOTES, Advice, Outcome, advice, rows, transposed, verdicts
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
-from muonkit.lab.tasks import Task
+from muonkit.lab.task import Task
+from muonkit.lab.train import WARMUP
 
 
 def environment() -> dict[str, str]:
@@ -67,9 +68,12 @@ class Material:
         routing: the routing table of the model.
         outcomes: the runs that count (of a sweep, those with the chosen learning rates).
         attempts: every run, the sweep's included.
+        swept: the runs among which the sweeps chose.
+        spent: what the sweeps took, in lines.
         records: the measurements of each of ``outcomes``, by ``"NAME/SEED"``.
         recordings: what the monitor wrote on seed 0, by the run's title.
         caveat: of `caveat`, what to keep in mind beside the verdict.
+        unit: what losses are in; empty where nobody knows.
     """
 
     config: Record
@@ -81,12 +85,16 @@ class Material:
     records: dict[str, list[Record]]
     recordings: Mapping[str, Path] = field(default_factory=dict)
     caveat: str = ""
+    unit: str = "nats"
+    swept: Sequence[Outcome] = ()
+    spent: Sequence[str] = ()
 
 
-def notes(config: Record) -> str:
+def notes(config: Record, unit: str = "nats") -> str:
     """What the table's figures mean."""
     jobs, every = config.get("jobs", 1), config.get("monitor")
-    said = [NOTES]
+    losses = f"Losses are cross-entropies in {unit}." if unit else "Losses are the task's own."
+    said = [losses, NOTES]
     muons = [title_of(name) for name in config.get("optimizers", ()) if get_optimizer(name).scaled]
     if muons:
         said.append(
@@ -109,7 +117,15 @@ def caveat(config: Record, task: Task) -> str:
     """That default learning rates were taken to another length or batch; empty if none were."""
     defaults = [name for name in config["optimizers"] if config["lr"][name] == task.lr[name]]
     own = str(task.budget), task.batch_size
-    if config["sweep"] or not defaults or (config["budget"], config["batch_size"]) == own:
+    if config["sweep"] or not defaults:
+        return ""
+    if task.is_own:
+        return (
+            f"The learning rates of {_and([title_of(name) for name in defaults])} are defaults "
+            "that nobody has tuned for this task, and another optimizer may win with others: "
+            "--sweep chooses them, --lr sets them."
+        )
+    if (config["budget"], config["batch_size"]) == own:
         return ""
     batch = f" with batches of {task.batch_size}" if config["batch_size"] != task.batch_size else ""
     return (
@@ -119,46 +135,41 @@ def caveat(config: Record, task: Task) -> str:
     )
 
 
-def show(
-    console: Console,
-    task: str,
-    outcomes: Sequence[Outcome],
-    note: str = NOTES,
-    caveat: str = "",
-) -> None:
+def show(console: Console, material: Material) -> None:
     """Print the verdict and the table of results: a column per optimizer, to fit 80 characters."""
-    for said in (*verdicts(outcomes), *filter(None, [caveat])):
+    outcomes = material.outcomes
+    for said in (*verdicts(outcomes, material.unit), *filter(None, [material.caveat])):
         console.print(said, highlight=False, markup=False)
     headings, lines = transposed(rows(outcomes))
     # Cells are `Text`, since rich reads plain strings in a table as markup.
-    filled = Table(title=Text(f"muonkit compare {shown(task)}"))
+    filled = Table(title=Text(f"muonkit compare {shown(material.config['task'])}"))
     filled.add_column(Text(headings[0]), no_wrap=True)
     for heading in headings[1:]:
         filled.add_column(Text(shown(heading)), justify="right", no_wrap=True)
     for name, *cells in lines:
         filled.add_row(Text(name), *(Text(shown(cell)) for cell in cells))
     console.print(filled)
-    console.print(note, highlight=False, markup=False)
+    console.print(notes(material.config, material.unit), highlight=False, markup=False)
+    for each in material.spent:
+        console.print(shown(each), highlight=False, markup=False)
+    found = advice(outcomes)
+    if found is not None:
+        advised = f"In your script: {title_of(found.optimizer)}. {found.said}"
+        console.print(f"\n{advised}\n", highlight=False, markup=False)
+        code = in_script(material, found.optimizer)
+        console.print(code, highlight=False, markup=False, soft_wrap=True)
 
 
-def _decay(result: Result) -> float:
-    default = get_optimizer(result.optimizer).weight_decay
-    return default if result.weight_decay is None else result.weight_decay
-
-
-def _point(result: Result) -> tuple[str, float, float]:
+def _point(result: Result) -> tuple[str, float, float, float, int]:
     """What a sweep varies."""
-    return result.optimizer, result.lr, _decay(result)
-
-
-def _sweep_seeds(material: Material) -> int:
-    return int(material.config.get("sweep_seeds", 1))
+    spec = get_optimizer(result.optimizer)
+    rate = result.lr if result.embedding_lr is None else result.embedding_lr
+    return result.optimizer, result.lr, rate, spec.decay(result.weight_decay), result.part
 
 
 def _swept(material: Material) -> list[Result]:
-    """The runs among which the sweep chose."""
-    seeds = _sweep_seeds(material)
-    results = [result for result, _ in material.attempts if result.seed < seeds]
+    """The runs among which the sweeps chose."""
+    results = [result for result, _ in material.swept]
     return sorted(results, key=lambda result: (*_point(result), result.seed))
 
 
@@ -167,23 +178,91 @@ def _mean(losses: Sequence[float | None]) -> str:
     return f"{fmean(sound):.4f}" if len(sound) == len(losses) else "diverged"
 
 
-def _sweep_table(material: Material) -> list[list[str]]:
+def _sweep_table(material: Material) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each value that was tried; columns that say nothing are left out."""
     chosen = {_point(result) for result, _ in material.outcomes}
+    swept = _swept(material)
     lines = []
-    for point, group in groupby(_swept(material), _point):
+    for point, group in groupby(swept, _point):
         results = list(group)
-        name, lr, decay = point
+        name, lr, rate, decay, part = point
         lines.append(
-            [
-                name,
-                f"{lr:g}",
-                f"{decay:g}",
-                _mean([result.train_loss for result in results]),
-                _mean([result.val_loss for result in results]),
-                "chosen" if point in chosen else "",
-            ]
+            {
+                "optimizer": name,
+                "lr": f"{lr:g}",
+                "embedding lr": f"{rate:g}",
+                "weight decay": f"{decay:g}",
+                "steps": "all" if part == 1 else f"1/{part}",
+                "seeds": str(len(results)),
+                "train loss": _mean([result.train_loss for result in results]),
+                "val loss": _mean([result.val_loss for result in results]),
+                "": "chosen" if point in chosen else "",
+            }
         )
-    return lines
+    silent = set()
+    if all(result.embedding_lr is None for result in swept):
+        silent.add("embedding lr")
+    silent |= {n for n in ("steps", "seeds") if len({line[n] for line in lines}) < 2}
+    headings = [name for name in (lines[0] if lines else {}) if name not in silent]
+    return headings, [[line[name] for name in headings] for line in lines]
+
+
+def _sweep_title(config: Record) -> str:
+    return (
+        "Learning rates and weight decays tried"
+        if config.get("sweep_decay")
+        else "Learning rates tried"
+    )
+
+
+def _advised(material: Material, found: Advice | None) -> list[str]:
+    """Every optimizer that was compared, the one to take first."""
+    names = list(dict.fromkeys(result.optimizer for result, _ in material.outcomes))
+    return sorted(names, key=lambda name: found is None or name != found.optimizer)
+
+
+def _sweep_note(config: Record) -> str:
+    """How the sweeps chose."""
+    seeds = config.get("sweep_seeds", 1)
+    swept = {
+        "learning rates": config["sweep"],
+        "rates of embeddings and head": config.get("sweep_embedding_lr"),
+        "weight decays": config.get("sweep_decay"),
+    }
+    what = ", then of the ".join(name for name, is_swept in swept.items() if is_swept)
+    if config.get("sweep_full"):
+        on = "On seed 0" if seeds == 1 else f"Means over the first {seeds} seeds"
+        return f"{on}, in whole runs. Of the {what}, that with the lowest loss was taken."
+    more = f", and of the better two on the first {seeds} seeds" if seeds > 1 else ""
+    return (
+        "By halving: rates in short runs on seed 0 (steps: 1/N of all), then the best and its "
+        f"neighbours in whole runs{more}. Of the {what}, that with the lowest validation loss in "
+        "whole runs was taken."
+    )
+
+
+def in_script(material: Material, name: str) -> str:
+    """The lines of a script that make an optimizer as it was compared, and its schedule."""
+    result = next(result for result, _ in material.outcomes if result.optimizer == name)
+    spec = get_optimizer(name)
+    lines = spec.lines(result.lr, spec.decay(result.weight_decay), result.embedding_lr)
+    steps = max(result.steps for result, _ in material.outcomes)
+    several = "optimizers = (" in lines
+    made = "torch.optim.lr_scheduler.LambdaLR({}, factor)"
+    schedule = (
+        f"schedulers = [{made.format('each')} for each in optimizers]"
+        if several
+        else f"scheduler = {made.format('optimizer')}"
+    )
+    imports = "" if "import torch\n" in lines else "import torch\n"
+    return (
+        f"{imports}{lines}"
+        f"steps = {steps}  # of the whole training; the schedule's step follows the optimizer's\n"
+        f"warmup = max(1, round({WARMUP} * steps))\n"
+        "down = max(1, steps - warmup)\n"
+        "factor = lambda step: min((step + 1) / warmup, (steps - step) / down, 1)\n"
+        f"{schedule}\n"
+    )
 
 
 def _inline(svg: bytes) -> dict[str, str]:
@@ -234,31 +313,37 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     for against, name in (("step", "loss-steps"), ("seconds", "loss-seconds")):
         title = f"{task}: {material.summary}"
         for form in ("png", "svg"):
-            image = loss_plot(title, against, material.outcomes, material.records, form)
+            image = loss_plot(
+                title, against, material.outcomes, material.records, form, material.unit
+            )
             write_atomically(folder / f"{name}.{form}", image)
         images[against] = _inline(image)
     headings, cells = transposed(lines)
-    is_decay_swept = material.config.get("sweep_decay", False)
-    is_swept = material.config["sweep"] or is_decay_swept
+    sweep_headings, sweep = _sweep_table(material)
+    found = advice(material.outcomes)
     templates = Environment(
         loader=PackageLoader("muonkit.lab"), autoescape=True, undefined=StrictUndefined
     )
     page = templates.get_template("report.html.j2").render(
         task=task,
-        verdicts=verdicts(material.outcomes),
+        verdicts=verdicts(material.outcomes, material.unit),
         caveat=material.caveat,
         summary=material.summary,
         data=material.data,
-        notes=notes(material.config),
+        notes=notes(material.config, material.unit),
         headings=headings,
         cells=cells,
         images=images,
         recordings=[
             _drawn(folder, title, path, say) for title, path in material.recordings.items()
         ],
-        sweep=_sweep_table(material) if is_swept else [],
-        is_decay_swept=is_decay_swept,
-        sweep_seeds=_sweep_seeds(material),
+        sweep=sweep,
+        sweep_headings=sweep_headings,
+        sweep_title=_sweep_title(material.config) if sweep else "",
+        sweep_note=_sweep_note(material.config) if sweep else "",
+        spent=material.spent,
+        advice=found and f"{title_of(found.optimizer)}. {found.said}",
+        scripts={title_of(name): in_script(material, name) for name in _advised(material, found)},
         config={name: json.dumps(value) for name, value in material.config.items()},
         environment=environment(),
         command=shlex.join(["muonkit", *sys.argv[1:]]),
@@ -271,7 +356,7 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     summary = {
         "rows": [asdict(row) for row in lines],
         "runs": [asdict(result) | {"curve": asdict(curve)} for result, curve in material.outcomes],
-        "sweep": [asdict(result) for result in _swept(material)] if is_swept else [],
+        "sweep": [asdict(result) for result in _swept(material)],
         "environment": environment(),
     }
     write_json(folder / "summary.json", summary)

@@ -116,6 +116,7 @@ class Row:
     seconds: Figure | None
     val_loss_p: float | None
     accuracy_p: float | None
+    embedding_lr: float | None = None
 
 
 Outcome = tuple[Result, Curve]
@@ -144,6 +145,7 @@ def _row(outcomes: Sequence[Outcome], reference: Sequence[Result]) -> Row:
         seconds=figure([result.seconds for result in results]),
         val_loss_p=welch([r.val_loss for r in results], [r.val_loss for r in against]),
         accuracy_p=welch([r.accuracy for r in results], [r.accuracy for r in against]),
+        embedding_lr=first.embedding_lr,
     )
 
 
@@ -161,23 +163,29 @@ def transposed(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return list(first), [list(line) for line in figures]
 
 
-def verdicts(outcomes: Sequence[Outcome]) -> list[str]:
-    """What came out in a sentence for each optimizer, against AdamW; MuonW's is the first."""
+def verdicts(outcomes: Sequence[Outcome], unit: str = "nats") -> list[str]:
+    """What came out in a sentence for each optimizer, against AdamW; MuonW's is the first.
+
+    Args:
+        outcomes: the runs that count.
+        unit: what the losses are in; empty where nobody knows.
+    """
+    unit = f" {unit}" if unit else ""
     lines = rows(outcomes)
     steps = max((result.steps for result, _ in outcomes), default=0)
     reference = next((row for row in lines if row.optimizer == REFERENCE), None)
     if reference is None or reference.val_loss is None or reference.diverged:
-        return [_lowest(lines)]
+        return [_lowest(lines, unit)]
     others = [row for row in lines if row is not reference]
     others.sort(key=lambda row: row.optimizer != "muonw")
-    return [_verdict(row, reference, steps) for row in others] or [_lowest(lines)]
+    return [_verdict(row, reference, steps, unit) for row in others] or [_lowest(lines, unit)]
 
 
 def _seeds(row: Row) -> str:
     return "one seed" if row.seeds == 1 else f"mean of {row.seeds} seeds"
 
 
-def _lowest(lines: Sequence[Row]) -> str:
+def _lowest(lines: Sequence[Row], unit: str) -> str:
     """Where there is no AdamW to be compared with."""
     sound = [row for row in lines if row.val_loss is not None]
     if not sound:
@@ -186,16 +194,17 @@ def _lowest(lines: Sequence[Row]) -> str:
     assert best.val_loss is not None
     loss = f"{best.val_loss.mean:.{_decimals(best.val_loss.mean)}f}"
     lowest = "ended at" if len(lines) == 1 else "ended at the lowest validation loss,"
-    return f"{title_of(best.optimizer)} {lowest} {loss} nats; {_seeds(best)}."
+    return f"{title_of(best.optimizer)} {lowest} {loss}{unit}; {_seeds(best)}."
 
 
-def _verdict(row: Row, reference: Row, steps: int) -> str:
+def _verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
     name, theirs = title_of(row.optimizer), reference.val_loss
     assert theirs is not None
     if row.val_loss is None:
         return f"{name} diverged; {_seeds(row)}."
     digits = _decimals(min(row.val_loss.mean, theirs.mean))
-    ends = f"it ended at {row.val_loss.mean:.{digits}f} nats, AdamW at {theirs.mean:.{digits}f}"
+    ours = f"{row.val_loss.mean:.{digits}f}{unit}"
+    ends = f"it ended at {ours}, AdamW at {theirs.mean:.{digits}f}"
     reached, took, whole = row.steps_to_reference, row.seconds_to_reference, reference.seconds
     if reached is None or took is None or whole is None:
         return f"{name} did not reach AdamW's final loss in {steps:,} steps: {ends}; {_seeds(row)}."
@@ -236,8 +245,103 @@ def _decimals(loss: float) -> int:
     return min(9, max(4, 3 - math.floor(math.log10(loss)))) if loss > 0 else 4
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to train with, by what was measured.
+
+    Attributes:
+        optimizer: the one that came to AdamW's final loss in the fewest seconds, else AdamW.
+        said: why, or that nothing pays.
+    """
+
+    optimizer: str
+    said: str
+
+
+def advice(outcomes: Sequence[Outcome]) -> Advice | None:
+    """What to train with; None where every run of every optimizer diverged."""
+    lines = rows(outcomes)
+    sound = [row for row in lines if row.val_loss is not None and not row.diverged]
+    reference = next((row for row in sound if row.optimizer == REFERENCE), None)
+    if reference is None:
+        if not sound:
+            return None
+        best = min(sound, key=lambda row: _mean(row.val_loss))
+        return Advice(best.optimizer, "It ended at the lowest validation loss.")
+    others = [row for row in sound if row is not reference]
+    if not others:
+        return Advice(REFERENCE, "Nothing else was compared, or it diverged.")
+    there = [row for row in others if _reached(row)]
+    if not there:
+        return Advice(REFERENCE, _never_reached(others))
+    if any(_uneven(row, reference) for row in there):
+        best = min(there, key=_steps)
+        return Advice(
+            best.optimizer,
+            "It needed the fewest steps; whether it pays in seconds was not measured, since "
+            "something else used this machine.",
+        )
+    best = min(there, key=_seconds)
+    if _seconds(best) < _mean(reference.seconds):
+        return Advice(best.optimizer, "It came to AdamW's final loss in the fewest seconds.")
+    return Advice(
+        REFERENCE,
+        f"{title_of(best.optimizer)} does not pay in seconds here: to AdamW's final loss it needed "
+        f"{_steps(best):,.0f} steps, but {_shown_seconds(_seconds(best))} s where AdamW took "
+        f"{_shown_seconds(_mean(reference.seconds))} s, since its step takes "
+        f"{_mean(best.step_ms):,.3g} ms and AdamW's {_mean(reference.step_ms):,.3g} ms.",
+    )
+
+
+def _never_reached(others: Sequence[Row]) -> str:
+    """What to say where nothing came to AdamW's final loss with every seed."""
+    some = [row for row in others if row.steps_to_reference is not None]
+    if not some:
+        names = " or ".join(title_of(row.optimizer) for row in others)
+        return (
+            f"{names} does not pay here, neither in steps nor in seconds: AdamW's final loss was "
+            "not reached."
+        )
+    said = (
+        f"{title_of(row.optimizer)} came to AdamW's final loss with {row.steps_to_reference.of} of "
+        f"{row.seeds} seeds"
+        for row in some
+        if row.steps_to_reference is not None
+    )
+    return f"That another one pays is not shown here: {', '.join(said)}."
+
+
+def _reached(row: Row) -> bool:
+    """Whether it came to AdamW's final loss with every seed."""
+    reached = row.steps_to_reference
+    return reached is not None and reached.of == reached.runs
+
+
+def _mean(figure: Figure | None) -> float:
+    return math.inf if figure is None else figure.mean
+
+
+def _steps(row: Row) -> float:
+    return _mean(row.steps_to_reference)
+
+
+def _seconds(row: Row) -> float:
+    return _mean(row.seconds_to_reference)
+
+
+def _shown_seconds(seconds: float) -> str:
+    return f"{seconds:,.1f}" if seconds >= 1 else f"{seconds:.3f}"
+
+
 def p_value(p: float | None) -> str:
     return "—" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+
+
+def _embedding_rates(rows: Sequence[Row]) -> list[str]:
+    """Those of all rows, once any has one of its own."""
+    if all(row.embedding_lr is None for row in rows):
+        return ["—"] * len(rows)
+    return [f"{row.lr if row.embedding_lr is None else row.embedding_lr:g}" for row in rows]
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -254,6 +358,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns = {
         "optimizer": [row.optimizer for row in rows],
         "lr": [f"{row.lr:g}" for row in rows],
+        "embedding lr": _embedding_rates(rows),
         "weight decay": [f"{row.weight_decay:g}" for row in rows],
         "train loss": [loss(row, row.train_loss) for row in rows],
         "val loss": [loss(row, row.val_loss) for row in rows],
@@ -266,14 +371,14 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "of it optimizer": [plain(row.optimizer_ms, 2) for row in rows],
         "s in all": [plain(row.seconds, 1) for row in rows],
     }
-    for name in ("accuracy, %", "p of val loss", "p of accuracy"):
+    for name in ("embedding lr", "accuracy, %", "p of val loss", "p of accuracy"):
         if set(columns[name]) == {"—"}:
             del columns[name]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
 NOTES = (
-    "Losses are cross-entropies in nats. Train loss: mean over the last 5% of the steps. "
+    "Train loss: mean over the last 5% of the steps. "
     "To AdamW's loss: where the validation curve first reaches the loss AdamW's ends at, same "
     "seed; — if never. ms/step: median. Seconds: training steps only, validation left out. "
     "±: standard deviation over seeds; (n/N): n of N seeds have the figure. "

@@ -46,7 +46,8 @@ class Result:
 
     ``seconds`` is the time of the training steps (batch, forward, backward, optimizer), without
     validation and checkpoints. A diverged run has no final figures. A weight decay of None is the
-    optimizer's default.
+    optimizer's default, an embedding_lr of None is lr. A run of a sweep may have 1/part of the
+    steps.
     """
 
     optimizer: str
@@ -61,6 +62,8 @@ class Result:
     step_ms: float
     optimizer_ms: float
     weight_decay: float | None = None
+    embedding_lr: float | None = None
+    part: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _loaded(path: Path, most: int) -> Record:
     """What is in the checkpoint at ``path``; UnfitError when it is none."""
     content = read_with_sum(path, most)
     try:
-        saved = torch.load(io.BytesIO(content), weights_only=True)
+        saved = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises whatever it met
         raise UnfitError(f"{path} cannot be read ({shortened(error, 80)})") from error
     if not isinstance(saved, dict):
@@ -269,6 +272,8 @@ def _result(path: Path, value: Record, fields: Record) -> Result:
     sound = (
         named == {name: fields[name] for name in named}
         and result.weight_decay == fields.get("weight_decay")
+        and result.embedding_lr == fields.get("embedding_lr")
+        and result.part == fields.get("part", 1)
         and isinstance(result.diverged, bool)
         and _is_count(result.steps)
         and all(x is None if result.diverged else _is_figure(x) for x in losses)

@@ -94,13 +94,13 @@ def _refuse_file(file: str, factory: str) -> None:
     name = ".".join(part for part in path.with_suffix("").parts if part.isidentifier())
     hint = _meant(name)
     if Path(file).is_file():
-        offered = [factory] if factory else _factories(Path(file))
+        offered = [factory] if factory else factories(Path(file))
         options = " or ".join(repr(f"{name}:{each}") for each in offered)
         hint = f"did you mean {options}? " if options else f"as {name}:build, "
     raise LabError(f"{file!r} is a file's name: {hint}write package.module:factory")
 
 
-def _factories(file: Path) -> list[str]:
+def factories(file: Path) -> list[str]:
     """Functions and models that a module defines, as far as its text shows: it is not run."""
     with suppress(OSError, ValueError, SyntaxError, UnfitError):
         body = ast.parse(read(file, _MOST)).body

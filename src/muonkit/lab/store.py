@@ -20,14 +20,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from muonkit._text import shortened
 from muonkit.lab import files
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import LabError, RunError
 from muonkit.lab.files import UnfitError
 from muonkit.lab.files import write_atomically as write_atomically
 
@@ -39,8 +39,10 @@ except ImportError:  # Windows: two processes in one folder are not noticed ther
 Record = dict[str, Any]
 
 CONFIG = "config.json"
-#: The one entry of a stored configuration that is not asked for: the fingerprint of the data.
+#: What a stored configuration has that is not asked for: the fingerprint of the data, and of a task
+#: of the user's own the digests of its source, the first one and those that --same-task let pass.
 DATA = "data"
+SOURCES = "sources"
 _LOCK = ".lock"
 _SUM = "sha256"
 #: More than any configuration or result has, in bytes.
@@ -200,23 +202,37 @@ class MeasurementFile:
     """An append-only JSONL file that begins with what it had, and knows its sum."""
 
     def __init__(self, path: Path, content: bytes = b"") -> None:
-        self._file = files.begin(path, content)
+        self._path, self._file = path, files.begin(path, content)
         self._length, self._sum = len(content), hashlib.sha256(content)
 
     def append(self, record: Record) -> None:
+        """Add a line; RunError where there is no room."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._file.write(line)
+        with self._writing():
+            self._file.write(line)
         self._length += len(line)
         self._sum.update(line)
 
     def sync(self) -> Record:
-        """Put everything on disk; its length and SHA-256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Put everything on disk; its length and SHA-256. RunError where there is no room."""
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return sum_of(self._length, self._sum.hexdigest())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of what no checkpoint speaks
+            self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self._path}: {error.strerror or error}; make room there, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
 
 
 def parse_lines(content: bytes) -> list[Record]:
@@ -244,8 +260,12 @@ class Folder:
     def run(self, key: str) -> Path:
         return self.path / "runs" / key
 
-    def check(self, config: Record) -> bool:
+    def check(self, config: Record, loose: Collection[str] = ()) -> bool:
         """Whether the folder holds a comparison of ``config`` to go on with. Changes nothing.
+
+        Args:
+            config: what is asked for.
+            loose: entries that may differ as long as no run was begun.
 
         Raises:
             LabError: another configuration, a damaged one, files that are not ours, or no folder
@@ -264,8 +284,9 @@ class Folder:
                 )
             return False
         found = self.config()
+        free = {DATA, SOURCES, *(() if self.begun() else loose)}
         for name in dict.fromkeys([*config, *found]):
-            if name != DATA and found.get(name) != config.get(name):
+            if name not in free and found.get(name) != config.get(name):
                 raise LabError(
                     f"{self.path} holds a comparison with {shortened(name, 40)} = "
                     f"{_shown(found.get(name))}, not {_shown(config.get(name))}: choose another "
@@ -288,8 +309,19 @@ class Folder:
         """Make the folder and its config; LabError when that is not allowed."""
         files.make_folder(self.path, own=False)
         if not files.is_there(self.path / CONFIG):
-            write_sealed(self.path / CONFIG, config)
+            self.configure(config)
         files.make_folder(self.path / "runs")
+
+    def configure(self, config: Record) -> None:
+        """Write the configuration, in the place of one that is there."""
+        write_sealed(self.path / CONFIG, config)
+
+    def begun(self) -> int:
+        """How many runs are finished, or have a checkpoint to go on from."""
+        runs = self.path / "runs"
+        kept = ("result.json", "checkpoint.pt")
+        folders = list(runs.iterdir()) if runs.is_dir() else []
+        return sum(any(files.is_there(each / name) for name in kept) for each in folders)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

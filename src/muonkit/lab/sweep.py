@@ -1,22 +1,37 @@
-"""Which learning rate and which weight decay: the same grids and the same rule for every optimizer.
+"""Which learning rate, embedding rate and weight decay: the same grids and rules for all.
 
-The best is the one with the lowest final *validation* loss, the mean over the seeds that choose:
-seed 0 alone unless more are asked for. One that diverges on any of them counts as infinite.
+The best is the one with the lowest final *validation* loss. One that diverges counts as infinite.
 
-Learning rates are a factor of two apart, by default five, centred on the default; while the best is
-the lowest or the highest tried, as many more as lie on one side are tried beyond it, at most twice.
+*By halving*, the default, in three rounds. First the grid, in runs of a quarter of the steps (each
+with the whole schedule) on seed 0: learning rates are a factor of two apart, by default five,
+centred on the default; while the best is the lowest or the highest tried, as many more as lie on
+one side are tried beyond it, at most twice. Then, in whole runs on seed 0, the best and its two
+neighbours, and further ones while the best has a neighbour that no whole run has had, at most four:
+what is best in a short run need not be in a long one. Then the better two of these on the
+other seeds that choose, and the mean decides.
+
+*In full*, every value of the grid is trained in whole runs on every seed that chooses.
 
 Weight decays, with the learning rate that was chosen, reach from a tenth of the default to ten
 times it, as many as there are learning rates, and no further: below a tenth it hardly acts in runs
-as short as these, and so a widened grid would follow the noise.
+as short as these, and so a widened grid would follow the noise. For the same reason they are tried
+in whole runs only.
 """
 
+import math
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeVar
 
 POINTS = 5
 FACTOR = 2.0
 EXTENSIONS = 2
 DECAY_REACH = 10.0
+#: A short run has this part of the steps.
+PART = 4
+#: Whole runs that may be added to the first three, one by one.
+WALK = 4
 
 #: A search in steps: it yields values, is sent the loss with each (infinite where a run diverged),
 #: and returns the best. So the searches of several optimizers can go side by side.
@@ -59,3 +74,80 @@ def best_decay(centre: float, points: int = POINTS) -> Search:
     """The weight decay with the lowest validation loss, ``points`` of them, ``centre`` included."""
     reach = points // 2
     return _best(centre, DECAY_REACH ** (1 / reach), reach, 0)
+
+
+# --- by halving ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search: a value, in a run of 1/part of the steps, on a seed."""
+
+    value: float
+    part: int = 1
+    seed: int = 0
+
+
+_Key = TypeVar("_Key", int, float)
+
+#: As `Search`, run by run.
+Halving = Generator[Sequence[Trial], Sequence[float], float]
+
+
+def halved_rate(centre: float, points: int = POINTS, seeds: int = 1) -> Halving:
+    """The learning rate with the lowest validation loss.
+
+    Args:
+        centre: the middle of the grid.
+        points: in the grid before it is widened; odd, 3 at least.
+        seeds: that choose between the better two.
+    """
+    short: dict[int, float] = {}
+    reach = points // 2
+    powers = range(-reach, reach + 1)
+    for extension in range(EXTENSIONS + 1):
+        found = yield [Trial(_value(centre, FACTOR, power), PART) for power in powers]
+        short.update(zip(powers, found, strict=True))
+        best = _lowest(short)[0]
+        if extension == EXTENSIONS or min(short) < best < max(short):
+            break
+        powers = (
+            range(best - reach, best) if best == min(short) else range(best + 1, best + reach + 1)
+        )
+    whole: dict[int, float] = {}
+    for _ in range(WALK + 1):
+        missing = [power for power in (best - 1, best, best + 1) if power not in whole]
+        if not missing:
+            break
+        found = yield [Trial(_value(centre, FACTOR, power)) for power in missing]
+        whole.update(zip(missing, found, strict=True))
+        best = _lowest(whole)[0]
+    return (yield from _decided({_value(centre, FACTOR, p): x for p, x in whole.items()}, seeds))
+
+
+def halved_decay(centre: float, points: int = POINTS, seeds: int = 1) -> Halving:
+    """The weight decay with the lowest validation loss, ``points`` of them, ``centre`` included."""
+    reach = points // 2
+    factor = DECAY_REACH ** (1 / reach)
+    values = [_value(centre, factor, power) for power in range(-reach, reach + 1)]
+    found = yield [Trial(value) for value in values]
+    return (yield from _decided(dict(zip(values, found, strict=True)), seeds))
+
+
+def _decided(first: dict[float, float], seeds: int) -> Halving:
+    """The best of what seed 0 found, after the better two were trained on the other seeds."""
+    two = _lowest(first)[:2]
+    means = {value: first[value] for value in two}
+    sound = [value for value in two if math.isfinite(first[value])]
+    if seeds > 1 and len(sound) > 1:
+        trials = [Trial(value, seed=seed) for value in two for seed in range(1, seeds)]
+        found = iter((yield trials))
+        means = {
+            value: fmean([first[value], *(next(found) for _ in range(1, seeds))]) for value in two
+        }
+    return _lowest(means)[0]
+
+
+def _lowest(losses: dict[_Key, float]) -> list[_Key]:
+    """The keys by their losses; the lower key first where these are equal."""
+    return sorted(losses, key=lambda key: (losses[key], key))

@@ -7,20 +7,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import muonkit
 from muonkit._text import shortened
 from muonkit.lab import files
-from muonkit.lab.data import Data, generator
-from muonkit.lab.errors import Interrupted, LabError
+from muonkit.lab.data import Data
+from muonkit.lab.errors import Interrupted, LabError, TaskError
+from muonkit.lab.objective import CPU, CROSS_ENTROPY, Objective, Place
+from muonkit.lab.objective import loss_of as loss_of
 from muonkit.lab.optimizers import Optimizer, get_optimizer
 from muonkit.lab.progress import Reporter
+from muonkit.lab.randomness import seed_all, seeded
 from muonkit.lab.saved import (
     CHECKPOINT,
     MEASUREMENTS,
@@ -34,7 +36,8 @@ from muonkit.lab.saved import (
 from muonkit.lab.saved import RECORDING as RECORDING
 from muonkit.lab.saved import Result as Result
 from muonkit.lab.store import Folder, MeasurementFile, Record
-from muonkit.lab.tasks import Task
+from muonkit.lab.task import Task
+from muonkit.lab.user import users
 
 WARMUP = 0.05
 #: The share of the steps whose mean training loss is called the final one.
@@ -45,36 +48,57 @@ FINAL_SHARE = 0.05
 class Run:
     """What tells one run from another in a comparison.
 
-    A weight decay of None is the optimizer's default: it is named nowhere, so that one run has
-    one key, whether its decay was chosen or never asked for.
+    A weight decay of None is the optimizer's default, an embedding_lr of None is lr, and a part of
+    1 is the whole length: these are named nowhere, so that one run has one key, whether they were
+    chosen or never asked for.
+
+    Attributes:
+        optimizer: a key of ``OPTIMIZERS``.
+        lr: the peak learning rate.
+        seed: of weights, batches and all else that is random.
+        weight_decay: of matrices and tables.
+        embedding_lr: the peak learning rate of embeddings and head.
+        part: a short run of a sweep has 1/part of the steps.
     """
 
     optimizer: str
     lr: float
     seed: int
     weight_decay: float | None = None
+    embedding_lr: float | None = None
+    part: int = 1
+
+    @property
+    def _named(self) -> dict[str, float]:
+        """What it has beside optimizer, lr and seed."""
+        further = {
+            "embedding_lr": self.embedding_lr,
+            "weight_decay": self.weight_decay,
+            "part": self.part if self.part != 1 else None,
+        }
+        return {name: value for name, value in further.items() if value is not None}
 
     @property
     def key(self) -> str:
         """The run's name on disk."""
-        decay = "" if self.weight_decay is None else f"-wd{self.weight_decay!r}"
-        return f"{self.optimizer}-lr{self.lr!r}{decay}-seed{self.seed}"
+        short = {"embedding_lr": "emb", "weight_decay": "wd", "part": "part"}
+        further = "".join(f"-{short[name]}{value!r}" for name, value in self._named.items())
+        return f"{self.optimizer}-lr{self.lr!r}{further}-seed{self.seed}"
 
     @property
     def title(self) -> str:
-        decay = "" if self.weight_decay is None else f" decay {self.weight_decay:g}"
-        return f"{self.optimizer} lr {self.lr:g}{decay} seed {self.seed}"
+        words = {"embedding_lr": "embedding lr", "weight_decay": "decay", "part": "steps 1 /"}
+        further = "".join(f" {words[name]} {value:g}" for name, value in self._named.items())
+        return f"{self.optimizer} lr {self.lr:g}{further} seed {self.seed}"
 
     def fields(self) -> Record:
         """As a line of measurements begins."""
-        named = asdict(self)
-        if self.weight_decay is None:
-            del named["weight_decay"]
-        return named
+        return {"optimizer": self.optimizer, "lr": self.lr, "seed": self.seed, **self._named}
 
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer of this run for ``model``."""
-        return get_optimizer(self.optimizer).build(model, self.lr, self.weight_decay)
+        spec = get_optimizer(self.optimizer)
+        return spec.build(model, self.lr, self.weight_decay, self.embedding_lr)
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,8 @@ class Setting:
     checkpoint_seconds: float = 15.0
     evaluations: int | None = None  # None: the task's
     monitor: int | None = None  # steps between samples of muonkit.Monitor; None: it is not used
+    place: Place = CPU
+    source: str | None = None  # of the user's task, as the comparison began; None: it is ours
 
     @property
     def evaluation_steps(self) -> frozenset[int]:
@@ -95,13 +121,25 @@ class Setting:
         count = min(self.evaluations or self.task.evaluations, self.steps)
         return frozenset(round(i * self.steps / count) for i in range(count + 1))
 
+    def of(self, run: Run) -> "Setting":
+        """The setting of one of the runs: a short one is validated at its ends only."""
+        if run.part == 1:
+            return self
+        return replace(self, steps=max(1, round(self.steps / run.part)), evaluations=1)
+
     def identity(self, run: Run) -> Record:
         """All that a run's numbers depend on, but versions and the machine: nothing else may be
         gone on with.
         """
         decay = run.weight_decay
         default = get_optimizer(run.optimizer).weight_decay
+        further = {
+            "source": self.source,
+            "device": self.place.device,
+            "embedding_lr": run.embedding_lr,
+        }
         return {
+            **{name: x for name, x in further.items() if x not in (None, "cpu")},
             "task": self.task.name,
             "model": self.task.model,
             "data": self.data.fingerprint,
@@ -149,29 +187,37 @@ def lr_factor(step: int, steps: int) -> float:
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
 
 
-def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats, and the logits as (targets, classes)."""
-    logits = model(x).flatten(0, -2)
-    return F.cross_entropy(logits, y.flatten()), logits
+def evaluate(
+    model: nn.Module, data: Data, objective: Objective = CROSS_ENTROPY, place: Place = CPU
+) -> tuple[float, float | None]:
+    """Validation loss, the mean over targets, and the share of right answers if there are classes.
 
-
-def evaluate(model: nn.Module, data: Data) -> tuple[float, float]:
-    """Validation loss in nats per target, and the share of right answers."""
+    The global random numbers are the same at every validation: where a loss draws some, it is no
+    other one for that.
+    """
     loss = right = count = 0.0
+    has_classes = True
     model.eval()
-    with torch.no_grad():
-        for x, y in data.validation():
-            mean, logits = loss_of(model, x, y)
-            loss += mean.item() * y.numel()
-            right += (logits.argmax(-1) == y.flatten()).sum().item()
-            count += y.numel()
+    with torch.no_grad(), seeded("validation"):
+        for batch in data.validation():
+            with place.autocast():
+                found = objective.measure(model, place.moved(batch))
+            loss += found.loss.item() * found.count
+            count += found.count
+            has_classes &= found.right is not None
+            right += found.right or 0
     model.train()
-    return loss / count, right / count
+    return loss / count, right / count if has_classes else None
 
 
 def _finite(value: float) -> float | None:
     """JSON has no NaN: a loss that is none is written as null."""
     return value if math.isfinite(value) else None
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of the model's tensors."""
+    return sum(x.nbytes for x in model.state_dict().values() if isinstance(x, torch.Tensor))
 
 
 def warm_up(run: Run, setting: Setting) -> None:
@@ -180,11 +226,16 @@ def warm_up(run: Run, setting: Setting) -> None:
     The first step of a process also pays for late imports and first allocations, seconds that
     belong to no optimizer and would shift its whole curve.
     """
-    model = setting.task.build()
+    place = setting.place
+    model = setting.task.build().to(place.device)
     optimizer = run.build(model)
-    loss, _ = loss_of(model, *setting.data.batch(run.seed, 0, setting.batch_size))
-    loss.backward()  # type: ignore[no-untyped-call]
+    batch = place.moved(setting.data.batch(run.seed, 0, setting.batch_size))
+    with place.autocast():
+        loss = setting.task.objective.loss(model, batch)
+    with users(f"the backward pass of {setting.task.name}"):
+        loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    place.wait()
 
 
 class Trainer:
@@ -195,13 +246,14 @@ class Trainer:
     ) -> None:
         self.run, self.setting, self.folder = run, setting, folder
         self.stop, self.reporter = stop, reporter
-        warm_up(run, setting)
-        # The seed alone decides the initial weights, so they are the same for every optimizer.
-        torch.manual_seed(generator("weights", run.seed).initial_seed())
-        self.model = setting.task.build()
+        self.step = 0
+        try:
+            warm_up(run, setting)
+        except TaskError as error:
+            raise self._located(error) from error
+        self.model = setting.task.make(run.seed).to(setting.place.device)
         self.optimizer = run.build(self.model)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.step = 0
         self.seconds = 0.0
         files.make_folder(folder)
         self.identity = setting.identity(run)
@@ -221,14 +273,13 @@ class Trainer:
         Raises:
             LabError: it is damaged, or of another run.
         """
-        tensors = sum(t.nbytes for t in self.model.state_dict().values())
+        tensors = bytes_of(self.model)
         saved = read_checkpoint(self.folder, self.identity, self.run.fields(), tensors)
         if saved is None:
             return b"", None
         try:
             self.model.load_state_dict(saved.state["model"])
             self.optimizer.load_state_dict(saved.state["optimizer"])
-            torch.set_rng_state(saved.state["rng"])
         except Exception as error:  # each of them raises what it likes
             raise LabError(
                 f"{self.folder / CHECKPOINT} cannot be gone on with ({shortened(error, 80)}), it "
@@ -259,7 +310,6 @@ class Trainer:
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
             },
             step=self.step,
             seconds=self.seconds,
@@ -278,10 +328,21 @@ class Trainer:
         """
         try:
             return self._train()
+        except TaskError as error:
+            raise self._located(error) from error
         finally:
             self.file.close()
             if self.monitor is not None:
                 self.monitor.close()
+
+    def _located(self, error: TaskError) -> TaskError:
+        """The same, at its step, and what to do: the last checkpoint is as it was."""
+        located = TaskError(
+            f"{error}, at step {self.step} of {self.run.title}: mend it, and the same command goes "
+            "on from the last checkpoint (after a change of the task's file with --same-task)"
+        )
+        located.trace, located.exit_status = error.trace, 1
+        return located
 
     def _train(self) -> Result:
         self.reporter.start(self.run.title, self.step, self.setting.steps)
@@ -309,15 +370,22 @@ class Trainer:
         factor = lr_factor(self.step, setting.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
+        place, task = setting.place, setting.task
+        # What dropout draws is a function of seed and step too.
+        seed_all("step", self.run.seed, self.step)
         start = time.perf_counter()
-        x, y = setting.data.batch(self.run.seed, self.step, setting.batch_size)
-        loss, _ = loss_of(self.model, x, y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        batch = place.moved(setting.data.batch(self.run.seed, self.step, setting.batch_size))
+        with place.autocast():
+            loss = task.objective.loss(self.model, batch)
+        with users(f"the backward pass of {task.name}"):
+            loss.backward()  # type: ignore[no-untyped-call]
         value = loss.item()
+        place.wait()
         before = time.perf_counter()
         if math.isfinite(value):
             self.optimizer.step()
         self.optimizer.zero_grad()
+        place.wait()
         end = time.perf_counter()
         self.step += 1
         self.seconds += end - start
@@ -332,8 +400,9 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Validate; False when the loss is not finite."""
-        loss, right = evaluate(self.model, self.setting.data)
-        accuracy = right if self.setting.task.accuracy else None
+        task = self.setting.task
+        loss, right = evaluate(self.model, self.setting.data, task.objective, self.setting.place)
+        accuracy = right if task.accuracy else None
         self._record("validation", loss=_finite(loss), accuracy=accuracy)
         self.reporter.evaluated(self.step, loss, accuracy)
         return math.isfinite(loss)
@@ -382,6 +451,7 @@ def train(
         Interrupted: the user stopped it; the checkpoint is up to date.
     """
     files.make_folder(folder)
+    setting = setting.of(run)
     if is_finished(folder):
         result, _, _ = read_result(folder, setting.identity(run), run.fields())
         reporter.start(run.title, 0, setting.steps)

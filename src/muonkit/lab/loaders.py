@@ -1,0 +1,317 @@
+"""The batches of a task of one's own: a loader, a list or a function as a function of (seed, step).
+
+Before each batch is drawn the global random numbers are seeded by the run's seed and the step, and
+a loader's own generator is at the beginning of each pass. So a shuffling ``DataLoader`` gives every
+optimizer the same batches, and a run that is taken up goes through those of the pass so far.
+"""
+
+import hashlib
+import inspect
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from muonkit.lab.errors import TaskError
+from muonkit.lab.objective import Batch
+from muonkit.lab.randomness import number_of, seed_all
+from muonkit.lab.user import failed, users
+
+#: A validation set that has no length and more batches than this is taken for endless.
+ENDLESS = 10_000
+#: Training batches that the fingerprint has.
+FIRST = 2
+
+
+class Source:
+    """One side of the data, which can be gone through as often as one likes.
+
+    Args:
+        given: what the task returned: a loader, any iterable, or a function that makes one.
+        name: how errors call it.
+
+    Raises:
+        TaskError: it is none of these, or can be gone through once only.
+    """
+
+    def __init__(self, given: Any, name: str) -> None:
+        self.given, self.name = given, name
+        is_examples = isinstance(given, Dataset) and not isinstance(given, IterableDataset)
+        if is_examples or isinstance(given, Tensor | str | bytes | Mapping):
+            raise TaskError(
+                f"{name} is of type {type(given).__name__}, expected batches: write "
+                "DataLoader(dataset, batch_size=32), or give a list of batches, or a function that "
+                "makes an iterable of them"
+            )
+        if not isinstance(given, Iterable) and not callable(given):
+            raise TaskError(
+                f"{name} is of type {type(given).__name__}, expected a DataLoader, an iterable of "
+                "batches, or a function that makes one"
+            )
+        if isinstance(given, Iterator):
+            raise TaskError(
+                f"{name} is a {type(given).__name__}, which can be gone through only once: return "
+                "the function that makes it (without calling it), a list or a DataLoader"
+            )
+        self.length = self._length()
+        if self.length == 0:
+            raise self.empty()
+
+    def _length(self) -> int | None:
+        """Batches in a pass; None where nobody knows."""
+        if not hasattr(self.given, "__len__"):
+            return None
+        try:
+            return len(self.given)
+        except TypeError:  # a DataLoader of an IterableDataset without a length
+            return None
+        except Exception as error:
+            raise failed(f"len() of {self.name}", error) from error
+
+    def empty(self) -> TaskError:
+        hint = ", and drop_last=True leaves out the only one" if _drops(self.given) else ""
+        return TaskError(
+            f"{self.name} has no batches{hint}: give it more examples, or smaller ones"
+        )
+
+    def begin(self, *key: object) -> Iterator[Batch]:
+        """A pass, whose order depends on the key and on the global random numbers alone."""
+        for each in _generators(self.given):
+            each.manual_seed(number_of("order", *key))
+        given = self.given
+        with users(self.name):
+            if not isinstance(given, Iterable):
+                given = given(number_of("order", *key) % (1 << 32)) if _wants(given) else given()
+                if not isinstance(given, Iterable):
+                    raise TaskError(
+                        f"{self.name}() returned {type(given).__name__}, expected an iterable of "
+                        "batches"
+                    )
+            return iter(given)
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch.
+
+        Raises:
+            StopIteration: there is none.
+            TaskError: it has no tensor, or the user's code failed.
+        """
+        with users(self.name):
+            batch = next(batches)
+        if next(tensors(batch), None) is None:
+            raise TaskError(
+                f"{self.name} gave a batch of type {type(batch).__name__} without a tensor: make "
+                "tensors of it, in the loader's collate_fn for example"
+            )
+        return batch
+
+
+def _drops(given: Any) -> bool:
+    return bool(getattr(given, "drop_last", False))
+
+
+def _generators(given: Any) -> list[torch.Generator]:
+    """Those that a loader and its samplers have of their own."""
+    sampler = getattr(given, "sampler", None)
+    batched = getattr(given, "batch_sampler", None)
+    holders = (given, sampler, batched, getattr(batched, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return [each for each in found if isinstance(each, torch.Generator)]
+
+
+def _wants(function: Callable[..., Any]) -> bool:
+    """Whether it takes a seed: whether it has a positional argument without a default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in parameters
+    )
+
+
+def tensors(batch: Batch) -> Iterator[Tensor]:
+    """Every tensor in a batch."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from tensors(value)
+
+
+def examples(batch: Batch) -> int:
+    """How many examples a batch has: the first dimension of its first tensor."""
+    first = next(tensors(batch))
+    return first.shape[0] if first.ndim else 1
+
+
+def add_to(digest: Any, value: Any) -> None:
+    """Make a digest depend on a batch: on tensors and numbers to the last bit, and on the rest as
+    it prints.
+    """
+    if isinstance(value, Tensor):
+        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(bits.numpy())
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, float):
+        digest.update(struct.pack("<d", value))
+    elif isinstance(value, Mapping):
+        for name in value:
+            digest.update(f"{name}:".encode())
+            add_to(digest, value[name])
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for each in value:
+            add_to(digest, each)
+    elif isinstance(value, str | int | bool | bytes | None):
+        digest.update(repr(value).encode())
+    else:  # an address in its repr would be another one tomorrow
+        digest.update(type(value).__name__.encode())
+
+
+class OwnData:
+    """The batches of a task of one's own, by seed and step.
+
+    Attributes:
+        description: a line for the report.
+        fingerprint: of the first batches of seed 0 and of all that validate.
+        examples: in the first batch.
+
+    Raises:
+        TaskError: a side has no batches, the training batches differ between two passes of the
+            same seed, or those that validate do not end.
+    """
+
+    def __init__(self, train: Any, validation: Any, name: str) -> None:
+        self._train = Source(train, f"the training data of {name}")
+        self._validation = Source(validation, f"the validation data of {name}")
+        # Where the training stands: the next step of this seed, the pass that it is in.
+        self._seed, self._step, self._epoch = 0, -1, 0
+        self._batches: Iterator[Batch] = iter(())
+        first = self._first()
+        if first != self._first():
+            raise TaskError(
+                f"{self._train.name} are other batches each time, at the same seed: draw random "
+                "numbers from torch's, numpy's or Python's global generator, or return a function "
+                "that takes a seed and makes the iterable"
+            )
+        self._known: str | None = None
+        # The first pass, which makes the digest that all later ones are held to.
+        sizes = [examples(batch) for batch in self.validation()]
+        batches, held_out = len(sizes), sum(sizes)
+        self.examples = examples(self.batch(0, 0, 0))
+        self.fingerprint = hashlib.sha256(f"{first} {self._known}".encode()).hexdigest()[:16]
+        count = "batches" if self._train.length is None else f"{self._train.length:,} batches"
+        self.description = (
+            f"{count} of {self.examples} to train on, {held_out:,} examples in {batches:,} "
+            f"batch{'es' if batches != 1 else ''} to validate"
+        )
+
+    def _first(self) -> str:
+        """A digest of the first training batches of seed 0."""
+        digest = hashlib.sha256()
+        self._step = -1  # begin again
+        for step in range(min(FIRST, self._train.length or FIRST)):
+            add_to(digest, self.batch(0, step, 0))
+        return digest.hexdigest()
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        if self._train.length is None:
+            raise TaskError(
+                f"{self._train.name} have no length, so that nobody knows what an epoch is: give "
+                "--steps instead of --epochs"
+            )
+        return self._train.length
+
+    # --- training ---
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        if (seed, step) != (self._seed, self._step):
+            self._rewind(seed, step)
+        batch = self._next(step)
+        self._step = step + 1
+        return batch
+
+    def _rewind(self, seed: int, step: int) -> None:
+        """Begin the pass that has this step, and go through what lies before it."""
+        length = self._train.length
+        self._seed, epoch = seed, step // length if length else 0
+        begun = epoch * length if length else 0
+        self._begin(epoch, begun)
+        for earlier in range(begun, step):
+            self._next(earlier)
+
+    def _begin(self, epoch: int, step: int) -> None:
+        self._epoch, self._batches = epoch, iter(())
+        seed_all("batch", self._seed, step)
+        self._batches = self._train.begin(self._seed, epoch)
+
+    def _next(self, step: int) -> Batch:
+        length = self._train.length
+        if length and step // length > self._epoch:
+            self._begin(self._epoch + 1, step)
+        try:
+            return self._drawn(step)
+        except StopIteration:
+            if length:
+                raise TaskError(
+                    f"{self._train.name} have a length of {length} and ended after "
+                    f"{step - self._epoch * length} batches: give them the length they have, or "
+                    "none"
+                ) from None
+        self._begin(self._epoch + 1, step)
+        try:
+            return self._drawn(step)
+        except StopIteration:
+            raise self._train.empty() from None
+
+    def _drawn(self, step: int) -> Batch:
+        # Again, whatever beginning a pass has drawn: a run that is taken up begins at another step.
+        seed_all("batch", self._seed, step)
+        return self._train.next(self._batches)
+
+    # --- validation ---
+
+    def validation(self) -> Iterator[Batch]:
+        """The validation set.
+
+        Raises:
+            TaskError: it is not what it was at first, it is empty, or it does not end.
+        """
+        source, digest, count = self._validation, hashlib.sha256(), 0
+        seed_all("validation")
+        batches = source.begin("validation")
+        while True:
+            # Whatever the model drew meanwhile, the loader draws what it drew before.
+            seed_all("validation", count)
+            try:
+                batch = source.next(batches)
+            except StopIteration:
+                break
+            count += 1
+            if source.length is None and count > ENDLESS:
+                raise TaskError(
+                    f"{source.name} did not end after {ENDLESS:,} batches: give them an end, as "
+                    "itertools.islice does, or a length"
+                )
+            add_to(digest, batch)
+            yield batch
+        if not count:
+            raise source.empty()
+        self._known = self._known or digest.hexdigest()
+        if digest.hexdigest() != self._known:
+            raise TaskError(
+                f"{source.name} changed between two validations, so that their losses do not "
+                "compare: return the same batches each time, a list of them for example"
+            )

@@ -1,0 +1,486 @@
+"""`muonkit compare mytask.py:task`: the whole protocol on a task of one's own, and bad ones."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from muonkit.lab import objective, own
+from muonkit.lab.cli import main
+from muonkit.lab.compare import comparison
+from muonkit.lab.errors import RunError, TaskError
+from muonkit.lab.loaders import ENDLESS, OwnData
+from muonkit.lab.store import DATA, SOURCES, Folder
+from muonkit.lab.task import Task
+from muonkit.lab.tasks import get_task
+from muonkit.lab.train import Run, Setting, StopRequest, Trainer, train
+from tests.helpers import lab
+from tests.helpers.lab import Silent, losses
+from tests.helpers.pages import read_blocks
+from tests.helpers.paths import ROOT
+
+HEAD = """
+import itertools
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+x = torch.linspace(-1, 1, 48 * 8).view(48, 8).sin()
+y = torch.arange(48) % 3
+train = DataLoader(TensorDataset(x[:36], y[:36]), batch_size=6, shuffle=True)
+val = [(x[36:], y[36:])]
+
+def net():
+    return nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
+                         nn.Linear(16, 3))
+"""
+GOOD = HEAD + "def task():\n    return net, train, val, nn.CrossEntropyLoss()\n"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test in an empty folder; modules imported from there are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    own._loaded.clear()
+    for name in {"mine", "pack", "pack.tasks"} - before:
+        sys.modules.pop(name, None)
+
+
+def written(body: str, file: str = "mine.py") -> Task:
+    """The task whose function has this body."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    Path(file).write_text(f"{HEAD}\ndef task():\n{lines}")
+    return get_task(f"{file}:task")
+
+
+def setting(task: Task, steps: int = 8, **changes: Any) -> Setting:
+    return Setting(task, task.load(), steps, 0, source=task.source, evaluations=2, **changes)
+
+
+# --- the same for every optimizer, and for every run of a seed ---
+
+
+FORMS = {
+    "a factory": "return net, train, val, nn.CrossEntropyLoss()",
+    "a module": "return net(), train, val, F.cross_entropy",
+    "a function of model and batch": (
+        "return net, train, val, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
+    ),
+    "a function of a seed": (
+        "def batches(seed):\n"
+        "    rng = np.random.default_rng(seed)\n"
+        "    for _ in range(5):\n"
+        "        rows = torch.from_numpy(rng.permutation(36)[:6])\n"
+        "        yield x[rows], y[rows]\n"
+        "return net, batches, val, nn.CrossEntropyLoss()"
+    ),
+    "a stream, augmented by every generator": (
+        "class Stream(IterableDataset):\n"
+        "    def __iter__(self):\n"
+        "        for i in itertools.count():\n"
+        "            noise = random.random() + np.random.rand() + torch.rand(8)\n"
+        "            yield x[i % 36] + 0.1 * noise, y[i % 36]\n"
+        "return net, DataLoader(Stream(), batch_size=6), val, nn.CrossEntropyLoss()"
+    ),
+    "a loader with a generator of its own": (
+        "g = torch.Generator()\n"
+        "own = DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True, generator=g)\n"
+        "return net, own, DataLoader(TensorDataset(x, y), 20, shuffle=True), nn.CrossEntropyLoss()"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_optimizer_gets_the_same_and_a_run_resumes_exactly(form: str, tmp_path: Path) -> None:
+    task = written(FORMS[form])
+    begun = []
+    for name in ("muonw", "adamw"):
+        trainer = Trainer(
+            Run(name, 1e-3, 1), setting(task), tmp_path / name, StopRequest(), Silent()
+        )
+        weights = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+        batches = [trainer.setting.data.batch(1, step, 0)[0].sum().item() for step in range(8)]
+        begun.append((weights.tolist(), batches))
+        trainer.train()
+    assert begun[0] == begun[1]
+    assert len(set(begun[0][1])) > 1
+    # Stopped in the second pass, with another run's batches drawn meanwhile.
+    cut = Trainer(Run("adamw", 1e-3, 1), setting(task), tmp_path / "cut", StopRequest(), Silent())
+    lab.advance(cut, 7)
+    task.load().batch(5, 3, 0)
+    train(Run("adamw", 1e-3, 1), setting(task), tmp_path / "cut", StopRequest(), Silent())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "adamw")
+
+
+def test_seeds_differ_in_weights_and_order() -> None:
+    task = written(FORMS["a module"])
+    data = task.load()
+    assert not torch.equal(task.make(0)[0].weight, task.make(1)[0].weight)
+    assert torch.equal(task.make(0)[0].weight, task.make(0)[0].weight)
+    assert not torch.equal(data.batch(0, 0, 0)[0], data.batch(1, 0, 0)[0])
+    first = [data.batch(0, step, 0)[1] for step in range(6)]
+    second = [data.batch(0, step, 0)[1] for step in range(6, 12)]
+    assert not all(map(torch.equal, first, second)), "each pass is shuffled anew"
+    assert torch.cat(first).sort()[0].equal(torch.cat(second).sort()[0])
+
+
+def test_a_hugging_face_model_needs_an_adapter_of_three_lines(tmp_path: Path) -> None:
+    Path("mine.py").write_text(
+        "import torch\n"
+        "from torch.utils.data import DataLoader\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "def task():\n"
+        "    config = GPT2Config(vocab_size=16, n_positions=8, n_embd=16, n_layer=1, n_head=2)\n"
+        "    rows = [{'input_ids': (torch.arange(8) + i) % 16} for i in range(12)]\n"
+        "    def collate(rows):\n"
+        "        ids = torch.stack([row['input_ids'] for row in rows])\n"
+        "        return {'input_ids': ids, 'labels': ids}\n"
+        "    train = DataLoader(rows[:8], batch_size=4, shuffle=True, collate_fn=collate)\n"
+        "    val = DataLoader(rows[8:], batch_size=4, collate_fn=collate)\n"
+        "    return lambda: GPT2LMHeadModel(config), train, val, None\n"
+    )
+    task = get_task("mine.py:task")
+    result = train(
+        Run("muonw", 1e-2, 0), setting(task, 20), tmp_path / "r", StopRequest(), Silent()
+    )
+    assert result.val_loss is not None
+    assert result.val_loss < 2.6  # of ln 16 = 2.77: what follows what is the same in every row
+    assert result.accuracy is None
+
+
+def test_a_batch_is_moved_with_all_that_is_in_it() -> None:
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        name: str
+
+    place = objective.Place("meta")
+    moved = place.moved({"a": [torch.ones(2), 3], "b": Pair(torch.ones(1), "c"), "d": (None,)})
+    assert moved["a"][0].is_meta
+    assert moved["b"].x.is_meta
+    assert (moved["a"][1], moved["b"].name, moved["d"]) == (3, "c", (None,))
+
+
+# --- the command ---
+
+
+CRASH = """
+def task():
+    return Net, train, val, nn.CrossEntropyLoss()
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.calls = 0
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 7:
+            check_rows(x)
+        return super().forward(x)
+
+def check_rows(x):
+    raise KeyError("row 7")
+"""
+MENDED = CRASH.replace('raise KeyError("row 7")', "pass")
+COMMAND = ["compare", "mine.py:task", "--steps", "12", "--evaluations", "2", "--threads", "1"]
+
+
+def _undisturbed(optimizer: str, seed: int) -> list[tuple[Any, ...]]:
+    """The measurements of a run as the commands here have it, which nothing disturbed."""
+    task = get_task("mine.py:task")
+    run = Run(optimizer, task.lr[optimizer], seed)
+    folder = Path(f"undisturbed-{optimizer}-{seed}")
+    train(run, setting(task, 12), folder, StopRequest(), Silent())
+    return losses(folder)
+
+
+def test_a_crash_shows_its_own_traceback_once_and_the_run_goes_on_after_a_fix(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*COMMAND, "--optimizers", "adamw", "--out", "out"]
+    Path("mine.py").write_text("1\n" + HEAD + CRASH)
+    assert main(words) == 1
+    Path("mine.py").write_text(HEAD + CRASH)  # with no checkpoint yet, nobody is asked
+    capsys.readouterr()
+    assert main([*words, "--checkpoint-every", "0"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == said.count("in check_rows") == 1
+    assert "muonkit/lab" not in said
+    last = said.splitlines()[-1]
+    assert "the loss of mine.py:task failed (KeyError: 'row 7'), at step 6 of adamw" in last
+    assert "mend it, and the same command goes on" in last
+    assert not Path("out/report.html").exists()
+    Path("mine.py").write_text(HEAD + MENDED)
+    assert main(words) == 2  # whether what is trained is the same, only the user knows
+    said = capsys.readouterr().err
+    assert "was edited since out was begun: --same-task goes on with its 1 runs, if" in said
+    assert main([*words, "--same-task"]) == 0
+    assert "goes on at step 6/12" in capsys.readouterr().err
+    assert losses(Path("out")) == _undisturbed("adamw", 0)
+    assert len(Folder(Path("out")).config()["sources"]) == 2  # from now on known
+
+
+def test_processes_import_the_task_and_its_crash_comes_from_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*COMMAND, "--seeds", "2", "--jobs", "2"]
+    Path("mine.py").write_text(HEAD + CRASH)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == said.count("in check_rows") == 1
+    Path("mine.py").write_text(HEAD + MENDED)
+    assert main([*words, "--same-task"]) == 0
+    captured = capsys.readouterr()
+    assert "1 batch to validate; 12 steps a run, on cpu" in captured.err
+    said = captured.out
+    assert "accuracy, %" in said
+    assert "defaults that nobody has tuned for this task" in said.replace("\n", "")
+    assert "nats" not in said
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("mine-")
+    (run,) = folder.glob("runs/muonw-*-seed1")
+    assert losses(run) == _undisturbed("muonw", 1)
+    page = (folder / "report.html").read_text()
+    assert "6 batches of 6 to train on, 12 examples in 1 batch to validate" in page
+
+
+def test_another_model_is_another_folder_and_other_data_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("mine.py").write_text(GOOD)
+    first = comparison("mine.py:task", ["adamw"])
+    again = comparison("mine.py:task", ["adamw"], device="cpu")
+    assert again.default_folder() == first.default_folder()
+    Path("mine.py").write_text(GOOD.replace("16", "17"))
+    other = comparison("mine.py:task", ["adamw"])
+    assert other.default_folder() != first.default_folder()
+    assert other.config()["model"].startswith("Sequential, ")
+    # As a run leaves it that was stopped.
+    Path("mine.py").write_text(GOOD)
+    task = get_task("mine.py:task")
+    folder = Folder(first.default_folder())
+    folder.create(first.config() | {DATA: task.load().fingerprint, SOURCES: [task.source]})
+    run = folder.run("adamw-lr0.002-seed0")
+    lab.advance(Trainer(Run("adamw", 2e-3, 0), setting(task), run, StopRequest(), Silent()), 3)
+    Path("mine.py").write_text(GOOD.replace("[36:]", "[30:]"))
+    assert main(["compare", "mine.py:task", "--optimizers", "adamw", "--threads", "1"]) == 2
+    assert "was begun on other data" in capsys.readouterr().err
+    assert main(["compare", "mine.py:task", "--batch-size", "4"]) == 2
+    assert "--batch-size 4: the batches are those that" in capsys.readouterr().err
+
+
+def test_a_module_is_found_from_its_folder() -> None:
+    Path("pack").mkdir()
+    Path("pack/__init__.py").write_text("")
+    Path("pack/tasks.py").write_text(GOOD)
+    first = get_task("pack.tasks:task")
+    assert first.label == "tasks"
+    assert get_task("pack.tasks:task") is first
+    Path("pack/tasks.py").write_text(GOOD.replace("16", "17"))
+    assert get_task("pack.tasks:task").model != first.model
+
+
+# --- bad input ---
+
+BAD = {
+    "return 3": "mine.py:task() returned int, expected four things: model, train, validation, loss",
+    "return net, train, val": "returned a tuple of 3, expected four things: model, train,",
+    "return 3, train, val, None": "the model of mine.py:task is of type int, expected an nn.Module",
+    "return list, train, val, None": "the model of mine.py:task made list, expected an nn.Module",
+    "return nn.ReLU, train, val, None": "has no parameter to train",
+    "return net, 3, val, None": "the training data of mine.py:task is of type int, expected a Data",
+    "return net, x, val, None": "is of type Tensor, expected batches: write DataLoader(dataset,",
+    "return net, train.dataset, val, None": "is of type TensorDataset, expected batches: write",
+    "return net, iter(val), val, None": "which can be gone through only once: return the function",
+    "return net, (b for b in val), val, None": "is a generator, which can be gone through only",
+    "return net, [], val, None": "the training data of mine.py:task has no batches: give it more",
+    "return net, DataLoader(train.dataset, 50, drop_last=True), val, None": (
+        "has no batches, and drop_last=True leaves out the only one"
+    ),
+    "return net, lambda: [], val, None": "the training data of mine.py:task has no batches",
+    "return net, lambda: 3, val, None": "() returned int, expected an iterable of batches",
+    "return net, train, [], None": "the validation data of mine.py:task has no batches",
+    "return net, train, lambda: [], None": "the validation data of mine.py:task has no batches",
+    "return net, train, lambda: itertools.repeat(val[0]), None": (
+        f"did not end after {ENDLESS:,} batches: give them an end, as itertools.islice does"
+    ),
+    "return net, [['a']], val, None": "gave a batch of type list without a tensor: make tensors",
+    "return net, train, val, 3": "the loss of mine.py:task is of type int, expected a function",
+    "return net, train, val, None": "is None, and a batch is a list of 2, expected a dict",
+    "return net, [x], val, F.mse_loss": "is a criterion, and a batch is a Tensor, expected (inp",
+    "return net, train, val, nn.CrossEntropyLoss(reduction='none')": (
+        "returned a tensor of shape (6,) and torch.float32, expected a scalar: end it with .mean()"
+    ),
+    "return net, train, val, lambda m, b: m(b[0]).sum().item()": (
+        "returned float, expected a scalar tensor: leave out float() or .item()"
+    ),
+    "return net, train, val, lambda m, b: m(b[0]).sum().detach()": (
+        "returned a scalar without a gradient: compute it from the model"
+    ),
+    "return net, train, val, lambda m, b: None": "returned NoneType, expected a scalar tensor",
+    "return net, lambda: [(torch.randn(4, 8, generator=G), y[:4])], val, F.cross_entropy": (
+        "are other batches each time, at the same seed: draw random numbers from torch's"
+    ),
+    "m = net()\nm[0].weight.data.normal_(generator=G)\nreturn m, train, val, F.cross_entropy": (
+        "has other weights each time, at the same seed"
+    ),
+    "return nn.Linear(4, 4, device='meta'), train, val, None": "is on meta, expected the CPU",
+}
+
+
+@pytest.mark.parametrize("body", BAD)
+def test_what_the_protocol_does_not_say_is_a_line_and_nothing_is_written(
+    body: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    Path("mine.py").write_text(f"{HEAD}\nG = torch.Generator()\n\ndef task():\n{lines}")
+    assert main(["compare", "mine.py:task"]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert BAD[body] in line
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mine.py", "'mine.py' has no function: write mine.py:task"),
+        ("mine", "there is no task 'mine': did you mean 'mine.py:task'?"),
+        ("mine.py:tsk", "mine.py has no 'tsk': did you mean 'task'? it has net, task"),
+        ("mime.py:task", "there is no file mime.py: did you mean 'mine.py'?"),
+        ("nowhere:task", "there is no module 'nowhere': run from the folder that has it"),
+        ("no.where:task", "there is no module 'no.where': run from the folder that has it"),
+        ("mine.py:x", "mine.py:x is of type Tensor, expected a function that returns model"),
+        ("wrong.py:task", "importing wrong.py failed (SyntaxError"),
+        ("args.py:task", "args.py:task() failed (TypeError: task() missing 1 required"),
+        ("mine.py:task --epochs 1 --device tpu", "--device tpu: write cpu or cuda"),
+    ],
+)
+def test_a_task_that_is_not_there(
+    spec: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text(GOOD)
+    Path("wrong.py").write_text("def task(:\n")
+    Path("args.py").write_text("def task(size):\n    pass\n")
+    assert main(["compare", *spec.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err.splitlines()[-1]
+    assert not Path("runs").exists()
+
+
+def test_a_stream_has_no_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    written(FORMS["a stream, augmented by every generator"])
+    assert main(["compare", "mine.py:task", "--epochs", "2"]) == 2
+    assert "have no length, so that nobody knows what an epoch is: give" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_loader_that_is_shorter_than_it_says() -> None:
+    class Lies(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from torch.ones(4, 2)
+
+        def __len__(self) -> int:
+            return 8
+
+    data = OwnData(DataLoader(Lies(), batch_size=2), [torch.ones(2)], "t")
+    with pytest.raises(TaskError, match="have a length of 4 and ended after 2 batches"):
+        data.batch(0, 2, 0)
+
+
+def test_a_validation_set_that_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(
+        HEAD + "calls = []\n"
+        "def held_out():\n"
+        "    calls.append(1)\n"
+        "    yield x[36:] + (len(calls) > 4), y[36:]\n"
+        "def task(): return net, train, held_out, nn.CrossEntropyLoss()\n"
+    )
+    assert main([*COMMAND, "--optimizers", "adamw", "--out", "o"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "the validation data of mine.py:task changed between two validations" in last
+    assert not list(Path("o").rglob("result.json"))
+
+
+def test_a_disk_that_is_too_full_is_told_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text(GOOD)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    assert main([*COMMAND, "--out", "a/b"]) == 2
+    assert "a/b needs about 8 MB, and its disk has 1 MB free: make room" in capsys.readouterr().err
+    assert not Path("a").exists()
+
+
+def test_a_disk_that_fills_up_in_a_run_is_a_line_and_the_run_goes_on(tmp_path: Path) -> None:
+    task, run = written(FORMS["a factory"]), Run("adamw", 1e-3, 0)
+    trainer = Trainer(run, setting(task), tmp_path / "full", StopRequest(), Silent())
+    trainer.save()
+
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    trainer.file.close()
+    trainer.file._file = Full()
+    with pytest.raises(RunError, match=r"measurements.jsonl: No space left on device; make room"):
+        trainer.train()
+    train(run, setting(task), tmp_path / "full", StopRequest(), Silent())
+    train(run, setting(task), tmp_path / "whole", StopRequest(), Silent())
+    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
+
+
+def test_no_cuda_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["compare", "digits", "--device", "cuda"]) == 2
+
+
+# --- a task to begin with, and the page's ---
+
+
+def _trained(task: Task, out: Path) -> None:
+    result = train(Run("muonw", 4e-3, 0), setting(task, 4), out, StopRequest(), Silent())
+    assert result.val_loss is not None
+
+
+def test_the_task_to_begin_with_runs_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["new-task", "mine"]) == 0
+    said = capsys.readouterr().out
+    assert said == "wrote mine.py; it runs as it is: muonkit compare mine.py:task\n"
+    assert "muonkit compare mine.py:task" in Path("mine.py").read_text()
+    _trained(get_task("mine.py:task"), tmp_path / "out")
+    before = Path("mine.py").read_text()
+    for name, message in (
+        ("mine.py", "mine.py is there already, and is left as it is: choose another name"),
+        ("1st", "'1st' is no name of a Python module: use letters, digits and _"),
+        ("no/where", "there is no folder no: make it first"),
+    ):
+        assert main(["new-task", name]) == 2
+        assert message in capsys.readouterr().err
+    assert Path("mine.py").read_text() == before
+
+
+def test_the_tasks_on_the_page_train(tmp_path: Path) -> None:
+    blocks = read_blocks((ROOT / "docs" / "your-task.md").read_text(encoding="utf-8"))
+    python = [block.text for block in blocks if block.language == "python"]
+    Path("mine.py").write_text("\n".join(python[:2]))
+    for name in ("task", "language_model"):
+        _trained(get_task(f"mine.py:{name}"), tmp_path / name)

@@ -1,0 +1,276 @@
+"""Sweeps by halving, rates of embeddings and head, and the lines for a script."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from muonkit.lab import models
+from muonkit.lab.cli import main
+from muonkit.lab.compare import comparison
+from muonkit.lab.errors import LabError
+from muonkit.lab.optimizers import OPTIMIZERS
+from muonkit.lab.results import Curve, Outcome, advice
+from muonkit.lab.saved import Result
+from muonkit.lab.sweep import PART, Halving, Trial, halved_decay, halved_rate
+from muonkit.lab.train import Run, lr_factor
+from tests.helpers.lab import losses
+
+
+def halved(search: Halving, loss_at: Callable[[Trial], float]) -> tuple[float, list[list[Trial]]]:
+    """What a search finds, and its rounds."""
+    rounds, trials = [], next(search)
+    while True:
+        rounds.append(list(trials))
+        try:
+            trials = search.send([loss_at(trial) for trial in trials])
+        except StopIteration as end:
+            return end.value, rounds
+
+
+# --- the search ---
+
+
+def test_short_runs_choose_where_whole_runs_begin_and_these_decide() -> None:
+    # In a short run twice the rate is best.
+    def loss(trial: Trial) -> float:
+        return math.log(trial.value / (0.02 if trial.part > 1 else 0.01)) ** 2
+
+    found, (short, whole, more) = halved(halved_rate(0.01), loss)
+    assert found == 0.01
+    assert [t.value for t in short] == [0.0025, 0.005, 0.01, 0.02, 0.04]
+    assert {(t.part, t.seed) for t in short} == {(PART, 0)}
+    assert [t.value for t in whole] == [0.01, 0.02, 0.04]
+    assert [t.value for t in more] == [0.005], "until both neighbours are known to be worse"
+    assert {(t.part, t.seed) for t in whole + more} == {(1, 0)}
+
+
+def test_it_widens_at_an_edge_and_walks_on_in_whole_runs() -> None:
+    far, rounds = halved(halved_rate(0.01), lambda t: -t.value)
+    tried = [t for each in rounds for t in each]
+    assert max(t.value for t in tried if t.part > 1) == 0.64  # as the full sweep
+    assert far == max(t.value for t in tried)
+    assert len([t for t in tried if t.part == 1]) == 7
+    assert len(tried) == len(set(tried))
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_the_mean_over_seeds_decides_between_the_better_two(seeds: int) -> None:
+    # 0.02 is best on seed 0, and 0.01 on the others.
+    def loss(trial: Trial) -> float:
+        best = 0.02 if trial.seed == 0 else 0.01
+        return math.log(trial.value / best) ** 2 * (1 if trial.seed == 0 else 2)
+
+    found, rounds = halved(halved_rate(0.01, seeds=seeds), loss)
+    assert found == (0.02 if seeds == 1 else 0.01)
+    last = [(t.value, t.seed) for t in rounds[-1]]
+    if seeds > 1:
+        assert sorted(last) == [(v, s) for v in (0.01, 0.02) for s in range(1, seeds)]
+
+
+def test_a_value_that_diverges_on_any_seed_counts_as_infinite() -> None:
+    def loss(trial: Trial) -> float:
+        return math.inf if trial.value > 0.005 and trial.seed else 1 / trial.value
+
+    found, _ = halved(halved_rate(0.01, 3, seeds=2), lambda t: math.inf)
+    assert found < 0.01, "where all diverge, the way to go is down"
+    found, _ = halved(halved_decay(0.01, 3, seeds=2), loss)
+    assert found == 0.01 or math.isfinite(loss(Trial(found, 1, 1)))
+
+
+def test_decays_are_tried_in_whole_runs() -> None:
+    found, rounds = halved(halved_decay(0.1, 5, seeds=2), lambda t: t.value + t.seed)
+    assert found == pytest.approx(0.01)
+    assert all(t.part == 1 for each in rounds for t in each)
+    assert [len(each) for each in rounds] == [5, 2]
+
+
+# --- a rate of its own for embeddings and head ---
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return models.GPT(16, 8, width=16, layers=1, heads=2)
+
+
+def test_embeddings_and_head_have_their_rate_and_nothing_else_has() -> None:
+    model = _model()
+    named = {id(p): name for name, p in model.named_parameters()}
+    groups = Run("adamw", 0.1, 0, None, 0.8).build(model).param_groups
+    rates = {named[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    apart = {"tokens.weight", "positions.weight", "head.weight"}
+    assert {name for name, rate in rates.items() if rate == 0.8} == apart
+    assert {rate for name, rate in rates.items() if name not in apart} == {0.1}
+    assert len(rates) == len(named)
+    decays = {named[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
+    assert decays["tokens.weight"] == decays["blocks.0.up.weight"] == 0.1
+    for group in Run("muonw", 0.1, 0, None, 0.8).build(model).param_groups:
+        assert group["lr"] == (0.8 if group["algorithm"] == "adamw" else 0.1)
+    with pytest.raises(LabError, match="sgd has no rate of its own"):
+        Run("sgd", 0.1, 0, None, 0.8).build(model)
+
+
+def test_a_run_names_what_it_has_and_a_plain_one_names_nothing() -> None:
+    run = Run("adamw", 0.1, 2, 0.5, 0.8, 4)
+    assert run.key == "adamw-lr0.1-emb0.8-wd0.5-part4-seed2"
+    assert run.fields()["embedding_lr"] == 0.8
+    assert Run("adamw", 0.1, 2).key == "adamw-lr0.1-seed2"
+    assert Run("adamw", 0.1, 2).fields() == {"optimizer": "adamw", "lr": 0.1, "seed": 2}
+
+
+def test_what_is_asked_for_belongs_to_the_configuration() -> None:
+    plain = comparison("digits", ["muonw", "adamw"])
+    given = comparison("digits", ["muonw", "adamw"], embedding_lr={"adamw": 0.01})
+    assert given.config() == {**plain.config(), "embedding_lr": {"adamw": 0.01}}
+    swept = comparison("digits", ["adamw"], sweep_embedding_lr=True).config()
+    assert swept["sweep_embedding_lr"]
+    with pytest.raises(LabError, match="--sweep-full without a sweep: give --sweep too"):
+        comparison("digits", ["adamw"], full=True)
+    with pytest.raises(LabError, match="--embedding-lr names 'sgd', which"):
+        comparison("digits", ["adamw", "sgd"], embedding_lr={"sgd": 0.01})
+
+
+# --- the lines for a script ---
+
+
+def _stepped(model: nn.Module, optimizers: list[Any]) -> torch.Tensor:
+    tokens = torch.arange(16).view(2, 8)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("embedding_lr", [None, 0.03])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_lines_make_the_optimizer_that_was_compared(
+    name: str, embedding_lr: float | None
+) -> None:
+    spec = OPTIMIZERS[name]
+    if embedding_lr and not spec.has_embedding_lr:
+        return
+    model = _model()
+    names: dict[str, Any] = {"model": copy.deepcopy(model)}
+    exec(spec.lines(0.01, 0.2, embedding_lr), names)
+    ours = list(names["optimizers"]) if "optimizers" in names else [names["optimizer"]]
+    found = _stepped(names["model"], ours)
+    expected = _stepped(model, [spec.build(model, 0.01, 0.2, embedding_lr)])
+    if name == "torch-muon-fp32":  # whose other products a script cannot have
+        assert torch.allclose(found, expected, atol=1e-3)
+    else:
+        assert torch.equal(found, expected)
+
+
+def _outcome(
+    name: str, losses: list[float], second: float, diverged: bool = False, seed: int = 0
+) -> Outcome:
+    """A run of ten steps a validation, of so many seconds a step."""
+    steps = [10.0 * i for i in range(len(losses))]
+    curve = Curve(steps, [second * step for step in steps], losses)
+    last, ms = (None if diverged else losses[-1]), 1e3 * second
+    # All but 50 ms of a step are the optimizer's.
+    seconds = curve.seconds[-1]
+    return Result(name, 0.1, seed, diverged, 20, last, last, None, seconds, ms, ms - 50), curve
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "optimizer", "said"),
+    [
+        (
+            [
+                *(_outcome("muonw", [4, 3, 1 + seed], 0.1, seed=seed) for seed in (0, 2)),
+                *(_outcome("adamw", [4, 3, 2], 0.1, seed=seed) for seed in (0, 2)),
+            ],
+            "adamw",
+            "That another one pays is not shown here: MuonW came to AdamW's final loss with 1 of 2 "
+            "seeds.",
+        ),
+        (
+            [_outcome("muonw", [4, 2, 1], 0.1), _outcome("adamw", [4, 3, 2], 0.1)],
+            "muonw",
+            "It came to AdamW's final loss in the fewest seconds.",
+        ),
+        (
+            [_outcome("muonw", [4, 2, 1], 0.4), _outcome("adamw", [4, 3, 2], 0.1)],
+            "adamw",
+            "MuonW does not pay in seconds here: to AdamW's final loss it needed 10 steps, but "
+            "4.0 s where AdamW took 2.0 s, since its step takes 400 ms and AdamW's 100 ms.",
+        ),
+        (
+            [_outcome("muonw", [4, 3, 3], 0.1), _outcome("adamw", [4, 3, 2], 0.1)],
+            "adamw",
+            "MuonW does not pay here, neither in steps nor in seconds: AdamW's final loss was not "
+            "reached.",
+        ),
+        (
+            [_outcome("muonw", [4, 3], 0.1, diverged=True), _outcome("adamw", [4, 3, 2], 0.1)],
+            "adamw",
+            "Nothing else was compared, or it diverged.",
+        ),
+        (
+            [_outcome("muonw", [4, 3, 1], 0.1), _outcome("sgd", [4, 3, 2], 0.1)],
+            "muonw",
+            "It ended at the lowest validation loss.",
+        ),
+    ],
+)
+def test_what_to_train_with_is_what_paid_in_seconds(
+    outcomes: list[Outcome], optimizer: str, said: str
+) -> None:
+    found = advice(outcomes)
+    assert found is not None
+    assert (found.optimizer, found.said) == (optimizer, said)
+    assert advice([_outcome("muonw", [4, 3], 0.1, diverged=True)]) is None
+
+
+# --- the command ---
+
+
+def test_compare_halves_says_what_it_spent_and_ends_with_lines_that_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["compare", "digits", "--optimizers", "muonw,adamw", "--steps", "8", "--sweep"]
+    words += ["--sweep-points", "3", "--sweep-embedding-lr", "--threads", "1"]
+    assert main([*words, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    for row in summary["rows"]:
+        name = row["optimizer"]
+        swept = [r for r in summary["sweep"] if r["optimizer"] == name]
+        assert {r["part"] for r in swept} == {1, PART}
+        assert all(r["steps"] == 8 // r["part"] for r in swept)
+        assert len({json.dumps([r[k] for k in ("lr", "embedding_lr", "part", "seed")])
+                    for r in swept}) == len(swept)  # fmt: skip
+        steps = sum(r["steps"] for r in swept)
+        spent = f"{name}: its sweep took {len(swept)} runs, {steps:,} steps (as many as"
+        assert spent in said.replace("\n", " ")
+    page = (out / "report.html").read_text()
+    assert "By halving: rates in short runs on seed 0" in page
+    assert "its sweep took" in page
+    assert '<th scope="col">embedding lr</th>' in page
+    # Once more: the searches go the same way, and nothing is trained.
+    before = losses(out)
+    assert main([*words, "--out", str(out)]) == 0
+    assert "was finished already: nothing was trained" in capsys.readouterr().out
+    assert losses(out) == before
+    # The last lines but one are Python.
+    code = said[said.index("In your script: ") :].split("\n\n", 1)[1].rsplit("report: ", 1)[0]
+    names: dict[str, Any] = {"model": _model()}
+    exec(code, names)
+    rates = []
+    for _ in range(8):
+        rates.append(names["scheduler"].get_last_lr()[0])
+        _stepped(names["model"], [names["optimizer"]])
+        names["scheduler"].step()
+    assert rates == pytest.approx([rates[0] * lr_factor(step, 8) for step in range(8)])
