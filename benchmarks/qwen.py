@@ -25,10 +25,10 @@ A finished run is kept: the same command goes on where it was stopped.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -43,7 +43,7 @@ from parts import Record, machine_line, replace_block, spread, table
 from torch import Tensor, nn
 
 from muonkit import MuonW, route
-from muonkit.lab.data import generator, stdlib_text
+from muonkit.lab.data import Batch, generator, stdlib_text
 from muonkit.lab.optimizers import BETAS, Float32Muon, Optimizer
 from muonkit.lab.sweep import Search, best_rate
 from muonkit.lab.train import evaluate, loss_of, lr_factor
@@ -132,28 +132,36 @@ def train(key: Key, steps: int, evaluations: int) -> Record:
     optimizer = make(key.optimizer, model, key.lr, key.adamw_lr)
     peaks = [group["lr"] for group in optimizer.param_groups]
     validated = {round(i * steps / evaluations) for i in range(1, evaluations + 1)}
-    losses, validation, whole, of_it = [], [[0, evaluate(model, data)[0]]], [], []
+    losses, validation, taken = [], [[0, evaluate(model, data)[0]]], []
     for step in range(steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * lr_factor(step, steps)
-        began = time.perf_counter()
-        loss, _ = loss_of(model, *data.batch(key.seed, step, BATCH))
-        loss.backward()
-        losses.append(loss.item())
-        before = time.perf_counter()
-        optimizer.step()
-        end = time.perf_counter()
-        optimizer.zero_grad()
-        whole.append(end - began)
-        of_it.append(end - before)
+        loss, *seconds = one_step(model, optimizer, data.batch(key.seed, step, BATCH))
+        losses.append(loss)
+        taken.append(seconds)
         if step + 1 in validated:
             validation.append([step + 1, evaluate(model, data)[0]])
+    whole, of_it = map(statistics.median, zip(*taken, strict=True))
     return {
         "loss": losses,
         "validation": validation,
-        "step_ms": harness.ms(statistics.median(whole)),
-        "optimizer_ms": harness.ms(statistics.median(of_it)),
+        "step_ms": harness.ms(whole),
+        "optimizer_ms": harness.ms(of_it),
     }
+
+
+def one_step(model: Qwen, optimizer: Optimizer, batch: Batch) -> tuple[float, float, float]:
+    """The loss of a training step, its seconds, and the optimizer's part of these."""
+    losses = []
+
+    def differentiate() -> None:
+        optimizer.zero_grad()
+        loss, _ = loss_of(model, *batch)
+        loss.backward()
+        losses.append(loss.item())
+
+    before, of_it = harness.timed(differentiate), harness.timed(optimizer.step)
+    return losses[0], before + of_it, of_it
 
 
 # --- which runs ------------------------------------------------------------------------------
@@ -232,39 +240,21 @@ def keys_of(chosen: Mapping[str, float], seeds: Iterable[int]) -> list[Key]:
 def overhead(rounds: int, windows: int) -> Record:
     """Whole training steps of all optimizers in turn; Moonlight's has our products, so not its."""
     data, first = stdlib_text(CONTEXT), Qwen(0)
-    shares: dict[str, list[float]] = {}
     tasks = {}
     for name in ("muonw", "torch", "adamw"):
         model = copy.deepcopy(first)
-        parts = (model, make(name, model, 1e-3, 1e-3), data.batch(0, 0, windows))
-        tasks[name] = lambda parts=parts, name=name: _timed_step(
-            *parts, shares.setdefault(name, [])
-        )
-    for task in tasks.values():
-        task()
-    shares.clear()
-    results = harness.paired(tasks, rounds)
-    return {
-        "windows": windows,
-        "rounds": rounds,
-        "step_ms": {name: harness.ms(statistics.median(harness.column(results, name)))
-                    for name in tasks},
-        "optimizer_ms": {name: harness.ms(statistics.median(each))
-                         for name, each in shares.items()},
-        "ratio": {name: harness.quartiles(harness.ratios(results, name, "adamw"))
-                  for name in tasks if name != "adamw"},
-    }  # fmt: skip
+        optimizer = make(name, model, 1e-3, 1e-3)
+        tasks[name] = functools.partial(one_step, model, optimizer, data.batch(0, 0, windows))
+        tasks[name]()
+    taken = harness.paired(tasks, rounds)
+    whole, of_it = ([{name: each[i] for name, each in r.items()} for r in taken] for i in (1, 2))
 
+    def medians(results: list[dict[str, float]]) -> dict[str, float]:
+        return {n: harness.ms(statistics.median(harness.column(results, n))) for n in tasks}
 
-def _timed_step(model: Qwen, optimizer: Optimizer, batch: Any, of_it: list[float]) -> float:
-    began = time.perf_counter()
-    optimizer.zero_grad()
-    loss_of(model, *batch)[0].backward()
-    before = time.perf_counter()
-    optimizer.step()
-    end = time.perf_counter()
-    of_it.append(end - before)
-    return end - began
+    ratio = {n: harness.quartiles(harness.ratios(whole, n, "adamw")) for n in ("muonw", "torch")}
+    found = {"step_ms": medians(whole), "optimizer_ms": medians(of_it), "ratio": ratio}
+    return {"windows": windows, "rounds": rounds, **found}
 
 
 # --- the page --------------------------------------------------------------------------------

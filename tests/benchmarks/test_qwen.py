@@ -27,19 +27,23 @@ def qwen(script: Any) -> Any:
     return script("qwen")
 
 
+@pytest.fixture
+def tiny(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same script with a model and data that take milliseconds."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    monkeypatch.setattr(qwen, "SIZES", small)
+    monkeypatch.setattr(qwen, "stdlib_text", lambda context: _Text())
+    return qwen
+
+
 def test_the_qwen_like_models_page_is_what_its_file_says(qwen: Any) -> None:
     expected = qwen.block(qwen.read(qwen.FILE)) if qwen.FILE.exists() else qwen.NOT_RUN
     assert expected in PAGE.read_text(encoding="utf-8")
 
 
-def test_three_of_the_five_optimizers_are_one_rule(
-    qwen: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    monkeypatch.setattr(qwen, "SIZES", small)
-    monkeypatch.setattr(qwen, "stdlib_text", lambda context: _Text())
-    runs = {name: qwen.train(qwen.Key(name, 0.01, 0.01, 0), 3, 1) for name in qwen.TITLES}
+def test_three_of_the_five_optimizers_are_one_rule(tiny: Any) -> None:
+    runs = {name: tiny.train(tiny.Key(name, 0.01, 0.01, 0), 3, 1) for name in tiny.TITLES}
     ours = runs["muonw"]
     assert [step for step, _ in ours["validation"]] == [0, 3]
     assert 0 < ours["optimizer_ms"] < ours["step_ms"]
@@ -88,3 +92,12 @@ def test_the_searches_train_each_run_once_and_choose_the_lowest(
     assert "| AdamW | 0.004 | 0.004 | 2 | 1.5500 ± 0.0707 | 2 ± 0 | 20% |" in text
     assert '| MuonW, "original", at AdamW\'s rate | 0.004 | 0.004 | 2 | 4.5500' in text
     assert "AdamW: 0.001: 3.5000, 0.002: 2.5000, **0.004: 1.5000**, 0.008: 2.5000" in text
+
+
+def test_whole_steps_are_timed_in_turn(tiny: Any) -> None:
+    found = tiny.overhead(2, 2)
+    assert found["ratio"].keys() == {"muonw", "torch"}
+    for name, whole in found["step_ms"].items():
+        assert 0 < found["optimizer_ms"][name] < whole
+    text = tiny.overhead_table({"overhead": [found]})
+    assert "| 2 × 128 | torch.optim.Muon and AdamW |" in text
