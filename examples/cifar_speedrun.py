@@ -25,7 +25,8 @@ What trains it (``--optimizer``):
 - ``sgd``: Nesterov's SGD with the settings that its authors tuned, its schedule, and their
   lookahead: every fifth step the weights are pulled to their slow mean.
 
-A run stops where it is killed, and the same command goes on after its last whole epoch.
+A run that was killed goes on after its last whole epoch, by the same command. On a CPU it takes
+about 1.5 hours of one core, and 4 GB.
 """
 
 from __future__ import annotations
@@ -257,7 +258,8 @@ class Part:
 
 #: Weight decay of biases and head in a step, at the peak: 2e-6 for each of 2,000 images.
 DECAY = 2e-6 * 2000
-#: The published rate is 0.24 for updates that three iterations leave at 0.85 of the weight's norm.
+#: The published rate is 0.24, of updates whose norm three iterations leave at 0.72 to 0.96 of the
+#: weight's (measured on this model, 0.86 in the mean); "hyperball" gives them all of it.
 TURN = 0.2
 _MUON = {"momentum": 0.6, "ns_steps": 3, "constraint": "hyperball"}
 
