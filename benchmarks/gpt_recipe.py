@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import harness
+import torch
 from curves import Runs, last, mean, picture, reached
 from parts import Record, machine_line, replace_block, table
 
@@ -126,6 +127,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     path = options.json or FILE
     if not options.page_only:
+        torch.set_num_threads(1)  # as the example's; the file says so
         setting = {"steps": options.steps, "every": options.every}
         runs = Runs(path, "train-gpt", setting, ("optimizer", "lr", "seed"))
         for seed in range(options.seeds):

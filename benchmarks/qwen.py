@@ -399,6 +399,7 @@ def main(words: list[str] | None = None) -> int:
         measured = [overhead(1 if options.quick else options.rounds, n) for n in (BATCH, 4 * BATCH)]
         runs.keep(overhead=measured, overhead_machine=machine.facts())
     elif runs:
+        torch.set_num_threads(1)  # as every run's; the file says so
         all_runs(Trainer(runs, options.jobs, steps, evaluations), options.seeds)
     if path.exists() and "chosen" in (record := read(path)):
         print(block(record))

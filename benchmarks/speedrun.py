@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import harness
+import torch
 from curves import Runs, mean
 from parts import Record, machine_line, replace_block, table
 
@@ -103,7 +104,8 @@ def main(words: list[str] | None = None) -> int:
     options, further = parser.parse_args(words[:at]), words[at + 1 :]
     path = options.json or FILE
     if not options.page_only:
-        setting = {"options": further, "threads": options.threads, "jobs": options.jobs}
+        torch.set_num_threads(options.threads)  # what the file says of the machine
+        setting = {"options": further, "threads": options.threads}
         runs = Runs(path, "speedrun", setting, ("optimizer", "seed"))
         keys = [(name, seed) for seed in range(options.seeds) for name in options.optimizers]
         with ThreadPoolExecutor(options.jobs) as pool:
