@@ -115,10 +115,10 @@ def write(path: Path | None, record: object, indent: int | None = 1) -> None:
         path.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
 
 
-def rounded(value: object) -> object:
-    """Numbers to five digits, so that a file of thousands of them can be read."""
+def rounded(value: object, digits: int = 5) -> object:
+    """Numbers to so many digits, so that a file of thousands of them can be read."""
     if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
+        return {key: rounded(each, digits) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(each) for each in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+        return [rounded(each, digits) for each in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

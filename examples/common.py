@@ -72,7 +72,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def ranks(timeout: float) -> Iterator[tuple[int, int]]:
+def ranks(timeout: float, backend: str = "gloo") -> Iterator[tuple[int, int]]:
     """(this rank, number of ranks); without ``torchrun`` (0, 1) and no process group."""
     # Of in-place operations on a model's output, there are none here; and of a checkpoint without a
     # process group, which is meant.
@@ -81,7 +81,7 @@ def ranks(timeout: float) -> Iterator[tuple[int, int]]:
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     yield dist.get_rank(), dist.get_world_size()
     # Not in a `finally`: with a rank gone, taking leave of it could wait for the timeout again.
     dist.destroy_process_group()
@@ -301,6 +301,26 @@ class Checkpoints:
             shutil.rmtree(folder)
 
 
+def open_checkpoints(
+    options: argparse.Namespace, progress: Progress, rank: int
+) -> Checkpoints | None:
+    """What ``--checkpoint`` asks for; ``progress`` is that of its last one, if there is one.
+
+    Raises:
+        SystemExit: there is one, and ``--resume`` was not given.
+    """
+    if not options.checkpoint:
+        return None
+    checkpoints = Checkpoints(options.checkpoint, rank)
+    if latest := checkpoints.latest():
+        if not options.resume:
+            raise SystemExit(f"{latest} exists: add --resume, or choose another --checkpoint")
+        checkpoints.load(progress, latest)
+        if rank == 0:
+            print(f"going on from {latest}", flush=True)
+    return checkpoints
+
+
 # --- training --------------------------------------------------------------------------------
 
 
@@ -344,13 +364,7 @@ def train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     peaks = [group["lr"] for group in optimizer.param_groups]
     progress = Progress(model, optimizer)
-    checkpoints = Checkpoints(options.checkpoint, rank) if options.checkpoint else None
-    if checkpoints and (latest := checkpoints.latest()):
-        if not options.resume:
-            raise SystemExit(f"{latest} exists: add --resume, or choose another --checkpoint")
-        checkpoints.load(progress, latest)
-        if rank == 0:
-            print(f"going on from {latest}", flush=True)
+    checkpoints = open_checkpoints(options, progress, rank)
     while progress.step < options.steps:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * lr_factor(progress.step, options.steps)

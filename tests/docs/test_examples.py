@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import os
 import re
 import runpy
@@ -158,6 +159,87 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
             printed("train_ddp", *save, "--resume", "--steps", "6")
         part.write_bytes(sound)
     assert losses(printed("train_ddp", *save, "--resume", "--steps", "5")).keys() == {5}
+
+
+# --- train_gpt.py ---
+
+SMALL = [
+    "--width",
+    "32",
+    "--layers",
+    "2",
+    "--heads",
+    "2",
+    "--context",
+    "32",
+    "--steps",
+    "6",
+    "--validate-every",
+    "3",
+]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+def logged(path: Path) -> list[dict[str, float]]:
+    """Every line of the log but the seconds, which are of no two runs the same."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["muonw", "adamw"])
+def test_a_resumed_gpt_has_the_losses_of_one_that_was_never_stopped(
+    optimizer: str, text: Path, tmp_path: Path
+) -> None:
+    folder, log = tmp_path / "checkpoints", tmp_path / "log.jsonl"
+    words = [*SMALL, "--optimizer", optimizer, "--text", str(text), "--log", str(log)]
+    words += ["--checkpoint", str(folder), "--save-every", "2"]
+    printed("train_gpt", *words)
+    expected = logged(log)
+    assert [line.get("step") for line in expected] == [None, 1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in expected if "validation_loss" in line] == [3, 6]
+    assert expected[-1]["validation_loss"] < expected[3]["validation_loss"] < expected[1]["loss"]
+    # As if it had been killed in its sixth step, amidst a line.
+    (folder / "step-000006").rename(folder / "step-000006.part")
+    log.write_text(log.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    assert losses(printed("train_gpt", *words, "--resume")).keys() == {5, 6}
+    assert logged(log) == expected
+
+
+def test_a_gpt_on_two_ranks_has_the_losses_of_one_process(text: Path) -> None:
+    words = (*SMALL, "--tied", "--text", str(text), "--ns-dtype", "float32")
+    expected = losses(printed("train_gpt", *words))
+    assert losses(on_ranks(2, "train_gpt", *words)) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_the_rate_of_a_gpt_rises_stays_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    factor = importlib.import_module("train_gpt").lr_factor
+    found = [factor(step, 8, 0.25, 0.5) for step in range(8)]
+    assert found == [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "told"),
+    [
+        (b"too short", SMALL, r"--text has 9 bytes.* longer than a window of 32 bytes"),
+        (b"a" * 1000, ["--width", "30"], r"--width 30 is not 4 heads"),
+        (None, SMALL, r"--text .*: No such file"),
+    ],
+)
+def test_what_a_gpt_cannot_be_trained_on_is_told(
+    content: bytes | None, words: list[str], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=told):
+        printed("train_gpt", *words, "--text", str(path), "--context", "32")
 
 
 def test_a_killed_rank_ends_all_and_the_resumed_run_is_equal(

@@ -1,0 +1,113 @@
+"""What the scripts share that train several runs: a file that grows run by run, and their picture.
+
+A file holds `kind`, `setting`, `machine` and `runs`; a run is what its `key` names and what came of
+it, with `validation` as [steps, loss] pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import harness
+import machine
+from parts import Record
+
+Key = tuple[Any, ...]
+
+
+class Runs:
+    """The runs of one setting in one file; what it has is not trained again.
+
+    Raises:
+        SystemExit: the file is of another setting.
+    """
+
+    def __init__(self, path: Path, kind: str, setting: Record, names: Sequence[str]) -> None:
+        self.path, self.names = path, names
+        self.record: Record = {"kind": kind, "setting": setting, "runs": []}
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            # As JSON gives it back: tuples as lists.
+            if kept["setting"] != json.loads(json.dumps(setting)):
+                raise SystemExit(
+                    f"{path} has runs of another setting ({kept['setting']}): delete it to train "
+                    "anew, or name another file by --json"
+                )
+            self.record = kept
+
+    def find(self, key: Key) -> Record | None:
+        found = [run for run in self.record["runs"] if self._key(run) == key]
+        return found[0] if found else None
+
+    def get(self, key: Key, train: Callable[[], Record]) -> Record:
+        """The run of this key: kept, or else trained and kept."""
+        return self.find(key) or self.add(key, train())
+
+    def add(self, key: Key, outcome: Record) -> Record:
+        run = {**dict(zip(self.names, key, strict=True)), **outcome}
+        self.record["runs"].append(run)
+        self.record["runs"].sort(key=self._key)
+        self.record["machine"] = machine.facts()
+        self.keep()
+        return run
+
+    def keep(self, **more: Any) -> None:
+        """Write the file anew, with what is given beside the runs."""
+        self.record |= more
+        # A file that is replaced is whole, whenever this is stopped.
+        part = self.path.with_suffix(".part")
+        harness.write(part, harness.rounded(self.record, 7), indent=None)
+        part.replace(self.path)
+
+    def _key(self, run: Record) -> Key:
+        return tuple(run[name] for name in self.names)
+
+
+def last(run: Record) -> float:
+    """The validation loss at the end."""
+    value: float = run["validation"][-1][1]
+    return value
+
+
+def mean(values: Iterable[float], digits: int = 3) -> str:
+    """Mean ± standard deviation; of a single value, that value."""
+    found = list(values)
+    spread = f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{fmean(found):.{digits}f}{spread}"
+
+
+def reached(run: Record, loss: float) -> float | None:
+    """Steps until the validation loss was as low as `loss`, by straight lines between points."""
+    points = run["validation"]
+    for (s0, l0), (s1, l1) in itertools.pairwise(points):
+        if l1 <= loss < l0:
+            return float(s0 + (s1 - s0) * (l0 - loss) / (l0 - l1))
+    return None
+
+
+def picture(curves: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """Validation loss against steps: a line for each name, the mean over its runs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from muonkit.lab.pictures import STYLES, rendered
+
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for (name, runs), style in zip(curves.items(), STYLES.values(), strict=False):
+        steps = [step for step, _ in runs[0]["validation"]]
+        by_run = ([loss for _, loss in run["validation"]] for run in runs)
+        losses = [fmean(each) for each in zip(*by_run, strict=True)]
+        axes.plot(steps, losses, style.dash, color=style.color, marker=style.marker, markersize=3,
+                  label=name)  # fmt: skip
+    axes.set(xlabel="step", ylabel="validation loss, nats per byte")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.write_bytes(rendered(figure, path.suffix.removeprefix(".")))
