@@ -74,7 +74,7 @@ $(OLDEST)/.up-to-date: pyproject.toml
 	rm -rf $(OLDEST)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check '$(OLDEST_TORCH)' 'numpy<2.4' \
-		hatchling editables hypothesis mypy pytest pytest-timeout pytest-xdist
+		hatchling editables expecttest hypothesis mypy pytest pytest-timeout pytest-xdist
 	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
