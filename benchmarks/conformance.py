@@ -2,7 +2,7 @@
 
     python benchmarks/conformance.py                    # all that are installed, and the page
     python benchmarks/conformance.py --only torch_muon keller
-    python benchmarks/conformance.py --page             # the page alone, from docs/conformance/*.json
+    python benchmarks/conformance.py --page             # the page alone, from its files
 
 Each implementation (conformance_subjects.py) is tried as users try theirs, in a process of its own:
 pytest --pyargs muonkit.testing --optimizer conformance_subjects.py:NAME. What is not installed
@@ -180,20 +180,20 @@ def not_judged() -> str:
 def read() -> list[Record]:
     """What was found, in the order of the table."""
     files = {name: FILES / f"{name}.json" for name in SHORT}
-    return [
-        json.loads(path.read_text(encoding="utf-8")) for path in files.values() if path.exists()
-    ]
+    there = [path for path in files.values() if path.exists()]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in there]
 
 
 def numbers(records: list[Record]) -> str:
     others = [r for r in records if r["optimizer"] not in ("muon", "muonw")]
-    failed = sum(_counts(record)[1] for record in others)
+    broken = [row for r in others for row in r["laws"] if row["verdict"] == "fail"]
+    chosen = sum(bool(row.get("deliberate")) for row in broken)
     ours = sum(_counts(r)[1] for r in records if r["optimizer"] in ("muon", "muonw"))
     dates = sorted({record["machine"]["date"] for record in records})
     return (
-        f"{len(LAWS)} laws, {len(records)} implementations, {failed} failures found in others; ours "
-        f"has {ours or 'none'}. {dates[-1]}, torch {records[0]['machine']['torch']}, "
-        f"{records[0]['machine']['cpu']}."
+        f"{len(LAWS)} laws, {len(records)} implementations; {len(broken)} failures found in "
+        f"others, {chosen} of them on purpose; ours has {ours or 'none'}. {dates[-1]}, torch "
+        f"{records[0]['machine']['torch']}, {records[0]['machine']['cpu']}."
     )
 
 

@@ -88,14 +88,31 @@ def muonw() -> Subject:
 # --- torch's, and what PyPI has ----------------------------------------------------------------
 
 
+def _eps(name: str) -> tuple[str, str]:
+    return "tiny_gradients_are_nothing", f"{name}, an argument of its own, is added to the norm"
+
+
 def torch_muon() -> Subject:
-    return Subject(torch.optim.Muon, "torch.optim.Muon", scale=original, momentum=0.95)
+    return Subject(
+        torch.optim.Muon,
+        "torch.optim.Muon",
+        scale=original,
+        momentum=0.95,
+        deliberate=(_eps("eps"),),
+    )
 
 
 def torch_plain_momentum() -> Subject:
     make = functools.partial(torch.optim.Muon, nesterov=False)
     name = "torch.optim.Muon, nesterov=False"
-    return Subject(make, name, scale=original, momentum=0.95, nesterov=False)
+    return Subject(
+        make,
+        name,
+        scale=original,
+        momentum=0.95,
+        nesterov=False,
+        deliberate=(_eps("eps"),),
+    )
 
 
 def pytorch_optimizer() -> Subject:
@@ -136,6 +153,7 @@ def optimuon() -> Subject:
         scale=original,
         momentum=0.95,
         products=torch.float16,
+        deliberate=(_eps("ns_eps"),),
     )
 
 
@@ -207,13 +225,14 @@ def gram_newton_schulz() -> Subject:
         scale=match_rms,
         momentum=0.95,
         products=torch.float16,
+        deliberate=(_eps("ns_epsilon"),),
     )
 
 
 def heavyball() -> Subject:
     import heavyball as package
 
-    why = "consume_grad: it gives the gradients' memory back, as its documentation says"
+    why = "consume_grad=True, its default, gives the gradients' memory back"
     return Subject(
         package.Muon,
         "heavyball.Muon",
@@ -289,6 +308,7 @@ class Entry:
 
 EAGER = "run without torch.compile (TORCHDYNAMO_DISABLE=1): it compiles for every shape"
 LOOP = "on a CPU its Triton loop, the default, refuses: the plain one that it also has instead"
+KELLERS = "https://github.com/KellerJordan/Muon"
 CAUTIOUS = "cautious decay, its default, is off"
 
 ENTRIES = {
@@ -319,14 +339,22 @@ ENTRIES = {
         "groups with use_muon=True; its Muon for several ranks is not judged: it gathers tensors "
         "of unequal shapes, which NCCL does and gloo refuses",
         {
-            "a_convolution_is_a_matrix": "https://github.com/KellerJordan/Muon/pull/34",
-            "the_factor_of_a_convolution_is_its_matrixs": "https://github.com/KellerJordan/Muon/pull/34",
-            "no_gradient_no_change": "https://github.com/KellerJordan/Muon/issues/37",
-            "no_gradient_no_decay": "https://github.com/KellerJordan/Muon/issues/37",
+            "a_convolution_is_a_matrix": f"{KELLERS}/pull/34",
+            "the_factor_of_a_convolution": f"{KELLERS}/pull/34",
+            "no_gradient_no_change": f"{KELLERS}/issues/37",
+            "no_gradient_no_decay": f"{KELLERS}/issues/37",
             "channels_last_is_nothing": "https://github.com/ultralytics/ultralytics/pull/26033",
         },
     ),
-    "omnimuon": Entry("omnimuon", "matrix_lr is given the lr"),
+    "omnimuon": Entry(
+        "omnimuon",
+        "matrix_lr is given the lr",
+        notes={
+            "schedulers_reach_every_group": "The matrices' rate is matrix_lr, which torch's "
+            "schedulers do not know.",
+            "groups_are_added_later": "The same cause: the group was added with another lr.",
+        },
+    ),
 }
 
 # Looked at, and not judged: why.
@@ -339,5 +367,6 @@ NOT_JUDGED = {
     "dion": "not on PyPI; what its Muon computes is compared in tests/convert, by a transcription "
     "that would hide what these laws look for",
     "Moonlight, DeepSpeed, Megatron": "part of training scripts or frameworks; as for Dion",
-    "echomuon, trasmuon, tauon-optimizer": "they gate, rescale or approximate the update on purpose",
+    "echomuon, trasmuon, tauon-optimizer": "they gate, rescale or approximate the update on "
+    "purpose",
 }

@@ -55,10 +55,11 @@ def test_a_failing_law_says_on_what(tmp_path: Path) -> None:
     )
     assert code == 1
     assert "smallest input: a 2 × 3 gradient times 1e-12" in told
-    assert LAWS["extreme_gradients_are_nothing"].states in told
+    assert LAWS["tiny_gradients_are_nothing"].states in told
     rows = {row["law"]: row for row in json.loads(file.read_text())["laws"]}
     assert [name for name, row in rows.items() if row["verdict"] == "fail"] == [
-        "extreme_gradients_are_nothing"
+        "tiny_gradients_are_nothing",
+        "huge_gradients_are_nothing",
     ]
     assert rows["a_convolution_is_a_matrix"]["verdict"] == "does not claim"
 
