@@ -45,20 +45,15 @@ what it found, by torch's allocator, on the rank where it is most.
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 # torch reads these once: its profiler, which tells the bytes of a step, announces itself otherwise.
@@ -69,8 +64,8 @@ import harness
 import machine
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from distributed_peers import CONTENDERS, OURS, Contender, Other, Parameters, local_part
+from gloo_ranks import run_on_ranks
 from parts import mib, spread, table
 from peers import Implementation
 from sets import SETS, Entry, gpt
@@ -319,44 +314,15 @@ def rows(runners: dict[tuple[str, str], Runner], elements: int) -> list[dict[str
     return written
 
 
-def rank_main(rank: int, ranks: int, cases: list[Case], seconds: float, folder: str) -> None:
-    """One rank; the first writes what was measured to `folder`."""
+def measure_all(cases: list[Case], seconds: float) -> list[dict[str, Any]]:
+    """On each rank: what is measured of these cases, in so many seconds together."""
     end = time.monotonic() + seconds
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may not resolve
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store-{ranks}",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     results = []
     for number, case in enumerate(cases):
         now = time.monotonic()
         results.append(measure(case, now + (end - now) / (len(cases) - number), mesh))
-    if rank == 0:
-        Path(folder, f"{ranks}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-def launch(ranks: int, cases: list[Case], seconds: float) -> list[dict[str, Any]]:
-    """Measure the cases on so many fresh ranks.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank failed; the others have been ended.
-    """
-    # Forked from a process that has imported torch once, not each importing it.
-    multiprocessing.set_forkserver_preload(
-        ["muonkit", "torch.distributed.tensor", "torch.profiler"]
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            rank_main, (ranks, cases, seconds, folder), nprocs=ranks, start_method="forkserver"
-        )
-        results: list[dict[str, Any]] = json.loads(Path(folder, f"{ranks}.json").read_text())
-        return results
+    return results
 
 
 def markdown(result: dict[str, Any], cores: int) -> str:
@@ -419,7 +385,7 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     for number, ranks in enumerate(options.ranks):
         share = ranks / sum(options.ranks[number:])
-        new = launch(ranks, cases, share * (end - time.monotonic()))
+        new = run_on_ranks(ranks, measure_all, cases, share * (end - time.monotonic()))
         results += new
         print("\n".join(markdown(result, facts["cores"]) for result in new), flush=True)
         # After every number of ranks: a run that is stopped keeps what it has.

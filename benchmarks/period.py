@@ -19,26 +19,18 @@ train: the lab's gpt under FSDP2 on two ranks, with the schedule, batches and le
 
 from __future__ import annotations
 
-import datetime
-import json
-import multiprocessing
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may not resolve
 
 import harness
 import machine
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from distributed import CountSent, data_bytes
+from gloo_ranks import run_on_ranks
 from sets import SETS, Entry, gpt
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -233,31 +225,14 @@ def train(run: str, seed: int, length: int) -> dict[str, Any]:
 # --- ranks ----------------------------------------------------------------------------------------
 
 
-def rank_main(rank: int, ranks: int, folder: str, tasks: list[tuple[str, Any]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store-{ranks}",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=300),
-    )
-    for number, (kind, arguments) in enumerate(tasks):
-        result = (step_case if kind == "step" else train)(*arguments)
-        if rank == 0:
-            Path(folder, f"{number}.json").write_text(json.dumps(result))
-            print(kind, *arguments, result.get("validation", ""), flush=True)
-    dist.destroy_process_group()
-
-
-def launch(ranks: int, tasks: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """The results of these tasks on so many fresh ranks."""
-    multiprocessing.set_forkserver_preload(["muonkit", "torch.distributed.tensor"])
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            rank_main, (ranks, folder, tasks), nprocs=ranks, start_method="forkserver"
-        )
-        return [json.loads(Path(folder, f"{n}.json").read_text()) for n in range(len(tasks))]
+def run_tasks(tasks: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """On each rank: the results of these tasks."""
+    results = []
+    for kind, arguments in tasks:
+        results.append((step_case if kind == "step" else train)(*arguments))
+        if dist.get_rank() == 0:
+            print(kind, *arguments, results[-1].get("validation", ""), flush=True)
+    return results
 
 
 def main() -> int:
@@ -277,13 +252,16 @@ def main() -> int:
     if options.what == "train":
         record["runs"] = []
         for seed in range(options.seeds):
-            record["runs"] += launch(2, [("train", (run, seed, options.steps)) for run in RUNS])
+            record["runs"] += run_on_ranks(
+                2, run_tasks, [("train", (run, seed, options.steps)) for run in RUNS]
+            )
             harness.write(options.json, record)  # one that is stopped keeps what it has
     else:
         record["cases"] = []
         for ranks in options.ranks:
-            record["cases"] += launch(
+            record["cases"] += run_on_ranks(
                 ranks,
+                run_tasks,
                 [
                     ("step", (name, layout, options.rounds, options.seconds))
                     for name in options.set

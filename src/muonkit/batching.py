@@ -16,7 +16,7 @@ from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.int8 import MomentumScale, Scales, dequantized, scale_region
 from muonkit.newton_schulz.scratch import scratch
-from muonkit.selection import by_rows, largest, line_norms, put, selected_shape, take
+from muonkit.selection import by_rows, largest, line_norms, put, selected_shape, selects, take
 from muonkit.stages import kept_state
 from muonkit.views import Block, blocks_of, row_blocks
 
@@ -156,7 +156,7 @@ class Batch(Protocol):
     def select_(self, norms: Any, mu: float | Tensor) -> None:
         """Take the lines of largest norms (`muonkit.selection`), and multiply them by mu in the
         momentum: from here on the matrices of `to_owners` are these lines, and `to_params` gives
-        zeros for the others.
+        zeros for the others. A tensor mu has no dims.
         """
         ...
 
@@ -271,7 +271,6 @@ class LocalBatch:
         return Pending(norms)
 
     def select_(self, norms: Sequence[Tensor], mu: float | Tensor) -> None:
-        mu = mu.reshape(()) if isinstance(mu, torch.Tensor) else mu
         for part, each in zip(self.parts, norms, strict=True):
             taken = part.size[0 if part.by_rows else 1]
             lines = largest(each, [(0, each.shape[-1], taken)])
@@ -376,7 +375,7 @@ def planned(
     # Plain loops: torch.compile cannot trace comprehensions that nest.
     items: list[Item] = []
     blocks: list[tuple[int, Block, Block]] = []
-    by_rows = kept_state(group) == "rows"
+    by_rows, some = kept_state(group) == "rows", selects(group)
     for index, p in enumerate(params):
         shape = tuple(p.shape)
         whole = blocks_of(group["view"], shape)
@@ -384,7 +383,9 @@ def planned(
         for block, rows in zip(whole, of_state, strict=True):
             if block.batch * block.rows * block.cols:
                 key = (p.dtype, p.device, copies[index] if copies else ())
-                size = selected_shape(group, block.rows, block.cols)
+                size = block.rows, block.cols
+                if some:
+                    size = selected_shape(group, *size)
                 # The cap is on whole matrices, from which lines are taken.
                 whole_size = block.rows * block.cols * p.element_size()
                 itemsize = -(-whole_size // (size[0] * size[1]))

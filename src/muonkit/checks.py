@@ -126,8 +126,8 @@ def check_gradients(
 
 def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any]) -> bool:
     """Whether what there is of the state has its shape; what is missing is made."""
-    plain = group["algorithm"] == "muon" and not keeps_int8(group)
-    if plain and kept_state(group) == "none":
+    plain = group["algorithm"] == "muon" and kept_state(group) == "none"
+    if plain and not keeps_int8(group):
         return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
     for key, wanted in state_shapes(p, group).items():
         # (torch 2.11 cannot compile that two shapes are *not* equal.)

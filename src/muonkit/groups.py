@@ -75,6 +75,8 @@ NS_OPTIONS = ("ns_coefficients", "ns_steps", "ns_form", "ns_dtype")
 MOMENTUM, VARIANCE, STEP = "momentum_buffer", "second_momentum_buffer", "step"
 SCALE = "momentum_scale"  # of a momentum in int8
 
+_KEPT_IN = {**NS_DTYPES, "int8": torch.int8}
+
 # torch.optim.Muon's default, kept for its signature.
 EPS = DEFAULTS["eps"]
 
@@ -395,9 +397,7 @@ def keeps_int8(group: Mapping[str, Any]) -> bool:
 
 def momentum_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
     """The dtype that the momentum of this parameter is kept in."""
-    if keeps_int8(group):
-        return torch.int8
-    return NS_DTYPES.get(group["momentum_dtype"], p.dtype)
+    return _KEPT_IN.get(group["momentum_dtype"], p.dtype)
 
 
 def scaled_block(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...] | None:

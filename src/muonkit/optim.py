@@ -66,7 +66,7 @@ from muonkit.period import PERIOD_STEP, count_, has_period, in_blocks
 from muonkit.saved import merge_saved, spelled_groups, whole_state
 from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.stages import kept_state, listed
-from muonkit.state import adopt_state, carried_state, check_blocks, check_parts, ensure_state
+from muonkit.state import adopt_state, carried_state, check_parts, check_scales, ensure_state
 from muonkit.step import muon_step
 from muonkit.validate import refuse_zero_weights, validate_defaults, validate_group
 
@@ -323,7 +323,7 @@ class Muon(Optimizer):
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
             self._layouts.add(trained_of([added]))
             refuse_cut_rows(self._layouts, [added])
-            check_blocks(trained_of([added]), self._layouts)
+            check_scales(trained_of([added]), self._layouts)
             self._make_state([added])
         self.param_groups.append(added)
         self._known = known_of(self.param_groups)
@@ -382,7 +382,7 @@ class Muon(Optimizer):
         trained = trained_of(self.param_groups)
         layouts.add(trained)
         refuse_cut_rows(layouts, self.param_groups)
-        check_blocks(trained, layouts)
+        check_scales(trained, layouts)
         carried = {
             p: carried_state(self.state[before[p]], p, group, layouts)
             for group in trained
@@ -759,7 +759,7 @@ class Muon(Optimizer):
         variance = steps = scale = None
         if kept_state(group) != "none":
             variance, steps = local(state[VARIANCE]), state[STEP]
-        if keeps_int8(group):
+        if SCALE in state:
             scales = state[SCALE]
             scale = MomentumScale(local(scales), block_extents(p.shape, scales.shape))
         return LocalParam(local(p), grad, momentum, variance, steps, copies, scale)

@@ -35,8 +35,8 @@ __all__ = [
     "adopt_state",
     "as_numbers",
     "carried_state",
-    "check_blocks",
     "check_parts",
+    "check_scales",
     "ensure_state",
 ]
 
@@ -56,12 +56,11 @@ def _dtypes(p: Tensor, group: Mapping[str, Any]) -> list[tuple[str, torch.dtype]
     """The tensors that are kept for a parameter."""
     if group["algorithm"] == "adamw":
         return [("exp_avg", p.dtype), ("exp_avg_sq", p.dtype)]
-    most = torch.promote_types(p.dtype, torch.float32)
     dtypes = [(MOMENTUM, momentum_dtype(group, p))]
-    if keeps_int8(group):
-        dtypes.append((SCALE, most))
+    if dtypes[0][1] == torch.int8:
+        dtypes.append((SCALE, torch.promote_types(p.dtype, torch.float32)))
     if kept_state(group) != "none":
-        dtypes.append((VARIANCE, most))
+        dtypes.append((VARIANCE, torch.promote_types(p.dtype, torch.float32)))
     return dtypes
 
 
@@ -112,7 +111,7 @@ def _own_shapes(
     return shapes
 
 
-def check_blocks(groups: Sequence[Mapping[str, Any]], layouts: Layouts) -> None:
+def check_scales(groups: Sequence[Mapping[str, Any]], layouts: Layouts) -> None:
     """Refuse a layout that cuts the blocks of a momentum in int8, before any state is made.
 
     Raises:
@@ -173,9 +172,10 @@ def ensure_state(
     """
     adamw = group["algorithm"] == "adamw"
     device, was_meta = p.device, False
-    if not adamw:
+    dtypes = _dtypes(p, group)
+    if SCALE in state or dtypes[0][1] == torch.int8:
         _follow_int8(state, p, group, layouts)
-    for key, dtype in _dtypes(p, group):
+    for key, dtype in dtypes:
         have = state.get(key)
         if have is None or (have.is_meta and not p.is_meta):
             was_meta = was_meta or have is not None
@@ -202,11 +202,11 @@ def _follow_int8(
     state: dict[str, Any], p: Tensor, group: Mapping[str, Any], layouts: Layouts
 ) -> None:
     """Quantize a momentum that is kept in int8 from now on, or make it numbers again."""
-    have, wanted = state.get(MOMENTUM), momentum_dtype(group, p)
-    if have is None or (have.dtype == torch.int8) == (wanted == torch.int8):
+    have, quantized = state.get(MOMENTUM), keeps_int8(group)
+    if have is None or (have.dtype == torch.int8) == quantized:
         return
-    if wanted == torch.int8:
-        kept = _zeros(_kept(MOMENTUM, wanted, p, group, layouts), p, layouts)
+    if quantized:
+        kept = _zeros(_kept(MOMENTUM, torch.int8, p, group, layouts), p, layouts)
         most = torch.promote_types(p.dtype, torch.float32)
         scale = _zeros(_kept(SCALE, most, p, group, layouts), p, layouts)
         wide = torch.promote_types(have.dtype, torch.float32)

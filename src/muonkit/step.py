@@ -56,9 +56,9 @@ def muon_step(
     norms = batch.weight_norms() if stages.constraint else None
     if selects(group):  # from here on U and O are the rows that are taken (Dion2)
         shards = _sum_(batch.momentum_shards, group)
-        row_norms = batch.line_norms(shards)
+        row_norms, mu = batch.line_norms(shards), group["momentum"]
         yield
-        batch.select_(row_norms.wait(), group["momentum"])
+        batch.select_(row_norms.wait(), mu.reshape(()) if isinstance(mu, Tensor) else mu)
     else:
         shards = _momentum_(batch.momentum_shards, group)  # elementwise, on the state's shards
     u = batch.to_owners(shards)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Shard
 
 from muonkit import Muon
+from muonkit.groups import SCALE
 from tests.helpers import measures, zoo
 from tests.helpers.ranks import Cases, Outcome, Ranks, once, run, shared_folder
 
@@ -64,6 +65,36 @@ def equals_one_process(layout: str) -> measures.Parity:
 @on_the_wide_zoo
 def equals_one_process_with_normuon(layout: str) -> measures.Parity:
     return measures.parity(layout, "int8 normuon")
+
+
+@CASES.on(4, layout=["fsdp2", "fsdp2_tp"])
+@on_the_wide_zoo
+def is_the_same_between_whole_steps(layout: str) -> tuple[float, float]:
+    """`period` cuts its blocks from numbers: what is kept is that of whole steps, to the bit.
+
+    Returns how far two steps, of which the second is one of blocks, are from those of a momentum in
+    float32, and from those of whole matrices.
+    """
+    made = {
+        (kept, period): measures.make(layout, momentum_dtype=kept, period=period)
+        for kept, period in (("int8", 2), ("int8", 1), ("float32", 2))
+    }
+    for model, optimizer in made.values():
+        measures.train(model, optimizer, last=2)
+    of_blocks, of_whole = (made["int8", period][1].state.values() for period in (2, 1))
+    kept = [(one, other) for one, other in zip(of_blocks, of_whole, strict=True) if SCALE in one]
+    assert len(kept) > 5
+    for one, other in kept:
+        for key in ("momentum_buffer", SCALE):
+            assert torch.equal(zoo.part_of(one[key]), zoo.part_of(other[key]))
+
+    def apart(one: Any, other: Any) -> float:
+        both = zip(one[0].parameters(), other[0].parameters(), strict=True)
+        parts = [(zoo.part_of(p.detach()), zoo.part_of(q.detach())) for p, q in both]
+        return max(zoo.deviation(p, q) for p, q in parts if p.numel())
+
+    blocks = made["int8", 2]
+    return apart(blocks, made["float32", 2]), apart(blocks, made["int8", 1])
 
 
 @CASES.on(4)
@@ -256,6 +287,10 @@ def test_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
     values = ranks.outcome(world_size, case).check()
     if case.startswith("refuses"):
         assert len(set(values)) == 1  # every rank is told the same
+    if case.startswith("is_the_same_between"):
+        for rounding, cutting in values:
+            assert 0 < rounding < 2e-3  # measured: 7e-4 at most
+            assert cutting > 2e-2  # and 5e-2 at least: what the blocks change is seen
     if case.startswith("equals"):
         for value in values:
             assert value.parameters <= EXACT, value

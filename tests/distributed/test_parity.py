@@ -204,6 +204,22 @@ def sends_what_the_formula_says(layout: str, exchange_dtype: str) -> float:
     return sum(sent.values()) / (COUNT * SIDE * SIDE * itemsize)
 
 
+@CASES.on(2, layout=["ddp", "fsdp2"])
+def maximizes_as_it_minimizes_the_negative_apart(layout: str) -> None:
+    """To the bit: momenta that are only kept for another rank are among them."""
+    model, optimizer = measures.make(layout, maximize=True)
+    other, minimizing = measures.make(layout)
+    for step in range(2):
+        for each in (model, other):
+            zoo.set_gradients(each, step)
+        for p in other.parameters():
+            assert p.grad is not None
+            p.grad.neg_()
+        optimizer.step()
+        minimizing.step()
+    measures.assert_unchanged(model, optimizer, measures.bits(other, minimizing))
+
+
 # --- the tests ----------------------------------------------------------------------------------
 
 

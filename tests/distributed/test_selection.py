@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from muonkit import Muon, orthogonalize
@@ -167,6 +167,35 @@ def local_is_its_definition(layout: str, after: str | None) -> dict[str, float]:
     }
 
 
+@CASES.on(4)
+def copies_that_are_trained_apart_select_apart() -> int:
+    """A parameter on one axis of a mesh, whose gradients differ along the other: each copy takes
+    its own largest rows, though all ranks add their norms up together.
+    """
+    grid = zoo.mesh((2, 2), ("a", "b"))
+    full = zoo.full_random("w", torch.Size((8, 8)), 0).double()
+    lone = nn.Parameter(distribute_tensor(full.clone(), grid["b"], [Shard(0)]))
+    other = nn.Parameter(distribute_tensor(full.clone(), grid, [Replicate(), Shard(0)]))
+    options: dict[str, Any] = {**OPTIONS, "fraction": 0.25, "selection": "global"}
+    optimizer = Muon([lone, other], **options)
+    alone = nn.Parameter(full.clone())
+    reference = Muon([alone], **options)
+    copy = grid.get_coordinate()[0]  # type: ignore[index]
+    taken = set()
+    for step in range(STEPS):
+        alone.grad = gradient(f"of copy {copy}", (8, 8), step)
+        lone.grad = zoo.laid_out(alone.grad, lone)
+        other.grad = zoo.laid_out(gradient("w", (8, 8), step), other)
+        before = alone.detach().clone()
+        optimizer.step()
+        reference.step()
+        moved = (alone.detach() - before * (1 - options["lr"] * options["weight_decay"])).abs()
+        taken |= {int(row) for row in moved.sum(1).gt(1e-9).nonzero()}
+    mine = zoo.local_part(alone.detach(), lone)
+    assert zoo.deviation(zoo.part_of(lone.detach()), mine) < 1e-12
+    return sum(2**row for row in taken)
+
+
 # --- bytes and FLOPs ------------------------------------------------------------------------------
 
 EVEN = {f"w{i}": (16, 16) for i in range(8)}
@@ -207,6 +236,10 @@ def test_a_selection_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
         for sent, flops in values:
             assert sent == (0.25 if selection == "local" else GLOBAL[layout])
             assert flops < 0.1
+        return
+    if case.startswith("copies"):
+        first, _, second, _ = values
+        assert first != second  # else one selection for both would do
         return
     for value in values:
         assert max(value.values(), default=0) <= 1e-12, value

@@ -163,7 +163,7 @@ def test_rounding_is_to_nearest_and_the_largest_is_exact() -> None:
     assert (kept.view(32, -1, 64).abs().amax(-1) == LARGEST).all()
 
 
-@pytest.mark.parametrize("tiny", [0.0, 1e-44, 1e-40, 1.2e-38])
+@pytest.mark.parametrize("tiny", [0.0, 1e-44, 2.5e-43, 1e-40, 1.2e-38])
 def test_zeros_and_less_than_normal_numbers(tiny: float) -> None:
     M = torch.full((3, 256), tiny)
     M[1] = 1.0

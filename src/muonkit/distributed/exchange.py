@@ -18,7 +18,7 @@ from muonkit._text import shown
 from muonkit._torch import all_gather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup, Work
@@ -84,13 +84,12 @@ class Pending(Generic[T]):
         self._value, self._exchanges, self._last = value, exchanges, last_
         self._start_late = start_late
 
-    def arrive(self) -> Generator[None, None, T]:
-        """`wait`, with a pause whenever something is under way."""
+    def arrive(self) -> Iterator[None]:
+        """Pause whenever something is under way; what `wait` then waits for is the last of it."""
         yield
         if self._start_late is not None:
             self._next_round()
             yield
-        return self.wait()
 
     def wait(self) -> T:
         """Raises:
@@ -152,6 +151,7 @@ def move(
     dtype: torch.dtype,
     together: bool = True,
     chunk: tuple[int, int] = (0, 1),
+    buffer: Tensor | None = None,
 ) -> Exchange:
     """Start to send tensors to other positions, and to receive theirs.
 
@@ -163,14 +163,15 @@ def move(
         together: False where no rank sends anything, and there is nothing to wait for.
         chunk: (k, n): only the k-th of n chunks, by who sends to whom; with the first one goes what
             stays on this rank.
+        buffer: what other ranks send is read where it arrives: in this memory, of that dtype and on
+            the domain's device, of which `incoming` are the parts, one after the other.
     """
     number, count = chunk
     me = domain.position
-    own_from = [tensor for position, tensor in outgoing if position == me]
+    own_from = [tensor.to(dtype) for position, tensor in outgoing if position == me]
     own_into = [tensor for position, tensor in incoming if position == me]
-    own = [(i, o) for i, o in zip(own_into, own_from, strict=True) if i.data_ptr() != o.data_ptr()]
-    if own and number == 0:
-        torch._foreach_copy_([into for into, _ in own], [tensor.to(dtype) for _, tensor in own])
+    if own_into and number == 0:
+        torch._foreach_copy_(own_into, own_from)
     if not together:
         return Exchange(None, (), ())
     sent = [(to, tensor) for to, tensor in outgoing if to != me and (to - me) % count == number]
@@ -180,17 +181,13 @@ def move(
         if source != me and (me - source) % count == number
     ]
     to_send, to_come = (_sizes(domain, some) for some in (sent, received))
-    send = torch.empty(sum(to_send), dtype=dtype, device=domain.device)
-    if sent:
-        leaving = [tensor for _, tensor in sent]
-        torch._foreach_copy_(_views(send, _starts(sent), leaving), leaving)
-    into = [tensor for _, tensor in received]
-    starts = _starts(received)
-    receive = _in_place(into, starts, sum(to_come), dtype, domain.device)
+    send = _packed(domain, [tensor for _, tensor in sent], dtype, sum(to_send))
+    receive = buffer
     arrived: Sequence[Any] = ()
     if receive is None:
+        into = [tensor for _, tensor in received]
         receive = torch.empty(sum(to_come), dtype=dtype, device=domain.device)
-        arrived = list(zip(into, _views(receive, starts, into), strict=True))
+        arrived = list(zip(into, _views(receive, into), strict=True))
     try:
         work = torch.distributed.all_to_all_single(
             receive, send, to_come, to_send, group=domain.group, async_op=True
@@ -206,31 +203,46 @@ def gather(
     incoming: Sequence[tuple[int, Tensor]],
     dtype: torch.dtype,
     size: int,
+    buffer: Tensor | None = None,
 ) -> Exchange:
     """Start to bring tensors of every rank to all ranks.
 
     Args:
         own: this rank's.
-        incoming: (position, tensor to write into), ascending, in the sender's order, of all ranks.
+        incoming: (position, tensor to write into), ascending, in the sender's order: all that a
+            position sends, or nothing of it.
         dtype: in which elements travel; tensors of other dtypes are cast.
         size: elements that each rank sends: as many on all ranks as the one has that has most.
+        buffer: what arrives is read where it does: in this memory, of that dtype and on the
+            domain's device, of which `incoming` are the parts that `slots` says.
     """
-    send = torch.empty(size, dtype=dtype, device=domain.device)
-    if own:
-        starts = _starts([(0, tensor) for tensor in own])
-        torch._foreach_copy_(_views(send, starts, own), list(own))
-    into = [tensor for _, tensor in incoming]
-    starts, count = _starts(incoming, size), domain.size * size
-    receive = _in_place(into, starts, count, dtype, domain.device)
+    send = _packed(domain, own, dtype, size)
+    receive = buffer
     arrived: Sequence[Any] = ()
     if receive is None:
-        receive = torch.empty(count, dtype=dtype, device=domain.device)
-        arrived = list(zip(into, _views(receive, starts, into), strict=True))
+        receive = torch.empty(domain.size * size, dtype=dtype, device=domain.device)
+        starts = slots([(position, tensor.numel()) for position, tensor in incoming], size)
+        arrived = [
+            (tensor, receive[start : start + tensor.numel()].view(tensor.shape))
+            for (_, tensor), start in zip(incoming, starts, strict=True)
+        ]
     try:
         work = all_gather(receive, send, domain.group)
     except RuntimeError as error:
         raise RuntimeError(_BROKEN) from error
     return Exchange(work, (send, receive), arrived)
+
+
+def slots(sizes: Sequence[tuple[int, int]], room: int) -> list[int]:
+    """Where (position, so many elements) start in a buffer that has `room` elements for each
+    position: one after the other.
+    """
+    starts = []
+    used: dict[int, int] = {}
+    for position, size in sizes:
+        starts.append(position * room + used.get(position, 0))
+        used[position] = used.get(position, 0) + size
+    return starts
 
 
 def add_up(domain: Domain, numbers: Tensor) -> Exchange:
@@ -246,51 +258,19 @@ def add_up(domain: Domain, numbers: Tensor) -> Exchange:
     return Exchange(work, (numbers,), ())
 
 
-def slots(sizes: Sequence[tuple[int, int]], room: int = 0) -> list[int]:
-    """Where (position, so many elements) start in a buffer, one after the other; with `room`, each
-    position's in a part of the buffer of so many elements.
-    """
-    starts = []
-    used: dict[int, int] = {}
-    for position, size in sizes:
-        part = position if room else 0
-        starts.append(part * room + used.get(part, 0))
-        used[part] = used.get(part, 0) + size
-    return starts
+def _packed(domain: Domain, tensors: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
+    """Copies of the tensors, one after the other, in a buffer of so many elements."""
+    buffer = torch.empty(size, dtype=dtype, device=domain.device)
+    if tensors:
+        torch._foreach_copy_(_views(buffer, tensors), list(tensors))
+    return buffer
 
 
-def _views(buffer: Tensor, starts: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of a buffer that start there, in the tensors' shapes."""
-    return [
-        buffer[start : start + tensor.numel()].view(tensor.shape)
-        for start, tensor in zip(starts, tensors, strict=True)
-    ]
-
-
-def _starts(tensors: Sequence[tuple[int, Tensor]], room: int = 0) -> list[int]:
-    return slots([(position, tensor.numel()) for position, tensor in tensors], room)
-
-
-def _in_place(
-    tensors: Sequence[Tensor],
-    starts: Sequence[int],
-    count: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    """The buffer of `count` elements in which these tensors start there; None if there is none."""
-    if not count or not tensors or tensors[0].device != device:
-        return None
-    storage, each = tensors[0].untyped_storage(), dtype.itemsize
-    base = tensors[0].data_ptr() - starts[0] * each
-    first = base - storage.data_ptr()
-    if first < 0 or first + count * each > storage.nbytes():
-        return None
-    for tensor, start in zip(tensors, starts, strict=True):
-        there = tensor.data_ptr() == base + start * each and tensor.is_contiguous()
-        if tensor.dtype != dtype or not there:
-            return None
-    return tensors[0].as_strided((count,), (1,), first // each)
+def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a buffer, one after the other from its start, in the tensors' shapes."""
+    sizes = [tensor.numel() for tensor in tensors]
+    chunks = torch.split(buffer[: sum(sizes)], sizes) if sizes else ()
+    return [chunk.view(tensor.shape) for chunk, tensor in zip(chunks, tensors, strict=True)]
 
 
 def _sizes(domain: Domain, tensors: Sequence[tuple[int, Tensor]]) -> list[int]:

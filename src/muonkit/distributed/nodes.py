@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from muonkit.distributed.placement import Box, Piece
 
-__all__ = ["Hop", "by_node", "count_hops", "hops", "needs_relays", "share_nodes"]
+__all__ = ["Hop", "count_hops", "hops", "share_nodes"]
 
 
 class Hop(NamedTuple):
@@ -31,7 +31,7 @@ class Hop(NamedTuple):
     late: bool
 
 
-def by_node(positions: Iterable[int], node: int) -> dict[int, list[int]]:
+def _by_node(positions: Iterable[int], node: int) -> dict[int, list[int]]:
     """The positions of each node of so many ranks."""
     found: dict[int, list[int]] = {}
     for position in positions:
@@ -51,7 +51,7 @@ def hops(pieces: Iterable[Piece], owner: int, node: int) -> list[Hop]:
     """How the parts of an owner's result come to all who store them."""
     found = []
     for box, positions in pieces:
-        for number, holders in by_node(positions, node).items():
+        for number, holders in _by_node(positions, node).items():
             first = owner if number == owner // node else relay(holders, owner % node, node)
             if first != owner:
                 found.append(Hop(owner, first, box, late=False))
@@ -59,15 +59,6 @@ def hops(pieces: Iterable[Piece], owner: int, node: int) -> list[Hop]:
                 if to != first or first == owner:
                     found.append(Hop(first, to, box, late=first != owner))
     return found
-
-
-def needs_relays(pieces: Iterable[Piece], owner: int, node: int) -> bool:
-    """Whether a part goes to several ranks of another node than the owner's."""
-    return any(
-        number != owner // node and len(holders) > 1
-        for _, positions in pieces
-        for number, holders in by_node(positions, node).items()
-    )
 
 
 def share_nodes(pieces: Iterable[Piece], node: int) -> bool:
@@ -106,7 +97,7 @@ def count_hops(
         sums[position] = sums.get(position, 0) + elements
 
     for size, positions in pieces:
-        nodes = by_node(positions, node)
+        nodes = _by_node(positions, node)
         for number, holders in nodes.items():
             for index, all_of_it in indices.items():
                 count = all_of_it - by_index.get((number, index), 0)  # of owners in other nodes

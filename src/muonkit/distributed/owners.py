@@ -32,7 +32,7 @@ def make_plan(
     Args:
         cap: bytes that a rank may have in flight for one bucket; a larger matrix goes alone.
         loads: FLOPs that each rank has already; added to.
-        node: ranks in a node; 0 where all are in one.
+        node: ranks in a node; all are in one where it is 0, or no less than there are.
     """
     loads = [0] * ranks if loads is None else loads
     like = alike(tensors, matrices)
@@ -93,7 +93,7 @@ def make_gather(
     Args:
         cap: bytes that a rank may send in one bucket, for which parts are cut on their first dim;
             None is all in one.
-        node: ranks in a node; 0 where all are in one.
+        node: ranks in a node; all are in one where it is 0, or no less than there are.
         even: whether ranks have about equal parts, of which an all-gather pads little: by default,
             whether they have of these tensors.
     """

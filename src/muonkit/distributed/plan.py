@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from muonkit.distributed.nodes import count_hops, needs_relays, share_nodes
+from muonkit.distributed.nodes import count_hops, share_nodes
 from muonkit.distributed.placement import Box, Where, box_size
 from muonkit.distributed.transfers import Direction, Matrix, PlannedTensor, alike
 
@@ -99,7 +99,7 @@ class Plan(NamedTuple):
         itemsize: bytes per element when it travels; 0 where nothing does.
         stage_itemsize: bytes per element of the stage's state.
         inward: whether anything is sent to the owners; False for AdamW's parameters.
-        node: ranks in a node; 0 where all are in one.
+        node: ranks in a node; all are in one where it is 0, or no less than there are.
         padding: an all-gather sends at most so many times as much as all results.
     """
 
@@ -233,10 +233,11 @@ class Plan(NamedTuple):
     def relays(self, bucket: Sequence[Assignment], state: bool = False) -> bool:
         """Whether any result of the bucket is passed on by a relay: the same on all ranks."""
         return self.several_nodes and any(
-            needs_relays(way.pieces(owner), owner, self.node)
+            hop.late
             for matrix, owners in bucket
             for way in [self.direction(matrix, inward=False, state=state)]
             for owner in owners
+            for hop in way.hops(owner, self.node)
         )
 
     def gathers(self, bucket: Sequence[Assignment], state: bool = False) -> int:

@@ -235,7 +235,7 @@ def _shared(
         group.cap,
         loads,
         first.stage_itemsize,
-        _node(rates, ranks),
+        rates.node,
     )
     return PlannedParams(indices, plan, tuple(blocks), group.in_blocks)
 
@@ -270,17 +270,12 @@ def _repeated_axes(
     return both if cheaper else implied
 
 
-def _node(rates: Machine, ranks: int) -> int:
-    """Ranks in a node; 0 where all are in one."""
-    return rates.node if rates.node < ranks else 0
-
-
 def _gather(
     ranks: int, group: GroupToPlan, indices: tuple[int, ...], rates: Machine
 ) -> PlannedParams:
     tensors = [_tensor(group.params[i]) for i in indices]
     itemsize = group.params[indices[0]].itemsize
-    plan = make_gather(ranks, tensors, itemsize, group.cap, _node(rates, ranks))
+    plan = make_gather(ranks, tensors, itemsize, group.cap, rates.node)
     return PlannedParams(indices, plan)
 
 
@@ -295,9 +290,8 @@ def _merged_gathers(
             param = group.params[index]
             kind = _tensor(param)._replace(name=""), param.itemsize, even
             counts[kind] = counts.get(kind, 0) + 1
-    node = _node(rates, ranks)
     return [
-        (make_gather(ranks, [tensor], itemsize, node=node, even=even), count)
+        (make_gather(ranks, [tensor], itemsize, node=rates.node, even=even), count)
         for (tensor, itemsize, even), count in counts.items()
     ]
 
@@ -331,10 +325,11 @@ def _describe(
             blocks += [MatrixBlock(index, block, stage_block, cut)] * len(boxes)
             for box, stage_box in boxes:
                 lines = _lines(group, block, box, shape, param.layout.state_placement)
-                of_kind = param.kind, *_computed(block, lines)
+                matrix = Matrix(number, box, 0, stage_box, lines)
+                of_kind = param.kind, *matrix.computed(block.rows, block.cols)
                 if of_kind not in costs:
                     costs[of_kind] = group.flops(*of_kind)
-                matrices.append(Matrix(number, box, costs[of_kind], stage_box, lines))
+                matrices.append(matrix._replace(flops=costs[of_kind]))
     return tensors, matrices, blocks
 
 
@@ -380,13 +375,6 @@ def selected_lines(
             taken = tuple((a, b, count_of(fraction, b - a)) for a, b in cut)
             return Lines(dims, rows, taken, along)
     return Lines(dims, rows, ((0, count, count_of(fraction, count)),), None)
-
-
-def _computed(block: Block, lines: Lines | None) -> tuple[int, int]:
-    """Rows and columns of what is orthogonalized of each matrix of a block."""
-    if lines is None:
-        return block.rows, block.cols
-    return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
 
 
 def check_blocks(group: GroupToPlan) -> None:

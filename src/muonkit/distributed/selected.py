@@ -149,7 +149,6 @@ class SelectedLines:
 
     def keep_(self, momenta: Sequence[Sequence[Tensor]], mu: float | Tensor) -> None:
         """Multiply what this rank has of these lines by mu, in the momentum."""
-        mu = mu.reshape(()) if isinstance(mu, torch.Tensor) else mu
         kept: dict[torch.dtype, Tensor] = {}
         for some, pieces in zip(momenta, self._bucket.pieces, strict=True):
             wide = torch.promote_types(some[0].dtype, torch.float32)

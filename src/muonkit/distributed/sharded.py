@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,9 +18,10 @@ from muonkit.batching import (
     norms_of,
     place,
 )
-from muonkit.distributed.exchange import Exchange, Pending, add_up, gather, move, slots
+from muonkit.distributed.exchange import Exchange, Pending, add_up, move, slots
+from muonkit.distributed.outbound import Outbound
 from muonkit.distributed.placement import Box, Placement, box_size, slices
-from muonkit.distributed.plan import Assignment, Plan, Transfers
+from muonkit.distributed.plan import Assignment, Transfer, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
 from muonkit.distributed.selected import BucketLines, SelectedLines, lines_of
 from muonkit.groups import computed_dtype, momentum_dtype, scaled_block
@@ -27,7 +29,7 @@ from muonkit.int8 import Scales, scale_cut
 from muonkit.selection import put, selects, take
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -57,9 +59,6 @@ def stage_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-T = TypeVar("T")
-
-
 class _Part(NamedTuple):
     """A box of a matrix that this rank has, and where it lies in the rank's own tensor."""
 
@@ -72,27 +71,13 @@ class _Part(NamedTuple):
         return tensor[self.cut]
 
 
-class _Rounds:
-    """How a bucket's results, or the stage's state, come back from the owners.
-
-    Attributes:
-        moves_in, moves: whether any rank sends anything to the owners, and back.
-        gathered: see `Plan.gathers`.
-        late: what relays pass on in a second round; None where there are none.
-        chunks: of the first round and the second.
+class _Arrivals(NamedTuple):
+    """Where the results that arrive in one round are to be: `size` elements, and of each part of a
+    matrix its shape and where it starts and stops in these.
     """
 
-    def __init__(
-        self, plan: Plan, bucket: tuple[Assignment, ...], me: int, cap: int, state: bool
-    ) -> None:
-        self.moves_in, self.moves = (plan.moves(bucket, inward, state) for inward in (True, False))
-        self.gathered = plan.gathers(bucket, state)
-        outbound = plan.stage_outbound if state else plan.outbound
-        self.late: Transfers | None = None
-        self.chunks = [plan.chunks(bucket, cap, state)]
-        if plan.relays(bucket, state):
-            self.late = outbound(bucket, me, late=True)
-            self.chunks.append(plan.chunks(bucket, cap, state, late=True))
+    size: int
+    parts: list[tuple[tuple[int, Box], int, int, list[int]]]
 
 
 class _Bucket:
@@ -106,18 +91,31 @@ class _Bucket:
                 each for each in every if sharded.parts(each.matrix, "param_placement")
             )
         self.assignments = assignments
-        self.inbound, self.outbound = plan.inbound(assignments, me), plan.outbound(assignments, me)
+        self.inbound, self.moves = plan.inbound(assignments, me), plan.moves(every, inward=True)
+        self.outbound = Outbound(plan, every, me, sharded.cap, mine=assignments)
         self.stage_inbound: Transfers | None = None
         if plan.has_stage_state:
             self.stage_inbound = plan.stage_inbound(assignments, me)
-            self.stage_outbound = plan.stage_outbound(assignments, me)
-        self.rounds = {
-            state: _Rounds(plan, every, me, sharded.cap, state)
-            for state in ((False, True) if plan.has_stage_state else (False,))
-        }
+            self.stage_moves = plan.moves(every, inward=True, state=True)
+            self.stage_outbound = Outbound(
+                plan, every, me, sharded.cap, state=True, own=True, mine=assignments
+            )
         # Of blocks that stay where they are nothing is rounded.
-        moves = any(rounds.moves_in or rounds.moves for rounds in self.rounds.values())
+        moves = self.moves or self.outbound.moves
         self.comm_dtype = sharded.comm_dtype if moves or not sharded.in_blocks else sharded.dtype
+        # Where in an owner's matrices things come from and go to.
+        self.received = [
+            (at, matrix, sharded.inside(matrix, box)) for at, matrix, box in self.inbound.recvs
+        ]
+        self.sent = [
+            (at, matrix, sharded.inside(matrix, box)) for at, matrix, box in self.outbound.sends
+        ]
+        self.own = [
+            ((matrix, box), sharded.inside(matrix, box)) for _, matrix, box in self.outbound.own
+        ]
+        self.arrivals = [
+            sharded.arrivals(recvs, self.outbound.gathered) for recvs in self.outbound.rounds
+        ]
         self.param_shards: dict[tuple[int, int, bool], list[_Part]] = {}
         shards: dict[tuple[Any, ...], list[_Part]] = {}
         sent = {(matrix, box) for _, matrix, box in self.inbound.sends}
@@ -217,10 +215,32 @@ class ShardedGroup:
 
     def computed(self, matrix: int) -> tuple[int, int]:
         """Rows and columns of what is orthogonalized of a matrix."""
-        block, lines = self.blocks[matrix].block, self.plan.matrices[matrix].lines
-        if lines is None:
-            return block.rows, block.cols
-        return (lines.total, block.cols) if lines.rows else (block.rows, lines.total)
+        block = self.blocks[matrix].block
+        return self.plan.matrices[matrix].computed(block.rows, block.cols)
+
+    def inside(self, matrix: int, box: Box) -> tuple[slice, ...]:
+        """The index of what travels of a part, in what travels of the matrix."""
+        planned = self.plan.matrices[matrix]
+        return slices(planned.taken(box), planned.taken(planned.box))
+
+    def arrivals(self, recvs: Sequence[Transfer], gathered: int) -> _Arrivals:
+        """Room for what arrives in one round, laid out as it arrives."""
+        boxes = [self.plan.matrices[matrix].taken(box) for _, matrix, box in recvs]
+        sizes = [box_size(box) for box in boxes]
+        starts = list(itertools.accumulate(sizes, initial=0))
+        size = starts.pop()
+        if gathered:
+            size = self.domain.size * gathered
+            positions = [at for at, _, _ in recvs]
+            starts = slots(list(zip(positions, sizes, strict=True)), gathered)
+        each = zip(recvs, boxes, sizes, starts, strict=True)
+        return _Arrivals(
+            size,
+            [
+                ((matrix, box), start, start + count, [b - a for a, b in travels])
+                for (_, matrix, box), travels, count, start in each
+            ],
+        )
 
     def is_sent_whole(self, matrix: int) -> bool:
         """Whether its owner takes the lines of a matrix, of which all travel."""
@@ -309,22 +329,27 @@ class ShardedBatch:
 
     def to_owners(self, u: Sequence[Tensor]) -> Pending[Any]:
         whole = self._owner_buffers()
-        parts = self._parts(whole)
-        for matrix in parts:
-            if self.sharded.is_sent_whole(matrix):
+        parts, take_lines = self._parts(whole), None
+        if self.lines is not None:
+            for matrix in filter(self.sharded.is_sent_whole, parts):
                 box = self.sharded.plan.matrices[matrix].box
                 shape, device = [b - a for a, b in box], self.sharded.domain.device
                 parts[matrix] = torch.empty(shape, dtype=self.sharded.dtype, device=device)
-        taken = u if self.lines is None else self.lines.take(u)
-        pending = [self._inward(taken, parts, self.bucket.comm_dtype)]
+            u, take_lines = self.lines.take(u), partial(self._take_lines, parts)
+        incoming = [(at, parts[matrix][cut]) for at, matrix, cut in self.bucket.received]
+        pending = [self._inward(u, incoming, self.bucket.comm_dtype)]
         if self.bucket.stage_inbound is not None:
             pending.append(self._fetch_stage_state(self.bucket.stage_inbound))
-        return Pending(whole, pending, lambda into: self._take_lines(parts, into))
+        return Pending(whole, pending, take_lines)
 
     def gathered(self, tensors: Sequence[Tensor]) -> Pending[Any]:
         whole = self._owner_buffers(all_lines=True)
-        parts = self._parts(whole, all_lines=True)
-        return Pending(whole, [self._inward(tensors, parts, self.sharded.dtype, all_lines=True)])
+        parts, matrices = self._parts(whole, all_lines=True), self.sharded.plan.matrices
+        incoming = [
+            (at, parts[matrix][slices(box, matrices[matrix].box)])
+            for at, matrix, box in self.bucket.inbound.recvs
+        ]
+        return Pending(whole, [self._inward(tensors, incoming, self.sharded.dtype)])
 
     def with_all_lines(self, o: Sequence[Tensor]) -> list[Tensor]:
         whole = self._owner_buffers(all_lines=True)
@@ -335,8 +360,7 @@ class ShardedBatch:
 
     def _take_lines(self, parts: dict[int, Tensor], whole: Sequence[Tensor]) -> None:
         """Of matrices that arrived whole."""
-        if self.lines is None:
-            return
+        assert self.lines is not None
         for matrix, computed in self._places(whole).items():
             if self.sharded.is_sent_whole(matrix):
                 matrices = self.sharded.blocks[matrix].block.to_matrices(parts[matrix])
@@ -367,24 +391,15 @@ class ShardedBatch:
         return MatrixRef(self.sharded.params[number], box, block.rows, block.cols, computed)
 
     def _inward(
-        self,
-        u: Sequence[Tensor],
-        parts: dict[int, Tensor],
-        dtype: torch.dtype,
-        all_lines: bool = False,
+        self, u: Sequence[Tensor], incoming: list[tuple[int, Tensor]], dtype: torch.dtype
     ) -> Exchange:
         """Stacks of this rank's pieces of the momentum, to the owners' places for the matrices."""
-        transfers = self.bucket.inbound
         pieces = [stack.unbind() for stack in u]
         outgoing = []
-        for position, matrix, box in transfers.sends:
+        for position, matrix, box in self.bucket.inbound.sends:
             stack, k = self.bucket.stacked[matrix, box]
             outgoing.append((position, pieces[stack][k]))
-        incoming = [
-            (position, parts[matrix][self._inside(matrix, box, all_lines)])
-            for position, matrix, box in transfers.recvs
-        ]
-        return self._move_in(outgoing, incoming, dtype, state=False)
+        return move(self.sharded.domain, outgoing, incoming, dtype, self.bucket.moves)
 
     def _shape(self, matrix: int, all_lines: bool = False) -> tuple[int, int]:
         """Rows and columns of a matrix, or of what is orthogonalized of it."""
@@ -426,12 +441,6 @@ class ShardedBatch:
             parts[matrix] = as_kept.view([b - a for a, b in box])
         return parts
 
-    def _inside(self, matrix: int, box: Box, all_lines: bool = False) -> tuple[slice, ...]:
-        planned = self.sharded.plan.matrices[matrix]
-        if all_lines:
-            return slices(box, planned.box)
-        return slices(planned.taken(box), planned.taken(planned.box))
-
     def _fetch_stage_state(self, transfers: Transfers) -> Exchange:
         """Receive the variance of the owned matrices, oriented as it is kept."""
         for _, matrix, _ in transfers.recvs:
@@ -445,7 +454,8 @@ class ShardedBatch:
                 )
         outgoing = [(at, self._kept_state(matrix, box)) for at, matrix, box in transfers.sends]
         incoming = [(at, self._owned_state(matrix, box)) for at, matrix, box in transfers.recvs]
-        return self._move_in(outgoing, incoming, self.sharded.stage_dtype, state=True)
+        dtype, moves = self.sharded.stage_dtype, self.bucket.stage_moves
+        return move(self.sharded.domain, outgoing, incoming, dtype, moves)
 
     def _kept_state(self, matrix: int, box: Box) -> Tensor:
         """A piece of the variance where it is kept."""
@@ -505,31 +515,60 @@ class ShardedBatch:
                     state.index_copy_(0, self.lines.of(matrix).to(state.device), rows)
         back = self.bucket.stage_outbound
         outgoing = [(at, self._owned_state(matrix, box)) for at, matrix, box in back.sends]
-        return self._send_back(None, outgoing, back, self._kept_state, state=True)
+        domain, dtype = self.sharded.domain, self.sharded.stage_dtype
+        return back.send(domain, None, outgoing, self._kept_state, dtype)
 
     def to_params(self, o: Sequence[Tensor]) -> Pending[Any]:
-        parts, back = self._parts(o), self.bucket.outbound
-        for matrix, taken in parts.items():
-            if self.sharded.is_sent_whole(matrix):
-                box = self.sharded.plan.matrices[matrix].box
-                block, whole = self.sharded.blocks[matrix].block, self._put(matrix, taken)
-                as_kept = whole.mT if block.transposed else whole
-                parts[matrix] = as_kept.reshape([b - a for a, b in box])
-        outgoing = [
-            (at, parts[matrix][self._inside(matrix, box)]) for at, matrix, box in back.sends
-        ]
-        pieces = self._room(parts)
+        sharded, bucket = self.sharded, self.bucket
+        parts = self._parts(o)
+        for matrix in filter(sharded.is_sent_whole, parts) if self.lines is not None else ():
+            box = sharded.plan.matrices[matrix].box
+            block, whole = sharded.blocks[matrix].block, self._put(matrix, parts[matrix])
+            as_kept = whole.mT if block.transposed else whole
+            parts[matrix] = as_kept.reshape([b - a for a, b in box])
+        outgoing = [(at, parts[matrix][cut]) for at, matrix, cut in bucket.sent]
+        pieces, buffers = self._room(parts)
         full, put_lines = pieces, None
         if self.lines is not None:
             full = {at: self._room_for(piece, *at) for at, piece in pieces.items()}
             put_lines = partial(self._put_lines, full, pieces)
         updates = [
             [full[part.matrix, part.box] for part in members]
-            for members in self.bucket.param_shards.values()
+            for members in bucket.param_shards.values()
         ]
-        return self._send_back(
-            updates, outgoing, back, lambda *which: pieces[which], state=False, last_=put_lines
+
+        def place_of(matrix: int, box: Box) -> Tensor:
+            return pieces[matrix, box]
+
+        return bucket.outbound.send(
+            sharded.domain, updates, outgoing, place_of, bucket.comm_dtype, put_lines, buffers
         )
+
+    def _room(
+        self, parts: Mapping[int, Tensor]
+    ) -> tuple[dict[tuple[int, Box], Tensor], list[Tensor | None]]:
+        """Where the results of this rank's parts are to be, and for each round the memory that its
+        arrive in, if they are read there. What this rank computed itself is used where it is.
+        """
+        bucket, dtype, domain = self.bucket, self.sharded.dtype, self.sharded.domain
+        rounded = bucket.comm_dtype != dtype
+        pieces: dict[tuple[int, Box], Tensor] = {}
+        for at, cut in bucket.own:
+            own = parts[at[0]][cut]
+            if rounded:  # as the others are: copies have to be equal on all ranks
+                own = own.to(bucket.comm_dtype).to(dtype)
+            pieces[at] = own.to(self._entry(at[0]).param.device).contiguous()
+        buffers: list[Tensor | None] = []
+        for size, arrivals in bucket.arrivals:
+            if not arrivals:
+                buffers.append(None)
+                continue
+            device = self._entry(arrivals[0][0][0]).param.device
+            flat = torch.empty(size, dtype=dtype, device=device)
+            for at, start, stop, shape in arrivals:
+                pieces[at] = flat[start:stop].view(shape)
+            buffers.append(None if rounded or device != domain.device else flat)
+        return pieces, buffers
 
     def _room_for(self, piece: Tensor, matrix: int, box: Box) -> Tensor:
         """Zeros in the shape of a box of which some lines arrive; the piece itself where all do."""
@@ -552,76 +591,6 @@ class ShardedBatch:
                 assert along is not None
                 lines = self.lines.inside(matrix, box).to(whole.device)
                 whole.index_copy_(along, lines, piece)
-
-    def _send_back(
-        self,
-        value: T,
-        outgoing: list[tuple[int, Tensor]],
-        transfers: Transfers,
-        place_of: Callable[[int, Box], Tensor],
-        state: bool,
-        last_: Callable[[T], object] | None = None,
-    ) -> Pending[T]:
-        """Start to send what owners have to all who store it.
-
-        Args:
-            value: what the result has.
-            outgoing: this rank's part of the first round's sends.
-            transfers: the first round.
-            place_of: where a part of a matrix is kept on this rank.
-            last_: what is done when all has arrived.
-        """
-        sharded, rounds = self.sharded, self.bucket.rounds[state]
-        dtype = sharded.stage_dtype if state else self.bucket.comm_dtype
-        domain = sharded.domain
-        incoming = [(at, place_of(matrix, box)) for at, matrix, box in transfers.recvs]
-        if rounds.gathered:
-            own = [tensor for at, tensor in outgoing if at == domain.position]
-            return Pending(value, [gather(domain, own, incoming, dtype, rounds.gathered)], last_)
-        first = self._in_chunks(outgoing, incoming, dtype, rounds.moves, rounds.chunks[0])
-        late = rounds.late
-        if late is None:
-            return Pending(value, [first], last_)
-
-        def pass_on() -> Exchange:
-            sends, recvs = (
-                [(at, place_of(matrix, box)) for at, matrix, box in some] for some in late
-            )
-            return self._in_chunks(sends, recvs, dtype, True, rounds.chunks[1])
-
-        return Pending(value, [first], last_, start_late=pass_on)
-
-    def _room(self, parts: Mapping[int, Tensor]) -> dict[tuple[int, Box], Tensor]:
-        """Where the results that this rank receives will be: those of a round in the order in which
-        they arrive, in one piece of memory; what this rank computed itself is used where it is if
-        it can be.
-        """
-        sharded, me, rounds = self.sharded, self.sharded.domain.position, self.bucket.rounds[False]
-        pieces: dict[tuple[int, Box], Tensor] = {}
-        first = []
-        for transfer in self.bucket.outbound.recvs:
-            at, matrix, box = transfer
-            if at == me and not rounds.gathered and self.bucket.comm_dtype == sharded.dtype:
-                own = parts[matrix][self._inside(matrix, box)]
-                if own.is_contiguous() and own.device == self._entry(matrix).param.device:
-                    pieces[matrix, box] = own
-                    continue
-            first.append(transfer)
-        if not rounds.gathered:
-            first.sort(key=lambda transfer: transfer.position == me)  # they would part others
-        for recvs in (first, rounds.late.recvs if rounds.late is not None else ()):
-            if not recvs:
-                continue
-            taken = [sharded.plan.matrices[matrix].taken(box) for _, matrix, box in recvs]
-            sizes = [(at, box_size(box)) for (at, _, _), box in zip(recvs, taken, strict=True)]
-            count = sharded.domain.size * rounds.gathered or sum(size for _, size in sizes)
-            device = self._entry(recvs[0].matrix).param.device
-            flat = torch.empty(count, dtype=sharded.dtype, device=device)
-            starts = slots(sizes, rounds.gathered)
-            each = zip(recvs, taken, sizes, starts, strict=True)
-            for (_, matrix, box), some, (_, size), start in each:
-                pieces[matrix, box] = flat[start : start + size].view([b - a for a, b in some])
-        return pieces
 
     def weight_norms(self) -> Pending[Tensor]:
         domain, bucket = self.sharded.domain, self.bucket
@@ -660,29 +629,3 @@ class ShardedBatch:
             numbers = [bucket.numbers[matrix] for matrix in matrices]
             bucket.indices[key] = torch.tensor(numbers, device=self.sharded.domain.device)
         return bucket.indices[key]
-
-    def _in_chunks(
-        self,
-        outgoing: list[tuple[int, Tensor]],
-        incoming: list[tuple[int, Tensor]],
-        dtype: torch.dtype,
-        together: bool,
-        chunks: int,
-    ) -> Exchange:
-        """Send results in several chunks, where a rank's copies for all others would not fit in the
-        cap; the last chunk is under way when this returns.
-        """
-        domain = self.sharded.domain
-        for number in range(chunks - 1):
-            move(domain, outgoing, incoming, dtype, together, (number, chunks)).wait()
-        return move(domain, outgoing, incoming, dtype, together, (chunks - 1, chunks))
-
-    def _move_in(
-        self,
-        outgoing: list[tuple[int, Tensor]],
-        incoming: list[tuple[int, Tensor]],
-        dtype: torch.dtype,
-        state: bool,
-    ) -> Exchange:
-        together = self.bucket.rounds[state].moves_in
-        return move(self.sharded.domain, outgoing, incoming, dtype, together)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from muonkit.distributed.exchange import gather, move
 from muonkit.distributed.layout import local
 from muonkit.distributed.machines import machine
+from muonkit.distributed.outbound import Outbound
 from muonkit.distributed.param_layout import ONE_RANK, computed_in_place
 from muonkit.distributed.plan import StepPlan, fingerprint
 from muonkit.distributed.plan_batches import cap_of
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from muonkit.distributed.exchange import Domain
     from muonkit.distributed.layout import Layouts
     from muonkit.distributed.param_layout import Layout
-    from muonkit.distributed.plan import Transfers
     from muonkit.distributed.planner import PlannedParams
 
 __all__ = [
@@ -300,44 +299,19 @@ class Gather:
         self.domain, self.plan = domain, shared.plan
         self.params: list[Tensor] = [group["params"][index] for index in shared.params]
         self.dtype = self.params[0].dtype
-        me = domain.position
         self._buckets = [
-            (
-                self.plan.outbound(bucket, me),
-                self.plan.outbound(bucket, me, late=True) if self.plan.relays(bucket) else None,
-                self.plan.moves(bucket, inward=False),
-                self.plan.gathers(bucket),
-            )
-            for bucket in self.plan.buckets
+            Outbound(self.plan, bucket, domain.position) for bucket in self.plan.buckets
         ]
 
     def tasks(self) -> list[Iterator[None]]:
         """The exchanges of a step, once this rank has updated its parts."""
-        return [self._task(*bucket) for bucket in self._buckets]
+        return [self._task(bucket) for bucket in self._buckets]
 
-    def _task(
-        self, first: Transfers, late: Transfers | None, moves: bool, gathered: int
-    ) -> Iterator[None]:
-        outgoing, incoming = self._pieces(first)
-        if gathered:
-            me = self.domain.position
-            own = [self._piece(matrix, box) for at, matrix, box in first.sends if at == me]
-            pending = gather(self.domain, own, incoming, self.dtype, gathered)
-        else:
-            pending = move(self.domain, outgoing, incoming, self.dtype, moves)
-        yield
+    def _task(self, bucket: Outbound) -> Iterator[None]:
+        outgoing = [(at, self._piece(matrix, box)) for at, matrix, box in bucket.sends]
+        pending = bucket.send(self.domain, None, outgoing, self._piece, self.dtype)
+        yield from pending.arrive()
         pending.wait()
-        if late is not None:
-            outgoing, incoming = self._pieces(late)
-            pending = move(self.domain, outgoing, incoming, self.dtype)
-            yield
-            pending.wait()
-
-    def _pieces(self, transfers: Transfers) -> Iterator[list[tuple[int, Tensor]]]:
-        """What this rank sends to others, and receives from them."""
-        me = self.domain.position
-        for some in transfers:
-            yield [(at, self._piece(matrix, box)) for at, matrix, box in some if at != me]
 
     def _piece(self, matrix: int, box: Any) -> Tensor:
         number = self.plan.matrices[matrix].tensor

@@ -68,6 +68,10 @@ class Lines(NamedTuple):
         """How many lines are taken."""
         return sum(k for _, _, k in self.cells)
 
+    def shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Of the lines that are taken of a matrix of so many rows and columns."""
+        return (self.total, cols) if self.rows else (rows, self.total)
+
     def among(self, start: int, stop: int) -> int:
         """How many are taken of the lines in [start, stop), which are whole cells."""
         return sum(k for a, b, k in self.cells if start <= a and b <= stop)
@@ -98,6 +102,10 @@ class Matrix(NamedTuple):
     flops: int
     stage_box: Box | None = None
     lines: Lines | None = None
+
+    def computed(self, rows: int, cols: int) -> tuple[int, int]:
+        """The shape of what is orthogonalized of a matrix of so many rows and columns."""
+        return (rows, cols) if self.lines is None else self.lines.shape(rows, cols)
 
     def taken(self, box: Box) -> Box:
         """What travels of a part of it."""

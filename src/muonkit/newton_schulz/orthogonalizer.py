@@ -266,6 +266,25 @@ def _normalize(
     return X.div_(norm).to(dtype)
 
 
+# Of a norm between these, no square overflows float32, and none that vanishes had a say in it.
+_LEAST_NORM, _MOST_NORM = 1e-15, 1e15
+
+
+def _normalize_on_cpu(X: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
+    """`_normalize` in two passes instead of five for each matrix of an ordinary norm, since a CPU
+    can read the norm at once.
+    """
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    out = scratch("normalized", tuple(X.shape), X.dtype, X.device)
+    torch.div(X, norm if margin == 1 else norm * margin, out=out)
+    for index, each in enumerate(norm.flatten().tolist()):
+        if not _LEAST_NORM < each < _MOST_NORM:
+            alone = X[index : index + 1]
+            out[index] = _normalize(alone, margin, X.dtype, differentiable=True)[0]
+    return out.to(dtype)
+
+
 def _largest(X: Tensor) -> Tensor:
     """The largest magnitude of every matrix, `(B, 1, 1)`; NaN where there is one."""
     if X.device.type == "cuda":
@@ -300,12 +319,14 @@ def _evaluate(
     m, n = sorted(X.shape[-2:])
     tall = X.shape[-2] > X.shape[-1]
     blocks = block_count(m, X.dtype, X.device)
-    _, restarts = choose_form(ns_form, m, n, triples, X.dtype.itemsize, blocks)
+    form, restarts = choose_form(ns_form, m, n, triples, X.dtype.itemsize, blocks)
     how = 1 if differentiable else method(X.mT if tall else X)
     product: Callable[..., Tensor] = general_product
     if how != 1:
         product = functools.partial(symmetric_product, blocks=how)
     small = not is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device)
+    if how == 1 and (small or differentiable) and form == "standard" and not balanced:
+        return _as_published(X, triples, tall, out)
     names = _NO_NAMES if how == 1 and (small or differentiable) else _NAMES
     # 16 bits would round a on P's diagonal: P is without aI, and the products add a times their
     # other factor. In float32 one P, rounded once for all three products, is nearer to exact.
@@ -340,6 +361,19 @@ def _evaluate(
                 Q = _add_identity_(P, apart)
         assert Q is not None
         X = _apply(torch.bmm, (), Q, X, tall, target)
+    return X
+
+
+def _as_published(X: Tensor, triples: tuple[Triple, ...], tall: bool, out: Tensor | None) -> Tensor:
+    """Three operations for each iteration: of small matrices, operations take longer than what
+    they compute.
+    """
+    for number, (a, b, c) in enumerate(triples, start=1):
+        rows = X.mT if tall else X
+        A = torch.bmm(rows, rows.mT)
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+        target = out if number == len(triples) else None
+        X = _apply(torch.baddbmm, (X,), P, X, tall, target, beta=a)
     return X
 
 
@@ -417,13 +451,15 @@ def _newton_schulz_(
     """
     triples = tuple(zip(coefficients[::3], coefficients[1::3], coefficients[2::3], strict=True))
     together = G.shape[0]
+    normalize: Callable[[Tensor, float, torch.dtype], Tensor] = _normalize
     if G.device.type == "cpu":
+        normalize = _normalize_on_cpu
         together = _together(G.shape[0], G.shape[1], G.shape[2], dtype)
     with _without_autocast(G.device):
         for start in range(0, G.shape[0], together):
             some = G[start : start + together]
             out = some if dtype == G.dtype and some.is_contiguous() else None
-            O = _evaluate(_normalize(some, margin, dtype), triples, ns_form, balanced, out)
+            O = _evaluate(normalize(some, margin, dtype), triples, ns_form, balanced, out)
             if out is None:
                 some.copy_(O)
 
