@@ -117,7 +117,13 @@ def test_only_torch_is_required(metadata: Message) -> None:
     assert [each.name for each in core] == ["torch"]
     # A range: an exact pin would take the user's own torch away.
     assert [bound.operator for bound in core[0].specifier] == [">="]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"lab", "dev", "docs", "testing", "tutorial"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "lab",
+        "dev",
+        "docs",
+        "testing",
+        "tutorial",
+    }
     assert metadata["Requires-Python"] == ">=3.11"
 
 
