@@ -24,11 +24,13 @@ __all__ = [
     "CONSTANT_MARK",
     "FLAT_MARK",
     "FLAT_PARAMETER",
+    "FUNCTIONAL_COLLECTIVES",
     "OUTSIDE_MARKS",
     "WRAPPERS",
     "all_gather",
     "cpu_capabilities",
     "default_store",
+    "dispatch_mode",
     "is_watched_by_func",
     "local_box",
     "local_tensor",
@@ -218,3 +220,14 @@ def default_store() -> Any:
         return distributed_c10d._get_default_store()
     except (RuntimeError, ValueError, KeyError):
         return None
+
+
+def dispatch_mode() -> Any:
+    """The class whose `__torch_dispatch__` sees every operation in its `with`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode
+
+
+# The operations that DTensors communicate by.
+FUNCTIONAL_COLLECTIVES = "_c10d_functional"

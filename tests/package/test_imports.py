@@ -22,7 +22,7 @@ from tests.helpers.paths import SOURCE
 # `muonkit` is the package's __init__: the public names, which nothing below may import. `scale` is
 # low since the routing table prints the scale of each parameter.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("lab", "_cli", "__main__"),
+    ("lab", "testing", "_cli", "__main__"),
     ("muonkit",),
     ("integrations", "monitor", "convert", "qk_clip"),
     ("muonw", "mup", "distributed.ddp_hook"),
@@ -50,7 +50,7 @@ HEIGHT = {room: -index for index, rooms in enumerate(LAYERS) for room in rooms}
 # Rooms that may use packages beyond torch and the standard library; the lab extra brings the lab's,
 # and an integration is for those who have its framework. The kernels' Triton comes with torch.
 FREE_ROOMS = frozenset({"lab", "_cli", "integrations"})
-EXTRA_PACKAGES = {"newton_schulz": frozenset({"triton"})}
+EXTRA_PACKAGES = {"newton_schulz": frozenset({"triton"}), "testing": frozenset({"pytest"})}
 
 # Placement and plan are plain arithmetic, so that 4,096 ranks are simulated without a tensor.
 TORCHLESS = frozenset(

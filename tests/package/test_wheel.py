@@ -102,6 +102,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(names: list[str]) ->
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert "muonkit/py.typed" in ours
+    ours.add("muonkit_pytest.py")  # the way to muonkit.testing, which pytest imports in every run
     assert {name for name in names if ".dist-info/" not in name} == ours
 
 
@@ -116,14 +117,22 @@ def test_only_torch_is_required(metadata: Message) -> None:
     assert [each.name for each in core] == ["torch"]
     # A range: an exact pin would take the user's own torch away.
     assert [bound.operator for bound in core[0].specifier] == [">="]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"lab", "dev", "docs", "tutorial"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "lab",
+        "dev",
+        "docs",
+        "testing",
+        "tutorial",
+    }
     assert metadata["Requires-Python"] == ">=3.11"
 
 
 def test_the_console_script_starts(
     wheel: Path, installed: Path, metadata: Message, tmp_path: Path
 ) -> None:
-    assert "muonkit = muonkit._cli:main" in read(wheel, ".dist-info/entry_points.txt")
+    points = read(wheel, ".dist-info/entry_points.txt")
+    assert "muonkit = muonkit._cli:main" in points
+    assert "[pytest11]\nmuonkit = muonkit_pytest" in points
     shown = run(installed.parent / "muonkit", "--version", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert metadata["Version"] in shown.stdout

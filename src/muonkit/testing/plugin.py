@@ -1,0 +1,114 @@
+"""pytest's part: the options, the subject, and what became of each law in a file.
+
+    pytest --pyargs muonkit.testing --optimizer mypackage.module:make --conformance-json FILE
+
+An installed muonkit brings this plugin in (`muonkit_pytest`) where `muonkit.testing` is among the
+arguments, and nowhere else; `-p muonkit.testing.plugin` does it by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from muonkit.testing.adapter import Subject, load
+from muonkit.testing.laws import LAWS, Finding, Law, judge
+from muonkit.testing.rank_laws import check_on_ranks
+
+FINDING = "conformance"
+_SUBJECT = pytest.StashKey[Subject]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("muonkit.testing", "the laws of Muon")
+    group.addoption(
+        "--optimizer",
+        metavar="WHERE:NAME",
+        help="mypackage.module:make or path/to/file.py:make, a function make(params, *, lr, "
+        "weight_decay) that returns the optimizer, or a muonkit.testing.Subject",
+    )
+    group.addoption(
+        "--conformance-json", metavar="FILE", help="write what became of each law into this file"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    spec = config.getoption("--optimizer")
+    if config.getoption("help", default=False):
+        return
+    if spec is None:
+        raise pytest.UsageError(
+            "muonkit.testing needs --optimizer mypackage.module:make (or path/to/file.py:make): "
+            "which optimizer is to be held to the laws? --optimizer torch.optim:Muon tries torch's"
+        )
+    try:
+        config.stash[_SUBJECT] = load(spec)
+    except (LookupError, TypeError, ValueError) as error:
+        # A KeyError would show its message in quotes.
+        raise pytest.UsageError(str(error.args[0] if error.args else error)) from error
+    # The matrices are tiny: on a busy machine threads would wait for one another.
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "law" in metafunc.fixturenames:
+        metafunc.parametrize("law", LAWS.values(), ids=lambda law: law.name)
+
+
+@pytest.fixture(scope="session")
+def findings(request: pytest.FixtureRequest) -> Callable[[Law], Finding]:
+    """From a law to what became of it; those on ranks are tried together, one group for each number
+    of ranks."""
+    config = request.config
+    subject = config.stash[_SUBJECT]
+    on_ranks: dict[int, dict[str, Finding]] = {}
+    items: list[Any] = request.session.items
+    selected = {item.callspec.params["law"].name for item in items if hasattr(item, "callspec")}
+
+    def find(law: Law) -> Finding:
+        if not law.world_size:
+            return judge(law, subject)
+        if law.world_size not in on_ranks:
+            found = check_on_ranks(config.getoption("--optimizer"), law.world_size, selected)
+            on_ranks[law.world_size] = {finding.law: finding for finding in found}
+        return on_ranks[law.world_size][law.name]
+
+    return find
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With xdist these come from all workers."""
+    if report.when == "call" or report.skipped:
+        for key, value in report.user_properties:
+            if key == FINDING and isinstance(value, dict):
+                _REPORTS[value["law"]] = value
+
+
+_REPORTS: dict[str, Any] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    path = config.getoption("--conformance-json")
+    if path is None or hasattr(config, "workerinput"):
+        return
+    written = {
+        "kind": "conformance",
+        "optimizer": config.getoption("--optimizer"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "laws": [_REPORTS[name] for name in LAWS if name in _REPORTS],
+    }
+    Path(path).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+def as_record(finding: Finding) -> dict[str, str]:
+    """What a file has of it: without what is empty."""
+    return {key: value for key, value in dataclasses.asdict(finding).items() if value}

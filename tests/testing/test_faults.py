@@ -1,0 +1,36 @@
+"""No law that cannot fail: each fault breaks the laws that are there for it, and no others."""
+
+from __future__ import annotations
+
+import pytest
+
+from muonkit.testing import LAWS, check
+from tests.helpers import sampling
+from tests.helpers.faulty_muons import FAULTS, plain
+
+ALONE = [name for name, law in LAWS.items() if not law.world_size]
+
+
+def test_every_law_is_broken_by_a_fault() -> None:
+    assert set().union(*FAULTS.values()) == set(ALONE)
+
+
+def test_a_plain_muon_keeps_them() -> None:
+    assert [str(finding) for finding in check(plain("")) if finding.verdict != "pass"] == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_breaks_its_laws_and_no_others(fault: str) -> None:
+    # In `make test` a third of the others, each fault another one; in `make test-all` all of them.
+    turn = list(FAULTS).index(fault)
+    names = [
+        name
+        for i, name in enumerate(ALONE)
+        if name in FAULTS[fault] or sampling.is_whole() or (i + turn) % 3 == 0
+    ]
+    findings = check(plain(fault), names)
+    assert {finding.law for finding in findings if finding.verdict == "fail"} == FAULTS[fault]
+    for finding in findings:
+        if finding.verdict == "fail":
+            assert finding.input, f"{finding} does not say on which input"
+            assert finding.message

@@ -1,0 +1,163 @@
+"""The conformance suite on ours, as its users run it, and what it says where it is misused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import muonkit_pytest
+from muonkit.testing import LAWS, Subject, check, load
+from tests.helpers import warm
+from tests.helpers.paths import ROOT
+
+OURS = ROOT / "benchmarks" / "conformance_subjects.py"
+
+
+def suite(*arguments: str, cwd: Path) -> tuple[int, str]:
+    """A run of the suite, as its page says."""
+    done = warm.run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "muonkit.testing.plugin",
+         "--pyargs", "muonkit.testing", *arguments],
+        cwd=cwd,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_ours_keeps_every_law(tmp_path: Path) -> None:
+    """On ranks in test_on_ranks.py, where one group of processes has all cases."""
+    file = tmp_path / "found.json"
+    code, told = suite(
+        "--optimizer", f"{OURS}:muon", "--conformance-json", str(file), "-k", "not ranks",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, told
+    found = json.loads(file.read_text())
+    assert [row["law"] for row in found["laws"]] == [
+        name for name, law in LAWS.items() if not law.world_size
+    ]
+    assert {row["verdict"] for row in found["laws"]} == {"pass"}
+
+
+def test_muonw_keeps_every_law() -> None:
+    assert {finding.verdict for finding in check(load(f"{OURS}:muonw"))} == {"pass"}
+
+
+def test_a_failing_law_says_on_what(tmp_path: Path) -> None:
+    """With a class that needs no adapter: torch's own Muon, which breaks one."""
+    file = tmp_path / "found.json"
+    code, told = suite(
+        "--optimizer", "torch.optim:Muon", "--conformance-json", str(file), cwd=tmp_path
+    )
+    assert code == 1
+    assert "smallest input: a 2 × 3 gradient times 1e-12" in told
+    assert LAWS["tiny_gradients_are_nothing"].states in told
+    rows = {row["law"]: row for row in json.loads(file.read_text())["laws"]}
+    assert [name for name, row in rows.items() if row["verdict"] == "fail"] == [
+        "tiny_gradients_are_nothing",
+        "huge_gradients_are_nothing",
+    ]
+    assert rows["a_convolution_is_a_matrix"]["verdict"] == "does not claim"
+
+
+def test_without_an_optimizer_one_line_says_what_is_missing(tmp_path: Path) -> None:
+    code, told = suite(cwd=tmp_path)
+    assert code == 4
+    (line,) = [line for line in told.splitlines() if line.strip()]
+    assert "needs --optimizer mypackage.module:make" in line
+
+
+ADAPTERS = """
+import torch
+from muonkit.testing import Subject
+
+def make(params, *, lr, weight_decay):
+    return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay)
+
+def forgot(params, *, lr, weight_decay):
+    torch.optim.Muon(params, lr=lr)
+
+def lost(params, *, lr, weight_decay):
+    return torch.optim.Muon([torch.nn.Parameter(torch.ones(2, 3))], lr=lr)
+
+def no_decay(params, lr):
+    return torch.optim.Muon(params, lr=lr)
+
+def made():
+    return Subject(make, "made")
+
+number = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "words"),
+    [
+        ("nothing", ValueError, "a module and a name with a colon between them"),
+        ("no.such.module:make", LookupError, "there is no 'no' on the path"),
+        ("{folder}/none.py:make", LookupError, "there is none at"),
+        ("{folder}/adapters.py:maek", LookupError, "did you mean 'make'"),
+        ("{folder}/adapters.py:forgot", TypeError, "returned None.*end make.*return optimizer"),
+        ("{folder}/adapters.py:lost", TypeError, r"without the parameters of shape \(2, 3\)"),
+        ("{folder}/adapters.py:no_decay", TypeError, "unexpected keyword.*decay=False"),
+        ("{folder}/adapters.py:number", TypeError, "is 3, expected a muonkit.testing.Subject"),
+    ],
+)
+def test_a_wrong_adapter_is_told_the_remedy(
+    spec: str, kind: type[Exception], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "adapters.py").write_text(ADAPTERS)
+    sys.modules.pop("conformance_of_adapters", None)
+    with pytest.raises(kind, match=words):
+        load(spec.format(folder=tmp_path))
+
+
+def test_what_an_optimizer_may_stand_as(tmp_path: Path) -> None:
+    (tmp_path / "adapters.py").write_text(ADAPTERS)
+    sys.modules.pop("conformance_of_adapters", None)
+    assert load(f"{tmp_path}/adapters.py:make").claims("decay")
+    assert load(f"{tmp_path}/adapters.py:made").name == "made"
+    assert load("torch.optim:Muon").make is torch.optim.Muon
+
+
+def test_a_crash_in_the_optimizer_is_a_failure_with_its_input() -> None:
+    def make(params: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.SGD:
+        if params[0].shape == (8, 8):
+            raise ZeroDivisionError("of theirs")
+        return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay)
+
+    (found,) = check(Subject(make), ["scale_of_gradient_is_nothing"])
+    assert found.verdict == "fail"
+    (found,) = check(Subject(make), ["gradients_are_untouched"])
+    assert (found.verdict, found.input) == ("fail", "a 8 × 8 gradient")
+    assert found.message == "ZeroDivisionError: of theirs"
+
+
+def test_unknown_laws_and_laws_on_ranks_are_refused() -> None:
+    with pytest.raises(LookupError, match="did you mean 'zero_moves_nothing'"):
+        check(Subject(torch.optim.Muon), ["zero_moves_nothin"])
+    with pytest.raises(ValueError, match=r"check_on_ranks"):
+        check(Subject(torch.optim.Muon), ["fsdp2_equals_one_process-on-2-ranks"])
+
+
+def test_pytest_finds_the_plugin_only_where_it_is_asked_for() -> None:
+    brought: list[str] = []
+
+    class Config:
+        class pluginmanager:
+            import_plugin = staticmethod(brought.append)
+
+    muonkit_pytest.pytest_load_initial_conftests(Config, ["-q", "tests"])
+    assert brought == []
+    muonkit_pytest.pytest_load_initial_conftests(Config, ["--pyargs", "muonkit.testing::test_law"])
+    assert brought == ["muonkit.testing.plugin"]
+
+
+def test_every_law_states_itself_in_a_sentence() -> None:
+    for law in LAWS.values():
+        assert law.states.endswith("."), law.name
+        assert law.elsewhere, law.name
