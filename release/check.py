@@ -189,7 +189,7 @@ def check_contents(sdist: Path, wheel: Path) -> str:
     """The wheel has the package's files and no other; neither has what git does not know."""
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
-    package = {name.removeprefix("src/") for name in tracked("src/muonkit")}
+    package = {name.removeprefix("src/") for name in tracked("src")}
     for what, names in (("lacks", package - inside), ("has besides", inside - package)):
         if names:
             raise Problem(f"the wheel {what} {sorted(names)}")
@@ -203,7 +203,7 @@ def check_contents(sdist: Path, wheel: Path) -> str:
     sizes = ", ".join(
         f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in (sdist, wheel)
     )
-    return f"{sizes}; {len(inside)} files in the wheel, all of src/muonkit, py.typed among them"
+    return f"{sizes}; {len(inside)} files in the wheel, all of src, py.typed among them"
 
 
 def check_metadata(wheel: Path) -> str:
