@@ -6,7 +6,9 @@ project, and only a run of `muonkit.testing` has the suite's options.
 
 from typing import Any
 
+SUITE = ("muonkit.testing", "muonkit.testing.test_laws")
+
 
 def pytest_load_initial_conftests(early_config: Any, args: list[str]) -> None:
-    if any(arg.partition("::")[0] == "muonkit.testing" for arg in args):
+    if any(arg.partition("::")[0] in SUITE for arg in args):
         early_config.pluginmanager.import_plugin("muonkit.testing.plugin")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
+import torch
 
 from muonkit.testing import LAWS, check
 from tests.helpers import sampling
@@ -13,6 +17,23 @@ ALONE = [name for name, law in LAWS.items() if not law.world_size]
 
 def test_every_law_is_broken_by_a_fault() -> None:
     assert set().union(*FAULTS.values()) == set(ALONE)
+
+
+def test_what_never_moves_a_weight_breaks_every_law_on_what_it_moves() -> None:
+    class Still(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return closure() if closure is not None else None
+
+    def still(params: Any, *_: Any, lr: float, weight_decay: float) -> Still:
+        return Still(params, lr=lr)
+
+    findings = check(dataclasses.replace(plain(""), make=still, heads=still))
+    assert {finding.law for finding in findings if finding.verdict != "fail"} == {
+        "zero_moves_nothing",
+        "gradients_are_untouched",
+        "no_gradient_no_decay",
+        "state_dicts_load_with_weights_only",
+    }
 
 
 def test_a_plain_muon_keeps_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import muonkit_pytest
 from muonkit.testing import LAWS, Subject, check, load
+from muonkit.testing.rank_laws import on_this_rank
 from tests.helpers import warm
 from tests.helpers.paths import ROOT
 
@@ -71,6 +73,27 @@ def test_without_an_optimizer_one_line_says_what_is_missing(tmp_path: Path) -> N
     assert "needs --optimizer mypackage.module:make" in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--pyargs", "muonkit.testing", "--conformance-json", "no/f.json"), "no folder 'no'"),
+        (("--pyargs", "muonkit.testing", "--conformance-json", "."), "expected a file"),
+        (("muonkit.testing",), "put --pyargs before it"),
+    ],
+)
+def test_a_wrong_command_is_refused_before_a_law_is_tried(
+    arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    done = warm.run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "muonkit.testing.plugin",
+         *arguments, "--optimizer", "torch.optim:Muon"],
+        cwd=tmp_path,
+    )  # fmt: skip
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert done.returncode == 4
+    assert words in line
+
+
 ADAPTERS = """
 import torch
 from muonkit.testing import Subject
@@ -90,6 +113,12 @@ def no_decay(params, lr):
 def made():
     return Subject(make, "made")
 
+def with_defaults(params=None, lr=1.0, weight_decay=0.0):
+    return make(params, lr=lr, weight_decay=weight_decay)
+
+def no_gpu(params, *, lr, weight_decay):
+    raise RuntimeError("no GPU here")
+
 number = 3
 """
 
@@ -105,23 +134,81 @@ number = 3
         ("{folder}/adapters.py:lost", TypeError, r"without the parameters of shape \(2, 3\)"),
         ("{folder}/adapters.py:no_decay", TypeError, "unexpected keyword.*decay=False"),
         ("{folder}/adapters.py:number", TypeError, "is 3, expected a muonkit.testing.Subject"),
+        ("{folder}/adapters.py:no_gpu", TypeError, r"no GPU here \(adapters.py:\d+\). Give a fun"),
+        ("{folder}/broken.py:make", ImportError, r"import raised KeyError: 'x' \(broken.py:2\)"),
+        ("{folder}/unread.py:make", ImportError, "import raised SyntaxError"),
     ],
 )
 def test_a_wrong_adapter_is_told_the_remedy(
-    spec: str, kind: type[Exception], words: str, tmp_path: Path
+    spec: str, kind: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "adapters.py").write_text(ADAPTERS)
+    (tmp_path / "broken.py").write_text("there = {}\nthere['x']\n")
+    (tmp_path / "unread.py").write_text("def make(:\n")
     sys.modules.pop("conformance_of_adapters", None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(kind, match=words):
         load(spec.format(folder=tmp_path))
 
 
-def test_what_an_optimizer_may_stand_as(tmp_path: Path) -> None:
+def test_what_an_optimizer_may_stand_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapters.py").write_text(ADAPTERS)
     sys.modules.pop("conformance_of_adapters", None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert load(f"{tmp_path}/adapters.py:with_defaults").claims("decay")
     assert load(f"{tmp_path}/adapters.py:make").claims("decay")
     assert load(f"{tmp_path}/adapters.py:made").name == "made"
     assert load("torch.optim:Muon").make is torch.optim.Muon
+
+
+def test_a_file_may_import_what_stands_beside_it_and_warn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python file.py` may; on a rank too, where warnings are errors."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_adapter.py").write_text("from torch.optim import Muon\n")
+    warns = "import warnings; warnings.warn('old')\nfrom beside_adapter import Muon\n"
+    (tmp_path / "warning_adapter.py").write_text(warns)
+    found = on_this_rank(f"{tmp_path}/warning_adapter.py:Muon", "zero_moves_nothing")
+    assert found.verdict == "pass", found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("make", None, "expected a function"),
+        ("scale", 0.2, "expected a function or None"),
+        ("experts", torch.optim.Muon, "expected True or False"),
+        ("momentum", "0.95", "momentum='0.95', expected the weight of the past"),
+        ("products", "float32", "expected one of torch.float64"),
+        ("deliberate", ("tiny_gradients_are_nothing", "eps"), r'expected pairs, \(\("the_law"'),
+    ],
+)
+def test_a_subject_refuses_what_no_law_can_use(name: str, value: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        Subject(**{"make": torch.optim.Muon, name: value})
+
+
+def test_the_reason_of_a_broken_law() -> None:
+    """Of a law on ranks for every number of them; what is no law is refused."""
+    subject = Subject(torch.optim.Muon, deliberate=(("fsdp2_equals_one_process", "own shards"),))
+    assert subject.why("fsdp2_equals_one_process-on-4-ranks") == "own shards"
+    wrong = Subject(torch.optim.Muon, deliberate=(("tiny_gradient_is_nothing", "eps"),))
+    with pytest.raises(LookupError, match="did you mean 'tiny_gradients_are_nothing'"):
+        check(wrong, [])
+
+
+@pytest.mark.parametrize("returned", [{"norm": 3}, torch.ones(3), "a loss"])
+def test_a_step_that_returns_no_loss_breaks_the_law_of_closures(returned: Any) -> None:
+    class Other(torch.optim.Muon):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            return returned
+
+    (found,) = check(Subject(Other), ["closures_are_called_once"])
+    assert found.verdict == "fail"
+    assert "step returned" in found.message
+    assert "the loss is -0.635" in found.message
 
 
 def test_a_crash_in_the_optimizer_is_a_failure_with_its_input() -> None:
@@ -134,7 +221,8 @@ def test_a_crash_in_the_optimizer_is_a_failure_with_its_input() -> None:
     assert found.verdict == "fail"
     (found,) = check(Subject(make), ["gradients_are_untouched"])
     assert (found.verdict, found.input) == ("fail", "a 8 × 8 gradient")
-    assert found.message == "ZeroDivisionError: of theirs"
+    line = make.__code__.co_firstlineno + 2
+    assert found.message == f"ZeroDivisionError: of theirs (test_suite.py:{line})"
 
 
 def test_unknown_laws_and_laws_on_ranks_are_refused() -> None:
@@ -153,8 +241,10 @@ def test_pytest_finds_the_plugin_only_where_it_is_asked_for() -> None:
 
     muonkit_pytest.pytest_load_initial_conftests(Config, ["-q", "tests"])
     assert brought == []
-    muonkit_pytest.pytest_load_initial_conftests(Config, ["--pyargs", "muonkit.testing::test_law"])
-    assert brought == ["muonkit.testing.plugin"]
+    for suite in ("muonkit.testing", "muonkit.testing.test_laws::test_law[zero_moves_nothing]"):
+        brought.clear()
+        muonkit_pytest.pytest_load_initial_conftests(Config, ["--pyargs", suite])
+        assert brought == ["muonkit.testing.plugin"]
 
 
 def test_every_law_states_itself_in_a_sentence() -> None:

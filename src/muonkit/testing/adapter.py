@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
+import inspect
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.optim import Optimizer
 
 from muonkit._text import shortened, unknown
 
-__all__ = ["CLAIMS", "Make", "Subject", "load"]
+__all__ = ["CLAIMS", "SAME", "Make", "Subject", "load", "told"]
 
 Make: TypeAlias = Callable[..., Optimizer]
 
@@ -36,6 +38,16 @@ CLAIMS = {
     "float64": "parameters in float64",
     "ddp": "parameters with a copy on every rank",
     "fsdp2": "DTensors that are sharded on their first dim",
+}
+
+
+# By how much of its norm an update may differ, by the dtype of the products: see `laws`.
+# float32: the iterations amplify a rounding of 6e-8 by at most 3.4445^5 = 485.
+SAME = {
+    torch.float64: 2e-3,
+    torch.float32: 2e-3,
+    torch.float16: 0.25,
+    torch.bfloat16: 0.25,
 }
 
 
@@ -62,7 +74,7 @@ class Subject:
         ddp: as `make`, on ranks that all have a copy of every parameter and gradient; called after
             `torch.distributed` was initialized.
         fsdp2: as `make`, for parameters that are DTensors sharded on dim 0.
-        deliberate: law -> why the optimizer breaks it on purpose, for the reports.
+        deliberate: pairs of a law and why the optimizer breaks it on purpose, for the reports.
     """
 
     make: Make
@@ -82,10 +94,39 @@ class Subject:
     fsdp2: Make | None = None
     deliberate: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("make", "heads", "scale", "ddp", "fsdp2"):
+            value = getattr(self, name)
+            if not callable(value) and (name == "make" or value is not None):
+                self._refuse(name, "a function" if name == "make" else "a function or None")
+        for name in (
+            "convolutions", "experts", "decay", "nesterov", "checkpoint", "bfloat16", "float64"
+        ):  # fmt: skip
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "True or False")
+        number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
+        if self.momentum is not None and not (number and 0 <= self.momentum < 1):
+            self._refuse("momentum", "the weight of the past, from 0 to below 1, or None")
+        if self.products not in SAME:
+            self._refuse("products", f"one of {', '.join(map(str, SAME))}")
+        pairs = self.deliberate if isinstance(self.deliberate, tuple) else (None,)
+        for pair in pairs:
+            if not (isinstance(pair, tuple) and list(map(type, pair)) == [str, str]):
+                self._refuse("deliberate", 'pairs, (("the_law", "why"),)')
+
+    def _refuse(self, name: str, expected: str) -> None:
+        got = shortened(repr(getattr(self, name)), 80)
+        raise TypeError(f"Subject got {name}={got}, expected {expected}")
+
     def claims(self, claim: str) -> bool:
         """Whether it says that it does what `CLAIMS` has under this name."""
         value = True if claim == "matrices" else getattr(self, claim)
         return value is not None and value is not False
+
+    def why(self, law: str) -> str:
+        """Why it breaks a law on purpose; of one on ranks with their number or without."""
+        reasons = dict(self.deliberate)
+        return reasons.get(law) or reasons.get(law.partition("-on-")[0], "")
 
     def optimizer(
         self,
@@ -131,8 +172,8 @@ def load(spec: str) -> Subject:
     function without required arguments that returns one, or a `make`.
 
     Raises:
-        ValueError, TypeError, LookupError: there is none; the message says what was got, what
-            was expected, and the remedy.
+        ValueError, TypeError, LookupError, ImportError: there is none; the message says what was
+            got, what was expected, and the remedy.
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
@@ -151,10 +192,7 @@ def load(spec: str) -> Subject:
 
 
 def _subject(found: Any, spec: str) -> Subject:
-    if isinstance(found, functools.partial | type) or callable(found):
-        subject = _made_by(found, spec)
-    else:
-        subject = found
+    subject = _made_by(found, spec) if callable(found) else found
     if not isinstance(subject, Subject):
         raise TypeError(
             f"--optimizer {spec} is {shortened(repr(found), 80)}, expected a "
@@ -164,40 +202,61 @@ def _subject(found: Any, spec: str) -> Subject:
     probe = nn.Parameter(torch.zeros(2, 3))
     try:
         subject.optimizer([probe])
-    except TypeError as error:
+    except Exception as error:
+        decay = ", weight_decay=0.0" if subject.decay else ""
         raise TypeError(
-            f"--optimizer {spec} could not be called as make([parameter], lr=1.0, "
-            f"weight_decay=0.0): {error}. Give a function of that form, or a "
-            "muonkit.testing.Subject with make=such a function; one without decay says decay=False"
+            f"--optimizer {spec} could not be called as make([parameter], lr=1.0{decay}): "
+            f"{told(error)}. Give a function of that form, or a muonkit.testing.Subject with "
+            "make=such a function; one without decay says decay=False"
         ) from error
     return subject
 
 
 def _made_by(found: Any, spec: str) -> Any:
-    """A `make` as a subject; a function without arguments is called for it."""
-    if not isinstance(found, type):
-        import inspect
+    """A `make` as a subject; what cannot be called as one, but without arguments, is called."""
+    is_make = isinstance(found, type) or _takes(found, [], lr=1.0, weight_decay=0.0)
+    return found() if not is_make and _takes(found) else Subject(found, name=spec)
 
-        try:
-            takes = inspect.signature(found).parameters.values()
-        except (TypeError, ValueError):
-            takes = ()  # type: ignore[assignment]
-        if not any(
-            p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in takes
-        ) and not any(p.kind is p.VAR_POSITIONAL for p in takes):
-            return found()
-    return Subject(found, name=spec)
+
+def _takes(function: Any, *args: Any, **kwargs: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def told(error: BaseException) -> str:
+    """An error of the code under test in a line: its type, its first line, and the line of that
+    code which raised it, or called into torch or Python's own library."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    where = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if _is_theirs(frame.filename):
+            where = f" ({Path(frame.filename).name}:{frame.lineno})"
+    return f"{type(error).__name__}: {shortened(first, 300)}{where}"
+
+
+_LIBRARY = sysconfig.get_path("stdlib")
+_NOT_THEIRS = ("<", str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+def _is_theirs(file: str) -> bool:
+    """Whether the code under test is in it, and not that of torch, Python or this suite."""
+    installed = "site-packages" in file or "dist-packages" in file  # a folder of the library's
+    return not file.startswith(_NOT_THEIRS) and (installed or not file.startswith(_LIBRARY))
 
 
 def _module(where: str) -> ModuleType:
     if not where.endswith(".py"):
         try:
             return importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (where + ".").startswith(error.name + "."):
-                raise  # the module is there, and misses another one
+        except Exception as error:
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is None or not (where + ".").startswith(missing + "."):
+                raise _unimported(where, error) from error  # the module is there
             raise LookupError(
-                f"--optimizer names the module {where!r}, and there is no {error.name!r} on the "
+                f"--optimizer names the module {where!r}, and there is no {missing!r} on the "
                 f"path; install it, run from its folder with 'python -m pytest', or give a file, "
                 "path/to/file.py:make"
             ) from error
@@ -213,9 +272,18 @@ def _module(where: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles look there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # for what stands beside it, which it may import
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except Exception as error:
         del sys.modules[name]
-        raise
+        raise _unimported(where, error) from error
     return module
+
+
+def _unimported(where: str, error: Exception) -> ImportError:
+    return ImportError(
+        f"--optimizer names {where}, whose import raised {told(error)}; it has to be imported "
+        "without an error, here and on every rank"
+    )

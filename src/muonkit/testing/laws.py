@@ -29,17 +29,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from muonkit._text import shortened, unknown
-from muonkit.testing.adapter import CLAIMS, Subject
+from muonkit.testing.adapter import CLAIMS, SAME, Subject, told
 
-__all__ = ["LAWS", "SAME", "Broken", "Finding", "Law", "check", "given", "judge", "law", "matrix"]
-
-# See above. float32: the iterations amplify a rounding of 6e-8 by at most 3.4445^5 = 485.
-SAME = {
-    torch.float64: 2e-3,
-    torch.float32: 2e-3,
-    torch.float16: 0.25,
-    torch.bfloat16: 0.25,
-}
+__all__ = [
+    "LAWS",
+    "Broken",
+    "Finding",
+    "Law",
+    "check",
+    "given",
+    "judge",
+    "law",
+    "matrix",
+    "see_reasons",
+]
 
 # Small to large: the first that breaks a law is the smallest input.
 SHAPES = ((2, 3), (8, 8), (4, 16), (16, 4), (32, 32))
@@ -118,9 +121,10 @@ def check(subject: Subject, laws: Iterable[str] | None = None) -> list[Finding]:
     """Hold a subject to the laws of one process, or to those that are named.
 
     Raises:
-        LookupError: a law of that name does not exist.
+        LookupError: a law of that name does not exist, or one that the subject breaks on purpose.
         ValueError: one of them is for several ranks, which `muonkit.testing.check_on_ranks` has.
     """
+    see_reasons(subject)
     names = [law.name for law in LAWS.values() if not law.world_size] if laws is None else laws
     findings = []
     for name in names:
@@ -130,6 +134,18 @@ def check(subject: Subject, laws: Iterable[str] | None = None) -> list[Finding]:
             raise ValueError(f"{name} is a law on ranks: use muonkit.testing.check_on_ranks")
         findings.append(judge(LAWS[name], subject))
     return findings
+
+
+def see_reasons(subject: Subject) -> None:
+    """See that what is broken on purpose are laws.
+
+    Raises:
+        LookupError: one of them is none.
+    """
+    functions = {law.function.__name__: None for law in LAWS.values()}
+    for name, _ in subject.deliberate:
+        if name not in LAWS and name not in functions:
+            raise LookupError(unknown("law in Subject's deliberate,", name, functions))
 
 
 def judge(law: Law, subject: Subject) -> Finding:
@@ -142,12 +158,10 @@ def judge(law: Law, subject: Subject) -> Finding:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what an optimizer warns of is no law
             law.function(subject)
-    except Exception as error:
-        told = getattr(error, "smallest_input", "")
-        lines = str(error).strip().splitlines() or [""]
-        what = lines[0] if isinstance(error, Broken) else f"{type(error).__name__}: {lines[0]}"
-        why = dict(subject.deliberate).get(law.name, "")
-        return Finding(law.name, "fail", told, shortened(what, 300), why)
+    except (Exception, SystemExit) as error:
+        on = getattr(error, "smallest_input", "")
+        what = shortened(error, 300) if isinstance(error, Broken) else told(error)
+        return Finding(law.name, "fail", on, what, subject.why(law.name))
     return Finding(law.name, "pass")
 
 
@@ -156,9 +170,9 @@ def given(what: str) -> Iterator[None]:
     """Whatever is raised inside says on which input it was."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not hasattr(error, "smallest_input"):
-            error.smallest_input = what  # type: ignore[attr-defined]
+            error.smallest_input = what  # type: ignore[union-attr]
         raise
 
 
@@ -244,7 +258,9 @@ def off(got: Tensor, expected: Tensor) -> float:
     difference = float((got - expected).norm())
     if not math.isfinite(difference):
         return math.inf
-    return difference / size if size else math.inf * difference if difference else 0.0
+    if not size:
+        return math.inf if difference else 0.0
+    return difference / size
 
 
 def same(
@@ -291,7 +307,8 @@ def singular_values_are_alike(subject: Subject) -> None:
     for rows, cols in SHAPES:
         with given(f"a {rows} × {cols} gradient"):
             values = torch.linalg.svdvals(update(subject, matrix(rows, cols)))
-            if not values.isfinite().all() or not values[0] <= 2 * values[-1]:
+            # A NaN is in no range, and an update of zeros has no direction.
+            if not 0 < values[0] <= 2 * values[-1]:
                 raise Broken(f"they lie between {values[-1]:.3g} and {values[0]:.3g}")
 
 
@@ -309,7 +326,7 @@ def low_rank_is_bounded(subject: Subject) -> None:
         for rank in sorted({1, max(1, min(rows, cols) // 2)}):
             with given(f"a {rows} × {cols} gradient of rank {rank}"):
                 largest = torch.linalg.svdvals(update(subject, matrix(rows, cols, rank=rank)))[0]
-                if not largest <= 2.2 * base:
+                if not 0 < largest <= 2.2 * base:
                     raise Broken(
                         f"a singular value of {largest:.3g}, where full rank has {base:.3g}"
                     )
@@ -789,7 +806,8 @@ def schedulers_reach_every_group(subject: Subject) -> None:
             scheduler.step()
             sizes.append([float(p.detach().norm()) for p in params])
         for first, second in zip(*sizes, strict=True):
-            if not math.isclose(second, first / 10, rel_tol=SAME[subject.products]):
+            alike = math.isclose(second, first / 10, rel_tol=SAME[subject.products])
+            if not first or not alike:
                 raise Broken(f"steps of {first:.3g} and then {second:.3g}")
 
 
@@ -830,8 +848,9 @@ def closures_are_called_once(subject: Subject) -> None:
         loss: Any = optimizer.step(closure)  # type: ignore[arg-type]
         if calls != [True]:
             raise Broken(f"it was called {len(calls)} times, gradients enabled: {calls}")
-        if loss is None or not math.isclose(float(loss), expected, rel_tol=1e-5):
-            raise Broken(f"step returned {loss}, the loss is {expected:.3g}")
+        number = isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)
+        if not number or not math.isclose(float(loss), expected, rel_tol=1e-5):
+            raise Broken(f"step returned {shortened(loss, 80)}, the loss is {expected:.3g}")
         if torch.equal(p, torch.ones(2, 3)):
             raise Broken("nothing moved")
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from muonkit.testing.adapter import Subject, load
-from muonkit.testing.laws import LAWS, Finding, Law, judge
+from muonkit.testing.laws import LAWS, Finding, Law, judge, see_reasons
 from muonkit.testing.rank_laws import check_on_ranks
 
 FINDING = "conformance"
@@ -48,13 +48,30 @@ def pytest_configure(config: pytest.Config) -> None:
             "muonkit.testing needs --optimizer mypackage.module:make (or path/to/file.py:make): "
             "which optimizer is to be held to the laws? --optimizer torch.optim:Muon tries torch's"
         )
+    if "muonkit.testing" in config.args and not config.getoption("pyargs"):
+        raise pytest.UsageError("muonkit.testing is a module: put --pyargs before it")
+    _see_file(config.getoption("--conformance-json"))
     try:
         config.stash[_SUBJECT] = load(spec)
-    except (LookupError, TypeError, ValueError) as error:
+        see_reasons(config.stash[_SUBJECT])
+    except (ImportError, LookupError, TypeError, ValueError) as error:
         # A KeyError would show its message in quotes.
         raise pytest.UsageError(str(error.args[0] if error.args else error)) from error
     # The matrices are tiny: on a busy machine threads would wait for one another.
     torch.set_num_threads(1)
+
+
+def _see_file(path: str | None) -> None:
+    """Before the laws are tried, not after."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise pytest.UsageError(f"--conformance-json got the folder {path!r}, expected a file")
+    if not Path(path).parent.is_dir():
+        raise pytest.UsageError(
+            f"--conformance-json got {path!r}, and there is no folder {str(Path(path).parent)!r}: "
+            "make it first"
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

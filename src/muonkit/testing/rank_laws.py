@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,18 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muonkit._torch import FUNCTIONAL_COLLECTIVES, dispatch_mode
 from muonkit.testing.adapter import CLAIMS, Subject, load
-from muonkit.testing.laws import LAWS, Broken, Finding, given, judge, law, matrix, same, shape_of
+from muonkit.testing.laws import (
+    LAWS,
+    Broken,
+    Finding,
+    given,
+    judge,
+    law,
+    matrix,
+    same,
+    see_reasons,
+    shape_of,
+)
 from muonkit.testing.ranks import Outcome, run
 
 __all__ = ["check_on_ranks", "on_this_rank"]
@@ -41,6 +53,7 @@ def check_on_ranks(
         timeout: seconds that one law may take; then all ranks are ended, and what follows fails.
     """
     subject = load(spec)
+    see_reasons(subject)
     names = [name for name, each in LAWS.items() if each.world_size == world_size]
     names = names if laws is None else [name for name in names if name in set(laws)]
     claimed = [name for name in names if not LAWS[name].missing(subject)]
@@ -51,7 +64,10 @@ def check_on_ranks(
 
 def on_this_rank(spec: str, name: str) -> Finding:
     """Try one law, as one of the ranks."""
-    return judge(LAWS[name], load(spec))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what its import warns of is no law either
+        subject = load(spec)
+    return judge(LAWS[name], subject)
 
 
 def _finding(name: str, subject: Subject, outcome: Outcome | None) -> Finding:
@@ -59,12 +75,11 @@ def _finding(name: str, subject: Subject, outcome: Outcome | None) -> Finding:
     if outcome is None:
         what = "; ".join(CLAIMS[claim] for claim in LAWS[name].missing(subject))
         return Finding(name, "does not claim", message=what)
-    why = dict(subject.deliberate).get(name, "")
     for rank, error in enumerate(outcome.errors):
         if error is not None:
             lines = error.strip().splitlines()
             told = lines[0] if "Traceback" not in lines[0] else lines[-1]
-            return Finding(name, "fail", f"rank {rank}", told[:400], why)
+            return Finding(name, "fail", f"rank {rank}", told[:400], subject.why(name))
     failed = [finding for finding in outcome.values if finding.verdict != "pass"]
     found: Finding = failed[0] if failed else outcome.values[0]
     return found
