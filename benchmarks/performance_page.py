@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 
+from harness import quartiles
 from kernels import HEAD
 from parts import Record, machine_line, machine_lines, mib, spread, table
 from train_overhead import what_and_how_much
@@ -234,8 +235,32 @@ def gpu_step_block(records: list[Record]) -> str:
             + ", ".join(f"{n} {taken:.1f} ms" for n, taken in ms.items())
             + f"; ratio {spread(whole['times_adamw'], 3)}."
         )
-        parts += [gpu_line(record), table(head, rows), said]
+        parts += [gpu_line(record), table(head, rows), said, *gpu_further(record)]
     return "\n\n".join(parts)
+
+
+def gpu_further(record: Record) -> list[str]:
+    """What a newer file has beside steps and training, one sentence each."""
+
+    def times(seconds: dict[str, list[float]], base: str) -> str:
+        found = []
+        for name, taken in seconds.items():
+            if name != base:
+                ratios = [a / b for a, b in zip(taken, seconds[base], strict=True)]
+                found.append(f"{name} {spread(quartiles(ratios))}")
+        return ", ".join(found)
+
+    parts = []
+    for name, found in record.get("carried", {}).items():
+        if len(found["seconds"]) > 1:
+            others = times(found["seconds"], "muonkit")
+            parts.append(f"A step over {name}'s matrices, times ours: {others}.")
+    for name, seconds in record.get("options", {}).items():
+        parts.append(f"With options over {name}'s, times plain: {times(seconds, 'plain')}.")
+    for name, peak in record.get("peak", {}).items():
+        each = ", ".join(f"{who} {mib(count)} MiB" for who, count in peak.items())
+        parts.append(f"The most memory that a step over {name}'s holds beyond its state: {each}.")
+    return parts
 
 
 def gpu_products_block(records: list[Record]) -> str:

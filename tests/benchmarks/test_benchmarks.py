@@ -360,3 +360,17 @@ def test_calls_inside_a_registered_operation_are_counted() -> None:
     assert calls == 3  # ones, add, clone; not the empty and fill_ that ones calls
     assert step.operations(runner) == 2  # ones and the registered operation
     assert 3 * 4096 >= peak >= 2 * 4096
+
+
+@pytest.mark.whole
+def test_what_a_gpu_is_asked_runs_to_its_end_without_one(tmp_path: Path) -> None:
+    done = run("gpu.py", "--device", "cpu", "--rounds", 2, "--json", tmp_path / "gpu.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["good"]
+    assert record["dry"]
+    import performance_page
+
+    said = performance_page.gpu_step_block([record])
+    for part in ("| gpt2-small", "times plain: normuon", "most memory", "compiled"):
+        assert part in said
