@@ -248,7 +248,7 @@ def _module(where: str, path: Path, content: bytes) -> ModuleType:
         _search_here(str(path.parent))
         before = sys.modules.get(name)
         if before is not None and getattr(before, "__file__", None) != str(path):
-            name = f"_muonkit_task_{path.stem}"  # another module has its name already
+            name = f"muonkit_task_{path.stem}"  # another module has its name already
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     module = importlib.util.module_from_spec(found)
