@@ -319,6 +319,18 @@ BAD = {
         f"did not end after {ENDLESS:,} batches: give them an end, as itertools.islice does"
     ),
     "return net, [['a']], val, None": "gave a batch of type list without a tensor: make tensors",
+    "return net, [(x[:0], y[:0])], val, F.cross_entropy": "gave a batch of 0 examples",
+    "return net, train, [(x[:0], y[:0])], F.cross_entropy": "gave a batch of 0 examples",
+    "return net, train, val, nn.CrossEntropyLoss": (
+        "is a class, expected what it makes: write CrossEntropyLoss()"
+    ),
+    "return net, train, val, lambda m, b: m(b[0]).mean() * float('nan')": (
+        "is nan on the first batch, before any step"
+    ),
+    "return lambda: nn.LazyLinear(3), train, val, F.cross_entropy": "has lazy layers without",
+    "return lambda: nn.Linear(8, 3), train, val, F.cross_entropy": (
+        "muonw has nothing to train here: the model has no hidden matrix"
+    ),
     "return net, train, val, 3": "the loss of mine.py:task is of type int, expected a function",
     "return net, train, val, None": "is None, and a batch is a list of 2, expected a dict",
     "return net, [x], val, F.mse_loss": "is a criterion, and a batch is a Tensor, expected (inp",
@@ -354,6 +366,66 @@ def test_what_the_protocol_does_not_say_is_a_line_and_nothing_is_written(
     assert line.startswith("error: ")
     assert BAD[body] in line
     assert not Path("runs").exists()
+
+
+def test_leaving_python_is_an_error_like_another(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(GOOD + "raise SystemExit('no data here')\n")
+    assert main(["compare", "mine.py:task"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == "error: importing mine.py failed (SystemExit: no data here)"
+
+
+def test_a_file_of_a_package_is_to_be_named_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pack").mkdir()
+    Path("pack/tasks.py").write_text("from .elsewhere import task\n")
+    assert main(["compare", "pack/tasks.py:task"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("from the folder above the package: package.tasks:task")
+
+
+def test_a_sweep_in_which_everything_diverged_names_no_best(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    body = (
+        "calls = []\ndef loss(model, batch):\n    calls.append(0)\n"
+        "    return model(batch[0]).square().mean() * (1 if len(calls) == 1 else math.nan)\n"
+        "def task():\n    return net, train, val, loss\n"
+    )
+    Path("mine.py").write_text(f"import math\n{HEAD}\n{body}")
+    asked = ["--sweep", "--steps", "1", "--optimizers", "adamw"]
+    assert main(["compare", "mine.py:task", *asked]) == 0
+    said = capsys.readouterr().err
+    assert "is kept: every run diverged" in said
+    assert "lowest validation loss" not in said
+
+
+RAW = """
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.strange = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return self.last(self.first(x) @ self.strange.sum(0))
+
+def task():
+    return Mixer, train, val, F.cross_entropy
+"""
+
+
+@pytest.mark.filterwarnings("ignore:undecided='adamw'")
+def test_what_routing_cannot_judge_is_adamws_and_the_lines_say_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("mine.py").write_text(HEAD + RAW)
+    assert main(["compare", "mine.py:task", "--steps", "2", "--optimizers", "muonw"]) == 0
+    said = capsys.readouterr().out
+    lines = said[said.index("import torch\n") : said.index("scheduler = ")]
+    assert 'undecided="adamw"' in lines
+    found: dict[str, Any] = {"model": get_task("mine.py:task").build()}
+    exec(lines, found)  # without the argument MuonW refuses such a model
+    assert sum(len(group["params"]) for group in found["optimizer"].param_groups) == 5
 
 
 @pytest.mark.parametrize(

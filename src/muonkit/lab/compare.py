@@ -21,7 +21,7 @@ from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.files import is_there
 from muonkit.lab.jobs import Workers
 from muonkit.lab.objective import Place
-from muonkit.lab.optimizers import SCALE, get_optimizer
+from muonkit.lab.optimizers import FALLBACK, SCALE, get_optimizer
 from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome
@@ -342,7 +342,7 @@ class Session:
         if asked.sweep:
             lr = yield from self._search(True, found.lr, lambda x: replace(found, lr=x).run(name))
             found = replace(found, lr=lr)
-            self.lines.say(f"{name}: lr {lr:g} has the lowest validation loss")
+            self._say_found(name, "lr", lr)
         if asked.sweep_embedding_lr and spec.has_embedding_lr:
             at = found
             rate = yield from self._search(
@@ -351,7 +351,7 @@ class Session:
                 lambda x: replace(at, embedding_lr=_other(x, at.lr)).run(name),
             )
             found = replace(at, embedding_lr=_other(rate, at.lr))
-            self.lines.say(f"{name}: embedding lr {rate:g} has the lowest validation loss")
+            self._say_found(name, "embedding lr", rate)
         if asked.sweep_decay:
             last, default = found, spec.weight_decay
             decay = yield from self._search(
@@ -360,8 +360,14 @@ class Session:
                 lambda x: replace(last, weight_decay=_other(x, default)).run(name),
             )
             found = replace(last, weight_decay=_other(decay, default))
-            self.lines.say(f"{name}: weight decay {decay:g} has the lowest validation loss")
+            self._say_found(name, "weight decay", decay)
         return found
+
+    def _say_found(self, name: str, what: str, value: float) -> None:
+        tried = [result for run, result in self.results.items() if run.optimizer == name]
+        is_sound = any(result.val_loss is not None for result in tried)
+        found = "has the lowest validation loss" if is_sound else "is kept: every run diverged"
+        self.lines.say(f"{name}: {what} {value:g} {found}")
 
     def _losses(self, runs: Sequence[Run]) -> list[float]:
         """The validation loss of each; inf where it diverged."""
@@ -426,7 +432,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         config=session.folder.config(),
         summary=task.summary,
         data=session.setting.data.description,
-        routing=str(muonkit.route(task.build(), scale=SCALE)),
+        routing=str(muonkit.route(task.build(), scale=SCALE, undecided=FALLBACK)),
         outcomes=[measured[run][0] for run in runs],
         attempts=[outcome for outcome, _, _ in measured.values()],
         swept=[measured[run][0] for run in session.swept],

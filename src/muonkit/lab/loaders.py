@@ -98,7 +98,7 @@ class Source:
 
         Raises:
             StopIteration: there is none.
-            TaskError: it has no tensor, or the user's code failed.
+            TaskError: it has no tensor or no example, or the user's code failed.
         """
         with users(self.name):
             batch = next(batches)
@@ -106,6 +106,11 @@ class Source:
             raise TaskError(
                 f"{self.name} gave a batch of type {type(batch).__name__} without a tensor: make "
                 "tensors of it, in the loader's collate_fn for example"
+            )
+        if not examples(batch):
+            raise TaskError(
+                f"{self.name} gave a batch of 0 examples, whose mean is no number: leave it out "
+                "(examples are counted by the first dimension of the batch's first tensor)"
             )
         return batch
 
@@ -212,7 +217,8 @@ class OwnData:
         batches, held_out = len(sizes), sum(sizes)
         self.examples = examples(self.batch(0, 0, 0))
         self.fingerprint = hashlib.sha256(f"{first} {self._known}".encode()).hexdigest()[:16]
-        count = "batches" if self._train.length is None else f"{self._train.length:,} batches"
+        length = self._train.length
+        count = "batches" if length is None else f"{length:,} batch{'es' if length != 1 else ''}"
         self.description = (
             f"{count} of {self.examples} to train on, {held_out:,} examples in {batches:,} "
             f"batch{'es' if batches != 1 else ''} to validate"

@@ -19,6 +19,8 @@ from muonkit.lab.errors import LabError, RunError, unknown
 BETAS = (0.9, 0.95)
 #: The unit of every recorded learning rate of a Muon, whatever MuonW's default is.
 SCALE = "match_rms_adamw"
+#: What becomes of parameters that routing cannot judge: there is no place for a rule here.
+FALLBACK = "adamw"
 WEIGHT_DECAY = 0.1
 #: SGD's decay is part of the gradient, so it acts multiplied by the (much larger) learning rate.
 SGD_WEIGHT_DECAY = 5e-4
@@ -99,7 +101,7 @@ class Float32Muon(Together):
 
 def _apart(model: nn.Module) -> list[nn.Parameter]:
     """Embeddings, head, and what else of two or more dimensions Muon leaves to AdamW."""
-    routes = muonkit.route(model)
+    routes = muonkit.route(model, undecided=FALLBACK)
     return [r.param for r in routes if r.algorithm == "adamw" and r.param.ndim >= 2]
 
 
@@ -126,7 +128,8 @@ def _adamw(
 
 
 def _make_adamw(model: nn.Module, lr: float, decay: float, embedding_lr: float | None) -> Optimizer:
-    return _adamw(model.parameters(), lr, decay, _apart(model), embedding_lr)
+    apart = () if embedding_lr is None else _apart(model)
+    return _adamw(model.parameters(), lr, decay, apart, embedding_lr)
 
 
 def _make_sgd(model: nn.Module, lr: float, decay: float, embedding_lr: float | None) -> Optimizer:
@@ -177,7 +180,14 @@ def _muonw_options(
 def _make_muonw(
     name: str, model: nn.Module, lr: float, decay: float, embedding_lr: float | None
 ) -> Optimizer:
-    return muonkit.MuonW(model, **_muonw_options(name, lr, decay, embedding_lr))
+    routes = muonkit.route(model, scale=SCALE, undecided=FALLBACK)
+    if not any(route.algorithm == "muon" for route in routes):
+        # It would be AdamW under Muon's name.
+        raise LabError(
+            f"{name} has nothing to train here: the model has no hidden matrix (`muonkit route` "
+            "says why), and AdamW trains all of it; leave it out of --optimizers"
+        )
+    return muonkit.MuonW(routes, **_muonw_options(name, lr, decay, embedding_lr))
 
 
 def _torch_parts(
@@ -186,7 +196,7 @@ def _torch_parts(
     """torch.optim.Muon for the 2-D hidden matrices, AdamW for all else; LabError without one."""
     chosen = {
         id(route.param)
-        for route in muonkit.route(model)
+        for route in muonkit.route(model, undecided=FALLBACK)
         if route.algorithm == "muon" and route.param.ndim == 2
     }
     hidden = [p for p in model.parameters() if id(p) in chosen]

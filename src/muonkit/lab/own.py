@@ -22,6 +22,7 @@ loss
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from muonkit._text import meant, shortened
 from muonkit.lab.errors import LabError, TaskError
@@ -65,6 +67,10 @@ class OwnLoss:
     name: str
 
     def __post_init__(self) -> None:
+        if isinstance(self.given, type):
+            raise TaskError(
+                f"{self.name} is a class, expected what it makes: write {self.given.__name__}()"
+            )
         if self.given is not None and not callable(self.given):
             raise TaskError(
                 f"{self.name} is of type {type(self.given).__name__}, expected a function "
@@ -257,6 +263,14 @@ def _module(where: str, path: Path, content: bytes) -> ModuleType:
     try:
         with users(f"importing {where}"):
             exec(compile(content, path, "exec"), module.__dict__)
+    except TaskError as error:
+        sys.modules.pop(name, None)
+        if isinstance(error.__cause__, ImportError) and "relative import" in str(error.__cause__):
+            raise LabError(
+                f"{where} imports from its package, which a file alone has not: name it as a "
+                f"module, from the folder above the package: package.{path.stem}:task"
+            ) from error
+        raise
     except BaseException:
         sys.modules.pop(name, None)
         raise
@@ -309,6 +323,11 @@ class _Own:
             raise TaskError(
                 f"the model of {self.spec} made {type(model).__name__}, expected an nn.Module"
             )
+        if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+            raise TaskError(
+                f"the model of {self.spec} has lazy layers without a size: call it on a batch in "
+                "the function that makes it"
+            )
         elsewhere = {p.device.type for p in model.parameters()} - {"cpu"}
         if elsewhere:
             raise TaskError(
@@ -358,6 +377,11 @@ class _Own:
         with seeded("trial"):
             batch = self.data.batch(0, 0, 0)
             loss = self.loss.loss(model, batch)
+            if not math.isfinite(loss.item()):
+                raise TaskError(
+                    f"the loss of {self.spec} is {loss.item()} on the first batch, before any "
+                    "step: no optimizer can begin there"
+                )
             with users(f"the loss of {self.spec}"):
                 loss.backward()  # type: ignore[no-untyped-call]
             model.eval()

@@ -23,13 +23,14 @@ from rich.text import Text
 import muonkit
 from muonkit._text import shown
 from muonkit.lab.errors import LabError
-from muonkit.lab.optimizers import SCALE, get_optimizer, title_of
+from muonkit.lab.optimizers import FALLBACK, SCALE, get_optimizer, title_of
 from muonkit.lab.pictures import dark
 from muonkit.lab.results import NOTES, Advice, Outcome, advice, rows, transposed, verdicts
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
 from muonkit.lab.task import Task
 from muonkit.lab.train import WARMUP
+from muonkit.routing.remedies import UNDECIDED
 
 
 def environment() -> dict[str, str]:
@@ -246,6 +247,10 @@ def in_script(material: Material, name: str) -> str:
     result = next(result for result, _ in material.outcomes if result.optimizer == name)
     spec = get_optimizer(name)
     lines = spec.lines(result.lr, spec.decay(result.weight_decay), result.embedding_lr)
+    if UNDECIDED in material.routing:  # MuonW and route would refuse such a model
+        asked = f'undecided="{FALLBACK}"'
+        lines = lines.replace("    model,\n", f"    model,\n    {asked},\n")
+        lines = lines.replace("route(model)", f"route(model, {asked})")
     steps = max(result.steps for result, _ in material.outcomes)
     several = "optimizers = (" in lines
     made = "torch.optim.lr_scheduler.LambdaLR({}, factor)"

@@ -28,11 +28,11 @@ def users(what: str) -> Iterator[None]:
         yield
     except (LabError, StopIteration):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's sys.exit() would end us without a word
         raise failed(what, error) from error
 
 
-def failed(what: str, error: Exception) -> TaskError:
+def failed(what: str, error: BaseException) -> TaskError:
     """What to raise where the user's code raised ``error``."""
     failure = TaskError(f"{what} failed ({one_line(error)})")
     failure.trace = "".join(
@@ -42,8 +42,8 @@ def failed(what: str, error: Exception) -> TaskError:
 
 
 def _theirs(frames: TracebackType | None) -> TracebackType | None:
-    """The traceback from the first frame on that is not the lab's; all of it if every one is."""
+    """The traceback from the first frame on that is not the lab's; None if every one is."""
     first = frames
     while first is not None and first.tb_frame.f_code.co_filename.startswith(_HERE):
         first = first.tb_next
-    return first or frames
+    return first
