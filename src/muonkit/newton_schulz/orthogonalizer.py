@@ -325,8 +325,8 @@ def _evaluate(
     if how != 1:
         product = functools.partial(symmetric_product, blocks=how)
     small = not is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device)
-    if how == 1 and (small or differentiable) and form == "standard" and not balanced:
-        return _as_published(X, triples, tall, out)
+    if how == 1 and small and form == "standard" and not balanced and X.dtype.itemsize > 2:
+        return _by_iteration(X, triples, tall, out)
     names = _NO_NAMES if how == 1 and (small or differentiable) else _NAMES
     # 16 bits would round a on P's diagonal: P is without aI, and the products add a times their
     # other factor. In float32 one P, rounded once for all three products, is nearer to exact.
@@ -364,16 +364,17 @@ def _evaluate(
     return X
 
 
-def _as_published(X: Tensor, triples: tuple[Triple, ...], tall: bool, out: Tensor | None) -> Tensor:
-    """Three operations for each iteration: of small matrices, operations take longer than what
-    they compute.
+def _by_iteration(X: Tensor, triples: tuple[Triple, ...], tall: bool, out: Tensor | None) -> Tensor:
+    """What `_evaluate` does in the standard form, to the bit, in as few calls as there are: of
+    small matrices these take longer than what they compute.
     """
     for number, (a, b, c) in enumerate(triples, start=1):
         rows = X.mT if tall else X
         A = torch.bmm(rows, rows.mT)
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+        P = torch.baddbmm(A, A, A.mT, beta=b, alpha=c) if c else b * A
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
         target = out if number == len(triples) else None
-        X = _apply(torch.baddbmm, (X,), P, X, tall, target, beta=a)
+        X = _apply(torch.bmm, (), P, X, tall, target)
     return X
 
 
