@@ -266,25 +266,6 @@ def _normalize(
     return X.div_(norm).to(dtype)
 
 
-# Of a norm between these, no square overflows float32, and none that vanishes had a say in it.
-_LEAST_NORM, _MOST_NORM = 1e-15, 1e15
-
-
-def _normalize_on_cpu(X: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
-    """`_normalize` in two passes instead of five for each matrix of an ordinary norm, since a CPU
-    can read the norm at once.
-    """
-    X = X.to(torch.promote_types(X.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    out = scratch("normalized", tuple(X.shape), X.dtype, X.device)
-    torch.div(X, norm if margin == 1 else norm * margin, out=out)
-    for index, each in enumerate(norm.flatten().tolist()):
-        if not _LEAST_NORM < each < _MOST_NORM:
-            alone = X[index : index + 1]
-            out[index] = _normalize(alone, margin, X.dtype, differentiable=True)[0]
-    return out.to(dtype)
-
-
 def _largest(X: Tensor) -> Tensor:
     """The largest magnitude of every matrix, `(B, 1, 1)`; NaN where there is one."""
     if X.device.type == "cuda":
@@ -452,15 +433,13 @@ def _newton_schulz_(
     """
     triples = tuple(zip(coefficients[::3], coefficients[1::3], coefficients[2::3], strict=True))
     together = G.shape[0]
-    normalize: Callable[[Tensor, float, torch.dtype], Tensor] = _normalize
     if G.device.type == "cpu":
-        normalize = _normalize_on_cpu
         together = _together(G.shape[0], G.shape[1], G.shape[2], dtype)
     with _without_autocast(G.device):
         for start in range(0, G.shape[0], together):
             some = G[start : start + together]
             out = some if dtype == G.dtype and some.is_contiguous() else None
-            O = _evaluate(normalize(some, margin, dtype), triples, ns_form, balanced, out)
+            O = _evaluate(_normalize(some, margin, dtype), triples, ns_form, balanced, out)
             if out is None:
                 some.copy_(O)
 
