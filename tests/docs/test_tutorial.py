@@ -136,9 +136,8 @@ def test_notebook_runs_where_products_are_in_bfloat16(path: Path, tmp_path: Path
     executed(path.read_text(encoding="utf-8") + check, PYTHONPATH=paths)
 
 
-@pytest.mark.parametrize(
-    "whole", [False, pytest.param(True, marks=pytest.mark.whole)], ids=["its data", "all of it"]
-)
+@pytest.mark.parametrize("whole", [False, True], ids=["its data", "all of it"])
+@pytest.mark.whole
 def test_without_data_the_digits_stand_in(tmp_path: Path, whole: bool) -> None:
     text = (TUTORIAL / "04_experiments.py").read_text(encoding="utf-8")
     names = "mnist", "cifar10"

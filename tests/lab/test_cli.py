@@ -150,6 +150,7 @@ def test_ctrl_c_outside_a_run_is_a_line_too(
     assert "the same command goes on" in capsys.readouterr().err
 
 
+@pytest.mark.whole
 def test_the_default_folder_is_the_configurations_own(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "digits", "--optimizers", "adamw", "--steps"]
     for steps in ("2", "3", "3"):

@@ -278,6 +278,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...
     return losses(out)
 
 
+@pytest.mark.whole
 def test_side_by_side_they_stop_and_go_on(
     tmp_path: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:

@@ -182,7 +182,7 @@ def test_compiled_equals_eager() -> None:
         assert difference <= (COARSE if coarse else CLOSE), (algorithm, options)
 
 
-@pytest.mark.parametrize("after", [(), "normuon"])
+@pytest.mark.parametrize("after", [pytest.param((), marks=pytest.mark.whole), "normuon"])
 def test_a_fraction_is_compiled_once_for_every_dtype_of_momentum(after: Any) -> None:
     def schedule(optimizer: Muon, t: int) -> None:
         for group in optimizer.param_groups:

@@ -7,11 +7,13 @@ import torch
 
 from muonkit.testing import LAWS, Finding
 from muonkit.testing.rank_laws import on_this_rank
+from tests.helpers import sampling
 from tests.helpers.faulty_muons import RANK_FAULTS
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import CaseName, Cases, Ranks
 
 CASES = Cases()
+WHOLE = sampling.is_whole()
 OURS = f"{ROOT}/benchmarks/conformance_subjects.py"
 FAULTY = f"{ROOT}/tests/helpers/faulty_muons.py"
 
@@ -24,13 +26,14 @@ def _tried(spec: str) -> list[Finding]:
     return [on_this_rank(spec, name) for name in laws_on(torch.distributed.get_world_size())]
 
 
-@CASES.on(2, 4, name=["muon", "muonw"])
+@CASES.on(2, name=["muon", "muonw"])
+@CASES.on(4, name=["muon", "muonw"] if WHOLE else ["muonw"])
 def ours(name: str) -> list[Finding]:
     return _tried(f"{OURS}:{name}")
 
 
 @CASES.on(2, fault=["", *RANK_FAULTS])
-@CASES.on(4, fault=[""])
+@CASES.on(4, fault=[""] if WHOLE else [])
 def plain(fault: str) -> list[Finding]:
     return _tried(f"{FAULTY}:SUBJECTS.{fault.replace(' ', '_') or 'plain'}")
 
