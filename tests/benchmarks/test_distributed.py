@@ -78,6 +78,7 @@ FORMULAS: dict[tuple[str, str], Any] = {
 }
 
 
+@pytest.mark.whole
 def test_bytes_are_those_of_the_formulas(case: Case) -> None:
     n = case["ranks"]
     assert case["elements"] == ALL
@@ -97,6 +98,7 @@ def test_bytes_are_those_of_the_formulas(case: Case) -> None:
     assert seen == {key for key in FORMULAS if key[0] == case["layout"]}
 
 
+@pytest.mark.whole
 def test_muonkit_sends_what_it_planned(case: Case) -> None:
     planned = [row for row in case["rows"] if row["planned_bytes"] is not None]
     assert {row["name"] for row in planned} == {
@@ -110,6 +112,7 @@ def test_muonkit_sends_what_it_planned(case: Case) -> None:
         assert control == (8 * math.ceil(2 * (n - 1) / n * 3) if any(row["sent_bytes"]) else 0)
 
 
+@pytest.mark.whole
 def test_everyone_takes_the_same_step(case: Case) -> None:
     """float32 rounds at 1e-7 and the iterations amplify that by less than 1,000; bf16 at 4e-3."""
     assert case["rows"][0]["distance_of_first_step"] == 0
@@ -120,6 +123,7 @@ def test_everyone_takes_the_same_step(case: Case) -> None:
             assert row["distance_of_first_step"] < 1e-4, row["name"]
 
 
+@pytest.mark.whole
 def test_rows_are_complete(case: Case) -> None:
     from distributed_peers import CONTENDERS
 
@@ -143,6 +147,7 @@ def test_rows_are_complete(case: Case) -> None:
             assert row["state_bytes"] >= 4 * ALL
 
 
+@pytest.mark.whole
 def test_the_tables_say_what_the_ranks_had(measured: tuple[str, dict[str, Any]]) -> None:
     text, record = measured
     assert record["kind"] == "distributed"

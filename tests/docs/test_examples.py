@@ -116,6 +116,7 @@ def test_reduce_scatter_sends_half_of_the_gradients_and_gives_the_losses_of_one_
         assert losses(ranks[0][0]) == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.mark.whole
 def test_four_ranks_give_the_losses_of_one_process_which_goes_on_from_their_checkpoint(
     tmp_path: Path,
 ) -> None:

@@ -63,7 +63,18 @@ def test_python(section: str, folder: Path) -> None:
             assert block.text in printed, f"line {block.line}: this is what it prints:\n{printed}"
 
 
-@pytest.mark.parametrize("block", SHELL_BLOCKS, ids=lambda block: f"line-{block.line}")
+# A block of commands that train or plan takes a minute: it runs in `make test-all`.
+LONG = "muonkit compare"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, marks=[pytest.mark.whole] if LONG in block.text else [])
+        for block in SHELL_BLOCKS
+    ],
+    ids=lambda block: f"line-{block.line}",
+)
 def test_commands(block: Block, folder: Path) -> None:
     asked = commands(block)
     assert asked, f"line {block.line}: a {block.language} block without a command"

@@ -102,7 +102,18 @@ def printed(notebook: Any, stream: str) -> str:
     return "".join(output.text for output in outputs(notebook) if output.get("name") == stream)
 
 
-@names
+# The others run in `make test-all`, where they take half of a minute each.
+OFTEN = ("02", "03", "05", "07", "08")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.name[:2] in OFTEN else [pytest.mark.whole])
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs(path: Path) -> None:
     notebook = executed(path.read_text(encoding="utf-8"))
     assert printed(notebook, "stderr") == ""  # no warnings

@@ -161,6 +161,7 @@ def test_the_default_folder_is_the_configurations_own(capsys: pytest.CaptureFixt
     assert "was finished already" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_the_default_task_trains(tmp_path: Path) -> None:
     words = ["compare", "gpt", "--steps", "1", "--batch-size", "2", "--out", "o"]
     assert main(words) == 0

@@ -285,7 +285,7 @@ class Known(Session):
 
     def __init__(self, asked: Comparison, losses: dict[float, tuple[float | None, ...]]) -> None:
         self.asked, self.losses = asked, losses
-        self.lines = Lines(Console(quiet=True))
+        self.lines, self.results = Lines(Console(quiet=True)), {}
 
     def run(self, runs: Sequence[Run]) -> list[Result]:
         found = [self.losses[run.lr][run.seed] for run in runs]

@@ -234,6 +234,7 @@ def _warm() -> None:
 COMMAND = ["compare", "digits", "--optimizers", "muonw,adamw", "--seeds", "2", "--threads", "1"]
 
 
+@pytest.mark.whole
 def test_runs_side_by_side_give_the_losses_of_runs_one_by_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -738,6 +738,7 @@ def test_a_recording_goes_on_as_if_nothing_had_happened(damage: str, tmp_path: P
     assert path.read_bytes() == (whole / "monitor.jsonl").read_bytes()
 
 
+@pytest.mark.whole
 def test_compare_shows_the_pictures_of_seed_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,7 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.whole
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):

@@ -75,7 +75,11 @@ def test_float32_is_exact_unless_torch_allows_tf32() -> None:
 @needs_triton
 @pytest.mark.parametrize(
     ("target", "instruction"),
-    [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("columns", "wgmma")],
+    [
+        pytest.param("sm_80", "mma.sync", marks=pytest.mark.whole),
+        ("sm_90", "wgmma"),
+        pytest.param("columns", "wgmma", marks=pytest.mark.whole),
+    ],
 )
 def test_compiled_code_uses_tensor_cores_and_does_not_spill(target: str, instruction: str) -> None:
     found = compiled()[target]

@@ -158,7 +158,12 @@ ORTHOGONALIZE = step.orthogonalize_
 
 
 @pytest.mark.parametrize(
-    "variant", ["plain", pytest.param("normuon", marks=pytest.mark.whole), "adamuon"]
+    "variant",
+    [
+        "plain",
+        pytest.param("normuon", marks=pytest.mark.whole),
+        pytest.param("adamuon", marks=pytest.mark.whole),
+    ],
 )
 def test_the_compiled_step_is_the_eager_one(variant: str) -> None:
     torch._dynamo.reset()
