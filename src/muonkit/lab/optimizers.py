@@ -264,6 +264,9 @@ optimizer = torch.optim.SGD(
 )
 """
 
+_IN_FLOAT32 = """# torch.optim.Muon multiplies in bfloat16; what was compared did so in float32.
+"""
+
 _TORCH_MUON_LINES = """import torch
 from muonkit import route
 
@@ -401,7 +404,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
             "torch.optim.Muon in float32",
             "the same, its cast to bfloat16 changed to float32",
             _make_torch_muon_fp32,
-            partial(_filled, _TORCH_MUON_LINES),
+            partial(_filled, _IN_FLOAT32 + _TORCH_MUON_LINES),
             scaled=True,
         ),
     )
