@@ -35,8 +35,9 @@ from torch import nn
 
 from muonkit import MuonW
 from muonkit.lab import data, models
+from muonkit.lab.objective import loss_of
 from muonkit.lab.optimizers import BETAS, WEIGHT_DECAY, get_optimizer
-from muonkit.lab.train import loss_of, lr_factor
+from muonkit.lab.train import lr_factor
 
 PAGE = Path(__file__).parents[1] / "docs" / "learning-rate.md"
 FOLDER = PAGE.with_suffix("")

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from muonkit import MuonW, orthogonalize
 from muonkit.int8 import LARGEST, Scales, block_extents, dequantized, quantize_, scale_shape
+from muonkit.lab.objective import loss_of
 from muonkit.lab.optimizers import BETAS, SCALE
 from muonkit.lab.results import figure, welch
 from muonkit.lab.tasks import TASKS
-from muonkit.lab.train import loss_of, lr_factor
+from muonkit.lab.train import lr_factor
 from muonkit.views import blocks_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -38,10 +38,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from muonkit import Muon, MuonW
-from muonkit.lab.data import generator
+from muonkit.lab.objective import loss_of
 from muonkit.lab.optimizers import BETAS, SCALE, WEIGHT_DECAY
+from muonkit.lab.randomness import number_of
 from muonkit.lab.tasks import get_task
-from muonkit.lab.train import loss_of, lr_factor
+from muonkit.lab.train import lr_factor
 
 PERIOD = 5
 CHOICES: dict[str, list[Entry]] = {
@@ -185,7 +186,7 @@ def train(run: str, seed: int, length: int) -> dict[str, Any]:
     """One run of the lab's gpt; both ranks have the whole record."""
     task, ranks, rank = get_task("gpt"), dist.get_world_size(), dist.get_rank()
     data = task.load()
-    torch.manual_seed(generator("weights", seed).initial_seed())
+    torch.manual_seed(number_of("weights", seed))
     model = task.build()
     mesh = init_device_mesh("cpu", (ranks,))
     for block in model.blocks:

@@ -36,8 +36,9 @@ from parts import Record, replace_block, spread, table
 from muonkit import MuonW, QKClip
 from muonkit.lab.data import stdlib_text
 from muonkit.lab.models import GPT
+from muonkit.lab.objective import loss_of
 from muonkit.lab.tasks import get_task
-from muonkit.lab.train import evaluate, loss_of
+from muonkit.lab.train import evaluate
 
 DOCS = Path(__file__).parents[1] / "docs"
 FILE = DOCS / "evidence" / "qk-clip.json"

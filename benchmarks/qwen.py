@@ -29,7 +29,7 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,10 +43,12 @@ from parts import Record, machine_line, replace_block, spread, table
 from torch import Tensor, nn
 
 from muonkit import MuonW, route
-from muonkit.lab.data import Batch, generator, stdlib_text
+from muonkit.lab.data import Batch, stdlib_text
+from muonkit.lab.objective import loss_of
 from muonkit.lab.optimizers import BETAS, Float32Muon, Optimizer
-from muonkit.lab.sweep import Search, best_rate
-from muonkit.lab.train import evaluate, loss_of, lr_factor
+from muonkit.lab.randomness import number_of
+from muonkit.lab.sweep import Search, best_rate, side_by_side
+from muonkit.lab.train import evaluate, lr_factor
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "evidence" / "qwen.json"
@@ -90,7 +92,7 @@ class Qwen(nn.Module):
         super().__init__()
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        torch.manual_seed(generator("weights", seed).initial_seed())
+        torch.manual_seed(number_of("weights", seed))
         config = Qwen3Config(
             vocab_size=256, max_position_embeddings=CONTEXT, tie_word_embeddings=True, **SIZES
         )
@@ -190,24 +192,22 @@ class Trainer:
               flush=True)  # fmt: skip
 
     def search(
-        self, searches: Mapping[str, Search], key_of: Callable[[str, float], Key]
+        self, searches: Mapping[str, Search[float]], key_of: Callable[[str, float], Key]
     ) -> dict[str, float]:
         """The best rate by each of the searches, which go side by side."""
-        wanted = {name: next(search) for name, search in searches.items()}
-        found: dict[str, float] = {}
-        while wanted:
+
+        def losses_of(wanted: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
             keys = {name: [key_of(name, lr) for lr in rates] for name, rates in wanted.items()}
             self.ensure(key for each in keys.values() for key in each)
-            wanted = {}
-            for name, each in keys.items():
-                losses = [last(self.runs.find(key) or {}) for key in each]
-                try:
-                    wanted[name] = searches[name].send(
-                        [loss if loss == loss else float("inf") for loss in losses]
-                    )
-                except StopIteration as stop:
-                    found[name] = stop.value
-        return found
+            return {
+                name: [
+                    loss if (loss := last(self.runs.find(key) or {})) == loss else float("inf")
+                    for key in each
+                ]
+                for name, each in keys.items()
+            }
+
+        return side_by_side(searches, losses_of)
 
 
 def all_runs(trainer: Trainer, seeds: int) -> None:

@@ -29,10 +29,10 @@ from evidence import QUICK, compare, merged, outcomes, split
 from parts import Record, replace_block, spread, table
 
 from muonkit.lab.data import Batch
+from muonkit.lab.objective import loss_of
 from muonkit.lab.optimizers import OPTIMIZERS, get_optimizer
 from muonkit.lab.results import Figure, figure, p_value, welch
 from muonkit.lab.tasks import TASKS, get_task
-from muonkit.lab.train import loss_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = "muonw"

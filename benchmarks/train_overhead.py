@@ -30,9 +30,9 @@ from torch import nn
 from muonkit import route
 from muonkit.lab.data import Data, stdlib_text
 from muonkit.lab.models import GPT
+from muonkit.lab.objective import loss_of
 from muonkit.lab.optimizers import OPTIMIZERS, get_optimizer
 from muonkit.lab.tasks import TASKS, get_task
-from muonkit.lab.train import loss_of
 
 SEED = 0
 WARM_UP = 2  # steps; the first ones also allocate

@@ -30,8 +30,9 @@ from matplotlib.figure import Figure
 from muonkit import MuonW, mup
 from muonkit.lab.data import TextData, stdlib_text
 from muonkit.lab.models import GPT
+from muonkit.lab.objective import loss_of
 from muonkit.lab.pictures import human, rendered
-from muonkit.lab.train import evaluate, loss_of, lr_factor
+from muonkit.lab.train import evaluate, lr_factor
 
 PAGE = Path(__file__).parents[1] / "docs" / "mup.md"
 FOLDER = PAGE.with_suffix("")

@@ -20,12 +20,14 @@ from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.results import Curve, Outcome, advice
 from muonkit.lab.saved import Result
-from muonkit.lab.sweep import PART, Halving, Trial, halved_decay, halved_rate
+from muonkit.lab.sweep import PART, Trial, Trials, halved_decay, halved_rate
 from muonkit.lab.train import Run, lr_factor
 from tests.helpers.lab import losses
 
 
-def halved(search: Halving, loss_at: Callable[[Trial], float]) -> tuple[float, list[list[Trial]]]:
+def halved(
+    search: Trials[float], loss_at: Callable[[Trial], float]
+) -> tuple[float, list[list[Trial]]]:
     """What a search finds, and its rounds."""
     rounds, trials = [], next(search)
     while True:

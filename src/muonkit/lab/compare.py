@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from rich import console as rich_console
@@ -29,12 +28,13 @@ from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read
 from muonkit.lab.store import DATA, SOURCES, Folder, Record, write_atomically
 from muonkit.lab.sweep import (
     POINTS,
-    Halving,
-    Search,
+    Trials,
     best_decay,
     best_rate,
     halved_decay,
     halved_rate,
+    on_seeds,
+    side_by_side,
 )
 from muonkit.lab.task import Budget, Task
 from muonkit.lab.tasks import get_task
@@ -243,26 +243,12 @@ class Chosen:
 
 
 #: Yields runs, is sent the loss of each, returns what it found.
-Choice = Generator[list[Run], list[float], Chosen]
+Choice = Generator[list[Run], Sequence[float], Chosen]
 
 
-def _in_full(
-    search: Search, run_of: Callable[[float], Run], seeds: int
-) -> Generator[list[Run], list[float], float]:
-    """``search``, asking for whole runs of each value on so many seeds, and told their mean."""
-    losses = None
-    while True:
-        try:
-            values = search.send(losses)  # type: ignore[arg-type]
-        except StopIteration as end:
-            return float(end.value)
-        found = yield [replace(run_of(x), seed=seed) for x in values for seed in range(seeds)]
-        losses = [fmean(found[i : i + seeds]) for i in range(0, len(found), seeds)]
-
-
-def _by_halving(
-    search: Halving, run_of: Callable[[float], Run]
-) -> Generator[list[Run], list[float], float]:
+def _as_runs(
+    search: Trials[float], run_of: Callable[[float], Run]
+) -> Generator[list[Run], Sequence[float], float]:
     """``search``, asking for the runs that its trials are."""
     losses = None
     while True:
@@ -325,15 +311,14 @@ class Session:
 
     def _search(
         self, is_rate: bool, centre: float, run_of: Callable[[float], Run]
-    ) -> Generator[list[Run], list[float], float]:
+    ) -> Generator[list[Run], Sequence[float], float]:
         """The best value around ``centre``, of a rate or of a decay."""
         points, seeds = self.asked.points, self.asked.sweep_seeds
         if self.asked.full:
-            search = (best_rate if is_rate else best_decay)(centre, points)
-            return _in_full(search, run_of, seeds)
-        return _by_halving(
-            (halved_rate if is_rate else halved_decay)(centre, points, seeds), run_of
-        )
+            search = on_seeds((best_rate if is_rate else best_decay)(centre, points), seeds)
+        else:
+            search = (halved_rate if is_rate else halved_decay)(centre, points, seeds)
+        return _as_runs(search, run_of)
 
     def _choose(self, name: str) -> Choice:
         """The rates and the decay of an optimizer, swept where that is asked for."""
@@ -375,21 +360,12 @@ class Session:
 
     def _chosen(self) -> dict[str, Chosen]:
         """Sweep all optimizers, side by side, and return the choice of each."""
-        chosen: dict[str, Chosen] = {}
-        searches = {name: self._choose(name) for name in self.asked.optimizers}
-        losses: dict[str, list[float] | None] = dict.fromkeys(searches)
-        while True:
-            wanted: dict[str, list[Run]] = {}
-            for name, search in list(searches.items()):
-                try:
-                    wanted[name] = search.send(losses[name])  # type: ignore[arg-type]
-                except StopIteration as end:
-                    chosen[name] = end.value
-                    del searches[name]
-            if not wanted:
-                return chosen
+
+        def losses_of(wanted: dict[str, list[Run]]) -> dict[str, list[float]]:
             found = iter(self._losses([run for runs in wanted.values() for run in runs]))
-            losses = {name: [next(found) for _ in runs] for name, runs in wanted.items()}
+            return {name: [next(found) for _ in runs] for name, runs in wanted.items()}
+
+        return side_by_side({name: self._choose(name) for name in self.asked.optimizers}, losses_of)
 
     def all_runs(self) -> list[Run]:
         """Train everything; the runs that count, by optimizer and seed."""

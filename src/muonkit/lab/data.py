@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from muonkit._install import install_line
 from muonkit.lab.download import RemoteFile, fetch, local_copy
 from muonkit.lab.errors import DataError, LabError
-from muonkit.lab.randomness import generator as generator
+from muonkit.lab.randomness import generator
 
 Batch = tuple[Tensor, Tensor]
 

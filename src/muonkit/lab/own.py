@@ -354,7 +354,7 @@ class _Own:
                 "global generator"
             )
         self.first = None  # its memory is not needed any more
-        said = " ".join((getattr(self.function, "__doc__", None) or kind).strip().split("\n")[0:1])
+        said = (getattr(self.function, "__doc__", None) or kind).strip().partition("\n")[0]
         has_accuracy = self._has_accuracy(model)
         return Task(
             name=self.spec,

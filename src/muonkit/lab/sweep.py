@@ -19,10 +19,10 @@ in whole runs only.
 """
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 POINTS = 5
 FACTOR = 2.0
@@ -33,50 +33,13 @@ PART = 4
 #: Whole runs that may be added to the first three, one by one.
 WALK = 4
 
+_Found = TypeVar("_Found")
+_Wanted = TypeVar("_Wanted")
+_Key = TypeVar("_Key", int, float)
+
 #: A search in steps: it yields values, is sent the loss with each (infinite where a run diverged),
-#: and returns the best. So the searches of several optimizers can go side by side.
-Search = Generator[Sequence[float], Sequence[float], float]
-
-
-def _value(centre: float, factor: float, power: int) -> float:
-    """``centre``·``factor``^``power`` to six digits, so that it reads the same in every place."""
-    return float(f"{centre * factor**power:.6g}") if power else centre
-
-
-def _best(centre: float, factor: float, reach: int, extensions: int) -> Search:
-    """The value with the lowest validation loss; the lowest value if all diverged."""
-    losses: dict[int, float] = {}
-    powers = range(-reach, reach + 1)
-    for extension in range(extensions + 1):
-        found = yield [_value(centre, factor, power) for power in powers]
-        losses.update(zip(powers, found, strict=True))
-        # Between equal losses the lower rate wins: where all diverged, the way to go is down.
-        best = min(losses, key=lambda power: (losses[power], power))
-        if extension == extensions or min(losses) < best < max(losses):
-            break
-        powers = (
-            range(best - reach, best) if best == min(losses) else range(best + 1, best + reach + 1)
-        )
-    return _value(centre, factor, best)
-
-
-def best_rate(centre: float, points: int = POINTS) -> Search:
-    """The learning rate with the lowest validation loss.
-
-    Args:
-        centre: the middle of the grid.
-        points: in the grid before it is widened; odd, 3 at least.
-    """
-    return _best(centre, FACTOR, points // 2, EXTENSIONS)
-
-
-def best_decay(centre: float, points: int = POINTS) -> Search:
-    """The weight decay with the lowest validation loss, ``points`` of them, ``centre`` included."""
-    reach = points // 2
-    return _best(centre, DECAY_REACH ** (1 / reach), reach, 0)
-
-
-# --- by halving ------------------------------------------------------------------------------
+#: and returns what it found. So the searches of several optimizers can go side by side.
+Search: TypeAlias = Generator[Sequence[float], Sequence[float], _Found]
 
 
 @dataclass(frozen=True)
@@ -88,13 +51,101 @@ class Trial:
     seed: int = 0
 
 
-_Key = TypeVar("_Key", int, float)
-
 #: As `Search`, run by run.
-Halving = Generator[Sequence[Trial], Sequence[float], float]
+Trials: TypeAlias = Generator[Sequence[Trial], Sequence[float], _Found]
 
 
-def halved_rate(centre: float, points: int = POINTS, seeds: int = 1) -> Halving:
+def side_by_side(
+    searches: Mapping[str, Generator[_Wanted, Sequence[float], _Found]],
+    losses_of: Callable[[dict[str, _Wanted]], Mapping[str, Sequence[float]]],
+) -> dict[str, _Found]:
+    """What each of the searches finds.
+
+    Args:
+        losses_of: the losses of what those want that are not at their end, asked for together.
+    """
+    found: dict[str, _Found] = {}
+    told: Mapping[str, Sequence[float] | None] = dict.fromkeys(searches)
+    while True:
+        wanted: dict[str, _Wanted] = {}
+        for name, search in searches.items():
+            if name in found:
+                continue
+            try:
+                wanted[name] = search.send(told[name])  # type: ignore[arg-type]
+            except StopIteration as end:
+                found[name] = end.value
+        if not wanted:
+            return found
+        told = losses_of(wanted)
+
+
+def on_seeds(search: Search[_Found], seeds: int = 1, part: int = 1) -> Trials[_Found]:
+    """A search whose values are each tried on so many seeds, and judged by the mean."""
+    losses = None
+    while True:
+        try:
+            values = search.send(losses)  # type: ignore[arg-type]
+        except StopIteration as end:
+            found: _Found = end.value
+            return found
+        tried = yield [Trial(x, part, seed) for x in values for seed in range(seeds)]
+        losses = [fmean(tried[i : i + seeds]) for i in range(0, len(tried), seeds)]
+
+
+def _value(centre: float, factor: float, power: int) -> float:
+    """``centre``·``factor``^``power`` to six digits, so that it reads the same in every place."""
+    return float(f"{centre * factor**power:.6g}") if power else centre
+
+
+def _widened(centre: float, factor: float, reach: int, extensions: int) -> Search[dict[int, float]]:
+    """The losses over a grid, by power of the factor; widened while the best is at an edge."""
+    losses: dict[int, float] = {}
+    powers = range(-reach, reach + 1)
+    for extension in range(extensions + 1):
+        found = yield [_value(centre, factor, power) for power in powers]
+        losses.update(zip(powers, found, strict=True))
+        best = _lowest(losses)[0]
+        if extension == extensions or min(losses) < best < max(losses):
+            break
+        powers = (
+            range(best - reach, best) if best == min(losses) else range(best + 1, best + reach + 1)
+        )
+    return losses
+
+
+def _best(centre: float, factor: float, reach: int, extensions: int) -> Search[float]:
+    losses = yield from _widened(centre, factor, reach, extensions)
+    return _value(centre, factor, _lowest(losses)[0])
+
+
+def _lowest(losses: dict[_Key, float]) -> list[_Key]:
+    """The keys by their losses; the lower key first where these are equal: where all diverged, the
+    way to go is down.
+    """
+    return sorted(losses, key=lambda key: (losses[key], key))
+
+
+def best_rate(centre: float, points: int = POINTS) -> Search[float]:
+    """The learning rate with the lowest validation loss.
+
+    Args:
+        centre: the middle of the grid.
+        points: in the grid before it is widened; odd, 3 at least.
+    """
+    return _best(centre, FACTOR, points // 2, EXTENSIONS)
+
+
+def best_decay(centre: float, points: int = POINTS) -> Search[float]:
+    """The weight decay with the lowest validation loss, ``points`` of them, ``centre`` included."""
+    reach = points // 2
+    return _best(centre, DECAY_REACH ** (1 / reach), reach, 0)
+
+
+# --- by halving ------------------------------------------------------------------------------
+
+
+def halved_rate(centre: float, points: int = POINTS, seeds: int = 1) -> Trials[float]:
     """The learning rate with the lowest validation loss.
 
     Args:
@@ -102,18 +153,9 @@ def halved_rate(centre: float, points: int = POINTS, seeds: int = 1) -> Halving:
         points: in the grid before it is widened; odd, 3 at least.
         seeds: that choose between the better two.
     """
-    short: dict[int, float] = {}
-    reach = points // 2
-    powers = range(-reach, reach + 1)
-    for extension in range(EXTENSIONS + 1):
-        found = yield [Trial(_value(centre, FACTOR, power), PART) for power in powers]
-        short.update(zip(powers, found, strict=True))
-        best = _lowest(short)[0]
-        if extension == EXTENSIONS or min(short) < best < max(short):
-            break
-        powers = (
-            range(best - reach, best) if best == min(short) else range(best + 1, best + reach + 1)
-        )
+    grid = _widened(centre, FACTOR, points // 2, EXTENSIONS)
+    short = yield from on_seeds(grid, part=PART)
+    best = _lowest(short)[0]
     whole: dict[int, float] = {}
     for _ in range(WALK + 1):
         missing = [power for power in (best - 1, best, best + 1) if power not in whole]
@@ -125,16 +167,15 @@ def halved_rate(centre: float, points: int = POINTS, seeds: int = 1) -> Halving:
     return (yield from _decided({_value(centre, FACTOR, p): x for p, x in whole.items()}, seeds))
 
 
-def halved_decay(centre: float, points: int = POINTS, seeds: int = 1) -> Halving:
+def halved_decay(centre: float, points: int = POINTS, seeds: int = 1) -> Trials[float]:
     """The weight decay with the lowest validation loss, ``points`` of them, ``centre`` included."""
     reach = points // 2
     factor = DECAY_REACH ** (1 / reach)
-    values = [_value(centre, factor, power) for power in range(-reach, reach + 1)]
-    found = yield [Trial(value) for value in values]
-    return (yield from _decided(dict(zip(values, found, strict=True)), seeds))
+    losses = yield from on_seeds(_widened(centre, factor, reach, 0))
+    return (yield from _decided({_value(centre, factor, p): x for p, x in losses.items()}, seeds))
 
 
-def _decided(first: dict[float, float], seeds: int) -> Halving:
+def _decided(first: dict[float, float], seeds: int) -> Trials[float]:
     """The best of what seed 0 found, after the better two were trained on the other seeds."""
     two = _lowest(first)[:2]
     means = {value: first[value] for value in two}
@@ -146,8 +187,3 @@ def _decided(first: dict[float, float], seeds: int) -> Halving:
             value: fmean([first[value], *(next(found) for _ in range(1, seeds))]) for value in two
         }
     return _lowest(means)[0]
-
-
-def _lowest(losses: dict[_Key, float]) -> list[_Key]:
-    """The keys by their losses; the lower key first where these are equal."""
-    return sorted(losses, key=lambda key: (losses[key], key))

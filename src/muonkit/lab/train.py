@@ -19,7 +19,6 @@ from muonkit.lab import files
 from muonkit.lab.data import Data
 from muonkit.lab.errors import Interrupted, LabError, TaskError
 from muonkit.lab.objective import CPU, CROSS_ENTROPY, Objective, Place
-from muonkit.lab.objective import loss_of as loss_of
 from muonkit.lab.optimizers import Optimizer, get_optimizer
 from muonkit.lab.progress import Reporter
 from muonkit.lab.randomness import seed_all, seeded
@@ -226,16 +225,22 @@ def warm_up(run: Run, setting: Setting) -> None:
     The first step of a process also pays for late imports and first allocations, seconds that
     belong to no optimizer and would shift its whole curve.
     """
-    place = setting.place
-    model = setting.task.build().to(place.device)
+    model = setting.task.build().to(setting.place.device)
     optimizer = run.build(model)
-    batch = place.moved(setting.data.batch(run.seed, 0, setting.batch_size))
-    with place.autocast():
-        loss = setting.task.objective.loss(model, batch)
-    with users(f"the backward pass of {setting.task.name}"):
-        loss.backward()  # type: ignore[no-untyped-call]
+    differentiate(model, run, 0, setting)
     optimizer.step()
-    place.wait()
+    setting.place.wait()
+
+
+def differentiate(model: nn.Module, run: Run, step: int, setting: Setting) -> torch.Tensor:
+    """The loss of the batch of this step, whose gradients are then in the model."""
+    place, task = setting.place, setting.task
+    batch = place.moved(setting.data.batch(run.seed, step, setting.batch_size))
+    with place.autocast():
+        loss = task.objective.loss(model, batch)
+    with users(f"the backward pass of {task.name}"):
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss
 
 
 class Trainer:
@@ -370,22 +375,16 @@ class Trainer:
         factor = lr_factor(self.step, setting.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        place, task = setting.place, setting.task
         # What dropout draws is a function of seed and step too.
         seed_all("step", self.run.seed, self.step)
         start = time.perf_counter()
-        batch = place.moved(setting.data.batch(self.run.seed, self.step, setting.batch_size))
-        with place.autocast():
-            loss = task.objective.loss(self.model, batch)
-        with users(f"the backward pass of {task.name}"):
-            loss.backward()  # type: ignore[no-untyped-call]
-        value = loss.item()
-        place.wait()
+        value = differentiate(self.model, self.run, self.step, setting).item()
+        setting.place.wait()
         before = time.perf_counter()
         if math.isfinite(value):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        place.wait()
+        setting.place.wait()
         end = time.perf_counter()
         self.step += 1
         self.seconds += end - start
