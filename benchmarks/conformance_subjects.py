@@ -177,19 +177,11 @@ def _without_triton(package: str) -> None:
         module._get_orthogonalization_fn = plain  # type: ignore[attr-defined]
 
 
-def muonium() -> Subject:
-    from muonium import Muon
-
-    _without_triton("muonium")
-    make = _by_shape(Muon)
-
-    def heads(params: Params, blocks: int, **options: Any) -> Optimizer:
-        (p,) = params
-        return make(params, split_sizes=[p.shape[0] // blocks] * blocks, **options)
-
+def _like_muonium(package: str, make: Callable[..., Optimizer], heads: Any = None) -> Subject:
+    _without_triton(package)
     return Subject(
         make,
-        "muonium.Muon",
+        f"{package}.Muon",
         convolutions=True,
         experts=True,
         heads=heads,
@@ -199,20 +191,22 @@ def muonium() -> Subject:
     )
 
 
+def muonium() -> Subject:
+    from muonium import Muon
+
+    make = _by_shape(Muon)
+
+    def heads(params: Params, blocks: int, **options: Any) -> Optimizer:
+        (p,) = params
+        return make(params, split_sizes=[p.shape[0] // blocks] * blocks, **options)
+
+    return _like_muonium("muonium", make, heads)
+
+
 def dtensor_muon() -> Subject:
     from dtensor_muon import Muon
 
-    _without_triton("dtensor_muon")
-    make = _by_shape(Muon, fused_adam=False)
-    return Subject(
-        make,
-        "dtensor_muon.Muon",
-        convolutions=True,
-        experts=True,
-        scale=original,
-        momentum=0.95,
-        fsdp2=make,
-    )
+    return _like_muonium("dtensor_muon", _by_shape(Muon, fused_adam=False))
 
 
 def gram_newton_schulz() -> Subject:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from muonkit import _torch, orthogonalize
 from muonkit._torch import cpu_capabilities
+from muonkit.newton_schulz import orthogonalizer
 from muonkit.newton_schulz.coefficients import SCHEDULES, resolve
 from muonkit.newton_schulz.dtypes import fastest_dtype
 from muonkit.newton_schulz.forms import FORMS
@@ -512,3 +513,20 @@ def test_aol_takes_no_product_of_its_own() -> None:
     four = SCHEDULES["you"].table[1:]
     assert choose("aol4", *common).flops == choose(four, *common).flops
     assert choose("aol4", *common).flops < 0.9 * choose("keller", *common).flops
+
+
+@pytest.mark.parametrize("name", ["keller", "polar_express_1.05", "aol4"])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 5, 30), (2, 18, 12), (4, 1, 7)])
+def test_the_loop_of_small_matrices_is_the_general_one_to_the_bit(
+    name: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    X /= torch.linalg.matrix_norm(X, keepdim=True)
+    triples = resolve(name, 5 if name != "aol4" else 4).triples
+    small = orthogonalizer._evaluate(X.clone(), triples, "standard")
+    seen = []
+    monkeypatch.setattr(orthogonalizer, "_by_iteration", lambda *_: seen.append(True))
+    monkeypatch.setattr(orthogonalizer, "is_kept", lambda *_: True)  # as if it were large
+    general = orthogonalizer._evaluate(X.clone(), triples, "standard", differentiable=True)
+    assert not seen
+    assert torch.equal(small, general)

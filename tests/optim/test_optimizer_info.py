@@ -136,6 +136,13 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> None:
         optimizer.step(closure_for(model, optimizer))
 
 
+def trained(info: OptimizerInfo, steps: int = 3, **kwargs: Any) -> tuple[nn.Module, Optimizer]:
+    model = model_for(info)
+    optimizer = make(info, model, **kwargs)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
 def assert_same(one: nn.Module, two: nn.Module) -> None:
     """The same operations on the same numbers: bit for bit."""
     assert_close(dict(one.state_dict()), dict(two.state_dict()), rtol=0, atol=0)
@@ -441,9 +448,7 @@ def test_step_hooks_run_in_torchs_order(info: OptimizerInfo) -> None:
 
 @every_optimizer
 def test_state_dict_hooks_run_and_may_replace(info: OptimizerInfo) -> None:
-    model = model_for(info)
-    optimizer = make(info, model)
-    train(model, optimizer, 1)
+    _, optimizer = trained(info, 1)
     calls: list[str] = []
     optimizer.register_state_dict_pre_hook(lambda _: calls.append("pre"))
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "mark": 1})
@@ -507,9 +512,7 @@ def test_names_in_one_of_both_are_no_trouble(info: OptimizerInfo) -> None:
 
 @every_input
 def test_weights_only_loads_what_was_saved(info: OptimizerInfo, given: OptimizerInput) -> None:
-    model = model_for(info)
-    optimizer = make(info, model, **kwargs_of(given))
-    train(model, optimizer)
+    _, optimizer = trained(info, **kwargs_of(given))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -521,9 +524,7 @@ def test_weights_only_loads_what_was_saved(info: OptimizerInfo, given: Optimizer
 @every_input
 def test_older_state_dicts_load(info: OptimizerInfo, given: OptimizerInput) -> None:
     """One that was saved before a flag was there: those of today's optimizer hold."""
-    model = model_for(info)
-    optimizer = make(info, model, **kwargs_of(given))
-    train(model, optimizer)
+    model, optimizer = trained(info, **kwargs_of(given))
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
         for flag in info.not_og_supported_flags:
@@ -534,9 +535,7 @@ def test_older_state_dicts_load(info: OptimizerInfo, given: OptimizerInput) -> N
 
 def test_a_step_count_that_is_no_tensor_loads() -> None:
     info = INFOS[MuonW]
-    model = model_for(info)
-    optimizer = make(info, model)
-    train(model, optimizer)
+    model, optimizer = trained(info)
     saved = copy.deepcopy(optimizer.state_dict())
     counted = [state for state in saved["state"].values() if "step" in state]
     assert counted
@@ -548,9 +547,7 @@ def test_a_step_count_that_is_no_tensor_loads() -> None:
 
 @every_input
 def test_state_takes_the_parameters_dtype(info: OptimizerInfo, given: OptimizerInput) -> None:
-    one = model_for(info)
-    first = make(info, one, **kwargs_of(given))
-    train(one, first)
+    _, first = trained(info, **kwargs_of(given))
     two = model_for(info, dtype=torch.bfloat16)
     second = make(info, two, **kwargs_of(given))
     kept = {p: {key: v.dtype for key, v in second.state[p].items()} for p in two.parameters()}
@@ -564,9 +561,7 @@ def test_state_takes_the_parameters_dtype(info: OptimizerInfo, given: OptimizerI
 
 @every_input
 def test_state_is_not_empty(info: OptimizerInfo, given: OptimizerInput) -> None:
-    model = model_for(info)
-    optimizer = make(info, model, **kwargs_of(given))
-    train(model, optimizer, 1)
+    model, optimizer = trained(info, 1, **kwargs_of(given))
     for p in model.parameters():
         moments = [v for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.any()]
         assert moments
@@ -577,9 +572,7 @@ def test_state_is_not_empty(info: OptimizerInfo, given: OptimizerInput) -> None:
 def test_copies_have_every_public_attribute(
     info: OptimizerInfo, given: OptimizerInput, copied: Callable[[Any], Any]
 ) -> None:
-    model = model_for(info)
-    optimizer = make(info, model, **kwargs_of(given))
-    train(model, optimizer, 1)
+    model, optimizer = trained(info, 1, **kwargs_of(given))
 
     def public(one: Optimizer) -> set[str]:
         return {name for name in vars(one) if not name.startswith("_")}

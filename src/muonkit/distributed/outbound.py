@@ -26,8 +26,8 @@ class Outbound:
     every step.
 
     Args:
-        bucket: whose way is looked for: by it all ranks decide alike.
-        mine: the part of the bucket that concerns this rank, if that is known.
+        bucket: all its assignments, by which every rank decides alike how they are sent.
+        mine: those of them that concern this rank, where they are known.
         cap: bytes that a rank may send at once; None is any number.
         state: the stage's state, and not the results.
         own: whether parts that stay on this rank are copied too.
