@@ -355,11 +355,7 @@ def time_carried(device: Device, name: str) -> dict[str, object]:
         except Exception as error:  # another package's, of whatever kind
             tasks.pop(each, None)
             absent[each] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-    seconds = device.compare(tasks)
-    for each, taken in seconds.items():
-        low, middle, high = spread(taken, seconds["muonkit"])
-        print(f"    {name}, {each}: {statistics.median(taken) * 1e3:.3f} ms, "
-              f"x{middle:.2f} [{low:.2f}, {high:.2f}]")  # fmt: skip
+    seconds = race(device, name, tasks, "muonkit")
     for each, why in absent.items():
         print(f"    {each} did not run: {why}")
     return {"seconds": seconds, "absent": absent}
@@ -372,10 +368,16 @@ def time_options(device: Device, name: str) -> dict[str, list[float]]:
     for each, told in OPTIONS.items():
         step = Muon(parameters(device, entries), lr=1e-3, **told).step
         tasks[each] = compiled(device, step) if each == "compiled" else step
+    return race(device, name, tasks, "plain")
+
+
+def race(device: Device, name: str, tasks: dict[str, Task], base: str) -> dict[str, list[float]]:
+    """The seconds of each task, which are printed as times those of one of them too."""
     seconds = device.compare(tasks)
     for each, taken in seconds.items():
-        low, middle, high = spread(taken, seconds["plain"])
-        print(f"    {name}, {each}: x{middle:.2f} [{low:.2f}, {high:.2f}] of plain")
+        low, middle, high = spread(taken, seconds[base])
+        print(f"    {name}, {each}: {statistics.median(taken) * 1e3:.3f} ms, "
+              f"x{middle:.2f} [{low:.2f}, {high:.2f}]")  # fmt: skip
     return seconds
 
 
