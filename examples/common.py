@@ -35,9 +35,10 @@ from torch.nn import functional as F
 
 from muonkit.lab.data import Batch, generator
 from muonkit.lab.models import GPT, Attention
+from muonkit.lab.objective import loss_of
 from muonkit.lab.optimizers import BETAS, SCALE, WEIGHT_DECAY
 from muonkit.lab.tasks import get_task
-from muonkit.lab.train import loss_of, lr_factor
+from muonkit.lab.train import lr_factor
 
 TASK = get_task("gpt")
 #: What ``muonkit compare`` gives its optimizers beside the learning rate, with the scale that this
