@@ -1,16 +1,16 @@
 """Rank what stands around Muon: each stage alone, its learning rate and decay swept as plain's.
 
-    python benchmarks/stages.py --task gpt --jobs 2
-    python benchmarks/stages.py --task gpt --times      # on a quiet machine; added to the file
-    python benchmarks/stages.py --task gpt --quick
+    python benchmarks/stages.py --ranking gpt --jobs 2
+    python benchmarks/stages.py --ranking gpt --times   # on a quiet machine; added to the file
+    python benchmarks/stages.py --ranking gpt --quick
     python benchmarks/stages.py --page-only
 
-It runs `muonkit compare` with a sweep for every stage and for plain MuonW, keeps the figures in
-docs/stages/TASK.json, and writes the block between `<!-- begin: stages -->` and
+It runs `muonkit compare` with a sweep for plain MuonW and for each stage, keeps what each found in
+docs/stages/RANKING.json, and writes the block between `<!-- begin: stages -->` and
 `<!-- end: stages -->` of docs/choosing.md from these files. What follows `--` goes to `compare`.
-Stopped, the same command goes on. Losers stay in the table. `--times` is apart, since what else the
-machine does then changes no loss: whole training steps of all of them in one process, paired
-(harness.py), one thread.
+Stopped, the same command goes on: a stage that the file has is not run again, on whichever machine.
+Losers stay in the table. `--times` is apart, since what else the machine does then changes no loss:
+whole training steps of all of them in one process, paired (harness.py), one thread.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import harness
@@ -41,9 +42,12 @@ NAMES = (
     *(name for name in OPTIMIZERS if name not in (PLAIN, "adamw", "sgd") and "torch" not in name),
 )
 # The same grids for all: three rates (more beyond an edge), then three decays, on seed 0.
-PLANS: dict[str, tuple[str, ...]] = {
-    "gpt": ("--steps", "400", "--seeds", "3", "--sweep-points", "3"),
-    "cifar10": ("--epochs", "5", "--seeds", "3", "--sweep-points", "3"),
+SWEEP = ("--sweep", "--sweep-decay", "--sweep-full", "--sweep-points", "3", "--seeds", "3")
+# The task of each ranking, and how long it trains.
+RANKINGS: dict[str, tuple[str, ...]] = {
+    "gpt": ("gpt", "--steps", "400"),
+    "gpt-long": ("gpt", "--steps", "1600"),
+    "cifar10": ("cifar10", "--epochs", "5"),
 }
 
 
@@ -56,31 +60,39 @@ def state_bytes(task: str, name: str) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def run(task: str, options: argparse.Namespace) -> None:
-    words = [
-        task,
-        "--optimizers",
-        ",".join(options.optimizers),
-        "--sweep",
-        "--sweep-decay",
-        "--sweep-full",
-    ]
-    words += [*PLANS[task], "--jobs", str(options.jobs), "--threads", "1"]
-    record = compare(
-        merged(words, [*(QUICK if options.quick else ()), *options.further]), options.out / task
-    )
-    names = [row["optimizer"] for row in record["rows"]]
-    record["state_bytes"] = {name: state_bytes(task, name) for name in names}
-    file = options.results / f"{task}.json"
+def run(ranking: str, options: argparse.Namespace) -> None:
+    """Train what the file lacks, `--jobs` stages at a time; each is kept when it is done."""
+    file = options.results / f"{ranking}.json"
+    setting = [*RANKINGS[ranking], *SWEEP, "--threads", "1"]
+    setting = merged(setting, [*(QUICK if options.quick else ()), *options.further])
+    record: Record = {"kind": "stages", "ranking": ranking, "setting": setting, "stages": {}}
     if file.exists():
-        record["times"] = json.loads(file.read_text()).get("times", {})
-    keep(file, task, record)
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["setting"] != setting:
+            raise SystemExit(
+                f"{file} is of {' '.join(kept['setting'])}, asked for is {' '.join(setting)}: "
+                "delete it to begin anew, or ask for the same"
+            )
+        record = kept
+
+    def rank(name: str) -> tuple[str, Record]:
+        words = [setting[0], "--optimizers", name, *setting[1:]]
+        found = compare(words, options.out / ranking / name)
+        return name, found | {"state_bytes": state_bytes(setting[0], name)}
+
+    missing = [name for name in options.optimizers if name not in record["stages"]]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for future in as_completed([pool.submit(rank, name) for name in missing]):
+            name, found = future.result()
+            record["stages"][name] = found
+            keep(file, record)
 
 
-def keep(file: Path, task: str, record: Record) -> None:
+def keep(file: Path, record: Record) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**record, "kind": "stages", "task": task}, indent=1) + "\n"
-    file.write_text(text)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
 
 
 def time_steps(name: str, optimizers: Sequence[str], rounds: int) -> Record:
@@ -117,50 +129,53 @@ def _timed_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch:
 
 
 def block(record: Record) -> str:
-    """One table of a task, the lowest validation loss first."""
-    results = [result for result, _ in outcomes(record)]
+    """One table of a ranking, the lowest validation loss first."""
+    stages = record["stages"]
+    losses = {
+        name: [result.val_loss for result, _ in outcomes(found)] for name, found in stages.items()
+    }
     rows: list[tuple[float, list[object]]] = []
-    plain = [r for r in results if r.optimizer == PLAIN]
-    for row in record["rows"]:
-        name = row["optimizer"]
-        own = [r for r in results if r.optimizer == name]
-        loss = figure([r.val_loss for r in own])
-        p = (
-            ""
-            if name == PLAIN
-            else p_value(welch([r.val_loss for r in own], [r.val_loss for r in plain]))
-        )
+    for name, found in stages.items():
+        (row,) = found["rows"]
+        loss = figure(losses[name])
         times = record.get("times", {}).get(name)
-        rows.append(
-            (
-                loss.mean if isinstance(loss, Figure) else float("inf"),
-                [
-                    "plain" if name == PLAIN else f"`{name}`",
-                    f"{row['lr']:g}",
-                    f"{row['weight_decay']:g}",
-                    loss.text(4) if isinstance(loss, Figure) else "diverged",
-                    p,
-                    f"{times['ms']:.0f}" if times else "",
-                    spread(times["times_plain"]) if times and name != PLAIN else "",
-                    f"{record['state_bytes'][name] / 2**20:.2f}",
-                ],
-            )
-        )
+        is_plain = name == PLAIN
+        cells = [
+            "plain" if is_plain else f"`{name}`",
+            f"{row['lr']:g}",
+            f"{row['weight_decay']:g}",
+            loss.text(4) if isinstance(loss, Figure) else "diverged",
+            "" if is_plain else p_value(welch(losses[name], losses[PLAIN])),
+            f"{times['ms']:.0f}" if times else "",
+            spread(times["times_plain"]) if times and not is_plain else "",
+            f"{found['state_bytes'] / 2**20:.2f}",
+        ]
+        rows.append((loss.mean if isinstance(loss, Figure) else float("inf"), cells))
     rows.sort(key=lambda row: row[0])
-    e, config = record["environment"], record["config"]
+    config = stages[PLAIN]["config"]
+    machines = {
+        f"{e['processor']}, torch {e['torch']}, {e['written'][:10]}"
+        for e in (found["environment"] for found in stages.values())
+    }
+    left = [name for name in NAMES if name not in stages]
     said = (
-        f"**{record['task']}**, {config['budget']}, {config['seeds']} seeds, mean ± standard "
-        f"deviation; p against plain. `{record['command']}`: {e['processor']}, "
-        f"torch {e['torch']}, {e['written'][:10]}. ms: of a whole training step, and times plain's "
-        "in paired rounds (median and quartiles), one thread."
+        f"**{record['setting'][0]}**, {config['budget']}, {config['seeds']} seeds, mean ± standard "
+        f"deviation; p against plain. `python benchmarks/stages.py --ranking {record['ranking']}`, "
+        f"which is `{stages[PLAIN]['command']}` for each: {'; '.join(sorted(machines))}. ms: of a "
+        "whole training step, and times plain's in paired rounds (median and quartiles), one "
+        "thread."
     )
+    if left:
+        said += f" Not yet run: {', '.join(f'`{name}`' for name in left)}."
     head = ["stage", "lr", "decay", "validation loss", "p", "ms", "times plain", "state, MiB"]
     return "\n\n".join([said, table(head, [cells for _, cells in rows])])
 
 
 def page(text: str, folder: Path) -> str:
-    files = [folder / f"{task}.json" for task in PLANS]
-    blocks = [block(json.loads(file.read_text())) for file in files if file.exists()]
+    """The page with the tables of all rankings that have plain's figures."""
+    files = [folder / f"{ranking}.json" for ranking in RANKINGS]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    blocks = [block(record) for record in records if PLAIN in record["stages"]]
     return replace_block(text, "stages", "\n\n".join(blocks) or "Not yet run.")
 
 
@@ -169,9 +184,11 @@ def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", choices=list(PLANS), action="append", help="may be repeated")
-    parser.add_argument("--optimizers", default=",".join(NAMES), help="muonw is needed")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--ranking", choices=list(RANKINGS), action="append", help="may be repeated"
+    )
+    parser.add_argument("--optimizers", default=",".join(NAMES), help="fewer of them")
+    parser.add_argument("--jobs", type=int, default=2, help="stages at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--times", action="store_true", help="time steps instead, of what was run")
     parser.add_argument("--rounds", type=harness.at_least_one, default=25, help="of --times")
@@ -181,14 +198,14 @@ def main(words: Sequence[str]) -> None:
     options.further, options.optimizers = further, options.optimizers.split(",")
     options.out = options.out or ROOT / "runs" / ("stages-quick" if options.quick else "stages")
     options.results = options.out if options.quick else ROOT / "docs" / "stages"
-    for task in () if options.page_only else options.task or PLANS:
+    for ranking in () if options.page_only else options.ranking or RANKINGS:
         if not options.times:
-            run(task, options)
+            run(ranking, options)
             continue
-        file = options.results / f"{task}.json"
-        record = json.loads(file.read_text())
-        names = [row["optimizer"] for row in record["rows"]]
-        keep(file, task, record | {"times": time_steps(task, names, options.rounds)})
+        file = options.results / f"{ranking}.json"
+        record = json.loads(file.read_text(encoding="utf-8"))
+        times = time_steps(RANKINGS[ranking][0], list(record["stages"]), options.rounds)
+        keep(file, record | {"times": times})
     guide = ROOT / "docs" / "choosing.md"
     written = page(guide.read_text(encoding="utf-8"), options.results)
     if options.quick:

@@ -48,8 +48,9 @@ try:
     from muonkit.lab import data, models
     from muonkit.lab.compare import compare, comparison
     from muonkit.lab.errors import DataError
+    from muonkit.lab.objective import loss_of
     from muonkit.lab.tasks import Budget, get_task
-    from muonkit.lab.train import evaluate, loss_of, lr_factor
+    from muonkit.lab.train import evaluate, lr_factor
 except ModuleNotFoundError as missing:
     remedy = 'in a checkout of muonkit, pip install ".[tutorial]"'
     raise SystemExit(f"{missing}: {remedy}") from None

@@ -7,6 +7,7 @@ under `TYPE_CHECKING`, or by `import_module("...")`. All of them are arrows betw
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import SOURCE
+import muonkit
+from tests.helpers.paths import BENCHMARKS, DOCS, ROOT, SOURCE, TESTS
 
 # High to low. A module imports from the layers below its own, or from its own where that closes no
 # circle. A room is a module, or a folder with all that is in it; of `distributed` every file is.
@@ -304,3 +306,63 @@ def test_every_public_name_is_listed_by_dir() -> None:
         "assert all(getattr(muonkit, name) is not None for name in muonkit.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# What mypy does not read, and what uses the package; `sibling` files import one another by stem.
+USERS = [*(ROOT / "examples").glob("*.py"), *BENCHMARKS.glob("*.py"), *TESTS.rglob("*.py")]
+USERS += DOCS.glob("tutorial/*.py")
+
+
+@functools.cache
+def names_in(source: str) -> set[str]:
+    """The names that a module has at its top, whatever defines them."""
+    names: set[str] = set()
+    # Not what is inside of functions and classes; blocks of `if` and `try` count.
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        else:
+            waiting.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def unknown_names(source: str, modules: Sources) -> list[str]:
+    """`from MODULE import NAME` of a known module that has no such name, as "MODULE.NAME"."""
+    unknown = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or node.level or node.module not in modules:
+            continue
+        known = names_in(modules[node.module])
+        if node.module == "muonkit":
+            known |= set(muonkit.__all__)
+        for alias in node.names:
+            if alias.name not in known and f"{node.module}.{alias.name}" not in modules:
+                unknown.append(f"{node.module}.{alias.name}")
+    return unknown
+
+
+def test_what_is_imported_is_there() -> None:
+    """A name that moves within the package leaves no script behind, run by a test or not."""
+    package, found = read_sources(SOURCE), {}
+    for path in USERS:
+        siblings = {
+            other.stem: other.read_text(encoding="utf-8") for other in path.parent.glob("*.py")
+        }
+        if unknown := unknown_names(path.read_text(encoding="utf-8"), {**siblings, **package}):
+            found[str(path.relative_to(ROOT))] = unknown
+    assert len(USERS) > 100
+    assert found == {}
+
+
+def test_a_planted_import_of_a_name_that_moved_is_found() -> None:
+    modules = {"muonkit": "", "muonkit.scale": "try:\n    import a as b\nfinally:\n    c = 1"}
+    assert unknown_names("from muonkit.scale import b, c", modules) == []
+    assert unknown_names("from muonkit import Muon, scale\nfrom other import x", modules) == []
+    for source in ("from muonkit.scale import gone", "def f():\n    from muonkit import gone"):
+        assert [name.rpartition(".")[2] for name in unknown_names(source, modules)] == ["gone"]
