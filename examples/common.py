@@ -54,19 +54,40 @@ SHARED = {
 # --- the command line and the ranks ----------------------------------------------------------
 
 
+def at_least_one(text: str) -> int:
+    """The type of an option that is a number of things.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number, or below 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every example has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=200, help="length of the run and of its schedule (200)")
-    add("--batch", type=int, default=TASK.batch_size, help="windows per step, all ranks (16)")
+    add(
+        "--steps",
+        type=at_least_one,
+        default=200,
+        help="length of the run and of its schedule (200)",
+    )
+    add(
+        "--batch",
+        type=at_least_one,
+        default=TASK.batch_size,
+        help="windows per step, all ranks (16)",
+    )
     add("--seed", type=int, default=0, help="decides weights and batches (0)")
     add("--lr", type=float, default=TASK.lr["muonw"], help="peak learning rate (the lab's)")
-    add("--every", type=int, default=10, help="steps between printed losses (10)")
+    add("--every", type=at_least_one, default=10, help="steps between printed losses (10)")
     add("--checkpoint", type=Path, metavar="DIR", help="keep the last two checkpoints in DIR")
-    add("--save-every", type=int, default=50, help="steps between checkpoints (50)")
+    add("--save-every", type=at_least_one, default=50, help="steps between checkpoints (50)")
     add("--resume", action="store_true", help="go on from DIR's last checkpoint, if it has one")
     add("--timeout", type=float, default=60, help="seconds to wait for another rank (60)")
     return parser

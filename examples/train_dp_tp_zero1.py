@@ -44,7 +44,9 @@ def print_plan(plan: StepPlan, count: int) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--tp", type=int, default=2, help="ranks that share a matrix product (2)")
+    parser.add_argument(
+        "--tp", type=common.at_least_one, default=2, help="ranks that share a matrix product (2)"
+    )
     options = parser.parse_args()
     with common.ranks(options.timeout) as (rank, count):
         model = common.separate(common.gpt(options.seed))

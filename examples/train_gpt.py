@@ -299,16 +299,21 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=Path, nargs="+", metavar="FILE", help="text to train on")
     add("--optimizer", choices=LR, default="muonw", help="(muonw)")
-    add("--width", type=int, default=128, help="of the residual stream (128)")
-    add("--layers", type=int, default=4, help="(4)")
-    add("--heads", type=int, default=4, help="(4)")
-    add("--context", type=int, default=128, help="bytes in a window (128)")
+    add("--width", type=common.at_least_one, default=128, help="of the residual stream (128)")
+    add("--layers", type=common.at_least_one, default=4, help="(4)")
+    add("--heads", type=common.at_least_one, default=4, help="(4)")
+    add("--context", type=common.at_least_one, default=128, help="bytes in a window (128)")
     add("--tied", action="store_true", help="one matrix for embedding and head")
     add("--embedding-lr", type=float, default=0.016, help="peak rate of embedding and head (0.016)")
     add("--weight-decay", type=float, default=0.1, help="(0.1)")
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--warmdown", type=float, default=0.5, help="share of the steps (0.5)")
-    add("--validate-every", type=int, default=50, help="steps between validations (50)")
+    add(
+        "--validate-every",
+        type=common.at_least_one,
+        default=50,
+        help="steps between validations (50)",
+    )
     add("--ns-dtype", default="auto", help="of MuonW's products (auto: the fastest here)")
     add("--log", type=Path, metavar="FILE", help="every loss, as lines of JSON")
     parser.set_defaults(lr=None, steps=400)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,3 +31,64 @@ def test_steps_are_timed_beside_plain_ones(script: Any) -> None:
     assert list(found) == [script.PLAIN, "normuon"]
     assert found[script.PLAIN]["times_plain"] == (1.0, 1.0, 1.0)
     assert all(each["ms"] > 0 for each in found.values())
+
+
+LOSSES = {"muonw": [1.5, 1.6, 1.7], "normuon": [1.1, 1.2, 1.3]}
+
+
+def _compared(words: list[str], out: Path) -> dict[str, Any]:
+    """What `muonkit compare` finds, as far as the table reads it."""
+    name = words[words.index("--optimizers") + 1]
+    assert out.name == name
+    curve = {"steps": [], "val_loss": [], "accuracy": [], "seconds": []}
+    found = [
+        {"optimizer": name, "seed": seed, "val_loss": loss, "curve": curve}
+        for seed, loss in enumerate(LOSSES[name])
+    ]
+    return {
+        "rows": [{"optimizer": name, "lr": 0.01, "weight_decay": 0.1}],
+        "runs": found,
+        "config": {"budget": "6 steps", "seeds": 3},
+        "environment": {"processor": "Z80", "torch": "2.13.0", "written": "2026-11-28T00:00"},
+        "command": " ".join(["muonkit", "compare", *words]),
+    }
+
+
+@pytest.fixture
+def ranked(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Ranks stages with `_compared` for trainings; returns those that were trained and the file."""
+    trained: list[str] = []
+
+    def compare(words: list[str], out: Path) -> dict[str, Any]:
+        trained.append(out.name)
+        return _compared(words, out)
+
+    def outcomes(record: dict[str, Any]) -> list[tuple[Any, None]]:
+        return [(argparse.Namespace(val_loss=run["val_loss"]), None) for run in record["runs"]]
+
+    monkeypatch.setattr(script, "compare", compare)
+    monkeypatch.setattr(script, "outcomes", outcomes)
+    monkeypatch.setattr(script, "state_bytes", lambda task, name: 2**20)
+
+    def ranked(names: list[str], further: list[str]) -> Any:
+        trained.clear()
+        options = argparse.Namespace(
+            results=tmp_path, out=tmp_path / "runs", optimizers=names, jobs=2, quick=True
+        )
+        options.further = further
+        script.run("gpt", options)
+        return sorted(trained), json.loads((tmp_path / "gpt.json").read_text(encoding="utf-8"))
+
+    return ranked
+
+
+def test_a_stage_that_is_done_is_not_trained_again(script: Any, ranked: Callable[..., Any]) -> None:
+    assert ranked(["normuon"], [])[0] == ["normuon"]
+    trained, record = ranked(["muonw", "normuon"], [])
+    assert trained == ["muonw"]
+    lines = [line for line in script.block(record).splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["`normuon`", "plain"]
+    assert "1.2000 ± 0.1000" in lines[2]
+    assert "Not yet run: `adamuon`, " in script.block(record)
+    with pytest.raises(SystemExit, match="delete it to begin anew"):
+        ranked(["muonw"], ["--seeds", "4"])

@@ -243,6 +243,14 @@ def test_what_a_gpt_cannot_be_trained_on_is_told(
         printed("train_gpt", *words, "--text", str(path), "--context", "32")
 
 
+@pytest.mark.parametrize("option", ["--every", "--save-every", "--steps", "--layers"])
+def test_a_number_of_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        printed("train_gpt", option, "0")
+    told = f"argument {option}: expected a whole number of at least 1, got '0'"
+    assert told in capsys.readouterr().err
+
+
 def test_a_killed_rank_ends_all_and_the_resumed_run_is_equal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,11 @@ def test_what_is_asked_for_belongs_to_the_configuration() -> None:
     assert swept["sweep_embedding_lr"]
     with pytest.raises(LabError, match="--sweep-full without a sweep: give --sweep too"):
         comparison("digits", ["adamw"], full=True)
+
+
+def test_rates_of_embeddings_that_an_optimizer_has_not_are_refused() -> None:
+    with pytest.raises(LabError, match="none of sgd has a rate of its own for embeddings"):
+        comparison("digits", ["sgd"], sweep_embedding_lr=True)
     with pytest.raises(LabError, match="--embedding-lr names 'sgd', which"):
         comparison("digits", ["adamw", "sgd"], embedding_lr={"sgd": 0.01})
 

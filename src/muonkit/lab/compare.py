@@ -183,6 +183,11 @@ def comparison(
     is_swept = sweep or sweep_decay or sweep_embedding_lr
     if full and not is_swept:
         raise LabError("--sweep-full without a sweep: give --sweep too")
+    if sweep_embedding_lr and not any(get_optimizer(n).has_embedding_lr for n in optimizers):
+        raise LabError(
+            f"--sweep-embedding-lr: none of {','.join(optimizers)} has a rate of its own for "
+            "embeddings; leave it out"
+        )
     return Comparison(
         task=task,
         optimizers=tuple(optimizers),
