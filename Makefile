@@ -13,6 +13,10 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; \
 	done)
 
+# Nothing is compiled at installation: Python keeps what it compiles when it is first imported. A
+# machine that tells it not to would compile torch in each of the suite's thousand processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all test-oldest lint types unit format demo docs tutorial lock release-check clean
 .DELETE_ON_ERROR:

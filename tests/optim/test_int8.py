@@ -301,7 +301,10 @@ def test_errors_stay_within_their_bound_over_500_steps() -> None:
     assert 0.003 < typical < 0.03
 
 
-def test_compiled_is_eager() -> None:
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.whole)]
+)
+def test_compiled_is_eager(backend: str) -> None:
     """Through inductor's own kernels too: a division may round an edge to the other side."""
     pairs = []
     for _ in range(2):
@@ -309,7 +312,7 @@ def test_compiled_is_eager() -> None:
         groups = [{"params": params[:2]}, {"params": params[2:], "view": "flatten"}]
         pairs.append((params, Muon(groups, momentum_dtype="int8", ns_dtype="float32")))
     torch._dynamo.reset()
-    step = torch.compile(pairs[1][1].step, fullgraph=True)
+    step = torch.compile(pairs[1][1].step, fullgraph=True, backend=backend)
     for t in range(3):
         for params, _ in pairs:
             set_gradients(params, t)
