@@ -485,14 +485,20 @@ class Muon(Optimizer):
 
         Raises:
             ValueError: other groups, names, algorithms or shapes than here, options that the
-                constructor refuses, a parameter without state or with a part of it, or state that
-                lies on several ranks and is not this rank's part; nothing is loaded.
+                constructor refuses (in this layout too), a parameter without state or with a part
+                of it, or state that lies on several ranks and is not this rank's part; nothing is
+                loaded.
         """
         self._settle()
         merged: dict[str, Any] = {}
 
         def merge(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            merged.update(merge_saved(self.param_groups, given, self.state))
+            loaded = merge_saved(self.param_groups, given, self.state)
+            both = zip(loaded["param_groups"], self.param_groups, strict=True)
+            groups = [{**group, "params": own["params"]} for group, own in both]
+            refuse_cut_rows(self._layouts, groups)
+            check_scales(trained_of(groups), self._layouts)
+            merged.update(loaded)
             return merged
 
         # After the user's own hooks: these may give the parameters other names.
