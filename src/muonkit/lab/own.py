@@ -11,12 +11,13 @@ model
     called, and for a module ``task`` itself, of which the rest is then dropped.
 train, validation
     batches: a ``DataLoader``, a list, any iterable that can be gone through again, or a function
-    that makes one (called for every pass; with an int that differs by seed and pass, if it takes an
-    argument). See :mod:`muonkit.lab.loaders`.
+    that makes one (called for every pass; with an int that differs by seed and pass, if it has an
+    argument without a default). See :mod:`muonkit.lab.loaders`.
 loss
     ``loss(model, batch)``, which returns a scalar, the mean over the batch; or a criterion, an
-    ``nn.Module`` or one of ``torch.nn.functional``, for batches of (inputs, targets); or None for
-    a model that returns its loss, as Hugging Face's do: ``model(**batch).loss``.
+    ``nn.Module`` or one of ``torch.nn.functional`` (or a ``functools.partial`` of these), for
+    batches of (inputs, targets); or None for a model that returns its loss, as Hugging Face's do:
+    ``model(**batch).loss``.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +40,7 @@ from torch.nn.parameter import UninitializedParameter
 from muonkit._text import meant, shortened
 from muonkit.lab.errors import LabError, TaskError
 from muonkit.lab.files import UnfitError, read
-from muonkit.lab.loaders import OwnData, add_to, examples
+from muonkit.lab.loaders import OwnData, add_to, digest_of, examples
 from muonkit.lab.objective import Batch, Measured, Objective
 from muonkit.lab.randomness import seed_all, seeded
 from muonkit.lab.specs import factories
@@ -81,6 +83,8 @@ class OwnLoss:
     @property
     def _is_criterion(self) -> bool:
         given = self.given
+        while isinstance(given, partial):  # F.cross_entropy with label_smoothing, say
+            given = given.func
         return isinstance(given, nn.Module) or (
             getattr(given, "__module__", "") == "torch.nn.functional"
         )
@@ -130,7 +134,8 @@ class OwnLoss:
                 f"{self.name} returned {type(loss).__name__}, expected a scalar tensor: leave out "
                 "float() or .item(), which have no gradient"
                 if isinstance(loss, float)
-                else f"{self.name} returned {type(loss).__name__}, expected a scalar tensor"
+                else f"{self.name} returned {type(loss).__name__}, expected a scalar tensor: end "
+                "it with 'return loss', and nothing beside it"
             )
         if loss.numel() != 1 or not loss.is_floating_point():
             raise TaskError(
@@ -347,15 +352,24 @@ class _Own:
         """The task, with its model and its source as they are now."""
         model = self._begun()
         kind, digest = type(model).__name__, _digest(model)
-        if _digest(self.first or self._begun()) != digest:
+        again = self._begun() if self.first is None else self.first
+        if _digest(again) != digest:
             raise TaskError(
                 f"the model of {self.spec} has other weights each time, at the same seed, so that "
                 "optimizers would not begin alike: draw them from torch's, numpy's or Python's "
                 "global generator"
             )
+        shared = _shared(model, again)
+        has_accuracy = self._has_accuracy(model)
+        if shared or _digest(again) != digest:  # buffers, as of a batch norm, change in the trial
+            raise TaskError(
+                f"the model of {self.spec} has the same tensors each time"
+                f"{f' ({shortened(shared[0], 60)})' if shared else ''}, so that each run would "
+                "begin with the weights that the one before has trained: make them anew in the "
+                "function, or copy them there with copy.deepcopy"
+            )
         self.first = None  # its memory is not needed any more
         said = (getattr(self.function, "__doc__", None) or kind).strip().partition("\n")[0]
-        has_accuracy = self._has_accuracy(model)
         return Task(
             name=self.spec,
             summary=shortened(said.rstrip("."), 80),
@@ -375,7 +389,9 @@ class _Own:
     def _has_accuracy(self, model: nn.Module) -> bool:
         """Try the loss once, so that what is wrong with it is told before anything is written."""
         with seeded("trial"):
+            held_out = next(self.data.validation())
             batch = self.data.batch(0, 0, 0)
+            given = digest_of(batch), digest_of(held_out)
             loss = self.loss.loss(model, batch)
             if not math.isfinite(loss.item()):
                 raise TaskError(
@@ -385,9 +401,23 @@ class _Own:
             with users(f"the loss of {self.spec}"):
                 loss.backward()  # type: ignore[no-untyped-call]
             model.eval()
+            if digest_of(batch) != given[0]:
+                self.data.see_untouched()
             with torch.no_grad():
-                held_out = next(self.data.validation())
-                return self.loss.measure(model, held_out).right is not None
+                right = self.loss.measure(model, held_out).right
+            if digest_of(held_out) != given[1]:
+                self.data.see_untouched()
+            return right is not None
+
+
+def _shared(one: nn.Module, other: nn.Module) -> list[str]:
+    """The names of parameters that are trained in the memory of another model."""
+    taken = {p.untyped_storage().data_ptr() for p in one.parameters() if p.requires_grad}
+    return [
+        name
+        for name, p in other.named_parameters()
+        if p.requires_grad and p.numel() and p.untyped_storage().data_ptr() in taken
+    ]
 
 
 def _digest(model: nn.Module) -> str:
