@@ -481,7 +481,7 @@ def test_a_file_of_a_package_is_to_be_named_as_a_module(capsys: pytest.CaptureFi
     Path("pack/tasks.py").write_text("from .elsewhere import task\n")
     assert main(["compare", "pack/tasks.py:task"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("from the folder above the package: package.tasks:task")
+    assert line.endswith("above the package: package.tasks in place of pack/tasks.py")
 
 
 def test_a_sweep_in_which_everything_diverged_names_no_best(
@@ -649,6 +649,13 @@ def test_the_task_to_begin_with_runs_as_it_is(
         assert main(["new-task", name]) == 2
         assert message in capsys.readouterr().err
     assert Path("mine.py").read_text() == before
+    assert main(["compare", "mine.py"]) == 2
+    assert "'mine.py' has no function: write mine.py:task" in capsys.readouterr().err
+    Path("a folder").mkdir()
+    assert main(["new-task", "a folder/other"]) == 0
+    command = "muonkit compare 'a folder/other.py:task'"
+    assert capsys.readouterr().out.endswith(f": {command}\n")
+    assert command in Path("a folder/other.py").read_text()
 
 
 def test_the_tasks_on_the_page_train(tmp_path: Path) -> None:
