@@ -239,8 +239,8 @@ def quantize_(momenta: Sequence[Tensor], scales: Scales, M: Tensor) -> None:
         torch.maximum(part.amax(-1, keepdim=True), -part.amin(-1, keepdim=True)) for part in blocks
     ]
     s = (torch.cat(largest, -2) / LARGEST).to(scales.tensors[0].dtype)
-    # Where s is zero or NaN all will be read as that, whatever is kept; but what int8 becomes of a
-    # NaN is not defined.
+    # Where s is zero or NaN all will be read as that, whatever is kept; where it is infinite, all
+    # that is kept is zero, and read as NaN. What int8 becomes of a NaN is not defined.
     for part, some in zip(blocks, _split(s, blocks), strict=True):
         part.div_(some)
     M.round_().clamp_(-LARGEST, LARGEST).nan_to_num_(0.0)

@@ -321,12 +321,13 @@ class Muon(Optimizer):
             others = [group.get(PERIOD_STEP, 0) for group in self.param_groups]
             added.setdefault(PERIOD_STEP, max(others, default=0))
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
-            self._layouts.add(trained_of([added]))
-            refuse_cut_rows(self._layouts, [added])
-            check_scales(trained_of([added]), self._layouts)
+            layouts = self._layouts.with_more(trained_of([added]))
+            refuse_cut_rows(layouts, [added])
+            check_scales(trained_of([added]), layouts)
+            self._go_by(layouts)
             self._make_state([added])
         self.param_groups.append(added)
-        self._known = known_of(self.param_groups)
+        self._known, self._whole = known_of(self.param_groups), None
 
     def reset_state(self, params: Iterable[Tensor] | None = None) -> None:
         """Begin the state of some parameters anew, with zeros in the shape that they have now: for
@@ -389,9 +390,7 @@ class Muon(Optimizer):
             for p in group["params"]
             if before.get(p) in self.state
         }
-        self._layouts = layouts
-        # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
-        self._step_supports_amp_scaling = layouts.domain is not None
+        self._go_by(layouts)
         self._planned_steps: dict[tuple[Any, ...], PlannedStep] = {}
         self._options = SeenOptions()
         # In one order on all ranks: what gathers a state dict goes by it.
@@ -403,6 +402,11 @@ class Muon(Optimizer):
         self._known, self._whole = known_of(self.param_groups), None
         if layouts.domain is None:
             self._told = post(self)
+
+    def _go_by(self, layouts: Layouts) -> None:
+        self._layouts = layouts
+        # A GradScaler then leaves it to `step` to skip: on all ranks, or on none.
+        self._step_supports_amp_scaling = layouts.domain is not None
 
     @torch.no_grad()
     def _make_state(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -457,10 +461,10 @@ class Muon(Optimizer):
         """Make the whole state known to one rank, as `torch.distributed.optim`'s
         ZeroRedundancyOptimizer does: all ranks call this together.
 
-        Until the next step (or load) `state_dict` of that rank has every tensor whole, as a plain
-        tensor on the CPU, and can be loaded on any number of ranks and in any layout. That of the
-        other ranks has their own parts, as ever. Where every rank already has everything, this call
-        does nothing. Other ranks hold one whole tensor at a time.
+        Until the next step (or load, or group that is added) `state_dict` of that rank has every
+        tensor whole, as a plain tensor on the CPU, and can be loaded on any number of ranks and in
+        any layout. That of the other ranks has their own parts, as ever. Where every rank already
+        has everything, this call does nothing. Other ranks hold one whole tensor at a time.
 
         Args:
             to: the rank, counted in the ranks that share this optimizer's parameters.
@@ -485,14 +489,20 @@ class Muon(Optimizer):
 
         Raises:
             ValueError: other groups, names, algorithms or shapes than here, options that the
-                constructor refuses, a parameter without state or with a part of it, or state that
-                lies on several ranks and is not this rank's part; nothing is loaded.
+                constructor refuses (in this layout too), a parameter without state or with a part
+                of it, or state that lies on several ranks and is not this rank's part; nothing is
+                loaded.
         """
         self._settle()
         merged: dict[str, Any] = {}
 
         def merge(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            merged.update(merge_saved(self.param_groups, given, self.state))
+            loaded = merge_saved(self.param_groups, given, self.state)
+            both = zip(loaded["param_groups"], self.param_groups, strict=True)
+            groups = [{**group, "params": own["params"]} for group, own in both]
+            refuse_cut_rows(self._layouts, groups)
+            check_scales(trained_of(groups), self._layouts)
+            merged.update(loaded)
             return merged
 
         # After the user's own hooks: these may give the parameters other names.

@@ -204,6 +204,8 @@ def _follow_int8(
     """Quantize a momentum that is kept in int8 from now on, or make it numbers again."""
     have, quantized = state.get(MOMENTUM), keeps_int8(group)
     if have is None or (have.dtype == torch.int8) == quantized:
+        if have is None or not quantized:  # somebody took the momentum out, or put in another
+            state.pop(SCALE, None)
         return
     if quantized:
         kept = _zeros(_kept(MOMENTUM, torch.int8, p, group, layouts), p, layouts)

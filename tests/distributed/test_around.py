@@ -278,6 +278,26 @@ def takes_experts_without_a_gradient_on_some_ranks(layout: str) -> None:
     assert not torch.equal(after["blocks.0.experts.gate_up"], before["blocks.0.experts.gate_up"])
 
 
+@CASES.on(2)
+def freezes_experts_that_had_a_gradient_on_some_ranks() -> None:
+    """Then no rank has a gradient for them, as in the step before only some had none."""
+    model = nn.ParameterDict()
+    for name, shape in {"experts": (3, 16, 16), "up": (16, 16), "down": (16, 16)}.items():
+        model[name] = nn.Parameter(zoo.full_random(name, torch.Size(shape), 0))
+    zoo.distribute(model, zoo.mesh((2,), ("ep",)), lambda *_: [Shard(0)])
+    experts, *others = model.values()
+    optimizer = Muon([{"params": [experts], "view": "experts"}, {"params": others}])
+    for p in others if dist.get_rank() == 0 else model.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    experts.requires_grad_(False).grad = None
+    before = bits(model, optimizer)
+    optimizer.step()
+    after = bits(model, optimizer)
+    changed = {name for name in model if not torch.equal(after[name], before[name])}
+    assert changed == {"up", "down"}
+
+
 # --- models as they are trained -------------------------------------------------------------------
 
 

@@ -263,6 +263,15 @@ def gathers_a_full_state_dict_and_spreads_it(layout: str) -> None:
 # --- by one rank for all --------------------------------------------------------------------------
 
 
+@CASES.on(2)
+def forgets_the_whole_state_where_a_group_is_added() -> None:
+    """It has nothing for the new parameters."""
+    optimizer = Muon([torch.nn.Parameter(torch.ones(4, 6))], process_group=dist.group.WORLD, zero=1)
+    optimizer.consolidate_state_dict()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(6, 6))]})
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1]
+
+
 @CASES.on(2, layout=["zero1", "fsdp2"])
 @CASES.on(4, layout=["hsdp", "fsdp2_tp", "dp_tp_zero1", "ep_fsdp2_of_experts"])
 def gathers_the_whole_state_on_one_rank(layout: str) -> None:

@@ -168,6 +168,13 @@ def refuses_a_group_and_an_option_too() -> str:
     assert torch.equal(zoo.part_of(cut), before)
     optimizer.param_groups[0]["momentum_dtype"] = "auto"
     optimizer.step()
+    alone = Muon([nn.Parameter(torch.ones(8, 100))], lr=0.7, momentum_dtype="int8")
+    own = zoo.part_of(optimizer.state[cut]["momentum_buffer"]).clone()
+    with pytest.raises(ValueError, match="over a number of ranks that shares 2 such blocks"):
+        optimizer.load_state_dict(alone.state_dict())
+    assert optimizer.param_groups[0]["lr"] != 0.7
+    assert torch.equal(zoo.part_of(optimizer.state[cut]["momentum_buffer"]), own)
+    optimizer.step()
     return str(e.value)
 
 

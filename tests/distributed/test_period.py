@@ -378,6 +378,14 @@ def a_number_per_row_needs_whole_rows(stage: str) -> None:
     zoo.set_gradients(model, 1)
     with measures.unchanged(model, optimizer), pytest.raises(ValueError, match=CUT_ROWS):
         optimizer.step()
+    # So is a state dict that says it.
+    saved = optimizer.state_dict()
+    for group in optimizer.param_groups:
+        if group["algorithm"] == "muon":
+            group["period"] = 1
+    with measures.unchanged(model, optimizer), pytest.raises(ValueError, match=CUT_ROWS):
+        optimizer.load_state_dict(saved)
+    assert all(group.get("period", 1) == 1 for group in optimizer.param_groups)
     # A group of rows that are whole is not.
     optimizer = Muon([model.blocks[0].up.weight], after=stage, period=3)
     with pytest.raises(ValueError, match="is cut between columns"):

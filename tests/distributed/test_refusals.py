@@ -394,6 +394,23 @@ def adds_no_group_that_lies_elsewhere() -> None:
     optimizer.step()
 
 
+@CASES.on(2)
+def is_not_shared_by_a_group_that_was_refused() -> None:
+    """The optimizer is each rank's own until a group is added that several share."""
+    mesh = zoo.mesh((2,), ("tp",))
+    optimizer = Muon([("w", _parameter(4, 6))])
+    cut = {"params": [("cut", _sharded(mesh, Shard(1), 8, 249))], "momentum_dtype": "int8"}
+    with pytest.raises(ValueError, match="keeps a scale"):
+        optimizer.add_param_group(cut)
+    assert optimizer.plan().ranks == 1
+    if dist.get_rank() == 0:
+        optimizer.step()  # which the other rank does not take
+    assert not optimizer._step_supports_amp_scaling
+    optimizer.add_param_group({"params": [("v", _sharded(mesh, Shard(0), 4, 6))]})
+    assert optimizer.plan().ranks == 2
+    assert optimizer._step_supports_amp_scaling  # as of one that was made with the group
+
+
 # --- ranks that are no longer there ---------------------------------------------------------------
 
 

@@ -486,6 +486,29 @@ def test_a_resized_scale_is_refused_before_anything_is_written() -> None:
     stepped(params, optimizer, 1, 2)
 
 
+@pytest.mark.parametrize("kept", ["int8", "float32"])
+@pytest.mark.parametrize("put_in", [False, True])
+def test_scales_go_with_a_momentum_that_was_taken_out(kept: str, put_in: bool) -> None:
+    """Its scales are of nothing, and not finite where it was not."""
+    params, optimizer = made("int8")
+    set_gradients(params)
+    for p in params:
+        p.grad.fill_(torch.nan)
+    optimizer.step()
+    others, fresh = made(kept)
+    optimizer.param_groups[0]["momentum_dtype"] = kept
+    for p, q in zip(params, others, strict=True):
+        p.data.copy_(q)
+        del optimizer.state[p]["momentum_buffer"]
+        if put_in:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    stepped(params, optimizer, 1, 3)
+    stepped(others, fresh, 1, 3)
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        assert set(optimizer.state[p]) == set(fresh.state[q])
+
+
 # --- who reads it ---------------------------------------------------------------------------------
 
 

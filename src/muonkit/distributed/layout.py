@@ -5,6 +5,7 @@ This is where placements, plain arithmetic, meet torch.distributed.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,17 @@ class Layouts:
         """For other parameters, with what was asked for here."""
         other = Layouts(self.group, self.zero)
         other._asked, other.scattered = self._asked, self.scattered
+        return other
+
+    def with_more(self, groups: Sequence[Mapping[str, Any]]) -> Layouts:
+        """These, and those of more parameters; nothing is changed here.
+
+        Raises:
+            ValueError: as `add`.
+        """
+        other = copy.copy(self)
+        other._layouts = dict(self._layouts)
+        other.add(groups)
         return other
 
     def __bool__(self) -> bool:

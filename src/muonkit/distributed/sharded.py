@@ -547,8 +547,8 @@ class ShardedBatch:
     def _room(
         self, parts: Mapping[int, Tensor]
     ) -> tuple[dict[tuple[int, Box], Tensor], list[Tensor | None]]:
-        """Where the results of this rank's parts are to be, and for each round the memory that its
-        arrive in, if they are read there. What this rank computed itself is used where it is.
+        """Where the results of this rank's parts are to be, and for each round the memory in which
+        they arrive, if they are read there. What this rank computed itself is used where it is.
         """
         bucket, dtype, domain = self.bucket, self.sharded.dtype, self.sharded.domain
         rounded = bucket.comm_dtype != dtype

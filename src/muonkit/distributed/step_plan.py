@@ -85,7 +85,8 @@ def plan_key(groups: Sequence[Mapping[str, Any]], present: Present) -> tuple[Any
     return tuple(
         (
             tuple(repr(group.get(key)) for key in PLANNING),
-            tuple(map(id, group["params"])),
+            # A trained parameter counts where it is computed, also without a gradient.
+            tuple([(id(p), p.requires_grad) for p in group["params"]]),
             tuple(has.items()),
         )
         for group, has in zip(groups, present, strict=True)

@@ -69,7 +69,7 @@ class Lines(NamedTuple):
         return sum(k for _, _, k in self.cells)
 
     def shape(self, rows: int, cols: int) -> tuple[int, int]:
-        """Of the lines that are taken of a matrix of so many rows and columns."""
+        """The shape of the lines that are taken of a matrix of so many rows and columns."""
         return (self.total, cols) if self.rows else (rows, self.total)
 
     def among(self, start: int, stop: int) -> int:
