@@ -63,9 +63,15 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ("route", "Missing argument 'SPEC'"),
         ("route nowhere:build", "there is no module 'nowhere': run from the folder that has it"),
         ("route ovn:net", "there is no module 'ovn': did you mean 'own'? run from"),
-        ("route own.py:net", "'own.py' is a file's name: did you mean 'own:net'? write package."),
-        ("route below/deep.py:net", "is a file's name: did you mean 'below.deep:net'? write"),
-        ("route onw.py:net", "'onw.py' is a file's name: did you mean 'own'? write package.mod"),
+        ("route below/deep.py:net", "below/deep.py has no 'net': it has nothing"),
+        (
+            "route own.py:bear",
+            "own.py has no 'bear': did you mean 'bare'? it has Linear, bad, bare",
+        ),
+        (
+            "route onw.py:net",
+            "there is no file onw.py: did you mean 'own.py'? `muonkit new-task onw",
+        ),
         ("route own:absent", "own has no 'absent': it has Linear, bad, bare"),
         ("route own:bear", "own has no 'bear': did you mean 'bare'? it has Linear, bad, bare"),
         ("route gtp2", "could not be had from the Hugging Face hub: did you mean 'gpt2'? use"),
@@ -77,9 +83,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ("route broken:build", "broken needs no_such_package, which is not installed"),
         ("route wrong:build", "importing wrong failed: ZeroDivisionError"),
         ("route nobody/nothing", "is no model type, no file, and could not be had from the"),
-        ("route own.py", "'own.py' is a file's name: did you mean 'own:bad' or 'own:needs' or"),
-        ("route below/deep.py", "is a file's name: as below.deep:build, write package.module:"),
-        ("route onw.py", "'onw.py' is a file's name: did you mean 'own'? write package.module:"),
+        ("route own.py", "'own.py' has no factory: write own.py:bad"),
+        ("route below/deep.py", "'below/deep.py' has no factory: write below/deep.py:model"),
+        ("route onw.py", "there is no file onw.py: did you mean 'own.py'? `muonkit new-task onw"),
         ("route broken.txt", "broken.txt is no Hugging Face configuration"),
         ("route own:net --rule x", "--rule 'x': write PATTERN=adamw"),
         ("route own:net --rule nothing*=adamw", "matches no parameter"),
@@ -204,6 +210,33 @@ def test_route_prints_the_table_and_json(
     assert "split(rows=2)" in capsys.readouterr().out
     assert main(["route", "mine:Zoo.net", "--per-head"]) == 2
     assert "no attention was found in Sequential" in capsys.readouterr().err
+
+
+def test_route_and_plan_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "of mine"
+    folder.mkdir()
+    (folder / "beside.py").write_text("WIDTH = 8\n")
+    file = folder / "a_net.py"
+    file.write_text(
+        "from beside import WIDTH\n"
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Embedding(4, WIDTH), nn.Linear(WIDTH, WIDTH))\n"
+        "def task(): return net, 1, 2, 3\n"
+    )
+    for spec in (f"{file}:net", "of mine/a_net.py:net"):
+        assert main(["route", spec]) == 0
+        assert "8×8" in capsys.readouterr().out
+    assert main(["plan", "--model", f"{file}:net", "--mesh", "fsdp=2"]) == 0
+    capsys.readouterr()
+    assert main(["route", f"{file}:task"]) == 2
+    assert "returned tuple, expected a torch.nn.Module: name the" in capsys.readouterr().err
+    file.write_text("1 / 0\n")
+    assert main(["route", f"{file}:net"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == said.count('a_net.py", line 1') == 1
+    assert "a_net.py failed (ZeroDivisionError: division by zero)" in said.splitlines()[-1]
+    for name in ("a_net", "beside"):
+        sys.modules.pop(name, None)
 
 
 def test_route_folds_layers_that_repeat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

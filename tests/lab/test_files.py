@@ -503,7 +503,7 @@ def test_route_runs_no_code_of_a_folder_and_reads_no_weights(
 
     assert routed(model_type="own", architectures=["A"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is not built, since that would run it: use module:factory" in line
+    assert "is not built, since that would run it: use file.py:factory" in line
     small = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 32, "n_positions": 8}
     for further in (
         {},
@@ -516,7 +516,7 @@ def test_route_runs_no_code_of_a_folder_and_reads_no_weights(
         assert "c_attn" in told.out or (status == 2 and told.err.count("\n") == 1), further
     assert not ran.exists()
     assert main(["route", "--help"]) == 0
-    assert "it runs their code" in " ".join(capsys.readouterr().out.split())
+    assert "they run its code" in " ".join(capsys.readouterr().out.split())
 
 
 # --- names are data ---

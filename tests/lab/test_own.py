@@ -17,7 +17,7 @@ from muonkit.lab import objective, own
 from muonkit.lab.cli import main
 from muonkit.lab.compare import comparison
 from muonkit.lab.errors import RunError, TaskError
-from muonkit.lab.loaders import ENDLESS, OwnData
+from muonkit.lab.loaders import ENDLESS, OwnData, digest_of
 from muonkit.lab.store import DATA, SOURCES, Folder
 from muonkit.lab.task import Task
 from muonkit.lab.tasks import get_task
@@ -125,6 +125,56 @@ def test_every_optimizer_gets_the_same_and_a_run_resumes_exactly(form: str, tmp_
     task.load().batch(5, 3, 0)
     train(Run("adamw", 1e-3, 1), setting(task), tmp_path / "cut", StopRequest(), Silent())
     assert losses(tmp_path / "cut") == losses(tmp_path / "adamw")
+
+
+def test_a_batch_may_be_a_dataclass_with_a_sparse_tensor(tmp_path: Path) -> None:
+    task = written(
+        "import dataclasses\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Graph:\n"
+        "    x: torch.Tensor\n"
+        "    edges: torch.Tensor\n"
+        "def graph(i, weight=1.0): return Graph(x[i:i + 6], weight * torch.eye(6).to_sparse())\n"
+        "loss = lambda m, g: F.cross_entropy(g.edges @ m(g.x), torch.arange(6) % 3)\n"
+        "task.graph = graph\n"
+        "return net, [graph(i) for i in range(0, 30, 6)], [graph(36)], loss"
+    )
+    run = Run("adamw", 1e-3, 0)
+    assert train(run, setting(task), tmp_path / "r", StopRequest(), Silent()).val_loss is not None
+    assert task.batch_size == 6
+    graph = sys.modules["mine"].task.graph
+    digests = {digest_of(graph(*given)) for given in ((0,), (6,), (0, 2.0))}
+    assert len(digests) == 3
+    assert digest_of(graph(0)) in digests
+    moved = objective.Place("meta").moved(graph(0).__class__(torch.ones(2), torch.ones(3)))
+    assert moved.x.is_meta
+    assert moved.edges.is_meta
+
+
+def test_a_loader_with_workers_and_a_loss_that_takes_batches_apart(tmp_path: Path) -> None:
+    """What a loader makes anew each time may be changed."""
+    task = written(
+        "def collate(rows):\n"
+        "    return {'x': torch.stack([r[0] for r in rows]) + torch.rand(8), "
+        "'y': torch.stack([r[1] for r in rows])}\n"
+        "def loss(model, batch):\n"
+        "    y = batch.pop('y')\n"
+        "    return F.cross_entropy(model(batch['x'].mul_(2)), y)\n"
+        "own = DataLoader(train.dataset, 6, shuffle=True, num_workers=1, collate_fn=collate)\n"
+        "return net, own, DataLoader(train.dataset, 18, collate_fn=collate), loss"
+    )
+    run = Run("adamw", 1e-3, 0)
+    for folder in ("one", "two"):
+        train(run, setting(task, 7), tmp_path / folder, StopRequest(), Silent())
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def test_a_criterion_with_options_set_is_a_criterion() -> None:
+    task = written(
+        "import functools\n"
+        "return net, train, val, functools.partial(F.cross_entropy, label_smoothing=0.1)"
+    )
+    assert task.accuracy
 
 
 def test_seeds_differ_in_weights_and_order() -> None:
@@ -343,7 +393,37 @@ BAD = {
     "return net, train, val, lambda m, b: m(b[0]).sum().detach()": (
         "returned a scalar without a gradient: compute it from the model"
     ),
-    "return net, train, val, lambda m, b: None": "returned NoneType, expected a scalar tensor",
+    "return net, train, val, lambda m, b: None": (
+        "returned NoneType, expected a scalar tensor: end it with 'return loss', and nothing beside"
+    ),
+    "return net, train, val, lambda m, b: (m(b[0]).mean(), 3)": (
+        "returned tuple, expected a scalar tensor: end it with 'return loss', and nothing beside it"
+    ),
+    "once = net()\nreturn lambda: once, train, val, F.cross_entropy": (
+        "the model of mine.py:task has the same tensors each time (0.weight), so that each run "
+        "would begin with the weights that the one before has trained: make them anew"
+    ),
+    "return ONCE, train, val, F.cross_entropy": "has the same tensors each time (0.weight), so",
+    "def made(): return nn.Sequential(NORM, net())\nreturn made, train, val, F.cross_entropy": (
+        "has the same tensors each time, so that"
+    ),
+    "def loss(m, b):\n    return F.cross_entropy(m(b[0].mul_(2)), b[1])\n"
+    "return net, [(x[:9], y[:9])], val, loss": (
+        "the training data of mine.py:task changed while the loss was computed, so that other "
+        "batches would come the next time: let loss and model write into copies"
+    ),
+    "def loss(m, b):\n    return F.cross_entropy(m(b['x']), b.pop('y'))\n"
+    "train = DataLoader([{'x': x[i], 'y': y[i]} for i in range(9)], 3)\n"
+    "return net, train, [{'x': x, 'y': y}], loss": (
+        "the validation data of mine.py:task changed while the loss was computed"
+    ),
+    "class Noisy(torch.utils.data.Dataset):\n"
+    "    def __len__(self): return 9\n"
+    "    def __getitem__(self, i): return x[i] + torch.rand(8), y[i]\n"
+    "own = DataLoader(Noisy(), 3, num_workers=1, persistent_workers=True)\n"
+    "return net, own, val, F.cross_entropy": (
+        "are other batches each time, at the same seed: leave out persistent_workers=True"
+    ),
     "return net, lambda: [(torch.randn(4, 8, generator=G), y[:4])], val, F.cross_entropy": (
         "are other batches each time, at the same seed: draw random numbers from torch's"
     ),
@@ -354,12 +434,19 @@ BAD = {
 }
 
 
+GLOBAL = """
+G = torch.Generator()
+ONCE = net()
+NORM = nn.BatchNorm1d(8).requires_grad_(False)
+"""
+
+
 @pytest.mark.parametrize("body", BAD)
 def test_what_the_protocol_does_not_say_is_a_line_and_nothing_is_written(
     body: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    Path("mine.py").write_text(f"{HEAD}\nG = torch.Generator()\n\ndef task():\n{lines}")
+    Path("mine.py").write_text(f"{HEAD}\n{GLOBAL}\ndef task():\n{lines}")
     assert main(["compare", "mine.py:task"]) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
@@ -375,12 +462,26 @@ def test_leaving_python_is_an_error_like_another(capsys: pytest.CaptureFixture[s
     assert line == "error: importing mine.py failed (SystemExit: no data here)"
 
 
+def test_a_loss_that_runs_out_of_something_is_an_error_like_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("mine.py").write_text(
+        HEAD + "few = iter(range(9))\n"
+        "def loss(m, b):\n    return F.cross_entropy(m(b[0]), b[1]) + 0 * next(few)\n"
+        "def task(): return net, train, val, loss\n"
+    )
+    assert main([*COMMAND, "--optimizers", "adamw"]) == 1
+    said = capsys.readouterr().err
+    assert "in loss" in said
+    assert "the loss of mine.py:task failed (StopIteration), at step" in said.splitlines()[-1]
+
+
 def test_a_file_of_a_package_is_to_be_named_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
     Path("pack").mkdir()
     Path("pack/tasks.py").write_text("from .elsewhere import task\n")
     assert main(["compare", "pack/tasks.py:task"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("from the folder above the package: package.tasks:task")
+    assert line.endswith("above the package: package.tasks in place of pack/tasks.py")
 
 
 def test_a_sweep_in_which_everything_diverged_names_no_best(
@@ -548,6 +649,13 @@ def test_the_task_to_begin_with_runs_as_it_is(
         assert main(["new-task", name]) == 2
         assert message in capsys.readouterr().err
     assert Path("mine.py").read_text() == before
+    assert main(["compare", "mine.py"]) == 2
+    assert "'mine.py' has no function: write mine.py:task" in capsys.readouterr().err
+    Path("a folder").mkdir()
+    assert main(["new-task", "a folder/other"]) == 0
+    command = "muonkit compare 'a folder/other.py:task'"
+    assert capsys.readouterr().out.endswith(f": {command}\n")
+    assert command in Path("a folder/other.py").read_text()
 
 
 def test_the_tasks_on_the_page_train(tmp_path: Path) -> None:

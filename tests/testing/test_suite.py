@@ -94,6 +94,29 @@ def test_a_wrong_command_is_refused_before_a_law_is_tried(
     assert words in line
 
 
+def test_each_run_writes_its_own_laws_beside_tests_of_ones_own(tmp_path: Path) -> None:
+    """Two runs in one process; a test beside them has parameters of its own."""
+    (tmp_path / "test_beside.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('name', ['zero_moves_nothing'])\n"
+        "def test_beside(name): pass\n"
+    )
+    (tmp_path / "twice.py").write_text(
+        "import sys\n"
+        "import pytest\n"
+        "for law in ('zero_moves_nothing', 'transpose_commutes'):\n"
+        "    words = ['--pyargs', 'muonkit.testing', 'test_beside.py', '-k', law]\n"
+        "    words += ['--optimizer', 'torch.optim:Muon', '--conformance-json', law]\n"
+        "    words += ['-q', '-p', 'no:cacheprovider', '-p', 'muonkit.testing.plugin']\n"
+        "    assert pytest.main(words) == 0\n"
+    )
+    done = warm.run(["twice.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for law in ("zero_moves_nothing", "transpose_commutes"):
+        found = json.loads((tmp_path / law).read_text())["laws"]
+        assert [row["law"] for row in found] == [law]
+
+
 ADAPTERS = """
 import torch
 from muonkit.testing import Subject
@@ -137,6 +160,7 @@ number = 3
         ("{folder}/adapters.py:no_gpu", TypeError, r"no GPU here \(adapters.py:\d+\). Give a fun"),
         ("{folder}/broken.py:make", ImportError, r"import raised KeyError: 'x' \(broken.py:2\)"),
         ("{folder}/unread.py:make", ImportError, "import raised SyntaxError"),
+        ("{folder}/script.py:make", ImportError, r"import raised SystemExit: 2 \(script.py:2\)"),
     ],
 )
 def test_a_wrong_adapter_is_told_the_remedy(
@@ -145,6 +169,7 @@ def test_a_wrong_adapter_is_told_the_remedy(
     (tmp_path / "adapters.py").write_text(ADAPTERS)
     (tmp_path / "broken.py").write_text("there = {}\nthere['x']\n")
     (tmp_path / "unread.py").write_text("def make(:\n")
+    (tmp_path / "script.py").write_text("import argparse\nargparse.ArgumentParser().exit(2)\n")
     sys.modules.pop("conformance_of_adapters", None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(kind, match=words):

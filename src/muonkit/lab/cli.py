@@ -88,17 +88,19 @@ Parameters that differ only in the index of a layer share a line, which counts t
 
 \b
 SPEC is one of
-  package.module:factory   a model, or something that makes one when called without arguments
+  mymodel.py:factory       a model, or something that makes one when called without arguments
+  package.module:factory   the same in a module
   gpt2, llama, bert, ...   a model type of transformers (built without memory or network)
   PATH, OWNER/NAME         a config.json or its folder; a model on the Hugging Face hub
 
-package.module:factory imports that module and calls the factory: it runs their code. The other
+The first two import that file or module and call the factory: they run its code. The other
 kinds run no code but transformers': what a folder or the hub has beside its config.json is neither
 run nor loaded.
 
 \b
 Examples:
   muonkit route gpt2
+  muonkit route mytask.py:model
   muonkit route my_package.model:build --json
   muonkit route llama --rule '*.down_proj.weight=adamw'
 """
@@ -110,7 +112,7 @@ ZeRO-1: from shapes and rates, nothing is measured. The optimizer's own planner 
 
 \b
 Models:   {", ".join(MODELS)}; or your own:
-          package.module:factory, a Hugging Face model type or id, a config.json
+          FILE.py:factory, package.module:factory, a Hugging Face model type or id, a config.json
 Mesh:     axes from left to right, neighbours in a node last: dp, fsdp (or shard), tp, ep; pp first
 Layouts:  by default what the axes say: dp is zero1; fsdp is fsdp; dp,fsdp is hsdp; tp is tp;
           fsdp,tp is fsdp_tp; dp,tp is dp_tp_zero1; with ep it is ep (experts over ep, the rest
@@ -327,10 +329,10 @@ def new_task_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The file, without or with .py.")],
     debug: Debug = False,
 ) -> None:
-    from muonkit.lab.new_task import write_task
+    from muonkit.lab.new_task import command_of, write_task
 
     path = write_task(name)
-    say(f"wrote {shown(path)}; it runs as it is: muonkit compare {shown(path)}:task")
+    say(f"wrote {shown(path)}; it runs as it is: muonkit compare {shown(command_of(path))}")
 
 
 def _rule(text: str) -> muonkit.Rule:

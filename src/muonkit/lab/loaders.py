@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from muonkit.lab.errors import TaskError
-from muonkit.lab.objective import Batch
+from muonkit.lab.objective import Batch, by_name
 from muonkit.lab.randomness import number_of, seed_all
 from muonkit.lab.user import failed, users
 
@@ -25,6 +25,7 @@ from muonkit.lab.user import failed, users
 ENDLESS = 10_000
 #: Training batches that the fingerprint has.
 FIRST = 2
+_END = object()
 
 
 class Source:
@@ -101,7 +102,9 @@ class Source:
             TaskError: it has no tensor or no example, or the user's code failed.
         """
         with users(self.name):
-            batch = next(batches)
+            batch = next(batches, _END)
+        if batch is _END:
+            raise StopIteration
         if next(tensors(batch), None) is None:
             raise TaskError(
                 f"{self.name} gave a batch of type {type(batch).__name__} without a tensor: make "
@@ -144,8 +147,8 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
     """Every tensor in a batch."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
+    elif (named := by_name(batch)) is not None:
+        for value in named.values():
             yield from tensors(value)
     elif isinstance(batch, list | tuple):
         for value in batch:
@@ -162,7 +165,11 @@ def add_to(digest: Any, value: Any) -> None:
     """Make a digest depend on a batch: on tensors and numbers to the last bit, and on the rest as
     it prints.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout is not torch.strided:
+        sparse = value.detach().cpu().to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
+        digest.update(f"{tuple(value.shape)}".encode())
+        add_to(digest, [sparse.indices(), sparse.values()])
+    elif isinstance(value, Tensor):
         bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(bits.numpy())
@@ -171,10 +178,10 @@ def add_to(digest: Any, value: Any) -> None:
         digest.update(np.ascontiguousarray(value).tobytes())
     elif isinstance(value, float):
         digest.update(struct.pack("<d", value))
-    elif isinstance(value, Mapping):
-        for name in value:
+    elif (named := by_name(value)) is not None:
+        for name in named:
             digest.update(f"{name}:".encode())
-            add_to(digest, value[name])
+            add_to(digest, named[name])
     elif isinstance(value, list | tuple):
         digest.update(f"[{len(value)}".encode())
         for each in value:
@@ -183,6 +190,13 @@ def add_to(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
     else:  # an address in its repr would be another one tomorrow
         digest.update(type(value).__name__.encode())
+
+
+def digest_of(value: Any) -> str:
+    """A digest of a batch."""
+    digest = hashlib.sha256()
+    add_to(digest, value)
+    return digest.hexdigest()
 
 
 class OwnData:
@@ -204,14 +218,20 @@ class OwnData:
         # Where the training stands: the next step of this seed, the pass that it is in.
         self._seed, self._step, self._epoch = 0, -1, 0
         self._batches: Iterator[Batch] = iter(())
-        first = self._first()
+        self._begun = first = self._first()
         if first != self._first():
+            remedy = (
+                "leave out persistent_workers=True, with which the random numbers of the workers "
+                "go on from pass to pass"
+                if getattr(train, "persistent_workers", False)
+                else "draw random numbers from torch's, numpy's or Python's global generator, or "
+                "return a function that takes a seed and makes the iterable"
+            )
             raise TaskError(
-                f"{self._train.name} are other batches each time, at the same seed: draw random "
-                "numbers from torch's, numpy's or Python's global generator, or return a function "
-                "that takes a seed and makes the iterable"
+                f"{self._train.name} are other batches each time, at the same seed: {remedy}"
             )
         self._known: str | None = None
+        self._opening: str | None = None  # likewise, of its first batch
         # The first pass, which makes the digest that all later ones are held to.
         sizes = [examples(batch) for batch in self.validation()]
         batches, held_out = len(sizes), sum(sizes)
@@ -231,6 +251,31 @@ class OwnData:
         for step in range(min(FIRST, self._train.length or FIRST)):
             add_to(digest, self.batch(0, step, 0))
         return digest.hexdigest()
+
+    def see_untouched(self) -> None:
+        """See that a loss, which has changed a batch that it was given, has not changed what will
+        come again: of a list it has, of a loader's batches it has not.
+
+        Raises:
+            TaskError: it has.
+        """
+        for source, is_same in (
+            (self._train, self._first() == self._begun),
+            (self._validation, self._opened() == self._opening),
+        ):
+            if not is_same:
+                raise TaskError(
+                    f"{source.name} changed while the loss was computed, so that other batches "
+                    "would come the next time: let loss and model write into copies, as after "
+                    "x = x.clone() or batch = dict(batch)"
+                )
+
+    def _opened(self) -> str:
+        """A digest of the first batch that validates, as it is now."""
+        seed_all("validation")
+        batches = self._validation.begin("validation")
+        seed_all("validation", 0)
+        return digest_of(self._validation.next(batches))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         if self._train.length is None:
@@ -312,12 +357,19 @@ class OwnData:
                     "itertools.islice does, or a length"
                 )
             add_to(digest, batch)
+            if count == 1:
+                self._opening = self._opening or digest.hexdigest()
+                if digest.hexdigest() != self._opening:
+                    raise self._changed()
             yield batch
         if not count:
             raise source.empty()
         self._known = self._known or digest.hexdigest()
         if digest.hexdigest() != self._known:
-            raise TaskError(
-                f"{source.name} changed between two validations, so that their losses do not "
-                "compare: return the same batches each time, a list of them for example"
-            )
+            raise self._changed()
+
+    def _changed(self) -> TaskError:
+        return TaskError(
+            f"{self._validation.name} changed between two validations, so that their losses do not "
+            "compare: return the same batches each time, a list of them for example"
+        )

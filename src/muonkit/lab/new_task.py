@@ -1,5 +1,6 @@
 """``muonkit new-task NAME``: a task of one's own to begin with, which runs as it is written."""
 
+import shlex
 from pathlib import Path
 
 from muonkit._text import shortened
@@ -61,6 +62,11 @@ def task():
 '''
 
 
+def command_of(path: Path) -> str:
+    """The task of this file as a shell takes it; of Windows' paths without a backslash."""
+    return shlex.quote(f"{path.as_posix()}:task")
+
+
 def write_task(name: str) -> Path:
     """Write the template to ``NAME.py``, or to NAME if that ends in .py.
 
@@ -76,5 +82,7 @@ def write_task(name: str) -> Path:
         raise LabError(f"{path} is there already, and is left as it is: choose another name")
     if not path.parent.is_dir():
         raise LabError(f"there is no folder {path.parent}: make it first")
-    write_atomically(path, _TEMPLATE.replace("@FILE@", str(path)).encode(), "another folder")
+    write_atomically(
+        path, _TEMPLATE.replace("@FILE@:task", command_of(path)).encode(), "another folder"
+    )
     return path

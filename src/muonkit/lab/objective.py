@@ -7,7 +7,8 @@ a model and a batch one scalar to descend on, and for validation how much that b
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +91,15 @@ class Place:
 CPU = Place()
 
 
+def by_name(batch: Batch) -> Mapping[Any, Any] | None:
+    """The parts of a dict or of a dataclass; None of anything else."""
+    if isinstance(batch, Mapping):
+        return batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {each.name: getattr(batch, each.name) for each in fields(batch)}
+    return None
+
+
 def _moved(value: Any, device: str) -> Any:
     if hasattr(value, "to"):  # tensors, and what Hugging Face's tokenizers return
         return value.to(device)
@@ -99,4 +109,8 @@ def _moved(value: Any, device: str) -> Any:
         return type(value)(*(_moved(each, device) for each in value))
     if isinstance(value, list | tuple):
         return type(value)(_moved(each, device) for each in value)
+    if (named := by_name(value)) is not None:  # a dataclass, also one that is frozen
+        value = copy(value)
+        for name, each in named.items():
+            object.__setattr__(value, name, _moved(each, device))
     return value

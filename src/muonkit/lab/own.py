@@ -11,44 +11,37 @@ model
     called, and for a module ``task`` itself, of which the rest is then dropped.
 train, validation
     batches: a ``DataLoader``, a list, any iterable that can be gone through again, or a function
-    that makes one (called for every pass; with an int that differs by seed and pass, if it takes an
-    argument). See :mod:`muonkit.lab.loaders`.
+    that makes one (called for every pass; with an int that differs by seed and pass, if it has an
+    argument without a default). See :mod:`muonkit.lab.loaders`.
 loss
     ``loss(model, batch)``, which returns a scalar, the mean over the batch; or a criterion, an
-    ``nn.Module`` or one of ``torch.nn.functional``, for batches of (inputs, targets); or None for
-    a model that returns its loss, as Hugging Face's do: ``model(**batch).loss``.
+    ``nn.Module`` or one of ``torch.nn.functional`` (or a ``functools.partial`` of these), for
+    batches of (inputs, targets); or None for a model that returns its loss, as Hugging Face's do:
+    ``model(**batch).loss``.
 """
 
 import hashlib
-import importlib
-import importlib.util
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from muonkit._text import meant, shortened
+from muonkit._text import shortened
 from muonkit.lab.errors import LabError, TaskError
-from muonkit.lab.files import UnfitError, read
-from muonkit.lab.loaders import OwnData, add_to, examples
+from muonkit.lab.loaders import OwnData, add_to, digest_of, examples
 from muonkit.lab.objective import Batch, Measured, Objective
 from muonkit.lab.randomness import seed_all, seeded
-from muonkit.lab.specs import factories
+from muonkit.lab.source import absent, content_of, factories, module_of, path_of, suggested
 from muonkit.lab.task import Budget, Task, default_rates
 from muonkit.lab.user import users
 
 EXPECTED = "expected four things: model, train, validation, loss"
 STEPS = 300
-#: More than any source file has, in bytes.
-_MOST = 1 << 24
 
 
 # --- the loss --------------------------------------------------------------------------------
@@ -81,6 +74,8 @@ class OwnLoss:
     @property
     def _is_criterion(self) -> bool:
         given = self.given
+        while isinstance(given, partial):  # F.cross_entropy with label_smoothing, say
+            given = given.func
         return isinstance(given, nn.Module) or (
             getattr(given, "__module__", "") == "torch.nn.functional"
         )
@@ -130,7 +125,8 @@ class OwnLoss:
                 f"{self.name} returned {type(loss).__name__}, expected a scalar tensor: leave out "
                 "float() or .item(), which have no gradient"
                 if isinstance(loss, float)
-                else f"{self.name} returned {type(loss).__name__}, expected a scalar tensor"
+                else f"{self.name} returned {type(loss).__name__}, expected a scalar tensor: end "
+                "it with 'return loss', and nothing beside it"
             )
         if loss.numel() != 1 or not loss.is_floating_point():
             raise TaskError(
@@ -172,109 +168,20 @@ def own_task(spec: str) -> Task:
     """
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise LabError(f"{spec!r} has no function: write {_suggested(spec)}")
-    path = _path(where)
-    content = _content(path)
+        raise LabError(f"{spec!r} has no function: write {suggested(spec, 'task')}")
+    path = path_of(where)
+    content = content_of(path)
     source = hashlib.sha256(content).hexdigest()[:16]
     key = (str(path), name, source)
     if key not in _loaded:
-        module = _module(where, path, content)
+        module = module_of(where, path, content)
         if not hasattr(module, name):
-            offered = factories(path)
-            hint = f"{meant(name, offered)} " if meant(name, offered) else ""
-            raise LabError(
-                f"{where} has no {name!r}: {hint}it has {', '.join(offered) or 'no function'}"
-            )
+            raise absent(where, name, factories(path))
         _loaded[key] = _Own(spec, getattr(module, name)).task(source)
     return _loaded[key]
 
 
 _loaded: dict[tuple[str, str, str], Task] = {}
-
-
-def _suggested(spec: str) -> str:
-    where = spec.rstrip(":")
-    file = Path(where) if where.endswith(".py") else Path(f"{where}.py")
-    names = factories(file) if file.is_file() else []
-    name = "task" if "task" in names or not names else names[0]
-    return f"{where}:{name}"
-
-
-def _is_file(where: str) -> bool:
-    return where.endswith(".py") or "/" in where or "\\" in where
-
-
-def _path(where: str) -> Path:
-    """The source of a file, or of a module, which is not imported for that."""
-    if _is_file(where):
-        path = Path(where).resolve()
-        if not path.is_file():
-            near = [str(each) for each in Path(where).parent.glob("*.py")]
-            hint = f"{meant(where, near)} " if meant(where, near) else ""
-            raise LabError(
-                f"there is no file {where}: {hint}`muonkit new-task {Path(where).stem or 'mytask'}`"
-                " writes one to begin with"
-            )
-        return path
-    _search_here()
-    importlib.invalidate_caches()
-    try:
-        with users(f"importing {where}"):
-            found = importlib.util.find_spec(where)
-    except TaskError as error:
-        if not isinstance(error.__cause__, ModuleNotFoundError):
-            raise
-        found = None
-    if found is None or not found.origin or not Path(found.origin).is_file():
-        raise LabError(
-            f"there is no module {where!r}: run from the folder that has it, install it, or name "
-            "the file, as mytask.py:task"
-        )
-    return Path(found.origin)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return read(path.resolve(), _MOST)
-    except (OSError, UnfitError) as error:
-        raise LabError(f"cannot read {path} ({error})") from error
-
-
-def _search_here(folder: str | None = None) -> None:
-    folder = folder or os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-
-
-def _module(where: str, path: Path, content: bytes) -> ModuleType:
-    """The module, made of this content: neither of an older import nor of an older .pyc."""
-    name = where
-    if _is_file(where):
-        name = path.stem
-        _search_here(str(path.parent))
-        before = sys.modules.get(name)
-        if before is not None and getattr(before, "__file__", None) != str(path):
-            name = f"muonkit_task_{path.stem}"  # another module has its name already
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    module = importlib.util.module_from_spec(found)
-    # Before it is run: classes of it are found by their module's name, as pickle does.
-    sys.modules[name] = module
-    try:
-        with users(f"importing {where}"):
-            exec(compile(content, path, "exec"), module.__dict__)
-    except TaskError as error:
-        sys.modules.pop(name, None)
-        if isinstance(error.__cause__, ImportError) and "relative import" in str(error.__cause__):
-            raise LabError(
-                f"{where} imports from its package, which a file alone has not: name it as a "
-                f"module, from the folder above the package: package.{path.stem}:task"
-            ) from error
-        raise
-    except BaseException:
-        sys.modules.pop(name, None)
-        raise
-    return module
 
 
 # --- the task --------------------------------------------------------------------------------
@@ -347,15 +254,24 @@ class _Own:
         """The task, with its model and its source as they are now."""
         model = self._begun()
         kind, digest = type(model).__name__, _digest(model)
-        if _digest(self.first or self._begun()) != digest:
+        again = self._begun() if self.first is None else self.first
+        if _digest(again) != digest:
             raise TaskError(
                 f"the model of {self.spec} has other weights each time, at the same seed, so that "
                 "optimizers would not begin alike: draw them from torch's, numpy's or Python's "
                 "global generator"
             )
+        shared = _shared(model, again)
+        has_accuracy = self._has_accuracy(model)
+        if shared or _digest(again) != digest:  # buffers, as of a batch norm, change in the trial
+            raise TaskError(
+                f"the model of {self.spec} has the same tensors each time"
+                f"{f' ({shortened(shared[0], 60)})' if shared else ''}, so that each run would "
+                "begin with the weights that the one before has trained: make them anew in the "
+                "function, or copy them there with copy.deepcopy"
+            )
         self.first = None  # its memory is not needed any more
         said = (getattr(self.function, "__doc__", None) or kind).strip().partition("\n")[0]
-        has_accuracy = self._has_accuracy(model)
         return Task(
             name=self.spec,
             summary=shortened(said.rstrip("."), 80),
@@ -375,7 +291,9 @@ class _Own:
     def _has_accuracy(self, model: nn.Module) -> bool:
         """Try the loss once, so that what is wrong with it is told before anything is written."""
         with seeded("trial"):
+            held_out = next(self.data.validation())
             batch = self.data.batch(0, 0, 0)
+            given = digest_of(batch), digest_of(held_out)
             loss = self.loss.loss(model, batch)
             if not math.isfinite(loss.item()):
                 raise TaskError(
@@ -385,9 +303,23 @@ class _Own:
             with users(f"the loss of {self.spec}"):
                 loss.backward()  # type: ignore[no-untyped-call]
             model.eval()
+            if digest_of(batch) != given[0]:
+                self.data.see_untouched()
             with torch.no_grad():
-                held_out = next(self.data.validation())
-                return self.loss.measure(model, held_out).right is not None
+                right = self.loss.measure(model, held_out).right
+            if digest_of(held_out) != given[1]:
+                self.data.see_untouched()
+            return right is not None
+
+
+def _shared(one: nn.Module, other: nn.Module) -> list[str]:
+    """The names of parameters that are trained in the memory of another model."""
+    taken = {p.untyped_storage().data_ptr() for p in one.parameters() if p.requires_grad}
+    return [
+        name
+        for name, p in other.named_parameters()
+        if p.requires_grad and p.numel() and p.untyped_storage().data_ptr() in taken
+    ]
 
 
 def _digest(model: nn.Module) -> str:

@@ -1,18 +1,15 @@
-"""A model from a few words: ``module:factory``, or what Hugging Face calls an architecture.
+"""A model from a few words: ``file.py:factory``, or what Hugging Face calls an architecture.
 
-``module:factory`` is imported and called: it runs the user's own code. A Hugging Face name runs
-transformers' code only: what a folder or a repository has beside its configuration, be it code,
-kernels or pickled weights, is neither run nor read. No weights are allocated either: models are
-built on the meta device, where the largest costs as little as the smallest.
+``file.py:factory`` and ``module:factory`` are imported and called: that runs the user's own code. A
+Hugging Face name runs transformers' code only: what a folder or a repository has beside its
+configuration, be it code, kernels or pickled weights, is neither run nor read. No weights are
+allocated either: models are built on the meta device, where the largest costs as little as the
+smallest.
 """
 
-import ast
 import importlib
-import os
-import sys
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from torch import nn
 
 from muonkit._text import meant
 from muonkit.lab.errors import LabError
-from muonkit.lab.files import UnfitError, read
+from muonkit.lab.source import content_of, is_file, module_of, path_of, search_here, suggested
 
 #: More than any config.json has, in bytes.
 _MOST = 1 << 24
@@ -33,18 +30,21 @@ def load_model(spec: str) -> nn.Module:
     """The model that ``spec`` names.
 
     Args:
-        spec: ``package.module:name``, where the name is an ``nn.Module`` or can be called
-            without arguments to make one (the current folder is searched too); or a model type
+        spec: ``path/file.py:name`` or ``package.module:name``, where the name is an ``nn.Module``
+            or can be called without arguments to make one (for modules the current folder is
+            searched too); or a model type
             of transformers (``gpt2``); or a ``config.json``, a folder with one, or the id of a
             model on the Hugging Face hub.
 
     Raises:
         LabError: there is no such thing, or it is no model.
+        TaskError: the user's file failed.
     """
     if ":" in spec and not Path(spec).exists():
         return _from_import(spec)
     if spec.endswith(".py"):
-        _refuse_file(spec, "")
+        path_of(spec)
+        raise LabError(f"{spec!r} has no factory: write {suggested(spec, 'model')}")
     return _from_transformers(spec)
 
 
@@ -54,8 +54,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _import(name: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if is_file(name):
+        file = path_of(name)
+        return module_of(name, file, content_of(file))
+    search_here()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -82,39 +84,13 @@ def _meant(name: str) -> str:
     return _hint(name, [".".join(path.parts) for path in near])
 
 
-def _refuse_file(file: str, factory: str) -> None:
-    """Refuse ``folder/module.py:factory``, or that without a factory, and say what is written.
-
-    Raises:
-        LabError: always.
-    """
-    path = Path(file)
-    with suppress(ValueError):
-        path = path.resolve().relative_to(Path.cwd())
-    name = ".".join(part for part in path.with_suffix("").parts if part.isidentifier())
-    hint = _meant(name)
-    if Path(file).is_file():
-        offered = [factory] if factory else factories(Path(file))
-        options = " or ".join(repr(f"{name}:{each}") for each in offered)
-        hint = f"did you mean {options}? " if options else f"as {name}:build, "
-    raise LabError(f"{file!r} is a file's name: {hint}write package.module:factory")
-
-
-def factories(file: Path) -> list[str]:
-    """Functions and models that a module defines, as far as its text shows: it is not run."""
-    with suppress(OSError, ValueError, SyntaxError, UnfitError):
-        body = ast.parse(read(file, _MOST)).body
-        named = [s.name for s in body if isinstance(s, ast.FunctionDef | ast.ClassDef)]
-        return [name for name in named if not name.startswith("_")][:3]
-    return []
-
-
 def _from_import(spec: str) -> nn.Module:
-    module_name, _, path = spec.partition(":")
-    if module_name.endswith(".py") or "/" in module_name:
-        _refuse_file(module_name, path or "factory")
+    module_name, _, path = spec.rpartition(":")
     if not module_name or not path:
-        raise LabError(f"{spec!r} is not package.module:factory: write both sides of the colon")
+        raise LabError(
+            f"{spec!r} is not file.py:factory or package.module:factory: write both sides of "
+            "the colon"
+        )
     found = _import(module_name)
     for part in path.split("."):
         if not hasattr(found, part):
@@ -134,7 +110,10 @@ def _from_import(spec: str) -> nn.Module:
                 f"{spec}() failed ({_one_line(error)}): name a factory that takes no arguments"
             ) from error
     if not isinstance(found, nn.Module):
-        raise LabError(f"{spec}() returned {type(found).__name__}, expected a torch.nn.Module")
+        raise LabError(
+            f"{spec}() returned {type(found).__name__}, expected a torch.nn.Module: name the "
+            "function or the class that makes the model"
+        )
     return found
 
 
@@ -152,7 +131,7 @@ def _config(transformers: Any, spec: str) -> Any:
             raise LabError(
                 f"{spec} is no Hugging Face configuration ({_one_line(error)}): name a "
                 "config.json with a model_type that transformers has, or its folder; a model whose "
-                "code lies beside it is not built, since that would run it: use module:factory"
+                "code lies beside it is not built, since that would run it: use file.py:factory"
             ) from error
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -167,7 +146,7 @@ def _config(transformers: Any, spec: str) -> Any:
         raise LabError(
             f"{spec!r} is no model type, no file, and could not be had from the Hugging Face hub: "
             f"{_hint(spec, CONFIG_MAPPING)}"
-            "use module:factory, a type such as gpt2, llama or bert, or a config.json"
+            "use file.py:factory, a type such as gpt2, llama or bert, or a config.json"
         ) from error
 
 
@@ -229,7 +208,7 @@ def _from_transformers(spec: str) -> nn.Module:
         import transformers
     except ModuleNotFoundError as error:
         raise LabError(
-            f"{spec!r} is not package.module:factory, and Hugging Face names need transformers: "
+            f"{spec!r} is not file.py:factory, and Hugging Face names need transformers: "
             "pip install transformers"
         ) from error
     transformers.logging.set_verbosity_error()
@@ -244,7 +223,7 @@ def _from_transformers(spec: str) -> nn.Module:
                 model = build(config)
         except Exception as error:
             raise LabError(
-                f"transformers cannot build {spec!r} ({_one_line(error)}): use module:factory"
+                f"transformers cannot build {spec!r} ({_one_line(error)}): use file.py:factory"
             ) from error
     if not isinstance(model, nn.Module):
         raise LabError(f"{spec!r} became {type(model).__name__}, expected a torch.nn.Module")

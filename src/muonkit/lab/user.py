@@ -26,7 +26,7 @@ def users(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LabError, StopIteration):
+    except LabError:
         raise
     except (Exception, SystemExit) as error:  # a script's sys.exit() would end us without a word
         raise failed(what, error) from error

@@ -251,7 +251,7 @@ def _module(where: str) -> ModuleType:
     if not where.endswith(".py"):
         try:
             return importlib.import_module(where)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script's sys.exit() would end pytest
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             if missing is None or not (where + ".").startswith(missing + "."):
                 raise _unimported(where, error) from error  # the module is there
@@ -276,13 +276,13 @@ def _module(where: str) -> ModuleType:
         sys.path.append(str(path.parent))  # for what stands beside it, which it may import
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _unimported(where, error) from error
     return module
 
 
-def _unimported(where: str, error: Exception) -> ImportError:
+def _unimported(where: str, error: BaseException) -> ImportError:
     return ImportError(
         f"--optimizer names {where}, whose import raised {told(error)}; it has to be imported "
         "without an error, here and on every rank"

@@ -24,6 +24,7 @@ from muonkit.testing.rank_laws import check_on_ranks
 
 FINDING = "conformance"
 _SUBJECT = pytest.StashKey[Subject]()
+_FOUND = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except (ImportError, LookupError, TypeError, ValueError) as error:
         # A KeyError would show its message in quotes.
         raise pytest.UsageError(str(error.args[0] if error.args else error)) from error
+    config.stash[_FOUND] = {}
+    config.pluginmanager.register(_Reader(config.stash[_FOUND]))
     # The matrices are tiny: on a busy machine threads would wait for one another.
     torch.set_num_threads(1)
 
@@ -87,7 +90,8 @@ def findings(request: pytest.FixtureRequest) -> Callable[[Law], Finding]:
     subject = config.stash[_SUBJECT]
     on_ranks: dict[int, dict[str, Finding]] = {}
     items: list[Any] = request.session.items
-    selected = {item.callspec.params["law"].name for item in items if hasattr(item, "callspec")}
+    params = [item.callspec.params.get("law") for item in items if hasattr(item, "callspec")]
+    selected = {law.name for law in params if isinstance(law, Law)}
 
     def find(law: Law) -> Finding:
         if not law.world_size:
@@ -100,15 +104,18 @@ def findings(request: pytest.FixtureRequest) -> Callable[[Law], Finding]:
     return find
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """With xdist these come from all workers."""
-    if report.when == "call" or report.skipped:
-        for key, value in report.user_properties:
-            if key == FINDING and isinstance(value, dict):
-                _REPORTS[value["law"]] = value
+class _Reader:
+    """Reads what became of each law in the reports of one run, whose hook is given no config."""
 
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.found = found
 
-_REPORTS: dict[str, Any] = {}
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """With xdist these come from all workers."""
+        if report.when == "call" or report.skipped:
+            for key, value in report.user_properties:
+                if key == FINDING and isinstance(value, dict):
+                    self.found[value["law"]] = value
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -116,12 +123,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = config.getoption("--conformance-json")
     if path is None or hasattr(config, "workerinput"):
         return
+    found = config.stash[_FOUND]
     written = {
         "kind": "conformance",
         "optimizer": config.getoption("--optimizer"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "laws": [_REPORTS[name] for name in LAWS if name in _REPORTS],
+        "laws": [found[name] for name in LAWS if name in found],
     }
     Path(path).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
