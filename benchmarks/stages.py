@@ -138,7 +138,6 @@ def block(record: Record) -> str:
     for name, found in stages.items():
         (row,) = found["rows"]
         loss = figure(losses[name])
-        times = record.get("times", {}).get(name)
         is_plain = name == PLAIN
         cells = [
             "plain" if is_plain else f"`{name}`",
@@ -146,10 +145,12 @@ def block(record: Record) -> str:
             f"{row['weight_decay']:g}",
             loss.text(4) if isinstance(loss, Figure) else "diverged",
             "" if is_plain else p_value(welch(losses[name], losses[PLAIN])),
-            f"{times['ms']:.0f}" if times else "",
-            spread(times["times_plain"]) if times and not is_plain else "",
             f"{found['state_bytes'] / 2**20:.2f}",
         ]
+        if "times" in record:
+            of = record["times"].get(name)
+            cells.append(f"{of['ms']:.0f}" if of else "")
+            cells.append(spread(of["times_plain"]) if of and not is_plain else "")
         rows.append((loss.mean if isinstance(loss, Figure) else float("inf"), cells))
     rows.sort(key=lambda row: row[0])
     config = stages[PLAIN]["config"]
@@ -161,13 +162,17 @@ def block(record: Record) -> str:
     said = (
         f"**{record['setting'][0]}**, {config['budget']}, {config['seeds']} seeds, mean ± standard "
         f"deviation; p against plain. `python benchmarks/stages.py --ranking {record['ranking']}`, "
-        f"which is `{stages[PLAIN]['command']}` for each: {'; '.join(sorted(machines))}. ms: of a "
-        "whole training step, and times plain's in paired rounds (median and quartiles), one "
-        "thread."
+        f"which is `{stages[PLAIN]['command']}` for each: {'; '.join(sorted(machines))}."
     )
+    head = ["stage", "lr", "decay", "validation loss", "p", "state, MiB"]
+    if "times" in record:
+        head += ["ms", "times plain"]
+        said += (
+            " ms: of a whole training step, and times plain's in paired rounds (median and "
+            "quartiles), one thread."
+        )
     if left:
         said += f" Not yet run: {', '.join(f'`{name}`' for name in left)}."
-    head = ["stage", "lr", "decay", "validation loss", "p", "ms", "times plain", "state, MiB"]
     return "\n\n".join([said, table(head, [cells for _, cells in rows])])
 
 

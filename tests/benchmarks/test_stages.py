@@ -90,5 +90,8 @@ def test_a_stage_that_is_done_is_not_trained_again(script: Any, ranked: Callable
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["`normuon`", "plain"]
     assert "1.2000 ± 0.1000" in lines[2]
     assert "Not yet run: `adamuon`, " in script.block(record)
+    assert "ms" not in script.block(record)
+    timed = {"muonw": {"ms": 20.0, "times_plain": [1.0, 1.0, 1.0]}}
+    assert "| 20 |" in script.block(record | {"times": timed})
     with pytest.raises(SystemExit, match="delete it to begin anew"):
         ranked(["muonw"], ["--seeds", "4"])
