@@ -35,8 +35,8 @@ class Runs:
             # As JSON gives it back: tuples as lists.
             if kept["setting"] != json.loads(json.dumps(setting)):
                 raise SystemExit(
-                    f"{path} has runs of another setting ({kept['setting']}): delete it to train "
-                    "anew, or name another file by --json"
+                    f"{path} has runs of another setting ({kept['setting']}): delete it to begin "
+                    "anew, ask for that setting, or, where there is --json, name another file"
                 )
             self.record = kept
 

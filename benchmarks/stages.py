@@ -26,6 +26,7 @@ from pathlib import Path
 
 import harness
 import torch
+from curves import Runs
 from evidence import QUICK, compare, merged, outcomes, split
 from parts import Record, replace_block, spread, table
 
@@ -60,39 +61,28 @@ def state_bytes(task: str, name: str) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def run(ranking: str, options: argparse.Namespace) -> None:
+def kept(ranking: str, options: argparse.Namespace) -> Runs:
+    """What the file of a ranking has: for each stage what `muonkit compare` found."""
+    words = [*RANKINGS[ranking], *SWEEP, "--threads", "1"]
+    words = merged(words, [*(QUICK if options.quick else ()), *options.further])
+    setting = {"ranking": ranking, "words": words}
+    return Runs(options.results / f"{ranking}.json", "stages", setting, ("stage",))
+
+
+def run(runs: Runs, options: argparse.Namespace) -> None:
     """Train what the file lacks, `--jobs` stages at a time; each is kept when it is done."""
-    file = options.results / f"{ranking}.json"
-    setting = [*RANKINGS[ranking], *SWEEP, "--threads", "1"]
-    setting = merged(setting, [*(QUICK if options.quick else ()), *options.further])
-    record: Record = {"kind": "stages", "ranking": ranking, "setting": setting, "stages": {}}
-    if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["setting"] != setting:
-            raise SystemExit(
-                f"{file} is of {' '.join(kept['setting'])}, asked for is {' '.join(setting)}: "
-                "delete it to begin anew, or ask for the same"
-            )
-        record = kept
+    task, *words = runs.record["setting"]["words"]
+    ranking = runs.record["setting"]["ranking"]
 
     def rank(name: str) -> tuple[str, Record]:
-        words = [setting[0], "--optimizers", name, *setting[1:]]
-        found = compare(words, options.out / ranking / name)
-        return name, found | {"state_bytes": state_bytes(setting[0], name)}
+        found = compare([task, "--optimizers", name, *words], options.out / ranking / name)
+        return name, found | {"state_bytes": state_bytes(task, name)}
 
-    missing = [name for name in options.optimizers if name not in record["stages"]]
+    missing = [name for name in options.optimizers if not runs.find((name,))]
     with ThreadPoolExecutor(options.jobs) as pool:
         for future in as_completed([pool.submit(rank, name) for name in missing]):
             name, found = future.result()
-            record["stages"][name] = found
-            keep(file, record)
-
-
-def keep(file: Path, record: Record) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+            runs.add((name,), found)
 
 
 def time_steps(name: str, optimizers: Sequence[str], rounds: int) -> Record:
@@ -130,7 +120,7 @@ def _timed_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch:
 
 def block(record: Record) -> str:
     """One table of a ranking, the lowest validation loss first."""
-    stages = record["stages"]
+    stages = {each["stage"]: each for each in record["runs"]}
     losses = {
         name: [result.val_loss for result, _ in outcomes(found)] for name, found in stages.items()
     }
@@ -153,15 +143,15 @@ def block(record: Record) -> str:
             cells.append(spread(of["times_plain"]) if of and not is_plain else "")
         rows.append((loss.mean if isinstance(loss, Figure) else float("inf"), cells))
     rows.sort(key=lambda row: row[0])
-    config = stages[PLAIN]["config"]
+    config, ranking = stages[PLAIN]["config"], record["setting"]["ranking"]
     machines = {
         f"{e['processor']}, torch {e['torch']}, {e['written'][:10]}"
         for e in (found["environment"] for found in stages.values())
     }
     left = [name for name in NAMES if name not in stages]
     said = (
-        f"**{record['setting'][0]}**, {config['budget']}, {config['seeds']} seeds, mean ± standard "
-        f"deviation; p against plain. `python benchmarks/stages.py --ranking {record['ranking']}`, "
+        f"**{config['task']}**, {config['budget']}, {config['seeds']} seeds, mean ± standard "
+        f"deviation; p against plain. `python benchmarks/stages.py --ranking {ranking}`, "
         f"which is `{stages[PLAIN]['command']}` for each: {'; '.join(sorted(machines))}."
     )
     head = ["stage", "lr", "decay", "validation loss", "p", "state, MiB"]
@@ -180,7 +170,9 @@ def page(text: str, folder: Path) -> str:
     """The page with the tables of all rankings that have plain's figures."""
     files = [folder / f"{ranking}.json" for ranking in RANKINGS]
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
-    blocks = [block(record) for record in records if PLAIN in record["stages"]]
+    blocks = [
+        block(record) for record in records if PLAIN in (each["stage"] for each in record["runs"])
+    ]
     return replace_block(text, "stages", "\n\n".join(blocks) or "Not yet run.")
 
 
@@ -204,13 +196,12 @@ def main(words: Sequence[str]) -> None:
     options.out = options.out or ROOT / "runs" / ("stages-quick" if options.quick else "stages")
     options.results = options.out if options.quick else ROOT / "docs" / "stages"
     for ranking in () if options.page_only else options.ranking or RANKINGS:
-        if not options.times:
-            run(ranking, options)
-            continue
-        file = options.results / f"{ranking}.json"
-        record = json.loads(file.read_text(encoding="utf-8"))
-        times = time_steps(RANKINGS[ranking][0], list(record["stages"]), options.rounds)
-        keep(file, record | {"times": times})
+        runs = kept(ranking, options)
+        if options.times:
+            names = [each["stage"] for each in runs.record["runs"]]
+            runs.keep(times=time_steps(RANKINGS[ranking][0], names, options.rounds))
+        else:
+            run(runs, options)
     guide = ROOT / "docs" / "choosing.md"
     written = page(guide.read_text(encoding="utf-8"), options.results)
     if options.quick:

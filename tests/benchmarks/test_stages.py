@@ -48,7 +48,7 @@ def _compared(words: list[str], out: Path) -> dict[str, Any]:
     return {
         "rows": [{"optimizer": name, "lr": 0.01, "weight_decay": 0.1}],
         "runs": found,
-        "config": {"budget": "6 steps", "seeds": 3},
+        "config": {"task": "gpt", "budget": "6 steps", "seeds": 3},
         "environment": {"processor": "Z80", "torch": "2.13.0", "written": "2026-11-28T00:00"},
         "command": " ".join(["muonkit", "compare", *words]),
     }
@@ -76,7 +76,7 @@ def ranked(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call
             results=tmp_path, out=tmp_path / "runs", optimizers=names, jobs=2, quick=True
         )
         options.further = further
-        script.run("gpt", options)
+        script.run(script.kept("gpt", options), options)
         return sorted(trained), json.loads((tmp_path / "gpt.json").read_text(encoding="utf-8"))
 
     return ranked
