@@ -322,8 +322,7 @@ class Muon(Optimizer):
             added.setdefault(PERIOD_STEP, max(others, default=0))
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
             layouts = self._layouts.with_more(trained_of([added]))
-            refuse_cut_rows(layouts, [added])
-            check_scales(trained_of([added]), layouts)
+            _refuse_unfit([added], layouts)
             self._go_by(layouts)
             self._make_state([added])
         self.param_groups.append(added)
@@ -382,8 +381,7 @@ class Muon(Optimizer):
         """
         trained = trained_of(self.param_groups)
         layouts.add(trained)
-        refuse_cut_rows(layouts, self.param_groups)
-        check_scales(trained, layouts)
+        _refuse_unfit(self.param_groups, layouts)
         carried = {
             p: carried_state(self.state[before[p]], p, group, layouts)
             for group in trained
@@ -500,8 +498,7 @@ class Muon(Optimizer):
             loaded = merge_saved(self.param_groups, given, self.state)
             both = zip(loaded["param_groups"], self.param_groups, strict=True)
             groups = [{**group, "params": own["params"]} for group, own in both]
-            refuse_cut_rows(self._layouts, groups)
-            check_scales(trained_of(groups), self._layouts)
+            _refuse_unfit(groups, self._layouts)
             merged.update(loaded)
             return merged
 
@@ -802,6 +799,16 @@ class Muon(Optimizer):
         return [
             row for n, group in enumerate(self.param_groups) for row in describe_group(n, group)
         ]
+
+
+def _refuse_unfit(groups: Sequence[dict[str, Any]], layouts: Layouts) -> None:
+    """Refuse options that the parameters' layouts cannot have, before anything is made or loaded.
+
+    Raises:
+        ValueError: there is one; on all ranks.
+    """
+    refuse_cut_rows(layouts, groups)
+    check_scales(trained_of(groups), layouts)
 
 
 @outside_graphs

@@ -308,7 +308,8 @@ def test_every_public_name_is_listed_by_dir() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-# What mypy does not read, and what uses the package; `sibling` files import one another by stem.
+# The files that use the package, and that mypy does not read. Those of one folder import one
+# another by their stems.
 USERS = [*(ROOT / "examples").glob("*.py"), *BENCHMARKS.glob("*.py"), *TESTS.rglob("*.py")]
 USERS += DOCS.glob("tutorial/*.py")
 

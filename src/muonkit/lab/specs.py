@@ -32,9 +32,8 @@ def load_model(spec: str) -> nn.Module:
     Args:
         spec: ``path/file.py:name`` or ``package.module:name``, where the name is an ``nn.Module``
             or can be called without arguments to make one (for modules the current folder is
-            searched too); or a model type
-            of transformers (``gpt2``); or a ``config.json``, a folder with one, or the id of a
-            model on the Hugging Face hub.
+            searched too); or a model type of transformers (``gpt2``); or a ``config.json``, a
+            folder with one, or the id of a model on the Hugging Face hub.
 
     Raises:
         LabError: there is no such thing, or it is no model.
