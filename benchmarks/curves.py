@@ -20,6 +20,24 @@ from parts import Record
 Key = tuple[Any, ...]
 
 
+def begun(path: Path, empty: Record) -> Record:
+    """What a file has of the setting in `empty`; where there is no file, that.
+
+    Raises:
+        SystemExit: the file is of another setting.
+    """
+    if not path.exists():
+        return empty
+    kept: Record = json.loads(path.read_text(encoding="utf-8"))
+    # As JSON gives it back: tuples as lists.
+    if kept["setting"] != json.loads(json.dumps(empty["setting"])):
+        raise SystemExit(
+            f"{path} has runs of another setting ({kept['setting']}): delete it to begin "
+            "anew, ask for that setting, or, where there is --json, name another file"
+        )
+    return kept
+
+
 class Runs:
     """The runs of one setting in one file; what it has is not trained again.
 
@@ -29,16 +47,7 @@ class Runs:
 
     def __init__(self, path: Path, kind: str, setting: Record, names: Sequence[str]) -> None:
         self.path, self.names = path, names
-        self.record: Record = {"kind": kind, "setting": setting, "runs": []}
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            # As JSON gives it back: tuples as lists.
-            if kept["setting"] != json.loads(json.dumps(setting)):
-                raise SystemExit(
-                    f"{path} has runs of another setting ({kept['setting']}): delete it to begin "
-                    "anew, ask for that setting, or, where there is --json, name another file"
-                )
-            self.record = kept
+        self.record = begun(path, {"kind": kind, "setting": setting, "runs": []})
 
     def find(self, key: Key) -> Record | None:
         found = [run for run in self.record["runs"] if self._key(run) == key]

@@ -34,6 +34,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import curves
 import harness
 import machine
 import torch
@@ -214,9 +215,8 @@ def tune(base: Path, method: str, seeds: int, steps: int, done: list[Record]) ->
 
 def measure(path: Path, options: argparse.Namespace) -> None:
     setting = {"pretrain": options.pretrain, "steps": options.steps, "seeds": options.seeds}
-    record: Record = json.loads(path.read_text()) if path.exists() else {}
-    if record.get("setting") != setting:
-        record = {"kind": "finetune", "setting": setting, "bases": {}, "runs": {}}
+    empty = {"kind": "finetune", "setting": setting, "bases": {}, "runs": {}}
+    record = curves.begun(path, empty)
     record["machine"] = machine.facts()
     options.folder.mkdir(parents=True, exist_ok=True)
     made = functools.partial(pretrain, steps=options.pretrain, folder=options.folder)

@@ -541,7 +541,10 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         "--checkpoint", type=Path, metavar="DIR", help="keep every run after every epoch, and go on"
     )
     add("--json", type=Path, metavar="FILE", help="write what was found")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.seeds < 1:
+        parser.error(f"argument --seeds: expected at least 1, got {options.seeds}")
+    return options
 
 
 def main(words: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from muonkit.groups import (
     MOMENTUM,
     STEP,
     keeps_int8,
-    parameter_names,
+    name_of,
     state_shapes,
 )
 from muonkit.options import OPTION_KEYS
@@ -108,7 +108,7 @@ def check_gradients(
     anywhere = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     for group in groups:
         dtypes = _dtypes(group)
-        for index, p in enumerate(group["params"]):
+        for p in group["params"]:
             grad = p.grad
             if grad is None:
                 continue
@@ -121,7 +121,7 @@ def check_gradients(
                 and (anywhere or not p.is_inference())
                 and _fits(state.get(p, {}), p, shape, group)
             ):
-                _refuse(parameter_names(group)[index], p, group, state)
+                _refuse(name_of(p, group), p, group, state)
 
 
 def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any]) -> bool:

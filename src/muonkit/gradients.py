@@ -11,7 +11,7 @@ from torch import Tensor
 
 from muonkit.distributed.exchange import together
 from muonkit.distributed.layout import is_dtensor, local
-from muonkit.groups import parameter_names
+from muonkit.groups import name_of, parameter_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,12 +46,14 @@ def refuse_sparse(work: Work) -> None:
     """Raises:
     RuntimeError: a gradient is sparse.
     """
-    for group, _ in work:
-        for name, p in zip(parameter_names(group), group["params"], strict=True):
-            if p.grad is not None and p.grad.layout != torch.strided:
+    for group, params in work:
+        for p in params:
+            grad: Any = p.grad
+            if grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"Muon does not support sparse gradients: {name} {tuple(p.shape)} has one; "
-                    "build its embedding with sparse=False, or train it with torch.optim.SparseAdam"
+                    f"Muon does not support sparse gradients: {name_of(p, group)} "
+                    f"{tuple(p.shape)} has one; build its embedding with sparse=False, or train it "
+                    "with torch.optim.SparseAdam"
                 )
 
 

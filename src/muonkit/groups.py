@@ -52,6 +52,7 @@ __all__ = [
     "is_trained",
     "keeps_int8",
     "momentum_dtype",
+    "name_of",
     "own_names",
     "parameter_names",
     "products_of",
@@ -420,6 +421,12 @@ def parameter_names(group: Mapping[str, Any]) -> list[str]:
         ValueError: as `own_names`.
     """
     return [shown(name) for name in own_names(group)]
+
+
+def name_of(p: Tensor, group: Mapping[str, Any]) -> str:
+    """The name of one of a group's parameters, to be shown."""
+    names = zip(parameter_names(group), group["params"], strict=True)
+    return next(name for name, q in names if p is q)
 
 
 def own_names(group: Mapping[str, Any]) -> list[str]:

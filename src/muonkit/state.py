@@ -18,7 +18,7 @@ from muonkit.groups import (
     VARIANCE,
     keeps_int8,
     momentum_dtype,
-    parameter_names,
+    name_of,
     state_shapes,
 )
 from muonkit.int8 import Scales, block_extents, dequantized, quantize_
@@ -95,7 +95,7 @@ def _kept(key: str, dtype: torch.dtype, p: Tensor, group: Any, layouts: Layouts)
     try:
         return _Kept(key, dtype, shape, scale_placement(layout, tuple(p.shape), shape))
     except ValueError as error:
-        raise ValueError(f"{_name_of(p, group)} {tuple(p.shape)}: {error}") from None
+        raise ValueError(f"{name_of(p, group)} {tuple(p.shape)}: {error}") from None
 
 
 def _own_shapes(
@@ -151,16 +151,11 @@ def check_parts(work: Work, state: Mapping[Any, Mapping[str, Any]], layouts: Lay
             for what, shape in has.items():
                 if shape != wanted[what]:
                     raise ValueError(
-                        f"this rank has {tuple(shape)} of the {what} of {_name_of(p, group)}, and "
+                        f"this rank has {tuple(shape)} of the {what} of {name_of(p, group)}, and "
                         f"should have {tuple(wanted[what])}: it does not lie as its parameter. "
                         "Load the state with load_state_dict, or begin it anew with "
                         "optimizer.reset_state([parameter]); nothing was changed"
                     )
-
-
-def _name_of(p: Tensor, group: Mapping[str, Any]) -> str:
-    names = zip(parameter_names(group), group["params"], strict=True)
-    return next(name for name, q in names if p is q)
 
 
 def ensure_state(

@@ -147,7 +147,7 @@ def orthogonalize_(
                 batch.copy_(_exact(_normalize(batch, margin, dtype)))
         else:
             flat = [number for triple in triples for number in triple]
-            torch.ops.muonkit.newton_schulz_(batch, flat, ns_form, margin, dtype, balanced)
+            torch.ops.muonkit.newton_schulz_.default(batch, flat, ns_form, margin, dtype, balanced)
     return X
 
 
@@ -246,24 +246,54 @@ def _normalize(
 ) -> Tensor:
     """Every matrix divided by `margin` times its norm, in at least float32; then in `dtype`."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))
-    least = torch.finfo(X.dtype).tiny  # divides a zero matrix, which stays one
-    # The square of a magnitude beyond 1e19 overflows float32, below 1e-23 it vanishes: take the
-    # magnitude out first.
-    largest = _largest(X).clamp_min(least)
-    if differentiable:
-        X = X / largest
-    else:
-        X = torch.div(X, largest, out=scratch("normalized", tuple(X.shape), X.dtype, X.device))
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(least)
+    out = None if differentiable else scratch("normalized", tuple(X.shape), X.dtype, X.device)
+    norm = _norm(X) if X.device.type == "cpu" and not differentiable else None
+    magnitude = _magnitude(X, norm)
+    if magnitude is not None:
+        X = X / magnitude if out is None else torch.div(X, magnitude, out=out)
+        norm = _norm(X).clamp_min(torch.finfo(X.dtype).tiny)
+    assert norm is not None
     if margin != 1:
         norm = norm * margin
-    if differentiable:
+    if out is None:
         normalized: Tensor = X / norm
         return normalized.to(dtype)
     if X.device.type == "cuda" and X.dtype != dtype:  # rounded as it is written: two passes less
-        divided: Tensor = torch.div(X, norm, out=X.new_empty(X.shape, dtype=dtype))
-        return divided
-    return X.div_(norm).to(dtype)
+        out = X.new_empty(X.shape, dtype=dtype)
+    return torch.div(X, norm, out=out).to(dtype)
+
+
+def _magnitude(X: Tensor, norm: Tensor | None) -> Tensor | None:
+    """What every matrix is divided by before its norm is taken, since the squares of huge and of
+    tiny numbers are none; None where `norm`, taken without that, is right for all of them.
+
+    Args:
+        norm: None on a device that would be waited for.
+    """
+    within = None
+    if norm is not None:
+        low, high = _norm_range(X.dtype)
+        lowest, highest = norm.aminmax()
+        if low < lowest.item() and highest.item() < high:
+            return None
+        within = (low < norm) & (norm < high)
+    largest = _largest(X).clamp_min(torch.finfo(X.dtype).tiny)  # a zero matrix stays one
+    return largest if within is None else largest.masked_fill_(within, 1)
+
+
+def _norm(X: Tensor) -> Tensor:
+    """The norm of every matrix, `(B, 1, 1)`."""
+    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return norm
+
+
+@functools.cache
+def _norm_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Between these, sums of squares do not overflow, and the squares that vanish, of up to 2^40
+    entries, are less than a rounding error of the sum.
+    """
+    info = torch.finfo(dtype)
+    return (info.tiny * 2.0**40 / info.eps) ** 0.5, info.max**0.5 / 2
 
 
 def _largest(X: Tensor) -> Tensor:
@@ -306,7 +336,8 @@ def _evaluate(
     if how != 1:
         product = functools.partial(symmetric_product, blocks=how)
     small = not is_kept(X.shape[0] * m * m * X.dtype.itemsize, X.device)
-    if how == 1 and small and form == "standard" and not balanced and X.dtype.itemsize > 2:
+    plain = how == 1 and form == "standard" and not balanced and not differentiable
+    if plain and small and X.dtype.itemsize > 2:
         return _by_iteration(X, triples, tall, out)
     names = _NO_NAMES if how == 1 and (small or differentiable) else _NAMES
     # 16 bits would round a on P's diagonal: P is without aI, and the products add a times their
@@ -349,11 +380,17 @@ def _by_iteration(X: Tensor, triples: tuple[Triple, ...], tall: bool, out: Tenso
     """What `_evaluate` does in the standard form, to the bit, in as few calls as there are: of
     small matrices these take longer than what they compute.
     """
+    m = min(X.shape[-2:])
+    P = X.new_empty(X.shape[0], m, m)
+    diagonal = P.diagonal(dim1=-2, dim2=-1)
     for number, (a, b, c) in enumerate(triples, start=1):
         rows = X.mT if tall else X
         A = torch.bmm(rows, rows.mT)
-        P = torch.baddbmm(A, A, A.mT, beta=b, alpha=c) if c else b * A
-        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        if c:
+            torch.baddbmm(A, A, A.mT, beta=b, alpha=c, out=P)
+        else:
+            torch.mul(A, b, out=P)
+        diagonal.add_(a)
         target = out if number == len(triples) else None
         X = _apply(torch.bmm, (), P, X, tall, target)
     return X
@@ -432,12 +469,10 @@ def _newton_schulz_(
     arithmetic on them); elsewhere the whole batch at once.
     """
     triples = tuple(zip(coefficients[::3], coefficients[1::3], coefficients[2::3], strict=True))
-    together = G.shape[0]
-    if G.device.type == "cpu":
-        together = _together(G.shape[0], G.shape[1], G.shape[2], dtype)
+    count, rows, cols = G.shape
+    together = _together(count, rows, cols, dtype) if G.device.type == "cpu" else count
     with _without_autocast(G.device):
-        for start in range(0, G.shape[0], together):
-            some = G[start : start + together]
+        for some in (G,) if together >= count else torch.split(G, together):
             out = some if dtype == G.dtype and some.is_contiguous() else None
             O = _evaluate(_normalize(some, margin, dtype), triples, ns_form, balanced, out)
             if out is None:

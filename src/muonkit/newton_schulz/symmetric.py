@@ -95,9 +95,7 @@ def symmetric_product(
     D = None if beta == 0 else D
     if blocks == 1:
         return general_product(L, R, D, alpha=alpha, beta=beta, gamma=gamma, name=name)
-    C = _blocked(L, R, alpha, blocks, name)
-    if D is not None:
-        C.add_(D, alpha=beta)
+    C = _blocked(L, R, D, alpha, beta, blocks, name)
     if gamma:
         C.diagonal(dim1=-2, dim2=-1).add_(gamma)
     return C
@@ -132,23 +130,31 @@ def general_product(
     return C
 
 
-def _blocked(L: Tensor, R: Tensor, alpha: float, blocks: int, name: str | None) -> Tensor:
+def _blocked(
+    L: Tensor,
+    R: Tensor,
+    D: Tensor | None,
+    alpha: float,
+    beta: float,
+    blocks: int,
+    name: str | None,
+) -> Tensor:
     """The blocks on the diagonal, all in one batch; then, for every block size up to half of the
     matrix, the blocks below it: halves of a matrix, halves of the halves, ... in one batch each.
     """
     B, m, _ = L.shape
-    padded = m + -m % blocks
-    if padded != m:
-        L, R = (torch.nn.functional.pad(t, (0, 0, 0, padded - m)) for t in (L, R))
-    C = _empty(name, (B, padded, padded), L)
-    h = padded // blocks
-    _store(C, _products(L, R, alpha, h, h, 0, 0), h, 0, 0)
-    while h < padded:
-        T = _products(L, R, alpha, h, 2 * h, h, 0)
-        _store(C, T, 2 * h, h, 0)
-        _store(C, T.mT, 2 * h, 0, h)
+    more = -m % blocks
+    if more:
+        L, R = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (L, R))
+        D = None if D is None else torch.nn.functional.pad(D, (0, more, 0, more))
+    C = _empty(name, (B, m + more, m + more), L)
+    h = (m + more) // blocks
+    _store(C, _products(L, R, alpha, h, h, 0, 0), D, beta, h, 0)
+    while h < m + more:
+        lower = _store(C, _products(L, R, alpha, h, 2 * h, h, 0), D, beta, 2 * h, h)
+        _at(C, lower.shape, 2 * h, 0, h).copy_(lower.mT)
         h *= 2
-    return C if padded == m else C[:, :m, :m].contiguous()
+    return C[:, :m, :m].contiguous() if more else C
 
 
 # `as_strided` throughout, one operation where views would take four: there are many small ones.
@@ -182,11 +188,19 @@ def _products(L: Tensor, R: Tensor, alpha: float, h: int, step: int, row: int, c
     return T
 
 
-def _store(C: Tensor, T: Tensor, step: int, row: int, col: int) -> None:
-    """The j-th block of T to C at (row, col) + j (step, step)."""
+def _store(C: Tensor, T: Tensor, D: Tensor | None, beta: float, step: int, row: int) -> Tensor:
+    """The j-th block of T, plus beta times D's there, to C at (row, 0) + j (step, step)."""
+    place = _at(C, T.shape, step, row, 0)
+    if D is None:
+        return place.copy_(T)
+    return torch.add(T, _at(D, T.shape, step, row, 0), alpha=beta, out=place)
+
+
+def _at(C: Tensor, shape: tuple[int, ...], step: int, row: int, col: int) -> Tensor:
+    """C's blocks at (row, col) + j (step, step); `(B, J, h, h)`."""
     batch, rows, cols = C.stride()
     strides = (batch, step * (rows + cols), rows, cols)
-    C.as_strided(T.shape, strides, C.storage_offset() + row * rows + col * cols).copy_(T)
+    return C.as_strided(shape, strides, C.storage_offset() + row * rows + col * cols)
 
 
 def _empty(name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
