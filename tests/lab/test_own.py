@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from muonkit.lab.cli import main
 from muonkit.lab.compare import comparison
 from muonkit.lab.errors import RunError, TaskError
 from muonkit.lab.loaders import ENDLESS, OwnData, digest_of
+from muonkit.lab.optimizers import OPTIMIZERS
+from muonkit.lab.rules import rules_of
 from muonkit.lab.store import DATA, SOURCES, Folder
 from muonkit.lab.task import Task
 from muonkit.lab.tasks import get_task
@@ -527,6 +531,101 @@ def test_what_routing_cannot_judge_is_adamws_and_the_lines_say_so(
     found: dict[str, Any] = {"model": get_task("mine.py:task").build()}
     exec(lines, found)  # without the argument MuonW refuses such a model
     assert sum(len(group["params"]) for group in found["optimizer"].param_groups) == 5
+
+
+COMPLEX = """
+class Filter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+        self.hidden, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=8)
+        return self.last(self.hidden(x).relu())
+
+def task():
+    return Filter, train, val, F.cross_entropy
+"""
+
+
+def test_a_model_with_complex_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(HEAD + COMPLEX)
+    asked = ["--steps", "2", "--optimizers", "muonw,adamw,sgd,torch-muon-fp32"]
+    assert main(["compare", "mine.py:task", *asked]) == 0, capsys.readouterr().err
+    trained = get_task("mine.py:task").build()
+    before = trained.filter.detach().clone()
+    optimizer = OPTIMIZERS["adamw"].build(trained, 0.1)
+    trained(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    assert (trained.filter != before).all()
+
+
+RULES = ["--rule", "strange=muon:experts", "--rule", "first.*=adamw"]
+
+
+def test_rules_decide_and_the_lines_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Warnings are errors here, and routing cannot judge `strange`."""
+    Path("mine.py").write_text(HEAD + RAW)
+    names = "muonw,normuon,torch-muon-fp32,adamw"
+    asked = ["compare", "mine.py:task", "--steps", "2", "--optimizers", names, "--out", "out"]
+    assert main([*asked, *RULES, "--embedding-lr", "adamw=0.02"]) == 2  # nothing for torch's Muon
+    assert "torch-muon-fp32 has nothing to train here" in capsys.readouterr().err
+    asked[5] = "muonw,normuon,adamw"
+    assert main([*asked, *RULES, "--embedding-lr", "adamw=0.02"]) == 0
+    said = capsys.readouterr().out
+    assert "undecided" not in said
+    page = Path("out/report.html").read_text()
+    scripts = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
+    scripts = [html.unescape(each) for each in scripts if "LambdaLR" in each]
+    assert {("MuonW(" in each, "route(" in each) for each in scripts} >= {(True, False)}
+    for lines in scripts:
+        assert "Rule('strange', view=\"experts\")" in lines
+        found: dict[str, Any] = {"model": get_task("mine.py:task").build()}
+        exec(lines, found)
+        groups = found["optimizer"].param_groups
+        names = {id(p): name for name, p in found["model"].named_parameters()}
+        if "MuonW(" in lines:
+            muon = [names[id(p)] for g in groups if g["algorithm"] == "muon" for p in g["params"]]
+            assert muon == ["strange"]
+    # Another rule is another comparison, and the same one goes on.
+    assert main([*asked, *RULES, "--embedding-lr", "adamw=0.02"]) == 0
+    assert "nothing was trained" in capsys.readouterr().out
+    assert main([*asked, *RULES[:2]]) == 2
+    assert "rules" in capsys.readouterr().err
+
+
+def test_rules_decide_which_rate_a_matrix_has_under_adamw(tmp_path: Path) -> None:
+    Path("mine.py").write_text(HEAD + RAW)
+    model = get_task("mine.py:task").build()
+    rules = rules_of(["strange=muon:experts", "first.weight=adamw"])
+    groups = OPTIMIZERS["adamw"].build(model, 0.1, None, 0.8, rules).param_groups
+    apart = next(group["params"] for group in groups if group["lr"] == 0.8)
+    assert {id(p) for p in apart} == {id(model.first.weight), id(model.last.weight)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("strange", "--rule 'strange': write PATTERN=adamw, PATTERN=ignore"),
+        ("strange=sgd", "--rule 'strange=sgd': write PATTERN=adamw"),
+        ("=adamw", "--rule '=adamw': write PATTERN=adamw"),
+        ("strange=muon:expert", "--rule 'strange=muon:expert': "),
+        ("strange=ignore", "call requires_grad_(False) on those where the model is made"),
+        ("strnge=adamw", "strnge"),
+        ("*.bias=muon", "bias"),
+    ],
+)
+def test_a_rule_that_is_none(
+    rule: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Path("mine.py").write_text(HEAD + RAW)
+    asked = ["compare", "mine.py:task", "--steps", "1", "--out", "out", "--rule", rule]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) <= 12
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(

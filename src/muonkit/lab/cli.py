@@ -20,6 +20,7 @@ from muonkit.lab.errors import Interrupted, LabError, TaskError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.output import Console, any_stream, say
 from muonkit.lab.plan_layouts import LAYOUTS
+from muonkit.lab.rules import rules_of
 from muonkit.lab.shapes import MODELS
 from muonkit.lab.tasks import TASKS, Budget
 from muonkit.options import CHOICES, DEFAULTS
@@ -272,6 +273,13 @@ def compare_command(
             help="Record every N steps what muonw and normuon do; pictures in the report.",
         ),
     ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=ALGORITHM[:VIEW]",
+            help="Overrule a route of the model, as `muonkit route` does; may be repeated.",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -309,6 +317,7 @@ def compare_command(
         sweep_embedding_lr=sweep_embedding_lr,
         full=sweep_full,
         embedding_lr=_rates(embedding_lr, "--embedding-lr"),
+        rules=rule or (),
     )
     compare(asked, out, checkpoint_seconds=checkpoint_every, same_task=same_task)
 
@@ -333,20 +342,6 @@ def new_task_command(
 
     path = write_task(name)
     say(f"wrote {shown(path)}; it runs as it is: muonkit compare {shown(command_of(path))}")
-
-
-def _rule(text: str) -> muonkit.Rule:
-    """``PATTERN=adamw``, ``PATTERN=ignore`` or ``PATTERN=muon[:VIEW]`` as a routing rule."""
-    pattern, _, choice = text.partition("=")
-    algorithm, _, view = choice.partition(":")
-    if pattern and algorithm == "muon":
-        return muonkit.Rule(pattern, algorithm="muon", view=view or None)
-    if pattern and choice in ("adamw", "ignore"):
-        return muonkit.Rule(pattern, algorithm="adamw" if choice == "adamw" else "ignore")
-    raise LabError(
-        f"--rule {text!r}: write PATTERN=adamw, PATTERN=ignore, PATTERN=muon or "
-        "PATTERN=muon:VIEW, for example '*.router.weight=adamw'"
-    )
 
 
 @app.command("route", help=_ROUTE_HELP)
@@ -377,8 +372,9 @@ def route_command(
     from muonkit.lab.specs import load_model
 
     try:
-        rules = [_rule(text) for text in rule or ()]
-        routes = muonkit.route(load_model(spec), rules, scale=adjust_lr_fn, per_head=per_head)
+        routes = muonkit.route(
+            load_model(spec), rules_of(rule), scale=adjust_lr_fn, per_head=per_head
+        )
     except ValueError as error:
         raise LabError(" ".join(str(error).split())) from error
     say(routes.to_json() if as_json else routes.table(fold=not every))
@@ -478,7 +474,7 @@ def plan_command(
         inter=inter,
         memory=memory,
     )
-    shapes = find_model(model, parse_roles(tp or ()), [_rule(text) for text in rule or ()])
+    shapes = find_model(model, parse_roles(tp or ()), rules_of(rule))
     found = forecast(shapes, mesh, layout, assume)
     console = Console()
     write(found, plot, json_file)

@@ -24,6 +24,7 @@ from muonkit.lab.optimizers import FALLBACK, SCALE, get_optimizer
 from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome
+from muonkit.lab.rules import for_all, rules_of
 from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read_result
 from muonkit.lab.store import DATA, SOURCES, Folder, Record, write_atomically
 from muonkit.lab.sweep import (
@@ -65,6 +66,7 @@ class Comparison:
         evaluations: validations of a run; None: the task's.
         monitor: steps between samples of ``muonkit.Monitor``; None: it is not used.
         device: where runs are trained.
+        rules: of routing, as ``--rule`` has them.
         record: the task itself, as it was when this was asked for.
     """
 
@@ -87,6 +89,7 @@ class Comparison:
     sweep_embedding_lr: bool = False
     full: bool = False
     embedding_lr: Mapping[str, float] = field(default_factory=dict)
+    rules: tuple[str, ...] = ()
     record: Task | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -108,6 +111,7 @@ class Comparison:
             "evaluations": self.evaluations,
             "monitor": self.monitor,
             "device": self.device if self.device != "cpu" else None,
+            "rules": list(self.rules),
         }
         return {
             "task": self.task,
@@ -149,17 +153,19 @@ def comparison(
     sweep_embedding_lr: bool = False,
     full: bool = False,
     embedding_lr: Mapping[str | None, float] | None = None,
+    rules: Sequence[str] = (),
 ) -> Comparison:
     """A checked :class:`Comparison`, the task's defaults filled in.
 
     Args:
         lr: learning rates by optimizer; the key None is for all that are not named.
         weight_decay, embedding_lr: likewise.
+        rules: of routing, as ``--rule`` has them.
         threads: None: torch's number, or one of each run if there are several at a time.
 
     Raises:
         LabError: an unknown task or optimizer, one given twice, a learning rate or decay for none,
-            or a grid that has no middle.
+            a grid that has no middle, or a rule that is none.
     """
     chosen = get_task(task)
     if chosen.is_own and batch_size:
@@ -209,6 +215,7 @@ def comparison(
         sweep_embedding_lr=sweep_embedding_lr,
         full=full,
         embedding_lr=_embedding_rates(embedding_lr, optimizers),
+        rules=for_all(rules),
         record=chosen,
     )
 
@@ -413,7 +420,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         config=session.folder.config(),
         summary=task.summary,
         data=session.setting.data.description,
-        routing=str(muonkit.route(task.build(), scale=SCALE, undecided=FALLBACK)),
+        routing=str(_routes(task.build(), session.asked.rules)),
         outcomes=[measured[run][0] for run in runs],
         attempts=[outcome for outcome, _, _ in measured.values()],
         swept=[measured[run][0] for run in session.swept],
@@ -423,6 +430,16 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         caveat=report.caveat(session.asked.config(), task),
         unit=task.unit,
     )
+
+
+def _routes(model: nn.Module, rules: Sequence[str]) -> muonkit.Routes:
+    """Raises:
+    LabError: a rule does not fit the model.
+    """
+    try:
+        return muonkit.route(model, rules_of(rules), scale=SCALE, undecided=FALLBACK)
+    except ValueError as error:
+        raise LabError(" ".join(str(error).split())) from error
 
 
 def _check_data(folder: Folder, fingerprint: str) -> None:
@@ -493,10 +510,11 @@ def _checked(
     is_counted = asked.budget.unit == "steps" and task.is_own  # whose loader may have no length
     steps = asked.budget.steps(1 if is_counted else data.steps_per_epoch(asked.batch_size))
     model = task.build()
+    if asked.rules:
+        _routes(model, asked.rules)
     for name, lr in asked.lr.items():
-        Chosen(lr, asked.embedding_lr.get(name), asked.weight_decay.get(name)).run(name).build(
-            model
-        )
+        rates = Chosen(lr, asked.embedding_lr.get(name), asked.weight_decay.get(name))
+        rates.run(name).build(model, asked.rules)
     stored = asked.config() | {DATA: data.fingerprint}
     if task.is_own:
         stored[SOURCES] = [task.source]
@@ -517,6 +535,7 @@ def _checked(
         asked.monitor,
         Place(asked.device),
         first,
+        asked.rules,
     )
     return setting, stored
 

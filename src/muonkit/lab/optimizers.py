@@ -3,11 +3,11 @@
 A new optimizer is one entry in ``OPTIMIZERS`` and a default learning rate in each task.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from string import Template
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -19,11 +19,14 @@ from muonkit.lab.errors import LabError, RunError, unknown
 BETAS = (0.9, 0.95)
 #: The unit of every recorded learning rate of a Muon, whatever MuonW's default is.
 SCALE = "match_rms_adamw"
-#: What becomes of parameters that routing cannot judge: there is no place for a rule here.
+#: What becomes of parameters that routing cannot judge, and for which there is no rule.
 FALLBACK = "adamw"
 WEIGHT_DECAY = 0.1
 #: SGD's decay is part of the gradient, so it acts multiplied by the (much larger) learning rate.
 SGD_WEIGHT_DECAY = 5e-4
+
+
+Rules: TypeAlias = Sequence[muonkit.Rule]
 
 
 class Optimizer(Protocol):
@@ -99,9 +102,9 @@ class Float32Muon(Together):
             )
 
 
-def _apart(model: nn.Module) -> list[nn.Parameter]:
+def _apart(model: nn.Module, rules: Rules) -> list[nn.Parameter]:
     """Embeddings, head, and what else of two or more dimensions Muon leaves to AdamW."""
-    routes = muonkit.route(model, undecided=FALLBACK)
+    routes = muonkit.route(model, rules, undecided=FALLBACK)
     return [r.param for r in routes if r.algorithm == "adamw" and r.param.ndim >= 2]
 
 
@@ -123,16 +126,21 @@ def _adamw(
         {"params": [p for p in every if id(p) in others], "weight_decay": decay, "lr": apart_lr},
         {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # Fused is the fastest that torch has, here and on GPUs.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=True)
+    # The fastest that torch has, here and on GPUs; it has none for complex numbers.
+    fused = all(p.is_floating_point() for p in every)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=fused)
 
 
-def _make_adamw(model: nn.Module, lr: float, decay: float, embedding_lr: float | None) -> Optimizer:
-    apart = () if embedding_lr is None else _apart(model)
+def _make_adamw(
+    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
+) -> Optimizer:
+    apart = () if embedding_lr is None else _apart(model, rules)
     return _adamw(model.parameters(), lr, decay, apart, embedding_lr)
 
 
-def _make_sgd(model: nn.Module, lr: float, decay: float, embedding_lr: float | None) -> Optimizer:
+def _make_sgd(
+    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
+) -> Optimizer:
     if embedding_lr is not None:
         raise LabError("sgd has no rate of its own for embeddings: leave it out of --embedding-lr")
     return torch.optim.SGD(
@@ -178,9 +186,14 @@ def _muonw_options(
 
 
 def _make_muonw(
-    name: str, model: nn.Module, lr: float, decay: float, embedding_lr: float | None
+    name: str,
+    model: nn.Module,
+    lr: float,
+    decay: float,
+    embedding_lr: float | None,
+    rules: Rules,
 ) -> Optimizer:
-    routes = muonkit.route(model, scale=SCALE, undecided=FALLBACK)
+    routes = muonkit.route(model, rules, scale=SCALE, undecided=FALLBACK)
     if not any(route.algorithm == "muon" for route in routes):
         # It would be AdamW under Muon's name.
         raise LabError(
@@ -191,12 +204,17 @@ def _make_muonw(
 
 
 def _torch_parts(
-    name: str, model: nn.Module, lr: float, decay: float, embedding_lr: float | None
+    name: str,
+    model: nn.Module,
+    lr: float,
+    decay: float,
+    embedding_lr: float | None,
+    rules: Rules,
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """torch.optim.Muon for the 2-D hidden matrices, AdamW for all else; LabError without one."""
     chosen = {
         id(route.param)
-        for route in muonkit.route(model, undecided=FALLBACK)
+        for route in muonkit.route(model, rules, undecided=FALLBACK)
         if route.algorithm == "muon" and route.param.ndim == 2
     }
     hidden = [p for p in model.parameters() if id(p) in chosen]
@@ -212,15 +230,15 @@ def _torch_parts(
 
 
 def _make_torch_muon(
-    model: nn.Module, lr: float, decay: float, embedding_lr: float | None
+    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
 ) -> Optimizer:
-    return Together(*_torch_parts("torch-muon", model, lr, decay, embedding_lr))
+    return Together(*_torch_parts("torch-muon", model, lr, decay, embedding_lr, rules))
 
 
 def _make_torch_muon_fp32(
-    model: nn.Module, lr: float, decay: float, embedding_lr: float | None
+    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
 ) -> Optimizer:
-    return Float32Muon(*_torch_parts("torch-muon-fp32", model, lr, decay, embedding_lr))
+    return Float32Muon(*_torch_parts("torch-muon-fp32", model, lr, decay, embedding_lr, rules))
 
 
 # --- as a script has them: $lr, $decay and $embedding are filled in ---------------------------
@@ -319,8 +337,9 @@ class OptimizerSpec:
 
     Attributes:
         title: its name in sentences and pictures.
-        make: from a model, a learning rate, a weight decay, and the rate of embeddings and head,
-            None for the same: a Muon gives it to all that it leaves to AdamW.
+        make: from a model, a learning rate, a weight decay, the rate of embeddings and head, None
+            for the same: a Muon gives it to all that it leaves to AdamW; and rules of routing, by
+            which AdamW tells embeddings and head too.
         lines: the same for a script, as text in which the model is called ``model``; they end with
             ``optimizer``, or with ``optimizers``.
         weight_decay: the default, and the centre of its sweep.
@@ -331,7 +350,7 @@ class OptimizerSpec:
     name: str
     title: str
     summary: str
-    make: Callable[[nn.Module, float, float, float | None], Optimizer]
+    make: Callable[[nn.Module, float, float, float | None, Rules], Optimizer]
     lines: Callable[[float, float, float | None], str]
     weight_decay: float = WEIGHT_DECAY
     scaled: bool = False
@@ -347,9 +366,10 @@ class OptimizerSpec:
         lr: float,
         weight_decay: float | None = None,
         embedding_lr: float | None = None,
+        rules: Rules = (),
     ) -> Optimizer:
         """The optimizer for ``model``; a weight decay of None is the default."""
-        return self.make(model, lr, self.decay(weight_decay), embedding_lr)
+        return self.make(model, lr, self.decay(weight_decay), embedding_lr, rules)
 
 
 def _staged(name: str) -> OptimizerSpec:

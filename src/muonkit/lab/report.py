@@ -26,6 +26,7 @@ from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import FALLBACK, SCALE, get_optimizer, title_of
 from muonkit.lab.pictures import dark
 from muonkit.lab.results import NOTES, Advice, Outcome, advice, rows, transposed, verdicts
+from muonkit.lab.rules import in_script as rules_in_script
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
 from muonkit.lab.task import Task
@@ -247,10 +248,17 @@ def in_script(material: Material, name: str) -> str:
     result = next(result for result, _ in material.outcomes if result.optimizer == name)
     spec = get_optimizer(name)
     lines = spec.lines(result.lr, spec.decay(result.weight_decay), result.embedding_lr)
-    if UNDECIDED in material.routing:  # MuonW and route would refuse such a model
-        asked = f'undecided="{FALLBACK}"'
-        lines = lines.replace("    model,\n", f"    model,\n    {asked},\n")
-        lines = lines.replace("route(model)", f"route(model, {asked})")
+    rules = rules_in_script(material.config.get("rules", ()))
+    # Without it MuonW and route would refuse such a model.
+    undecided = f'undecided="{FALLBACK}"' if UNDECIDED in material.routing else ""
+    asked = [each for each in (rules, undecided) if each]
+    if asked and ("MuonW(" in lines or "route(model)" in lines):
+        written = "".join(f"    {each},\n" for each in asked)
+        lines = lines.replace("    model,\n", f"    model,\n{written}")
+        lines = lines.replace("route(model)", f"route(model, {', '.join(asked)})")
+        if rules:
+            lines = lines.replace("import MuonW\n", "import MuonW, Rule\n")
+            lines = lines.replace("import route\n", "import Rule, route\n")
     steps = max(result.steps for result, _ in material.outcomes)
     several = "optimizers = (" in lines
     made = "torch.optim.lr_scheduler.LambdaLR({}, factor)"

@@ -5,7 +5,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from muonkit.lab.objective import CPU, CROSS_ENTROPY, Objective, Place
 from muonkit.lab.optimizers import Optimizer, get_optimizer
 from muonkit.lab.progress import Reporter
 from muonkit.lab.randomness import seed_all, seeded
+from muonkit.lab.rules import rules_of
 from muonkit.lab.saved import (
     CHECKPOINT,
     MEASUREMENTS,
@@ -94,10 +95,11 @@ class Run:
         """As a line of measurements begins."""
         return {"optimizer": self.optimizer, "lr": self.lr, "seed": self.seed, **self._named}
 
-    def build(self, model: nn.Module) -> Optimizer:
+    def build(self, model: nn.Module, rules: Sequence[str] = ()) -> Optimizer:
         """The optimizer of this run for ``model``."""
         spec = get_optimizer(self.optimizer)
-        return spec.build(model, self.lr, self.weight_decay, self.embedding_lr)
+        rates = self.lr, self.weight_decay, self.embedding_lr
+        return spec.build(model, *rates, rules_of(rules))
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Setting:
     monitor: int | None = None  # steps between samples of muonkit.Monitor; None: it is not used
     place: Place = CPU
     source: str | None = None  # of the user's task, as the comparison began; None: it is ours
+    rules: tuple[str, ...] = ()  # of routing, as --rule has them
 
     @property
     def evaluation_steps(self) -> frozenset[int]:
@@ -136,6 +139,7 @@ class Setting:
             "source": self.source,
             "device": self.place.device,
             "embedding_lr": run.embedding_lr,
+            "rules": list(self.rules) or None,
         }
         return {
             **{name: x for name, x in further.items() if x not in (None, "cpu")},
@@ -226,7 +230,7 @@ def warm_up(run: Run, setting: Setting) -> None:
     belong to no optimizer and would shift its whole curve.
     """
     model = setting.task.build().to(setting.place.device)
-    optimizer = run.build(model)
+    optimizer = run.build(model, setting.rules)
     differentiate(model, run, 0, setting)
     optimizer.step()
     setting.place.wait()
@@ -257,7 +261,7 @@ class Trainer:
         except TaskError as error:
             raise self._located(error) from error
         self.model = setting.task.make(run.seed).to(setting.place.device)
-        self.optimizer = run.build(self.model)
+        self.optimizer = run.build(self.model, setting.rules)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.seconds = 0.0
         files.make_folder(folder)

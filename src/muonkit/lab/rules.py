@@ -1,0 +1,56 @@
+"""Routing rules as a command line has them: ``--rule 'PATTERN=adamw'``."""
+
+from collections.abc import Iterable, Sequence
+
+import muonkit
+from muonkit.lab.errors import LabError
+
+
+def rule_of(text: str) -> muonkit.Rule:
+    """``PATTERN=adamw``, ``PATTERN=ignore`` or ``PATTERN=muon[:VIEW]`` as a routing rule.
+
+    Raises:
+        LabError: it is none of these, or the view is none.
+    """
+    pattern, _, choice = text.partition("=")
+    algorithm, _, view = choice.partition(":")
+    try:
+        if pattern and algorithm == "muon":
+            return muonkit.Rule(pattern, algorithm="muon", view=view or None)
+        if pattern and choice in ("adamw", "ignore"):
+            return muonkit.Rule(pattern, algorithm="adamw" if choice == "adamw" else "ignore")
+    except ValueError as error:
+        raise LabError(f"--rule {text!r}: {error}") from error
+    raise LabError(
+        f"--rule {text!r}: write PATTERN=adamw, PATTERN=ignore, PATTERN=muon or "
+        "PATTERN=muon:VIEW, for example '*.router.weight=adamw'"
+    )
+
+
+def rules_of(texts: Iterable[str] | None) -> tuple[muonkit.Rule, ...]:
+    """`rule_of` of each, in order."""
+    return tuple(rule_of(text) for text in texts or ())
+
+
+def for_all(texts: Sequence[str]) -> tuple[str, ...]:
+    """The rules of a comparison, in which every optimizer has to train the same parameters.
+
+    Raises:
+        LabError: one is no rule, or leaves parameters out.
+    """
+    for text, rule in zip(texts, rules_of(texts), strict=True):
+        if rule.algorithm == "ignore":
+            raise LabError(
+                f"--rule {text!r}: in a comparison every optimizer trains the same parameters; "
+                "call requires_grad_(False) on those where the model is made"
+            )
+    return tuple(texts)
+
+
+def in_script(texts: Iterable[str]) -> str:
+    """The same as Python, for a script that has imported `Rule`; empty where there are none."""
+    written = []
+    for rule in rules_of(texts):
+        chosen = f'view="{rule.view}"' if rule.view else f'algorithm="{rule.algorithm}"'
+        written.append(f"Rule({str(rule.match)!r}, {chosen})")
+    return f"rules=[{', '.join(written)}]" if written else ""
