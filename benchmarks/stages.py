@@ -32,16 +32,13 @@ from parts import Record, replace_block, spread, table
 
 from muonkit.lab.data import Batch
 from muonkit.lab.objective import loss_of
-from muonkit.lab.optimizers import OPTIMIZERS, get_optimizer
+from muonkit.lab.optimizers import STAGES, get_optimizer
 from muonkit.lab.results import Figure, figure, p_value, welch
 from muonkit.lab.tasks import TASKS, get_task
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = "muonw"
-NAMES = (
-    PLAIN,
-    *(name for name in OPTIMIZERS if name not in (PLAIN, "adamw", "sgd") and "torch" not in name),
-)
+NAMES = tuple(STAGES)
 # The same grids for all: three rates (more beyond an edge), then three decays, on seed 0.
 SWEEP = ("--sweep", "--sweep-decay", "--sweep-full", "--sweep-points", "3", "--seeds", "3")
 # The task of each ranking, and how long it trains.

@@ -1,4 +1,4 @@
-"""What can train a task: one table. All share betas and the decoupled decay; only SGD differs.
+"""What can train a task: one table. Nearly all share betas and the decoupled decay; SGD does not.
 
 A new optimizer is one entry in ``OPTIMIZERS`` and a default learning rate in each task.
 """
@@ -17,6 +17,7 @@ import muonkit
 from muonkit.lab.errors import LabError, RunError, unknown
 
 BETAS = (0.9, 0.95)
+SLOWER_BETAS = (0.9, 0.99)
 #: The unit of every recorded learning rate of a Muon, whatever MuonW's default is.
 SCALE = "match_rms_adamw"
 #: What becomes of parameters that routing cannot judge, and for which there is no rule.
@@ -114,6 +115,7 @@ def _adamw(
     decay: float,
     apart: Iterable[nn.Parameter] = (),
     apart_lr: float | None = None,
+    betas: tuple[float, float] = BETAS,
 ) -> torch.optim.AdamW:
     """torch's AdamW with decay on matrices and tables only, and another rate for some of them."""
     every = list(parameters)
@@ -128,14 +130,19 @@ def _adamw(
     ]
     # The fastest that torch has, here and on GPUs; it has none for complex numbers.
     fused = all(p.is_floating_point() for p in every)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
 
 
 def _make_adamw(
-    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
+    betas: tuple[float, float],
+    model: nn.Module,
+    lr: float,
+    decay: float,
+    embedding_lr: float | None,
+    rules: Rules,
 ) -> Optimizer:
     apart = () if embedding_lr is None else _apart(model, rules)
-    return _adamw(model.parameters(), lr, decay, apart, embedding_lr)
+    return _adamw(model.parameters(), lr, decay, apart, embedding_lr, betas)
 
 
 def _make_sgd(
@@ -152,7 +159,7 @@ _MUONW: dict[str, Any] = {"adamw_betas": BETAS, "adjust_lr_fn": SCALE}
 
 
 # What stands around Muon, each alone: title, and the options of MuonW.
-_STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "muonw": ("MuonW", {}),
     "normuon": ("NorMuon", {"after": "normuon"}),
     "adamuon": ("AdaMuon", {"after": "adamuon"}),
@@ -182,7 +189,7 @@ def _muonw_options(
         options["adamw_lr"] = embedding_lr
     elif name in RELATIVE:
         options["adamw_lr"] = _ADAMW_SHARE * lr
-    return {**options, **_MUONW, **_STAGES[name][1]}
+    return {**options, **_MUONW, **STAGES[name][1]}
 
 
 def _make_muonw(
@@ -306,19 +313,27 @@ optimizers = (  # both of them step
 """
 
 
-def _filled(text: str, lr: float, decay: float, embedding_lr: float | None) -> str:
+def _filled(
+    text: str,
+    lr: float,
+    decay: float,
+    embedding_lr: float | None,
+    betas: tuple[float, float] = BETAS,
+) -> str:
     return Template(text).substitute(
         lr=repr(lr),
         decay=repr(decay),
         embedding=repr(lr if embedding_lr is None else embedding_lr),
-        betas=repr(BETAS),
+        betas=repr(betas),
         scale=SCALE,
     )
 
 
-def _adamw_lines(lr: float, decay: float, embedding_lr: float | None) -> str:
+def _adamw_lines(
+    betas: tuple[float, float], lr: float, decay: float, embedding_lr: float | None
+) -> str:
     text = _ADAMW_LINES if embedding_lr is None else _ADAMW_APART_LINES
-    return _filled(text, lr, decay, embedding_lr)
+    return _filled(text, lr, decay, embedding_lr, betas)
 
 
 def _muonw_lines(name: str, lr: float, decay: float, embedding_lr: float | None) -> str:
@@ -373,7 +388,7 @@ class OptimizerSpec:
 
 
 def _staged(name: str) -> OptimizerSpec:
-    title, options = _STAGES[name]
+    title, options = STAGES[name]
     said = ", ".join(
         f'{option}="{value}"' if isinstance(value, str) else f"{option}={value}"
         for option, value in options.items()
@@ -397,9 +412,20 @@ def _staged(name: str) -> OptimizerSpec:
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     spec.name: spec
     for spec in (
-        *map(_staged, _STAGES),
+        *map(_staged, STAGES),
         OptimizerSpec(
-            "adamw", "AdamW", "torch.optim.AdamW, decay on matrices only", _make_adamw, _adamw_lines
+            "adamw",
+            "AdamW",
+            "torch.optim.AdamW, decay on matrices only",
+            partial(_make_adamw, BETAS),
+            partial(_adamw_lines, BETAS),
+        ),
+        OptimizerSpec(
+            "adamw-0.99",
+            "AdamW with a beta2 of 0.99",
+            "the same with a beta2 of 0.99 instead of 0.95",
+            partial(_make_adamw, SLOWER_BETAS),
+            partial(_adamw_lines, SLOWER_BETAS),
         ),
         OptimizerSpec(
             "sgd",

@@ -110,7 +110,13 @@ def rates(muon: float, adamw: float, sgd: float, relative: float = 0.032) -> dic
     those whose lr is the size of an update relative to its weight.
     """
     scaled = {name: muon for name, spec in OPTIMIZERS.items() if spec.scaled}
-    return {**scaled, **dict.fromkeys(RELATIVE, relative), "adamw": adamw, "sgd": sgd}
+    return {
+        **scaled,
+        **dict.fromkeys(RELATIVE, relative),
+        "adamw": adamw,
+        "adamw-0.99": adamw,
+        "sgd": sgd,
+    }
 
 
 def default_rates() -> dict[str, float]:

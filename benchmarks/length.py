@@ -1,0 +1,166 @@
+"""How MuonW's lead over AdamW changes with the length of a training, both tuned at each length.
+
+    python benchmarks/length.py --jobs 2
+    python benchmarks/length.py --steps 400 1600 --jobs 2
+    python benchmarks/length.py --quick
+    python benchmarks/length.py --page-only
+
+For each length it runs `muonkit compare gpt` with one optimizer at a time: the learning rate, a
+rate of its own for embeddings and head, and the weight decay are swept, for all of them alike, and
+then every seed is trained. AdamW is there with a beta2 of 0.95 and of 0.99. What each found is kept
+in docs/evidence/gpt-length.json, and the block `gpt-length` of docs/evidence.md is written from it.
+What follows `--` goes to `compare`. Stopped, the same command goes on, on whichever machine: what
+the file has is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from statistics import fmean
+
+import harness
+from curves import Runs
+from evidence import compare, merged, outcomes, split
+from parts import Record, replace_block, table
+
+from muonkit.lab.results import Figure, figure, p_value, welch
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "docs" / "evidence" / "gpt-length.json"
+PAGE = ROOT / "docs" / "evidence.md"
+OURS, RIVALS = "muonw", ("adamw", "adamw-0.99")
+LENGTHS = (400, 1600, 4000)
+WORDS = ("--sweep", "--sweep-embedding-lr", "--sweep-decay", "--seeds", "3", "--threads", "1")
+TASK = "gpt"
+QUICK_TASK, QUICK = "digits", ("--sweep-points", "3", "--seeds", "2", "--evaluations", "2")
+
+
+def kept(path: Path, options: argparse.Namespace) -> Runs:
+    """What the file has, by length and optimizer: what `muonkit compare` found."""
+    task, few = (QUICK_TASK, QUICK) if options.quick else (TASK, ())
+    words = [task, *merged(WORDS, [*few, *options.further])]
+    return Runs(path, "gpt-length", {"words": words}, ("steps", "optimizer"))
+
+
+def run(runs: Runs, options: argparse.Namespace) -> None:
+    """Train what the file lacks, the shortest first, `--jobs` of them at a time."""
+    words = runs.record["setting"]["words"]
+
+    def find(key: tuple[int, str]) -> Record:
+        steps, name = key
+        asked = ["--steps", str(steps), "--optimizers", name]
+        return compare([*words, *asked], options.out / f"{steps}-{name}")
+
+    keys = [(steps, name) for steps in options.steps for name in (OURS, *RIVALS)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {pool.submit(find, key): key for key in keys if not runs.find(key)}
+        for future in as_completed(waiting):
+            runs.add(waiting[future], future.result())
+
+
+def losses(found: Record) -> list[float | None]:
+    return [result.val_loss for result, _ in outcomes(found)]
+
+
+def best_rival(found: dict[str, Record]) -> str | None:
+    """The AdamW with the lower mean loss; None where both diverged."""
+    means = {name: loss.mean for name in RIVALS if (loss := figure(losses(found[name])))}
+    return min(means, key=means.__getitem__) if means else None
+
+
+def lead(ours: Record, theirs: Record) -> list[str]:
+    """Steps in which MuonW reaches the rival's final loss of the same seed; times fewer than it
+    took; and times fewer seconds, by the mean milliseconds of a step of each.
+    """
+    ends = {result.seed: result.val_loss for result, _ in outcomes(theirs)}
+    reached = []
+    for result, curve in outcomes(ours):
+        end = ends[result.seed]
+        point = None if end is None else curve.reaches(end)
+        reached.append(None if point is None else point[0])
+    steps = figure(reached)
+    if steps is None:
+        return ["—", "—", "—"]
+    fewer = max(result.steps for result, _ in outcomes(theirs)) / steps.mean
+    mine, other = (fmean(r.step_ms for r, _ in outcomes(found)) for found in (ours, theirs))
+    return [steps.text(0), f"{fewer:.2f}", f"{fewer * other / mine:.2f}"]
+
+
+def said_of(loss: Figure | None) -> str:
+    return "diverged" if loss is None else loss.text(4)
+
+
+def block(record: Record) -> str:
+    """A table of the lengths that are whole, and one of what every sweep chose."""
+    by_length: dict[int, dict[str, Record]] = {}
+    for each in record["runs"]:
+        by_length.setdefault(each["steps"], {})[each["optimizer"]] = each
+    leads: list[list[str]] = []
+    for steps, found in sorted(by_length.items()):
+        if found.keys() != {OURS, *RIVALS} or not (rival := best_rival(found)):
+            continue
+        ours, theirs = losses(found[OURS]), losses(found[rival])
+        cells = [f"{steps:,}", said_of(figure(ours)), said_of(figure(theirs)), f"`{rival}`"]
+        leads.append([*cells, p_value(welch(ours, theirs)), *lead(found[OURS], found[rival])])
+    chosen: list[list[str]] = []
+    machines = set()
+    for each in record["runs"]:
+        (row,) = each["rows"]
+        apart = row["embedding_lr"]
+        rates = row["lr"], row["lr"] if apart is None else apart, row["weight_decay"]
+        cells = [f"{each['steps']:,}", f"`{each['optimizer']}`", *(f"{x:g}" for x in rates)]
+        chosen.append([*cells, said_of(figure(losses(each))), f"{len(each['sweep'])}"])
+        e = each["environment"]
+        machines.add(f"{e['processor']}, torch {e['torch']}, {e['written'][:10]}")
+    left = [
+        f"{steps:,} steps, `{name}`"
+        for steps in LENGTHS
+        for name in (OURS, *RIVALS)
+        if name not in by_length.get(steps, {})
+    ]
+    words = " ".join(record["setting"]["words"])
+    said = (
+        f"`muonkit compare {words}` of each, by `python benchmarks/length.py`: "
+        f"{'; '.join(sorted(machines))}. Mean ± standard deviation over seeds."
+    )
+    said += f" Not yet run: {'; '.join(left)}." if left else ""
+    head = ["steps", "MuonW", "AdamW", "which", "p", "steps to AdamW's loss"]
+    head += ["times fewer steps", "times fewer seconds"]
+    tried = ["steps", "optimizer", "lr", "embeddings' lr", "decay", "validation loss", "runs tried"]
+    parts = [said, table(head, leads)] if leads else [said]
+    return "\n\n".join([*parts, "What the sweeps chose:", table(tried, chosen)])
+
+
+def main(words: Sequence[str]) -> None:
+    words, further = split(words)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=harness.at_least_one, nargs="+", default=list(LENGTHS), help="lengths"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="optimizers at a time, a thread each")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
+    parser.add_argument("--page-only", action="store_true", help="train nothing")
+    parser.add_argument("--out", type=Path, help="[default: runs/length; -quick with --quick]")
+    options = parser.parse_args(words)
+    options.further = further
+    if options.quick:
+        options.steps = [4, 8]
+    options.out = options.out or ROOT / "runs" / ("length-quick" if options.quick else "length")
+    runs = kept(options.out / "length.json" if options.quick else FILE, options)
+    if not options.page_only:
+        run(runs, options)
+    written = block(runs.record) if runs.record["runs"] else "Not yet run."
+    if options.quick:
+        print(written)
+    else:
+        PAGE.write_text(replace_block(PAGE.read_text(encoding="utf-8"), "gpt-length", written))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
