@@ -549,9 +549,16 @@ def task():
 """
 
 
+def scripts_of(folder: str) -> list[str]:
+    """The lines for a script, of each optimizer in a report."""
+    page = Path(folder, "report.html").read_text()
+    found = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
+    return [html.unescape(each) for each in found if "LambdaLR" in each]
+
+
 def test_a_model_with_complex_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.py").write_text(HEAD + COMPLEX)
-    asked = ["--steps", "2", "--optimizers", "muonw,adamw,sgd,torch-muon-fp32"]
+    asked = ["--steps", "2", "--optimizers", "muonw,adamw,sgd,torch-muon-fp32", "--out", "out"]
     assert main(["compare", "mine.py:task", *asked]) == 0, capsys.readouterr().err
     trained = get_task("mine.py:task").build()
     before = trained.filter.detach().clone()
@@ -559,6 +566,12 @@ def test_a_model_with_complex_parameters(capsys: pytest.CaptureFixture[str]) -> 
     trained(torch.randn(2, 8)).sum().backward()
     optimizer.step()
     assert (trained.filter != before).all()
+    for lines in scripts_of("out"):
+        found: dict[str, Any] = {"model": get_task("mine.py:task").build()}
+        exec(lines, found)
+        found["model"](torch.randn(2, 8)).sum().backward()
+        for each in found.get("optimizers") or [found["optimizer"]]:
+            each.step()
 
 
 RULES = ["--rule", "strange=muon:experts", "--rule", "first.*=adamw"]
@@ -575,9 +588,7 @@ def test_rules_decide_and_the_lines_have_them(capsys: pytest.CaptureFixture[str]
     assert main([*asked, *RULES, "--embedding-lr", "adamw=0.02"]) == 0
     said = capsys.readouterr().out
     assert "undecided" not in said
-    page = Path("out/report.html").read_text()
-    scripts = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
-    scripts = [html.unescape(each) for each in scripts if "LambdaLR" in each]
+    scripts = scripts_of("out")
     assert {("MuonW(" in each, "route(" in each) for each in scripts} >= {(True, False)}
     for lines in scripts:
         assert "Rule('strange', view=\"experts\")" in lines
