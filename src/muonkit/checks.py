@@ -11,6 +11,7 @@ import torch
 from muonkit.groups import (
     MOMENTUM,
     STEP,
+    check_names,
     keeps_int8,
     name_of,
     state_shapes,
@@ -102,11 +103,13 @@ def check_gradients(
     """Compare every gradient and every tensor of the state with its parameter.
 
     Raises:
-        ValueError: other shapes or devices, or a dtype that is not trained.
+        ValueError: other shapes or devices, a dtype that is not trained, or names that are not as
+            many as the parameters.
         RuntimeError: a parameter that was made under `torch.inference_mode()`, outside of it.
     """
     anywhere = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     for group in groups:
+        check_names(group)
         dtypes = _dtypes(group)
         for p in group["params"]:
             grad = p.grad

@@ -44,6 +44,7 @@ __all__ = [
     "adopt_momentum",
     "adopt_other_names",
     "beta2_of",
+    "check_names",
     "complete_group",
     "computed_dtype",
     "describe_group",
@@ -435,16 +436,22 @@ def own_names(group: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: parameters were taken out of the group, or put in, and their names were not.
     """
+    check_names(group)
+    names = group.get("param_names")
+    return list(names) if names else [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def check_names(group: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: as `own_names`.
+    """
     names, count = group.get("param_names"), len(group["params"])
-    if not names:
-        return [f"parameter {i}" for i in range(count)]
-    if len(names) != count:
+    if names and len(names) != count:
         raise ValueError(
             f"a param group has {count} parameters and {len(names)} names: change its 'params' and "
             "'param_names' (and the optimizer's state) together, or leave them and set the "
             "parameter's requires_grad_(False) and grad = None"
         )
-    return list(names)
 
 
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from muonkit.monitor.sinks import JsonLines
 from muonkit.newton_schulz import dtypes, scratch, symmetric, triton
 from muonkit.newton_schulz.orthogonalizer import _evaluate as evaluate
 from muonkit.newton_schulz.orthogonalizer import _newton_schulz_ as newton_schulz_
+from muonkit.newton_schulz.orthogonalizer import _normalize
 
 __all__ = [
     "all_in_scratch",
@@ -33,6 +34,7 @@ __all__ = [
     "free_launches",
     "keep_no_scratch",
     "newton_schulz_",
+    "normalize",
     "observer_of",
     "requests_counted",
     "size_of",
@@ -62,6 +64,11 @@ def keep_no_scratch(patch: pytest.MonkeyPatch) -> None:
 def forget_scratch() -> None:
     scratch._kept.views.clear()
     scratch._kept.buffers.clear()
+
+
+def normalize(X: Tensor, looks: bool) -> Tensor:
+    """Every matrix divided by its norm, in at least float32."""
+    return _normalize(X, 1.0, torch.promote_types(X.dtype, torch.float32), looks=looks)
 
 
 def cpu_has(patch: pytest.MonkeyPatch, features: dict[str, bool]) -> None:

@@ -15,17 +15,20 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from muonkit import Rule
 from muonkit.lab import objective, own
 from muonkit.lab.cli import main
 from muonkit.lab.compare import comparison
 from muonkit.lab.errors import RunError, TaskError
 from muonkit.lab.loaders import ENDLESS, OwnData, digest_of
 from muonkit.lab.optimizers import OPTIMIZERS
-from muonkit.lab.rules import rules_of
+from muonkit.lab.output import Console
+from muonkit.lab.rules import in_script, rules_of
 from muonkit.lab.store import DATA, SOURCES, Folder
 from muonkit.lab.task import Task
 from muonkit.lab.tasks import get_task
 from muonkit.lab.train import Run, Setting, StopRequest, Trainer, train
+from muonkit.views import View
 from tests.helpers import lab
 from tests.helpers.lab import Silent, losses
 from tests.helpers.pages import read_blocks
@@ -549,9 +552,16 @@ def task():
 """
 
 
+def scripts_of(folder: str) -> list[str]:
+    """The lines for a script, of each optimizer in a report."""
+    page = Path(folder, "report.html").read_text()
+    found = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
+    return [html.unescape(each) for each in found if "LambdaLR" in each]
+
+
 def test_a_model_with_complex_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.py").write_text(HEAD + COMPLEX)
-    asked = ["--steps", "2", "--optimizers", "muonw,adamw,sgd,torch-muon-fp32"]
+    asked = ["--steps", "2", "--optimizers", "muonw,adamw,sgd,torch-muon-fp32", "--out", "out"]
     assert main(["compare", "mine.py:task", *asked]) == 0, capsys.readouterr().err
     trained = get_task("mine.py:task").build()
     before = trained.filter.detach().clone()
@@ -559,6 +569,12 @@ def test_a_model_with_complex_parameters(capsys: pytest.CaptureFixture[str]) -> 
     trained(torch.randn(2, 8)).sum().backward()
     optimizer.step()
     assert (trained.filter != before).all()
+    for lines in scripts_of("out"):
+        found: dict[str, Any] = {"model": get_task("mine.py:task").build()}
+        exec(lines, found)
+        found["model"](torch.randn(2, 8)).sum().backward()
+        for each in found.get("optimizers") or [found["optimizer"]]:
+            each.step()
 
 
 RULES = ["--rule", "strange=muon:experts", "--rule", "first.*=adamw"]
@@ -575,9 +591,7 @@ def test_rules_decide_and_the_lines_have_them(capsys: pytest.CaptureFixture[str]
     assert main([*asked, *RULES, "--embedding-lr", "adamw=0.02"]) == 0
     said = capsys.readouterr().out
     assert "undecided" not in said
-    page = Path("out/report.html").read_text()
-    scripts = re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
-    scripts = [html.unescape(each) for each in scripts if "LambdaLR" in each]
+    scripts = scripts_of("out")
     assert {("MuonW(" in each, "route(" in each) for each in scripts} >= {(True, False)}
     for lines in scripts:
         assert "Rule('strange', view=\"experts\")" in lines
@@ -593,6 +607,34 @@ def test_rules_decide_and_the_lines_have_them(capsys: pytest.CaptureFixture[str]
     assert "nothing was trained" in capsys.readouterr().out
     assert main([*asked, *RULES[:2]]) == 2
     assert "rules" in capsys.readouterr().err
+
+
+def test_rules_decide_in_every_process_of_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(HEAD + RAW)
+    asked = ["compare", "mine.py:task", "--steps", "3", "--optimizers", "muonw", "--seeds", "2"]
+    for jobs in ("1", "2"):
+        words = [*asked, *RULES, "--threads", "1", "--jobs", jobs, "--out", jobs]
+        assert main(words) == 0, capsys.readouterr().err
+    for run in sorted(path.name for path in Path("1/runs").iterdir()):
+        assert losses(Path("1/runs", run)) == losses(Path("2/runs", run))
+
+
+def test_a_rule_may_have_any_signs() -> None:
+    """Those of a name, those that Python and rich give a meaning, and a view on two lines."""
+    names = ("a=b", "it's", 'q"uote', "x[[]0]", "c:d", ":fire:", "back\\slash", "new\nline", "ü")
+    texts = [f"{name}={choice}" for name in names for choice in ("adamw", "muon", "muon:experts")]
+    texts.append("w=muon: split(rows=2) >\n transpose")
+    rules = rules_of(texts)
+    assert [rule.match for rule in rules] == [name for name in names for _ in range(3)] + ["w"]
+    stream = io.StringIO()
+    Console(file=stream).print(in_script(texts), highlight=False, markup=False, soft_wrap=True)
+    found: dict[str, Any] = {"Rule": Rule}
+    exec(stream.getvalue(), found)
+    for rule, again in zip(rules, found["rules"], strict=True):
+        assert again.match == rule.match
+        assert (again.algorithm or "muon") == rule.algorithm
+        assert (again.view is None) == (rule.view is None)
+        assert again.view is None or View.parse(again.view) == View.parse(rule.view)
 
 
 def test_rules_decide_which_rate_a_matrix_has_under_adamw(tmp_path: Path) -> None:

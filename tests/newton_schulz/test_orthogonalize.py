@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from muonkit import _torch, orthogonalize
 from muonkit._torch import cpu_capabilities
@@ -283,6 +284,54 @@ def test_a_nan_stays_in_its_matrix(name: str, form: str, dtype: torch.dtype) -> 
     assert O[1].isnan().any()
     assert O[0].isfinite().all()
     assert O[2].isfinite().all()
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda G: G.clone(),
+    "transposed": lambda G: G.mT.contiguous().mT,
+    "rows apart": lambda G: torch.nn.functional.pad(G, (0, 3))[..., :-3],
+    "matrices apart": lambda G: torch.stack((G, G), dim=1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_norm_is_the_same_beside_any_others_to_the_bit(
+    layout: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> None:
+    G = random_matrix(6, 60, 70, dtype=torch.float64)
+    G = G / G.abs().amax(dim=(1, 2), keepdim=True)
+    limits = torch.finfo(dtype)
+    scales = torch.tensor([1, limits.max, limits.tiny * 2, 0, 1e-3, torch.nan]).double()
+    G = (G * scales[:, None, None]).to(dtype)
+    normalized = [
+        internals.normalize(layout(some), looks=True).clone() for some in (G, *G.split(1))
+    ]
+    for several, alone in zip(normalized[0], normalized[1:], strict=True):
+        assert torch.equal(several.nan_to_num(9), alone[0].nan_to_num(9))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_norm_is_as_exact_in_any_layout(
+    layout: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """The limit is five times what torch's sum of a million squares in one piece is off."""
+    normalized = internals.normalize(layout(random_matrix(2, 1024, 1024)), looks=True)
+    norm = torch.linalg.vector_norm(normalized.double(), dim=(1, 2))
+    assert (norm - 1).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_traced_whole(name: str) -> None:
+    """Outside of an operation that is opaque to torch, nothing asks for a value of the matrix."""
+    G = random_matrix(3, 4, 6) * 1e25
+    torch._dynamo.reset()  # which counts the compilations of one line
+    compiled = torch.compile(
+        lambda X: orthogonalize(X, ns_coefficients=name), backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(G), orthogonalize(G, ns_coefficients=name))
+    with FakeTensorMode() as mode:
+        assert orthogonalize(mode.from_tensor(G), ns_coefficients=name).shape == G.shape
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -152,6 +152,18 @@ def test_names_go_before_positions() -> None:
         optimizer.state_dict()
 
 
+def test_a_step_refuses_names_that_are_not_as_many_as_the_parameters() -> None:
+    params = [(f"p{i}", parameter(4, 4, seed=i)) for i in range(3)]
+    optimizer = Muon(params, **FP32)
+    set_gradients([p for _, p in params])
+    optimizer.step()
+    before = [p.detach().clone() for _, p in params]
+    optimizer.param_groups[0]["param_names"] = ["p0", "p1"]
+    with pytest.raises(ValueError, match="3 parameters and 2 names"):
+        optimizer.step()
+    assert all(torch.equal(p, was) for (_, p), was in zip(params, before, strict=True))
+
+
 def test_what_is_held_already_need_not_be_added() -> None:
     model = mlp()
     model[2].requires_grad_(False)

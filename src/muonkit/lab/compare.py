@@ -415,12 +415,13 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
     text = b"".join(content for _, _, content in measured.values())
     write_atomically(session.folder.path / MEASUREMENTS, text)
     task = session.setting.task
+    model = task.build()
     recorded = [(run, session.folder.run(run.key) / RECORDING) for run in runs if run.seed == 0]
     return report.Material(
         config=session.folder.config(),
         summary=task.summary,
         data=session.setting.data.description,
-        routing=str(_routes(task.build(), session.asked.rules)),
+        routing=str(_routes(model, session.asked.rules)),
         outcomes=[measured[run][0] for run in runs],
         attempts=[outcome for outcome, _, _ in measured.values()],
         swept=[measured[run][0] for run in session.swept],
@@ -429,6 +430,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         recordings={run.title: path for run, path in recorded if is_there(path)},
         caveat=report.caveat(session.asked.config(), task),
         unit=task.unit,
+        has_complex=any(p.is_complex() for p in model.parameters()),
     )
 
 

@@ -47,6 +47,7 @@ class _Recipe:
     source: str | None
     read: str | None  # the source as it was read, of which `source` may be a later edition
     fingerprint: str
+    rules: tuple[str, ...]
     threads: int
 
     def setting(self) -> Setting:
@@ -67,6 +68,7 @@ class _Recipe:
             self.monitor,
             Place(self.device),
             self.source,
+            self.rules,
         )
 
 
@@ -166,6 +168,7 @@ class Workers:
             setting.source,
             setting.task.source,
             setting.data.fingerprint,
+            setting.rules,
             torch.get_num_threads(),
         )
         # Not a fork of this process: torch's threads do not survive it. But of one that has only

@@ -101,6 +101,7 @@ class Console(console.Console):
     """rich's, but for readers that leave: it goes quiet then, where rich would end the process.
 
     Progress (``stderr=True``) also goes quiet where it cannot be written, as on a full disk.
+    A ``:name:`` stays one, where rich would print an emoji.
     """
 
     def on_broken_pipe(self) -> None:
@@ -108,7 +109,7 @@ class Console(console.Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
-            super().print(*objects, **options)
+            super().print(*objects, **{"emoji": False, **options})
         except BrokenPipeError:  # rich before 13.9
             self._give_up()
         except OSError:

@@ -76,6 +76,7 @@ class Material:
         recordings: what the monitor wrote on seed 0, by the run's title.
         caveat: of `caveat`, what to keep in mind beside the verdict.
         unit: what losses are in; empty where nobody knows.
+        has_complex: whether the model has complex parameters.
     """
 
     config: Record
@@ -90,6 +91,7 @@ class Material:
     unit: str = "nats"
     swept: Sequence[Outcome] = ()
     spent: Sequence[str] = ()
+    has_complex: bool = False
 
 
 def notes(config: Record, unit: str = "nats") -> str:
@@ -259,6 +261,8 @@ def in_script(material: Material, name: str) -> str:
         if rules:
             lines = lines.replace("import MuonW\n", "import MuonW, Rule\n")
             lines = lines.replace("import route\n", "import Rule, route\n")
+    if material.has_complex:
+        lines = lines.replace("fused=True,", "fused=False,  # it has no complex numbers")
     steps = max(result.steps for result, _ in material.outcomes)
     several = "optimizers = (" in lines
     made = "torch.optim.lr_scheduler.LambdaLR({}, factor)"

@@ -1,9 +1,15 @@
 """Routing rules as a command line has them: ``--rule 'PATTERN=adamw'``."""
 
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import muonkit
 from muonkit.lab.errors import LabError
+from muonkit.views import View
+
+# A name may have a "=", and so may a view: the first one counts that an algorithm follows.
+_RULE = re.compile(r"(.+?)=(?:(adamw|ignore|muon)|muon:(.*))", re.DOTALL)
 
 
 def rule_of(text: str) -> muonkit.Rule:
@@ -12,15 +18,14 @@ def rule_of(text: str) -> muonkit.Rule:
     Raises:
         LabError: it is none of these, or the view is none.
     """
-    pattern, _, choice = text.partition("=")
-    algorithm, _, view = choice.partition(":")
-    try:
-        if pattern and algorithm == "muon":
-            return muonkit.Rule(pattern, algorithm="muon", view=view or None)
-        if pattern and choice in ("adamw", "ignore"):
-            return muonkit.Rule(pattern, algorithm="adamw" if choice == "adamw" else "ignore")
-    except ValueError as error:
-        raise LabError(f"--rule {text!r}: {error}") from error
+    found = _RULE.fullmatch(text)
+    if found:
+        algorithm: Any
+        pattern, algorithm, view = found.groups()
+        try:
+            return muonkit.Rule(pattern, algorithm=algorithm or "muon", view=view or None)
+        except ValueError as error:
+            raise LabError(f"--rule {text!r}: {error}") from error
     raise LabError(
         f"--rule {text!r}: write PATTERN=adamw, PATTERN=ignore, PATTERN=muon or "
         "PATTERN=muon:VIEW, for example '*.router.weight=adamw'"
@@ -51,6 +56,6 @@ def in_script(texts: Iterable[str]) -> str:
     """The same as Python, for a script that has imported `Rule`; empty where there are none."""
     written = []
     for rule in rules_of(texts):
-        chosen = f'view="{rule.view}"' if rule.view else f'algorithm="{rule.algorithm}"'
+        chosen = f'view="{View.parse(rule.view)}"' if rule.view else f'algorithm="{rule.algorithm}"'
         written.append(f"Rule({str(rule.match)!r}, {chosen})")
     return f"rules=[{', '.join(written)}]" if written else ""
