@@ -73,6 +73,15 @@ def test_factors_may_lie_apart(blocks: int) -> None:
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
+def test_what_is_added_may_be_one_for_all(blocks: int) -> None:
+    X, _ = operands((3, 64, 64), "contiguous", torch.float64)
+    some = torch.randn(5, 64, 64, dtype=torch.float64)
+    D = (some + some.mT)[1:2]  # in memory that goes on behind it
+    C = symmetric_product(X, X, D, beta=0.5, blocks=blocks)
+    torch.testing.assert_close(C, X @ X.mT + 0.5 * D)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
 def test_what_is_above_the_diagonal_is_not_computed(blocks: int) -> None:
     X = torch.randn(2, 64, 48)
     with FlopCounterMode(display=False) as counted:

@@ -147,6 +147,7 @@ def _blocked(
     if more:
         L, R = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (L, R))
         D = None if D is None else torch.nn.functional.pad(D, (0, more, 0, more))
+    D = None if D is None else D.expand(B, -1, -1)
     C = _empty(name, (B, m + more, m + more), L)
     h = (m + more) // blocks
     _store(C, _products(L, R, alpha, h, h, 0, 0), D, beta, h, 0)
