@@ -66,6 +66,8 @@ SETS: dict[str, list[Entry]] = {
     "gpt-12x128": gpt(12, 128),
     "gpt-2x384": gpt(2, 384),
     "one-layer-768": gpt(1, 768),
+    "digits": [Entry((128, 64)), Entry((128, 128))],  # the lab's MLP
+    "one-32x32": [Entry((32, 32))],
 }
 
 # For the tests: every view, and a second of work.
