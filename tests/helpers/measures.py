@@ -48,6 +48,13 @@ STEPS = 5 if sampling.is_whole() else 3
 EXACT = 1e-6
 
 
+def limit(kind: str) -> float:
+    """The largest deviation of one kind of tensor. A variance is a mean of squares, which have
+    twice the relative rounding.
+    """
+    return 2 * EXACT if kind == "variance" else EXACT
+
+
 @dataclass(frozen=True)
 class Parity:
     """One layout against one process, as one rank sees it.

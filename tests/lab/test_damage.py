@@ -145,4 +145,6 @@ def test_brackets_in_a_path_are_printed_as_they_are(
 
 def test_a_wrong_rule_is_the_users_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["route", "gpt2", "--rule", "a.weight=muon:bogus"]) == 2
-    assert capsys.readouterr().err.startswith("error: Rule('a.weight'): unknown view 'bogus'")
+    assert capsys.readouterr().err.startswith(
+        "error: --rule 'a.weight=muon:bogus': Rule('a.weight'): unknown view 'bogus'"
+    )

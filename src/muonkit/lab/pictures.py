@@ -39,7 +39,7 @@ STYLES = {
     "normuon": Style("#CC79A7", ":", "D"),
     "torch-muon": Style("#E69F00", "-", "v"),
     "torch-muon-fp32": Style("#56B4E9", "--", "P"),
-    "adamw-0.99": Style("#D55E00", ":", "+"),
+    "adamw-0.99": Style("#8C510A", ":", "P"),
     # Tol's muted ones; these stand in tables more than in pictures.
     "adamuon": Style("#882255", ":", "X"),
     "muoneq": Style("#332288", "-.", "<"),
