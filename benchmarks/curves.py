@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -64,6 +65,15 @@ class Runs:
         self.record["machine"] = machine.facts()
         self.keep()
         return run
+
+    def fill(self, keys: Iterable[Key], train: Callable[..., Record], jobs: int) -> None:
+        """Train those that are missing, `jobs` at a time: `train(*key)`, each in processes of its
+        own. Each is kept as soon as it is done.
+        """
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting = {pool.submit(train, *key): key for key in keys if self.find(key) is None}
+            for future in as_completed(waiting):
+                self.add(waiting[future], future.result())
 
     def keep(self, **more: Any) -> None:
         """Write the file anew, with what is given beside the runs."""

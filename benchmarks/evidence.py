@@ -20,7 +20,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -170,6 +170,14 @@ def _commands(record: Record) -> str:
         f"`{command}`: {e['processor']}, {cores}, {at_once} with {record['config']['threads']} "
         f"thread each; muonkit {e['muonkit']}, torch {e['torch']}, Python {e['python']}; "
         f"{e['written'][:10]}."
+    )
+
+
+def machines(found: Iterable[Record]) -> str:
+    """On what, and when, each of several comparisons ran."""
+    facts = (record["environment"] for record in found)
+    return "; ".join(
+        sorted({f"{e['processor']}, torch {e['torch']}, {e['written'][:10]}" for e in facts})
     )
 
 

@@ -18,13 +18,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
 
 import harness
 from curves import Runs
-from evidence import compare, merged, outcomes, split
+from evidence import compare, machines, merged, outcomes, split
 from parts import Record, replace_block, table
 
 from muonkit.lab.results import Figure, figure, p_value, welch
@@ -50,16 +49,12 @@ def run(runs: Runs, options: argparse.Namespace) -> None:
     """Train what the file lacks, the shortest first, `--jobs` of them at a time."""
     words = runs.record["setting"]["words"]
 
-    def find(key: tuple[int, str]) -> Record:
-        steps, name = key
+    def train(steps: int, name: str) -> Record:
         asked = ["--steps", str(steps), "--optimizers", name]
         return compare([*words, *asked], options.out / f"{steps}-{name}")
 
     keys = [(steps, name) for steps in options.steps for name in (OURS, *RIVALS)]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {pool.submit(find, key): key for key in keys if not runs.find(key)}
-        for future in as_completed(waiting):
-            runs.add(waiting[future], future.result())
+    runs.fill(keys, train, options.jobs)
 
 
 def losses(found: Record) -> list[float | None]:
@@ -108,15 +103,12 @@ def block(record: Record) -> str:
         cells = [f"{steps:,}", said_of(figure(ours)), said_of(figure(theirs)), f"`{rival}`"]
         leads.append([*cells, p_value(welch(ours, theirs)), *lead(found[OURS], found[rival])])
     chosen: list[list[str]] = []
-    machines = set()
     for each in record["runs"]:
         (row,) = each["rows"]
         apart = row["embedding_lr"]
         rates = row["lr"], row["lr"] if apart is None else apart, row["weight_decay"]
         cells = [f"{each['steps']:,}", f"`{each['optimizer']}`", *(f"{x:g}" for x in rates)]
         chosen.append([*cells, said_of(figure(losses(each))), f"{len(each['sweep'])}"])
-        e = each["environment"]
-        machines.add(f"{e['processor']}, torch {e['torch']}, {e['written'][:10]}")
     left = [
         f"{steps:,} steps, `{name}`"
         for steps in LENGTHS
@@ -126,7 +118,7 @@ def block(record: Record) -> str:
     words = " ".join(record["setting"]["words"])
     said = (
         f"`muonkit compare {words}` of each, by `python benchmarks/length.py`: "
-        f"{'; '.join(sorted(machines))}. Mean ± standard deviation over seeds."
+        f"{machines(record['runs'])}. Mean ± standard deviation over seeds."
     )
     said += f" Not yet run: {'; '.join(left)}." if left else ""
     head = ["steps", "MuonW", "AdamW", "which", "p", "steps to AdamW's loss"]

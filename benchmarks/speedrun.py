@@ -11,11 +11,11 @@ where it was stopped. What follows `--` goes to the example. Each of the runs th
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import harness
@@ -108,14 +108,8 @@ def main(words: list[str] | None = None) -> int:
         setting = {"options": further, "threads": options.threads}
         runs = Runs(path, "speedrun", setting, ("optimizer", "seed"))
         keys = [(name, seed) for seed in range(options.seeds) for name in options.optimizers]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            waiting = {
-                pool.submit(train, *key, options.out, options.threads, further): key
-                for key in keys
-                if runs.find(key) is None
-            }
-            for future in as_completed(waiting):
-                runs.add(waiting[future], future.result())
+        ways = {"out": options.out, "threads": options.threads, "further": further}
+        runs.fill(keys, functools.partial(train, **ways), options.jobs)
     if path.exists():
         print(block(json.loads(path.read_text(encoding="utf-8"))))
     if path == FILE:

@@ -21,13 +21,12 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import harness
 import torch
 from curves import Runs
-from evidence import QUICK, compare, merged, outcomes, split
+from evidence import QUICK, compare, machines, merged, outcomes, split
 from parts import Record, replace_block, spread, table
 
 from muonkit.lab.data import Batch
@@ -71,15 +70,11 @@ def run(runs: Runs, options: argparse.Namespace) -> None:
     task, *words = runs.record["setting"]["words"]
     ranking = runs.record["setting"]["ranking"]
 
-    def rank(name: str) -> tuple[str, Record]:
+    def train(name: str) -> Record:
         found = compare([task, "--optimizers", name, *words], options.out / ranking / name)
-        return name, found | {"state_bytes": state_bytes(task, name)}
+        return found | {"state_bytes": state_bytes(task, name)}
 
-    missing = [name for name in options.optimizers if not runs.find((name,))]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(rank, name) for name in missing]):
-            name, found = future.result()
-            runs.add((name,), found)
+    runs.fill([(name,) for name in options.optimizers], train, options.jobs)
 
 
 def time_steps(name: str, optimizers: Sequence[str], rounds: int) -> Record:
@@ -141,15 +136,11 @@ def block(record: Record) -> str:
         rows.append((loss.mean if isinstance(loss, Figure) else float("inf"), cells))
     rows.sort(key=lambda row: row[0])
     config, ranking = stages[PLAIN]["config"], record["setting"]["ranking"]
-    machines = {
-        f"{e['processor']}, torch {e['torch']}, {e['written'][:10]}"
-        for e in (found["environment"] for found in stages.values())
-    }
     left = [name for name in NAMES if name not in stages]
     said = (
         f"**{config['task']}**, {config['budget']}, {config['seeds']} seeds, mean ± standard "
         f"deviation; p against plain. `python benchmarks/stages.py --ranking {ranking}`, "
-        f"which is `{stages[PLAIN]['command']}` for each: {'; '.join(sorted(machines))}."
+        f"which is `{stages[PLAIN]['command']}` for each: {machines(stages.values())}."
     )
     head = ["stage", "lr", "decay", "validation loss", "p", "state, MiB"]
     if "times" in record:

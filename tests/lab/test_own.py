@@ -627,7 +627,9 @@ def test_a_rule_may_have_any_signs() -> None:
     rules = rules_of(texts)
     assert [rule.match for rule in rules] == [name for name in names for _ in range(3)] + ["w"]
     stream = io.StringIO()
-    Console(file=stream).print(in_script(texts), highlight=False, markup=False, soft_wrap=True)
+    Console(file=stream).print(
+        in_script(rules_of(texts)), highlight=False, markup=False, soft_wrap=True
+    )
     found: dict[str, Any] = {"Rule": Rule}
     exec(stream.getvalue(), found)
     for rule, again in zip(rules, found["rules"], strict=True):

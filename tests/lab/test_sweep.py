@@ -17,8 +17,9 @@ from muonkit.lab import models
 from muonkit.lab.cli import main
 from muonkit.lab.compare import comparison
 from muonkit.lab.errors import LabError
-from muonkit.lab.optimizers import OPTIMIZERS
+from muonkit.lab.optimizers import OPTIMIZERS, Facts, Given
 from muonkit.lab.results import Curve, Outcome, advice
+from muonkit.lab.rules import rules_of
 from muonkit.lab.saved import Result
 from muonkit.lab.sweep import PART, Trial, Trials, halved_decay, halved_rate
 from muonkit.lab.train import Run, lr_factor
@@ -168,7 +169,7 @@ def test_the_lines_make_the_optimizer_that_was_compared(
         return
     model = _model()
     names: dict[str, Any] = {"model": copy.deepcopy(model)}
-    exec(spec.lines(0.01, 0.2, embedding_lr), names)
+    exec(spec.lines(Given(0.01, 0.2, embedding_lr), Facts()), names)
     ours = list(names["optimizers"]) if "optimizers" in names else [names["optimizer"]]
     found = _stepped(names["model"], ours)
     expected = _stepped(model, [spec.build(model, 0.01, 0.2, embedding_lr)])
@@ -176,6 +177,16 @@ def test_the_lines_make_the_optimizer_that_was_compared(
         assert torch.allclose(found, expected, atol=1e-3)
     else:
         assert torch.equal(found, expected)
+
+
+def test_a_pattern_is_itself_in_the_lines() -> None:
+    """Also one that reads as the lines themselves do."""
+    given = Given(0.01, 0.2, 0.03, rules_of(["route(model)*,fused=True,=adamw"]))
+    for name in ("muonw", "adamw", "torch-muon"):
+        lines = OPTIMIZERS[name].lines(given, Facts(is_undecided=True, has_complex=True))
+        compile(lines, name, "exec")
+        assert "Rule('route(model)*,fused=True,', algorithm=\"adamw\")" in lines
+        assert 'undecided="adamw"' in lines
 
 
 def _outcome(

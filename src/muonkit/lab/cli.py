@@ -20,7 +20,7 @@ from muonkit.lab.errors import Interrupted, LabError, TaskError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.output import Console, any_stream, say
 from muonkit.lab.plan_layouts import LAYOUTS
-from muonkit.lab.rules import rules_of
+from muonkit.lab.rules import routed, rules_of
 from muonkit.lab.shapes import MODELS
 from muonkit.lab.tasks import TASKS, Budget
 from muonkit.options import CHOICES, DEFAULTS
@@ -371,12 +371,7 @@ def route_command(
 ) -> None:
     from muonkit.lab.specs import load_model
 
-    try:
-        routes = muonkit.route(
-            load_model(spec), rules_of(rule), scale=adjust_lr_fn, per_head=per_head
-        )
-    except ValueError as error:
-        raise LabError(" ".join(str(error).split())) from error
+    routes = routed(load_model(spec), rules_of(rule), scale=adjust_lr_fn, per_head=per_head)
     say(routes.to_json() if as_json else routes.table(fold=not every))
 
 

@@ -24,7 +24,7 @@ from muonkit.lab.optimizers import FALLBACK, SCALE, get_optimizer
 from muonkit.lab.output import Console
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome
-from muonkit.lab.rules import for_all, rules_of
+from muonkit.lab.rules import for_all, routed, rules_of
 from muonkit.lab.saved import MEASUREMENTS, RECORDING, Result, is_finished, read_result
 from muonkit.lab.store import DATA, SOURCES, Folder, Record, write_atomically
 from muonkit.lab.sweep import (
@@ -435,13 +435,8 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
 
 
 def _routes(model: nn.Module, rules: Sequence[str]) -> muonkit.Routes:
-    """Raises:
-    LabError: a rule does not fit the model.
-    """
-    try:
-        return muonkit.route(model, rules_of(rules), scale=SCALE, undecided=FALLBACK)
-    except ValueError as error:
-        raise LabError(" ".join(str(error).split())) from error
+    """As every Muon of a comparison goes by them."""
+    return routed(model, rules_of(rules), scale=SCALE, undecided=FALLBACK)
 
 
 def _check_data(folder: Folder, fingerprint: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from string import Template
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import muonkit
 from muonkit.lab.errors import LabError, RunError, unknown
+from muonkit.lab.rules import in_script
 
 BETAS = (0.9, 0.95)
 SLOWER_BETAS = (0.9, 0.99)
@@ -27,7 +28,29 @@ WEIGHT_DECAY = 0.1
 SGD_WEIGHT_DECAY = 5e-4
 
 
-Rules: TypeAlias = Sequence[muonkit.Rule]
+class Given(NamedTuple):
+    """What an optimizer is made with, beside the model.
+
+    Attributes:
+        lr, decay: the learning rate and the weight decay.
+        embedding_lr: the rate of embeddings and head, None for the same: a Muon gives it to all
+            that it leaves to AdamW.
+        rules: of routing; by these AdamW tells embeddings and head too.
+    """
+
+    lr: float
+    decay: float
+    embedding_lr: float | None = None
+    rules: Sequence[muonkit.Rule] = ()
+
+
+class Facts(NamedTuple):
+    """What a script has to know of the model: whether routing cannot judge a parameter of it, and
+    whether one is complex.
+    """
+
+    is_undecided: bool = False
+    has_complex: bool = False
 
 
 class Optimizer(Protocol):
@@ -103,7 +126,7 @@ class Float32Muon(Together):
             )
 
 
-def _apart(model: nn.Module, rules: Rules) -> list[nn.Parameter]:
+def _apart(model: nn.Module, rules: Sequence[muonkit.Rule]) -> list[nn.Parameter]:
     """Embeddings, head, and what else of two or more dimensions Muon leaves to AdamW."""
     routes = muonkit.route(model, rules, undecided=FALLBACK)
     return [r.param for r in routes if r.algorithm == "adamw" and r.param.ndim >= 2]
@@ -133,25 +156,16 @@ def _adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
 
 
-def _make_adamw(
-    betas: tuple[float, float],
-    model: nn.Module,
-    lr: float,
-    decay: float,
-    embedding_lr: float | None,
-    rules: Rules,
-) -> Optimizer:
-    apart = () if embedding_lr is None else _apart(model, rules)
-    return _adamw(model.parameters(), lr, decay, apart, embedding_lr, betas)
+def _make_adamw(betas: tuple[float, float], model: nn.Module, given: Given) -> Optimizer:
+    apart = () if given.embedding_lr is None else _apart(model, given.rules)
+    return _adamw(model.parameters(), given.lr, given.decay, apart, given.embedding_lr, betas)
 
 
-def _make_sgd(
-    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
-) -> Optimizer:
-    if embedding_lr is not None:
+def _make_sgd(model: nn.Module, given: Given) -> Optimizer:
+    if given.embedding_lr is not None:
         raise LabError("sgd has no rate of its own for embeddings: leave it out of --embedding-lr")
     return torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=decay
+        model.parameters(), lr=given.lr, momentum=0.9, nesterov=True, weight_decay=given.decay
     )
 
 
@@ -180,48 +194,34 @@ RELATIVE = ("hyperball", "relative_update")
 _ADAMW_SHARE = 0.5
 
 
-def _muonw_options(
-    name: str, lr: float, decay: float, embedding_lr: float | None
-) -> dict[str, Any]:
-    """What MuonW is given, beside the model."""
-    options: dict[str, Any] = {"lr": lr, "weight_decay": decay}
-    if embedding_lr is not None:
-        options["adamw_lr"] = embedding_lr
+def _muonw_options(name: str, given: Given) -> dict[str, Any]:
+    """What MuonW is given, beside the model and how it is routed."""
+    options: dict[str, Any] = {"lr": given.lr, "weight_decay": given.decay}
+    if given.embedding_lr is not None:
+        options["adamw_lr"] = given.embedding_lr
     elif name in RELATIVE:
-        options["adamw_lr"] = _ADAMW_SHARE * lr
+        options["adamw_lr"] = _ADAMW_SHARE * given.lr
     return {**options, **_MUONW, **STAGES[name][1]}
 
 
-def _make_muonw(
-    name: str,
-    model: nn.Module,
-    lr: float,
-    decay: float,
-    embedding_lr: float | None,
-    rules: Rules,
-) -> Optimizer:
-    routes = muonkit.route(model, rules, scale=SCALE, undecided=FALLBACK)
+def _make_muonw(name: str, model: nn.Module, given: Given) -> Optimizer:
+    routes = muonkit.route(model, given.rules, scale=SCALE, undecided=FALLBACK)
     if not any(route.algorithm == "muon" for route in routes):
         # It would be AdamW under Muon's name.
         raise LabError(
             f"{name} has nothing to train here: the model has no hidden matrix (`muonkit route` "
             "says why), and AdamW trains all of it; leave it out of --optimizers"
         )
-    return muonkit.MuonW(routes, **_muonw_options(name, lr, decay, embedding_lr))
+    return muonkit.MuonW(routes, **_muonw_options(name, given))
 
 
 def _torch_parts(
-    name: str,
-    model: nn.Module,
-    lr: float,
-    decay: float,
-    embedding_lr: float | None,
-    rules: Rules,
+    name: str, model: nn.Module, given: Given
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """torch.optim.Muon for the 2-D hidden matrices, AdamW for all else; LabError without one."""
     chosen = {
         id(route.param)
-        for route in muonkit.route(model, rules, undecided=FALLBACK)
+        for route in muonkit.route(model, given.rules, undecided=FALLBACK)
         if route.algorithm == "muon" and route.param.ndim == 2
     }
     hidden = [p for p in model.parameters() if id(p) in chosen]
@@ -232,23 +232,20 @@ def _torch_parts(
             f"{name} has nothing to train here: torch.optim.Muon takes 2-D hidden matrices "
             "only, and the model has none; leave it out of --optimizers"
         )
-    muon = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn=SCALE)
-    return muon, _adamw(rest, lr if embedding_lr is None else embedding_lr, decay)
+    muon = torch.optim.Muon(hidden, lr=given.lr, weight_decay=given.decay, adjust_lr_fn=SCALE)
+    rest_lr = given.lr if given.embedding_lr is None else given.embedding_lr
+    return muon, _adamw(rest, rest_lr, given.decay)
 
 
-def _make_torch_muon(
-    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
-) -> Optimizer:
-    return Together(*_torch_parts("torch-muon", model, lr, decay, embedding_lr, rules))
+def _make_torch_muon(model: nn.Module, given: Given) -> Optimizer:
+    return Together(*_torch_parts("torch-muon", model, given))
 
 
-def _make_torch_muon_fp32(
-    model: nn.Module, lr: float, decay: float, embedding_lr: float | None, rules: Rules
-) -> Optimizer:
-    return Float32Muon(*_torch_parts("torch-muon-fp32", model, lr, decay, embedding_lr, rules))
+def _make_torch_muon_fp32(model: nn.Module, given: Given) -> Optimizer:
+    return Float32Muon(*_torch_parts("torch-muon-fp32", model, given))
 
 
-# --- as a script has them: $lr, $decay and $embedding are filled in ---------------------------
+# --- as a script has them: what begins with $ is filled in -------------------------------------
 
 _ADAMW_LINES = """import torch
 
@@ -259,15 +256,15 @@ optimizer = torch.optim.AdamW(
     ],
     lr=$lr,
     betas=$betas,
-    fused=True,
+    fused=$fused
 )
 """
 
 _ADAMW_APART_LINES = """import torch
-from muonkit import route
+from muonkit import $names
 
 # Embeddings, head, and what else of two or more dimensions Muon would leave to AdamW.
-apart = [r.param for r in route(model) if r.algorithm == "adamw" and r.param.ndim >= 2]
+apart = [r.param for r in route(model$routed) if r.algorithm == "adamw" and r.param.ndim >= 2]
 taken = {id(p) for p in apart}
 matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in taken]
 optimizer = torch.optim.AdamW(
@@ -278,7 +275,7 @@ optimizer = torch.optim.AdamW(
     ],
     lr=$lr,
     betas=$betas,
-    fused=True,
+    fused=$fused
 )
 """
 
@@ -293,9 +290,9 @@ _IN_FLOAT32 = """# torch.optim.Muon multiplies in bfloat16; what was compared di
 """
 
 _TORCH_MUON_LINES = """import torch
-from muonkit import route
+from muonkit import $names
 
-hidden = [r.param for r in route(model) if r.algorithm == "muon" and r.param.ndim == 2]
+hidden = [r.param for r in route(model$routed) if r.algorithm == "muon" and r.param.ndim == 2]
 taken = {id(p) for p in hidden}
 rest = [p for p in model.parameters() if id(p) not in taken]
 optimizers = (  # both of them step
@@ -307,39 +304,43 @@ optimizers = (  # both of them step
         ],
         lr=$embedding,
         betas=$betas,
-        fused=True,
+        fused=$fused
     ),
 )
 """
 
 
-def _filled(
-    text: str,
-    lr: float,
-    decay: float,
-    embedding_lr: float | None,
-    betas: tuple[float, float] = BETAS,
-) -> str:
+def _filled(text: str, given: Given, facts: Facts, betas: tuple[float, float] = BETAS) -> str:
     return Template(text).substitute(
-        lr=repr(lr),
-        decay=repr(decay),
-        embedding=repr(lr if embedding_lr is None else embedding_lr),
+        lr=repr(given.lr),
+        decay=repr(given.decay),
+        embedding=repr(given.lr if given.embedding_lr is None else given.embedding_lr),
         betas=repr(betas),
         scale=SCALE,
+        fused="False,  # it has no complex numbers" if facts.has_complex else "True,",
+        names="Rule, route" if given.rules else "route",
+        routed="".join(f", {each}" for each in _routing(given, facts)),
     )
 
 
-def _adamw_lines(
-    betas: tuple[float, float], lr: float, decay: float, embedding_lr: float | None
-) -> str:
-    text = _ADAMW_LINES if embedding_lr is None else _ADAMW_APART_LINES
-    return _filled(text, lr, decay, embedding_lr, betas)
+def _routing(given: Given, facts: Facts) -> list[str]:
+    """The arguments by which MuonW and `muonkit.route` route as it was done here."""
+    # Without the last one they would refuse such a model.
+    undecided = f'undecided="{FALLBACK}"' if facts.is_undecided else ""
+    return [each for each in (in_script(given.rules), undecided) if each]
 
 
-def _muonw_lines(name: str, lr: float, decay: float, embedding_lr: float | None) -> str:
-    options = _muonw_options(name, lr, decay, embedding_lr)
-    given = "".join(f"    {option}={_quoted(value)},\n" for option, value in options.items())
-    return f"from muonkit import MuonW\n\noptimizer = MuonW(\n    model,\n{given})\n"
+def _adamw_lines(betas: tuple[float, float], given: Given, facts: Facts) -> str:
+    text = _ADAMW_LINES if given.embedding_lr is None else _ADAMW_APART_LINES
+    return _filled(text, given, facts, betas)
+
+
+def _muonw_lines(name: str, given: Given, facts: Facts) -> str:
+    options = _muonw_options(name, given)
+    said = [*_routing(given, facts), *(f"{o}={_quoted(value)}" for o, value in options.items())]
+    names = "MuonW, Rule" if given.rules else "MuonW"
+    arguments = "".join(f"    {each},\n" for each in ["model", *said])
+    return f"from muonkit import {names}\n\noptimizer = MuonW(\n{arguments})\n"
 
 
 def _quoted(value: object) -> str:
@@ -352,9 +353,7 @@ class OptimizerSpec:
 
     Attributes:
         title: its name in sentences and pictures.
-        make: from a model, a learning rate, a weight decay, the rate of embeddings and head, None
-            for the same: a Muon gives it to all that it leaves to AdamW; and rules of routing, by
-            which AdamW tells embeddings and head too.
+        make: from a model and what is given.
         lines: the same for a script, as text in which the model is called ``model``; they end with
             ``optimizer``, or with ``optimizers``.
         weight_decay: the default, and the centre of its sweep.
@@ -365,8 +364,8 @@ class OptimizerSpec:
     name: str
     title: str
     summary: str
-    make: Callable[[nn.Module, float, float, float | None, Rules], Optimizer]
-    lines: Callable[[float, float, float | None], str]
+    make: Callable[[nn.Module, Given], Optimizer]
+    lines: Callable[[Given, Facts], str]
     weight_decay: float = WEIGHT_DECAY
     scaled: bool = False
     has_embedding_lr: bool = True
@@ -381,10 +380,10 @@ class OptimizerSpec:
         lr: float,
         weight_decay: float | None = None,
         embedding_lr: float | None = None,
-        rules: Rules = (),
+        rules: Sequence[muonkit.Rule] = (),
     ) -> Optimizer:
         """The optimizer for ``model``; a weight decay of None is the default."""
-        return self.make(model, lr, self.decay(weight_decay), embedding_lr, rules)
+        return self.make(model, Given(lr, self.decay(weight_decay), embedding_lr, rules))
 
 
 def _staged(name: str) -> OptimizerSpec:

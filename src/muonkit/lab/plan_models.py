@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from muonkit.lab.errors import LabError, unknown
+from muonkit.lab.rules import routed
 from muonkit.lab.shapes import MODELS, ModelShape, ParameterShape, Role
 from muonkit.lab.specs import load_model
-from muonkit.routing.routes import route
 from muonkit.routing.rules import Rule
 
 __all__ = ["find_model", "parse_roles", "shape_of"]
@@ -77,11 +77,7 @@ def shape_of(
         LabError: the model cannot be routed, or a pattern of `roles` matches
             no parameter.
     """
-    try:
-        routes = route(model, list(rules))
-    except ValueError as error:
-        raise LabError(" ".join(str(error).split())) from error
-    trained = [r for r in routes if r.algorithm in ("muon", "adamw")]
+    trained = [r for r in routed(model, rules) if r.algorithm in ("muon", "adamw")]
     styles = _styles(model)
     unused = set(roles or ())
     layers: dict[str, int] = {}

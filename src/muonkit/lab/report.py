@@ -23,10 +23,10 @@ from rich.text import Text
 import muonkit
 from muonkit._text import shown
 from muonkit.lab.errors import LabError
-from muonkit.lab.optimizers import FALLBACK, SCALE, get_optimizer, title_of
+from muonkit.lab.optimizers import SCALE, Facts, Given, get_optimizer, title_of
 from muonkit.lab.pictures import dark
 from muonkit.lab.results import NOTES, Advice, Outcome, advice, rows, transposed, verdicts
-from muonkit.lab.rules import in_script as rules_in_script
+from muonkit.lab.rules import rules_of
 from muonkit.lab.saved import Result
 from muonkit.lab.store import Record, write_atomically, write_json
 from muonkit.lab.task import Task
@@ -249,20 +249,11 @@ def in_script(material: Material, name: str) -> str:
     """The lines of a script that make an optimizer as it was compared, and its schedule."""
     result = next(result for result, _ in material.outcomes if result.optimizer == name)
     spec = get_optimizer(name)
-    lines = spec.lines(result.lr, spec.decay(result.weight_decay), result.embedding_lr)
-    rules = rules_in_script(material.config.get("rules", ()))
-    # Without it MuonW and route would refuse such a model.
-    undecided = f'undecided="{FALLBACK}"' if UNDECIDED in material.routing else ""
-    asked = [each for each in (rules, undecided) if each]
-    if asked and ("MuonW(" in lines or "route(model)" in lines):
-        written = "".join(f"    {each},\n" for each in asked)
-        lines = lines.replace("    model,\n", f"    model,\n{written}")
-        lines = lines.replace("route(model)", f"route(model, {', '.join(asked)})")
-        if rules:
-            lines = lines.replace("import MuonW\n", "import MuonW, Rule\n")
-            lines = lines.replace("import route\n", "import Rule, route\n")
-    if material.has_complex:
-        lines = lines.replace("fused=True,", "fused=False,  # it has no complex numbers")
+    decay, rules = spec.decay(result.weight_decay), rules_of(material.config.get("rules"))
+    lines = spec.lines(
+        Given(result.lr, decay, result.embedding_lr, rules),
+        Facts(UNDECIDED in material.routing, material.has_complex),
+    )
     steps = max(result.steps for result, _ in material.outcomes)
     several = "optimizers = (" in lines
     made = "torch.optim.lr_scheduler.LambdaLR({}, factor)"

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 import muonkit
 from muonkit.lab.errors import LabError
 from muonkit.views import View
@@ -52,10 +54,24 @@ def for_all(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def in_script(texts: Iterable[str]) -> str:
-    """The same as Python, for a script that has imported `Rule`; empty where there are none."""
+def routed(model: nn.Module, rules: Sequence[muonkit.Rule] = (), **options: Any) -> muonkit.Routes:
+    """`muonkit.route`, whose errors are the user's.
+
+    Raises:
+        LabError: the model cannot be routed by these rules and options.
+    """
+    try:
+        return muonkit.route(model, rules, **options)
+    except ValueError as error:
+        raise LabError(" ".join(str(error).split())) from error
+
+
+def in_script(rules: Iterable[muonkit.Rule]) -> str:
+    """Rules of a command line as Python, for a script that has imported `Rule`; empty where there
+    are none.
+    """
     written = []
-    for rule in rules_of(texts):
+    for rule in rules:
         chosen = f'view="{View.parse(rule.view)}"' if rule.view else f'algorithm="{rule.algorithm}"'
         written.append(f"Rule({str(rule.match)!r}, {chosen})")
     return f"rules=[{', '.join(written)}]" if written else ""

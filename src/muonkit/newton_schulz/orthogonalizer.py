@@ -291,15 +291,12 @@ def _magnitude(X: Tensor, norm: Tensor | None) -> Tensor | None:
 
 def _norm(X: Tensor) -> Tensor:
     """The norm of every matrix, `(B, 1, 1)`."""
-    both = (-2, -1)
-    if X.device.type != "cpu":
-        norm: Tensor = torch.linalg.vector_norm(X, dim=both, keepdim=True)
-        return norm
-    # Along memory, then of these norms: torch adds up all squares of a matrix in one long sum, and
-    # at 4096 x 4096 was off by 6e-4, or 5e-3 where rows lie apart. A large one takes half the time.
-    along = -1 if X.stride(-1) <= X.stride(-2) else -2
-    lines = torch.linalg.vector_norm(X, dim=along, keepdim=True)
-    norm = torch.linalg.vector_norm(lines, dim=both, keepdim=True)
+    if X.device.type == "cpu":
+        # Along memory first: torch adds up all squares of a matrix in one long sum, and at 4096 x
+        # 4096 is off by 6e-4, or 5e-3 where rows lie apart. A large one takes half the time too.
+        along = -1 if X.stride(-1) <= X.stride(-2) else -2
+        X = torch.linalg.vector_norm(X, dim=along, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     return norm
 
 
