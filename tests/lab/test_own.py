@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 import shutil
 import sys
@@ -637,6 +638,16 @@ def test_a_rule_may_have_any_signs() -> None:
         assert (again.algorithm or "muon") == rule.algorithm
         assert (again.view is None) == (rule.view is None)
         assert again.view is None or View.parse(again.view) == View.parse(rule.view)
+
+
+def test_a_run_of_other_rules_is_another_run() -> None:
+    Path("mine.py").write_text(HEAD + RAW)
+    task = get_task("mine.py:task")
+    identities = [
+        Setting(task, task.load(), 2, 0, rules=rules).identity(Run("muonw", 0.1, 0))
+        for rules in ((), ("strange=adamw",), ("strange=muon:experts",))
+    ]
+    assert all(one != other for one, other in itertools.combinations(identities, 2))
 
 
 def test_rules_decide_which_rate_a_matrix_has_under_adamw(tmp_path: Path) -> None:

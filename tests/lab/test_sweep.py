@@ -179,6 +179,13 @@ def test_the_lines_make_the_optimizer_that_was_compared(
         assert torch.equal(found, expected)
 
 
+def test_the_slower_adamw_differs_in_its_beta2() -> None:
+    groups = OPTIMIZERS["adamw-0.99"].build(_model(), 0.01).param_groups
+    assert {group["betas"] for group in groups} == {(0.9, 0.99)}
+    groups = OPTIMIZERS["adamw"].build(_model(), 0.01).param_groups
+    assert {group["betas"] for group in groups} == {(0.9, 0.95)}
+
+
 def test_a_pattern_is_itself_in_the_lines() -> None:
     """Also one that reads as the lines themselves do."""
     given = Given(0.01, 0.2, 0.03, rules_of(["route(model)*,fused=True,=adamw"]))

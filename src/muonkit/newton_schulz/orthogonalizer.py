@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -280,11 +281,11 @@ def _magnitude(X: Tensor, norm: Tensor | None) -> Tensor | None:
     """
     within = None
     if norm is not None:
-        low, high = _norm_range(X.dtype)
+        least = _least_norm(X.dtype)
         lowest, highest = norm.aminmax()
-        if low < lowest.item() and highest.item() < high:
+        if least < lowest.item() and highest.item() < math.inf:  # NaN is neither
             return None
-        within = (low < norm) & (norm < high)
+        within = (least < norm) & (norm < math.inf)
     largest = _largest(X).clamp_min(torch.finfo(X.dtype).tiny)  # a zero matrix stays one
     return largest if within is None else largest.masked_fill_(within, 1)
 
@@ -301,12 +302,12 @@ def _norm(X: Tensor) -> Tensor:
 
 
 @functools.cache
-def _norm_range(dtype: torch.dtype) -> tuple[float, float]:
-    """Between these, sums of squares do not overflow, and the squares that vanish, of up to 2^40
-    entries, are less than a rounding error of the sum.
+def _least_norm(dtype: torch.dtype) -> float:
+    """Above this the squares that vanish, of up to 2^40 entries, are less than a rounding error of
+    their sum. (A sum of squares that overflows is infinite, and so is the norm.)
     """
     info = torch.finfo(dtype)
-    return (info.tiny * 2.0**40 / info.eps) ** 0.5, info.max**0.5 / 2
+    return float((info.tiny * 2.0**40 / info.eps) ** 0.5)
 
 
 def _largest(X: Tensor) -> Tensor:
