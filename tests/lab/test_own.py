@@ -197,6 +197,50 @@ def test_seeds_differ_in_weights_and_order() -> None:
     assert torch.cat(first).sort()[0].equal(torch.cat(second).sort()[0])
 
 
+ORDERED = "DataLoader(TensorDataset(x[:36], y[:36]), batch_size=6)"
+PRETRAINED = """
+import copy
+begun = net()
+return lambda: copy.deepcopy(begun), {}, val, F.cross_entropy
+"""
+SEEDED = """
+def make():
+    torch.manual_seed(7)
+    return net()
+return make, {}, val, F.cross_entropy
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (PRETRAINED.format("train"), "± and p are of the batches alone"),
+        (SEEDED.format("train"), "± and p are of the batches alone"),
+        (SEEDED.format(ORDERED), "± and p mean nothing"),
+        (FORMS["a module"], None),
+        (FORMS["a factory"].replace("train", ORDERED), None),
+    ],
+)
+def test_seeds_that_share_the_weights_are_told_of(
+    body: str, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(body)
+    asked = ["compare", "mine.py:task", "--steps", "1", "--optimizers", "adamw", "--out", "out"]
+    assert main([*asked, "--seeds", "2"]) == 0
+    found = capsys.readouterr()
+    page = Path("out", "report.html").read_text()
+    for text in (" ".join(found.err.split()), " ".join(found.out.split()), page):
+        assert ("Every seed begins with the same weights" in text) == (said is not None)
+        assert said is None or said in text
+
+
+def test_one_seed_has_nothing_to_share(capsys: pytest.CaptureFixture[str]) -> None:
+    written(SEEDED.format("train"))
+    asked = ["compare", "mine.py:task", "--steps", "1", "--optimizers", "adamw", "--out", "out"]
+    assert main(asked) == 0
+    assert "same weights" not in capsys.readouterr().err
+
+
 def test_a_hugging_face_model_needs_an_adapter_of_three_lines(tmp_path: Path) -> None:
     Path("mine.py").write_text(
         "import torch\n"

@@ -19,9 +19,11 @@ from muonkit.lab import report
 from muonkit.lab.errors import Interrupted, LabError
 from muonkit.lab.files import is_there
 from muonkit.lab.jobs import Workers
+from muonkit.lab.loaders import OwnData
 from muonkit.lab.objective import Place
 from muonkit.lab.optimizers import FALLBACK, SCALE, get_optimizer
 from muonkit.lab.output import Console
+from muonkit.lab.own import said_of_seeds
 from muonkit.lab.progress import Lines, reporter
 from muonkit.lab.results import Curve, Outcome
 from muonkit.lab.rules import for_all, routed, rules_of
@@ -410,7 +412,14 @@ class Session:
         return (result, Curve.of(records)), records, content
 
 
-def _material(session: Session, runs: Sequence[Run]) -> report.Material:
+def _said_of_seeds(asked: Comparison, setting: Setting) -> str:
+    """What there is to say of the seeds of the user's own task, where there are several."""
+    if max(asked.seeds, asked.sweep_seeds) == 1 or not isinstance(setting.data, OwnData):
+        return ""
+    return said_of_seeds(setting.task, setting.data)
+
+
+def _material(session: Session, runs: Sequence[Run], seeds: str) -> report.Material:
     measured = {run: session.outcome(run) for run in session.results}
     text = b"".join(content for _, _, content in measured.values())
     write_atomically(session.folder.path / MEASUREMENTS, text)
@@ -428,7 +437,7 @@ def _material(session: Session, runs: Sequence[Run]) -> report.Material:
         spent=session.spent(),
         records={f"{run.optimizer}/{run.seed}": measured[run][1] for run in runs},
         recordings={run.title: path for run, path in recorded if is_there(path)},
-        caveat=report.caveat(session.asked.config(), task),
+        caveats=[each for each in (report.caveat(session.asked.config(), task), seeds) if each],
         unit=task.unit,
         has_complex=any(p.is_complex() for p in model.parameters()),
     )
@@ -575,10 +584,13 @@ def compare(
                 f"{asked.task}: {setting.data.description}; {setting.steps:,} steps a run, on "
                 f"{asked.device}"
             )
+        seeds = _said_of_seeds(asked, setting)
+        if seeds:
+            lines.say(seeds)
         session = Session(asked, setting, folder, lines)
         with session.working():
             runs = session.all_runs()
-            material = _material(session, runs)
+            material = _material(session, runs, seeds)
         path = report.write(folder.path, material, lines.say)
     report.show(output, material)
     if not session.trained:

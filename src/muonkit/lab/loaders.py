@@ -244,13 +244,18 @@ class OwnData:
             f"batch{'es' if batches != 1 else ''} to validate"
         )
 
-    def _first(self) -> str:
-        """A digest of the first training batches of seed 0."""
+    def _first(self, seed: int = 0) -> str:
+        """A digest of the first training batches of a seed."""
         digest = hashlib.sha256()
         self._step = -1  # begin again
         for step in range(min(FIRST, self._train.length or FIRST)):
-            add_to(digest, self.batch(0, step, 0))
+            add_to(digest, self.batch(seed, step, 0))
         return digest.hexdigest()
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the training batches of another seed begin as those of seed 0 do."""
+        return self._first(1) == self._begun
 
     def see_untouched(self) -> None:
         """See that a loss, which has changed a batch that it was given, has not changed what will

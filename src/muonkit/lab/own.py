@@ -184,6 +184,23 @@ def own_task(spec: str) -> Task:
 _loaded: dict[tuple[str, str, str], Task] = {}
 
 
+def said_of_seeds(task: Task, data: OwnData) -> str:
+    """What ± and p are worth where all seeds begin with the same weights; else nothing."""
+    if _digest(task.make(0)) != _digest(task.make(1)):
+        return ""
+    begins = "Every seed begins with the same weights"
+    if data.is_ordered:
+        return (
+            f"{begins} and has the same batches, so that its runs are one run several times, but "
+            "for dropout: ± and p mean nothing. Shuffle the batches, or leave the seed out of the "
+            "function that makes the model."
+        )
+    return (
+        f"{begins}, as those of a pretrained model are: ± and p are of the batches alone. If that "
+        "is not meant, leave the seed out of the function that makes the model."
+    )
+
+
 # --- the task --------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ class Material:
         spent: what the sweeps took, in lines.
         records: the measurements of each of ``outcomes``, by ``"NAME/SEED"``.
         recordings: what the monitor wrote on seed 0, by the run's title.
-        caveat: of `caveat`, what to keep in mind beside the verdict.
+        caveats: what to keep in mind beside the verdict.
         unit: what losses are in; empty where nobody knows.
         has_complex: whether the model has complex parameters.
     """
@@ -87,7 +87,7 @@ class Material:
     attempts: Sequence[Outcome]
     records: dict[str, list[Record]]
     recordings: Mapping[str, Path] = field(default_factory=dict)
-    caveat: str = ""
+    caveats: Sequence[str] = ()
     unit: str = "nats"
     swept: Sequence[Outcome] = ()
     spent: Sequence[str] = ()
@@ -142,7 +142,7 @@ def caveat(config: Record, task: Task) -> str:
 def show(console: Console, material: Material) -> None:
     """Print the verdict and the table of results: a column per optimizer, to fit 80 characters."""
     outcomes = material.outcomes
-    for said in (*verdicts(outcomes, material.unit), *filter(None, [material.caveat])):
+    for said in (*verdicts(outcomes, material.unit), *material.caveats):
         console.print(said, highlight=False, markup=False)
     headings, lines = transposed(rows(outcomes))
     # Cells are `Text`, since rich reads plain strings in a table as markup.
@@ -335,7 +335,7 @@ def write(folder: Path, material: Material, say: Callable[[str], None] = print) 
     page = templates.get_template("report.html.j2").render(
         task=task,
         verdicts=verdicts(material.outcomes, material.unit),
-        caveat=material.caveat,
+        caveats=material.caveats,
         summary=material.summary,
         data=material.data,
         notes=notes(material.config, material.unit),
