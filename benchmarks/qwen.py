@@ -17,7 +17,9 @@ adjusted rate it converges better than without; a training is 2.5% slower than A
 the rates of AdamW, of MuonW and of MuonW with "original" are swept, a factor of two apart, widened
 at an edge. Then, on every seed, each optimizer runs at its best rate, and the two scales at AdamW's
 too. torch's and Moonlight's have MuonW's best rate, which has their unit. Beside the scale
-"original" AdamW's part keeps the rate that it has beside the other one.
+"original" AdamW's part keeps the rate that it has beside the other one. And since a Muon gives the
+table and the gains another step than the matrices, AdamW runs a second time with a rate of its own
+for these, swept like the others.
 
 A finished run is kept: the same command goes on where it was stopped.
 """
@@ -70,7 +72,11 @@ TITLES = {
     "torch": "torch.optim.Muon and AdamW",
     "moonlight": "Moonlight's rule",
     "adamw": "AdamW",
+    "adamw, two rates": "AdamW, a rate for the matrices and one for the rest",
+    "muonw, AdamW's rate": 'MuonW, "match_rms_adamw", at AdamW\'s rate',
+    "original, AdamW's rate": 'MuonW, "original", at AdamW\'s rate',
 }
+CLAIMED = ("muonw", "original", "torch", "moonlight", "adamw", "adamw, two rates")
 
 
 class Key(NamedTuple):
@@ -116,7 +122,7 @@ def make(name: str, model: Qwen, lr: float, adamw_lr: float) -> Optimizer:
     rest = [p for p in model.parameters() if id(p) not in known]
     adamw = {"lr": adamw_lr, "betas": BETAS, "weight_decay": DECAY, "fused": True}
     if name == "adamw":
-        return torch.optim.AdamW([*hidden, *rest], **adamw)
+        return torch.optim.AdamW([{"params": hidden, "lr": lr}, {"params": rest}], **adamw)
     if name == "torch":
         muon = torch.optim.Muon(hidden, lr=lr, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
         return Float32Muon(muon, torch.optim.AdamW(rest, **adamw))
@@ -218,20 +224,31 @@ def all_runs(trainer: Trainer, seeds: int) -> None:
     )
     beside = found["muonw"]
     # Of a matrix of 192 x 192 "original" makes an update 2.8 times smaller; of others up to 4.5.
+    both = {"original": best_rate(4 * beside, 3), "rest": best_rate(8 * found["adamw"], 3)}
+    matrices = found["adamw"]
     found |= trainer.search(
-        {"original": best_rate(4 * beside, 3)}, lambda name, lr: Key(name, lr, beside, 0)
+        both,
+        lambda name, lr: (
+            Key("adamw", matrices, lr, 0) if name == "rest" else Key(name, lr, beside, 0)
+        ),
     )
-    trainer.ensure(keys_of(found, range(seeds)))
+    trainer.ensure(Key(*case, seed) for seed in range(seeds) for case in cases(found).values())
     trainer.runs.keep(chosen=found)
 
 
-def keys_of(chosen: Mapping[str, float], seeds: Iterable[int]) -> list[Key]:
-    """The runs that count, beside those of the sweeps."""
-    ours, theirs, original = (chosen[name] for name in ("muonw", "adamw", "original"))
-    runs = [("muonw", ours, ours), ("torch", ours, ours), ("moonlight", ours, ours),
-            ("original", original, ours), ("adamw", theirs, theirs),
-            ("muonw", theirs, theirs), ("original", theirs, theirs)]  # fmt: skip
-    return list(dict.fromkeys(Key(*run, seed) for seed in seeds for run in runs))
+def cases(chosen: Mapping[str, float]) -> dict[str, tuple[str, float, float]]:
+    """What runs on every seed, by its title: optimizer, rate of the matrices, rate of the rest."""
+    ours, theirs = chosen["muonw"], chosen["adamw"]
+    return {
+        "muonw": ("muonw", ours, ours),
+        "original": ("original", chosen["original"], ours),
+        "torch": ("torch", ours, ours),
+        "moonlight": ("moonlight", ours, ours),
+        "adamw": ("adamw", theirs, theirs),
+        "adamw, two rates": ("adamw", theirs, chosen["rest"]),
+        "muonw, AdamW's rate": ("muonw", theirs, theirs),
+        "original, AdamW's rate": ("original", theirs, theirs),
+    }
 
 
 # --- the step's share of the time ------------------------------------------------------------
@@ -260,34 +277,31 @@ def overhead(rounds: int, windows: int) -> Record:
 # --- the page --------------------------------------------------------------------------------
 
 
-def at(record: Record, optimizer: str, lr: float, adamw_lr: float) -> list[Record]:
-    """The runs of all seeds with these rates."""
-    wanted = (optimizer, lr, adamw_lr)
-    runs = record["runs"]
-    return [r for r in runs if (r["optimizer"], r["lr"], r["adamw_lr"]) == wanted]
+def runs_of(record: Record) -> dict[str, list[Record]]:
+    """The runs of all seeds, by the title of the case."""
+    fields = ("optimizer", "lr", "adamw_lr")
+    return {
+        title: [run for run in record["runs"] if tuple(run[f] for f in fields) == case]
+        for title, case in cases(record["chosen"]).items()
+    }
 
 
-def best_runs(record: Record) -> dict[str, list[Record]]:
-    """For each optimizer its runs at the chosen rate."""
-    by_name: dict[str, list[Record]] = {}
-    for key in keys_of(record["chosen"], [0])[:5]:
-        by_name[key.optimizer] = at(record, key.optimizer, key.lr, key.adamw_lr)
-    return {name: by_name[name] for name in TITLES}
+def better_adamw(found: Mapping[str, list[Record]]) -> str:
+    """That with one rate or that with two, by the mean of the seeds."""
+    means = {n: statistics.fmean(map(last, found[n])) for n in ("adamw", "adamw, two rates")}
+    return min(means, key=means.__getitem__)
 
 
 def curves_table(record: Record) -> str:
-    chosen, best = record["chosen"], best_runs(record)
-    goal = {run["seed"]: last(run) for run in best["adamw"]}
-    lines = [(TITLES[name], runs) for name, runs in best.items()]
-    same = chosen["adamw"]
-    for name in ("muonw", "original"):
-        lines.append((f"{TITLES[name]}, at AdamW's rate", at(record, name, same, same)))
+    found = runs_of(record)
+    rival = better_adamw(found)
+    goal = {run["seed"]: last(run) for run in found[rival]}
     rows = []
-    for title, runs in lines:
+    for title, runs in found.items():
         steps = [reached(run, goal[run["seed"]]) for run in runs]
         rows.append(
             [
-                title,
+                TITLES[title],
                 f"{runs[0]['lr']:g}",
                 f"{runs[0]['adamw_lr']:g}",
                 len(runs),
@@ -296,22 +310,24 @@ def curves_table(record: Record) -> str:
                 f"{statistics.fmean(r['optimizer_ms'] / r['step_ms'] for r in runs):.0%}",
             ]
         )
-    head = ["optimizer", "lr", "lr of AdamW's part", "seeds", "validation loss",
-            "steps to AdamW's loss", "optimizer's share of a step"]  # fmt: skip
+    with_rates = " with two rates" if rival != "adamw" else ""
+    head = ["optimizer", "lr of matrices", "lr of the rest", "seeds", "validation loss",
+            f"steps to the loss of AdamW{with_rates}", "optimizer's share of a step"]  # fmt: skip
     return table(head, rows)
 
 
 def deviations_table(record: Record) -> str:
     """How far losses of the same rule at the same rate are apart, over all seeds."""
-    best = best_runs(record)
-    ours = {run["seed"]: run["loss"] for run in best["muonw"]}
+    found = runs_of(record)
+    ours = {run["seed"]: run["loss"] for run in found["muonw"]}
     steps = len(next(iter(ours.values())))
     marks = [step for step in (20, 100, steps) if step <= steps]
     rows = []
     for name in ("torch", "moonlight"):
         apart = [[abs(a - b) for a, b in zip(run["loss"], ours[run["seed"]], strict=True)]
-                 for run in best[name]]  # fmt: skip
-        ends = [last(run) - last(mine) for run, mine in zip(best[name], best["muonw"], strict=True)]
+                 for run in found[name]]  # fmt: skip
+        both = zip(found[name], found["muonw"], strict=True)
+        ends = [last(run) - last(mine) for run, mine in both]
         rows.append([TITLES[name], *(f"{max(max(each[:mark]) for each in apart):.1e}"
                                      for mark in marks), mean(ends, 4)])  # fmt: skip
     head = ["against MuonW", *(f"largest difference of losses to step {mark}" for mark in marks),
@@ -320,19 +336,24 @@ def deviations_table(record: Record) -> str:
 
 
 def sweep_line(record: Record) -> str:
+    chosen = record["chosen"]
+    on_seed_0 = [run for run in record["runs"] if run["seed"] == 0]
+    swept = {
+        "muonw": ("muonw", "lr", lambda run: run["lr"] == run["adamw_lr"]),
+        "adamw": ("adamw", "lr", lambda run: run["lr"] == run["adamw_lr"]),
+        "original": ("original", "lr", lambda run: run["adamw_lr"] == chosen["muonw"]),
+        "rest": ("adamw", "adamw_lr", lambda run: run["lr"] == chosen["adamw"]),
+    }
     said = []
-    beside = record["chosen"]["muonw"]
-    for name, chosen in record["chosen"].items():
+    for name, (optimizer, field, belongs) in swept.items():
         tried = sorted(
-            (run["lr"], last(run))
-            for run in record["runs"]
-            if run["optimizer"] == name
-            and run["seed"] == 0
-            and (name != "original" or run["adamw_lr"] == beside)
+            (run[field], last(run))
+            for run in on_seed_0
+            if run["optimizer"] == optimizer and belongs(run)
         )
-        cells = (f"**{lr:g}: {loss:.4f}**" if lr == chosen else f"{lr:g}: {loss:.4f}"
+        cells = (f"**{lr:g}: {loss:.4f}**" if lr == chosen[name] else f"{lr:g}: {loss:.4f}"
                  for lr, loss in tried)  # fmt: skip
-        said.append(f"{TITLES[name]}: {', '.join(cells)}")
+        said.append(f"{TITLES.get(name, 'the rest under AdamW')}: {', '.join(cells)}")
     return "Tried on seed 0 (rate: validation loss): " + "; ".join(said) + "."
 
 
@@ -369,8 +390,8 @@ def write_page() -> None:
     made = NOT_RUN
     if FILE.exists() and "chosen" in (record := read(FILE)):
         made = block(record)
-        curves = {f"{TITLES[name]}, lr {runs[0]['lr']:g}": runs
-                  for name, runs in best_runs(record).items()}  # fmt: skip
+        found = runs_of(record)
+        curves = {f"{TITLES[name]}, lr {found[name][0]['lr']:g}": found[name] for name in CLAIMED}
         picture(curves, FILE.with_suffix(".svg"))
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(replace_block(page, "qwen", made), encoding="utf-8")

@@ -43,7 +43,8 @@ def test_the_qwen_like_models_page_is_what_its_file_says(qwen: Any) -> None:
 
 
 def test_three_of_the_five_optimizers_are_one_rule(tiny: Any) -> None:
-    runs = {name: tiny.train(tiny.Key(name, 0.01, 0.01, 0), 3, 1) for name in tiny.TITLES}
+    names = ("muonw", "torch", "moonlight", "original", "adamw")
+    runs = {name: tiny.train(tiny.Key(name, 0.01, 0.01, 0), 3, 1) for name in names}
     ours = runs["muonw"]
     assert [step for step, _ in ours["validation"]] == [0, 3]
     assert 0 < ours["optimizer_ms"] < ours["step_ms"]
@@ -53,6 +54,16 @@ def test_three_of_the_five_optimizers_are_one_rule(tiny: Any) -> None:
     for name in ("original", "adamw"):
         assert runs[name]["loss"][0] == ours["loss"][0]
         assert abs(runs[name]["loss"][2] - ours["loss"][2]) > 1e-3
+
+
+def test_adamw_may_have_a_rate_for_the_matrices_and_one_for_the_rest(tiny: Any) -> None:
+    model = tiny.Qwen(0)
+    optimizer = tiny.make("adamw", model, 0.001, 0.016)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        of_rest = "embed" in name or p.ndim < 2
+        assert rates[id(p)] == (0.016 if of_rest else 0.001), name
 
 
 class _Text:
@@ -76,6 +87,8 @@ def test_the_searches_train_each_run_once_and_choose_the_lowest(
     def train(key: Any, steps: int, evaluations: int) -> dict[str, Any]:
         trained.append(key)
         end = 1.5 + abs(math.log2(key.lr / best[key.optimizer])) + 0.1 * key.seed
+        if key.optimizer == "adamw":  # its rest wants twice the rate of its matrices
+            end += 0.2 * abs(math.log2(key.adamw_lr / key.lr / 2))
         times = {"step_ms": 100.0, "optimizer_ms": 20.0}
         return {"loss": [5.0, end], "validation": [[0, 5.0], [2, end]], **times}
 
@@ -84,14 +97,18 @@ def test_the_searches_train_each_run_once_and_choose_the_lowest(
     runs = script("curves").Runs(path, "qwen", {"steps": 2}, qwen.Key._fields)
     qwen.all_runs(qwen.Trainer(runs, 1, 2, 1), seeds=2)
     record = qwen.read(path)
-    assert record["chosen"] == {"adamw": 0.004, "muonw": 0.008, "original": 0.032}
+    assert record["chosen"] == {"adamw": 0.004, "muonw": 0.008, "original": 0.032, "rest": 0.008}
     assert len(trained) == len(set(trained)) == len(record["runs"])
     for seed in (0, 1):
-        assert {key for key in qwen.keys_of(record["chosen"], [seed])} <= set(trained)
+        cases = qwen.cases(record["chosen"]).values()
+        assert {qwen.Key(*case, seed) for case in cases} <= set(trained)
     text = qwen.block(record)
-    assert "| AdamW | 0.004 | 0.004 | 2 | 1.5500 ± 0.0707 | 2 ± 0 | 20% |" in text
+    assert "steps to the loss of AdamW with two rates" in text
+    assert "| AdamW | 0.004 | 0.004 | 2 | 1.7500 ± 0.0707 | — | 20% |" in text
+    assert "one for the rest | 0.004 | 0.008 | 2 | 1.5500 ± 0.0707 | 2 ± 0 | 20% |" in text
     assert '| MuonW, "original", at AdamW\'s rate | 0.004 | 0.004 | 2 | 4.5500' in text
-    assert "AdamW: 0.001: 3.5000, 0.002: 2.5000, **0.004: 1.5000**, 0.008: 2.5000" in text
+    assert "; AdamW: 0.001: 3.7000, 0.002: 2.7000, **0.004: 1.7000**, 0.008: 2.7000; " in text
+    assert "rest under AdamW: 0.004: 1.7000, **0.008: 1.5000**, 0.016: 1.7000, 0.032:" in text
 
 
 def test_whole_steps_are_timed_in_turn(tiny: Any) -> None:
