@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn as nn
 
 from muonkit._shards import WHOLE, flat_shard
@@ -65,6 +66,7 @@ def judge(
         verdict = _as_viewed(
             _low_rank_adapter(site)
             or _vector(site, param)
+            or _without_class(site)
             or _norm(site)
             or _layer(site, param)
             or judge_raw(site, param),
@@ -99,6 +101,24 @@ def _refuse_shards(site: Site, param: nn.Parameter) -> None:
         flat = f"a {param.ndim}-D piece of a matrix (a flat shard)"
     if flat is not None:
         raise Undecided(f"is {flat}. {WHOLE}", final=True)
+
+
+def _without_class(site: Site) -> Verdict | None:
+    """None where there is one. TorchScript and torch.export keep a module's parameters and drop its
+    class: an embedding, a layer and an output head all look alike."""
+    maker = "torch.jit" if isinstance(site.owner, torch.jit.ScriptModule) else None
+    if any(_is_exported(module) for module in (*site.ancestors, site.owner)):
+        maker = "torch.export"
+    if maker is None:
+        return None
+    raise Undecided(
+        f"{maker} has dropped the class of its module; route the model as it was before, which "
+        "has the same parameters"
+    )
+
+
+def _is_exported(module: nn.Module) -> bool:
+    return any(each.__module__.startswith("torch.export.") for each in type(module).__mro__)
 
 
 def _low_rank_adapter(site: Site) -> Verdict | None:
