@@ -64,7 +64,7 @@ def judge(
         return adamw(facts.stems[id(param)])
     try:
         verdict = _as_viewed(
-            _low_rank_adapter(site)
+            _adapter(site, param)
             or _vector(site, param)
             or _without_class(site)
             or _norm(site)
@@ -121,13 +121,15 @@ def _is_exported(module: nn.Module) -> bool:
     return any(each.__module__.startswith("torch.export.") for each in type(module).__mro__)
 
 
-def _low_rank_adapter(site: Site) -> Verdict | None:
-    adapter = next((part for part in (*site.parts, site.label) if part in LORA), None)
-    if adapter is None:
-        return None
+def _adapter(site: Site, param: nn.Parameter) -> Verdict | None:
+    adapter = site.adapter
     if adapter == "lora_magnitude_vector":
         return adamw("DoRA magnitude", decay=False)
-    return adamw(f"low-rank adapter factor ({adapter})")
+    if adapter in LORA:
+        return adamw(f"low-rank adapter factor ({adapter})")
+    if adapter is None or is_vector(param):
+        return None
+    return adamw(f"adapter ({adapter})")
 
 
 # -- vectors --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from muonkit._torch import WRAPPERS, own_modules, own_parameters
 from muonkit.routing.numbers import widths_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "CONVS",
@@ -104,6 +104,12 @@ class Site:
     def owner_class(self) -> str:
         """The class of the owner, for messages: without the prefix that parametrize adds."""
         return type(self.owner).__name__.removeprefix("Parametrized")
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that the parameter belongs to, where it does to one: `lora_A`."""
+        # The whole name: the parts are without a ParameterDict's, in which PEFT keeps factors.
+        return _adapter(self.name.split("."), (*self.ancestors, self.owner))
 
     @property
     def key(self) -> str:
@@ -300,7 +306,8 @@ def tree(places: list[Place]) -> Node:
     root = Node((), places[0].module, [])
     nodes: dict[tuple[str, ...], Node] = {(): root}
     for place in places:
-        if not LORA.isdisjoint(place.parts) or "parametrizations" in place.parts:
+        adapter = _adapter(place.parts, (*place.ancestors, place.module))
+        if adapter is not None or "parametrizations" in place.parts:
             continue
         node = nodes.get(place.parts)
         if node is None:
@@ -312,6 +319,21 @@ def tree(places: list[Place]) -> Node:
             continue  # the list of an adapter's copies is none of the model's
         node.module = place.module
     return root
+
+
+def _adapter(names: Iterable[str], modules: Iterable[nn.Module]) -> str | None:
+    """The adapter that one of the names is of: LoRA's and its like have names of their own, and
+    PEFT's adapted layers list those of any method.
+
+    Args:
+        names: of a path, below the root.
+        modules: that stand along it.
+    """
+    listed: set[str] = set()
+    for module in modules:
+        of_class = getattr(type(module), "adapter_layer_names", ())
+        listed.update(vars(module).get("adapter_layer_names", of_class))
+    return next((name for name in names if name in LORA or name in listed), None)
 
 
 def sites_of(place: Place) -> Iterator[tuple[nn.Parameter, Site]]:
