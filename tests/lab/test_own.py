@@ -160,6 +160,24 @@ def test_a_batch_may_be_a_dataclass_with_a_sparse_tensor(tmp_path: Path) -> None
     assert moved.edges.is_meta
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", ["jagged", "strided"])
+def test_a_batch_may_be_a_nested_tensor(layout: str) -> None:
+    task = written(
+        "def rows(*counts):\n"
+        f"    return torch.nested.nested_tensor([x[:n] for n in counts], layout=torch.{layout})\n"
+        "def loss(m, rows):\n"
+        "    return m(torch.cat(rows.unbind())).square().mean()\n"
+        "task.rows = rows\n"
+        "return net, [rows(2, 3), rows(3, 1)], [rows(3, 2)], loss"
+    )
+    assert task.batch_size == 2
+    rows = sys.modules["mine"].task.rows
+    digests = {digest_of(rows(*counts)) for counts in ((2, 3), (3, 2), (2, 3, 1))}
+    assert len(digests) == 3
+    assert digest_of(rows(2, 3)) in digests
+
+
 def test_a_loader_with_workers_and_a_loss_that_takes_batches_apart(tmp_path: Path) -> None:
     """What a loader makes anew each time may be changed."""
     task = written(
