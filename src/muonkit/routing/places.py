@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -137,15 +138,21 @@ class Node:
         parts: the path from the root; empty for the root itself.
         module: the module that stands there.
         places: all modules of this path: an adapted layer's copies share it.
-        parent: the node above; None for the root.
+        to_parent: to the node above, which the tree's root keeps: no cycle, so that a model is
+            freed when its last user lets go of it. None for the root.
         kids: the nodes below, in registration order.
     """
 
     parts: tuple[str, ...]
     module: nn.Module
     places: list[Place]
-    parent: Node | None = None
+    to_parent: weakref.ref[Node] | None = None
     kids: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def parent(self) -> Node | None:
+        """The node above; None for the root."""
+        return None if self.to_parent is None else self.to_parent()
 
     @property
     def name(self) -> str:
@@ -264,18 +271,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def walk(root: nn.Module) -> Iterator[Place]:
     """Every module at every path, in registration order; a cycle is entered once."""
+    yield from _walk("", (root,), ())
 
-    def visit(name: str, chain: tuple[nn.Module, ...], parts: tuple[str, ...]) -> Iterator[Place]:
-        module = chain[-1]
-        yield Place(name, module, *_effective(chain, parts))
-        for child_name, child in own_modules(module).items():
-            if child is None or any(child is above for above in chain):
-                continue
-            clean = child_name not in WRAPPERS
-            child_path = f"{name}.{child_name}".lstrip(".") if clean else name
-            yield from visit(child_path, (*chain, child), (*parts, child_name))
 
-    yield from visit("", (root,), ())
+def _walk(name: str, chain: tuple[nn.Module, ...], parts: tuple[str, ...]) -> Iterator[Place]:
+    module = chain[-1]
+    yield Place(name, module, *_effective(chain, parts))
+    for child_name, child in own_modules(module).items():
+        if child is None or any(child is above for above in chain):
+            continue
+        clean = child_name not in WRAPPERS
+        child_path = f"{name}.{child_name}".lstrip(".") if clean else name
+        yield from _walk(child_path, (*chain, child), (*parts, child_name))
 
 
 def _effective(
@@ -312,7 +319,8 @@ def tree(places: list[Place]) -> Node:
         node = nodes.get(place.parts)
         if node is None:
             parent = nodes[place.parts[:-1]]
-            node = nodes[place.parts] = Node(place.parts, place.module, [], parent)
+            node = Node(place.parts, place.module, [], weakref.ref(parent))
+            nodes[place.parts] = node
             parent.kids[place.parts[-1]] = node
         node.places.append(place)
         if isinstance(place.module, (nn.ModuleDict, nn.ModuleList)) and len(node.places) > 1:
