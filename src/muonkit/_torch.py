@@ -124,12 +124,14 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The module's own, without its children's; shared ones under each of their names, and None
     where a name has none.
     """
-    return module._parameters
+    own: Any = module._parameters
+    return own if isinstance(own, dict) else dict(own.items())  # TorchScript's has no more of one
 
 
 def own_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """The module's children; shared ones under each of their names, None where a name has none."""
-    return module._modules
+    own: Any = module._modules
+    return own if isinstance(own, dict) else dict(own.items())
 
 
 def local_tensor(tensor: Any) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from muonkit import routing
 from muonkit._text import unknown
 from muonkit.routing.judge import Undecided, is_vector, judge
-from muonkit.routing.places import LORA, unwrap
+from muonkit.routing.places import unwrap
 from muonkit.routing.routes import Routes, RoutingError
 from muonkit.routing.survey import survey
 from muonkit.views import blocks_of
@@ -316,9 +316,7 @@ def _grows(r: Route, facts: Survey) -> bool:
     sites = facts.sites[id(r.param)]
     if is_vector(r.param):
         return False
-    if isinstance(sites[0].owner, nn.Bilinear) or LORA.intersection(
-        (*sites[0].parts, sites[0].label)
-    ):
+    if isinstance(sites[0].owner, nn.Bilinear) or sites[0].adapter is not None:
         return True
     try:
         return judge(sites, r.param, facts).algorithm == "muon"  # so a rule sent it to AdamW

@@ -233,8 +233,9 @@ class Muon(Optimizer):
 
     Raises:
         ValueError: an option out of range, a parameter that its view does not fit, one whose
-            placement is partial, or that lies on other ranks than the rest; a view or layout that
-            cuts the blocks of a momentum in int8.
+            placement is partial, or that lies on other ranks than the rest; one that is expanded,
+            or of a lazy module that did not run; a view or layout that cuts the blocks of a
+            momentum in int8.
         TypeError: a parameter of integer dtype.
         RuntimeError: a sparse parameter, or a complex one for Muon (on construction; AdamW trains
             complex ones as torch's does), a sparse gradient (in `step`, before anything is

@@ -134,7 +134,7 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
     have names, else by position.
 
     Raises:
-        ValueError: it has other names than ours.
+        ValueError: it has other names than ours, or the same in another order where some are alike.
     """
     keys, names, ours = list(saved["params"]), saved.get("param_names"), own.get("param_names")
     if not names or not ours or len(names) != len(keys) or any(isinstance(k, str) for k in keys):
@@ -143,10 +143,19 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
         return keys
     for plain in (list, without_wrappers):
         theirs, here = plain(names), plain(ours)
+        if theirs == here:  # two models in one group may have the same names
+            return keys
         if Counter(theirs) == Counter(here) and len(set(here)) == len(here):
             where = dict(zip(theirs, keys, strict=True))
             return [where[name] for name in here]
     theirs, here = without_wrappers(names), without_wrappers(ours)
+    if Counter(theirs) == Counter(here):
+        twice = [name for name, count in Counter(here).items() if count > 1]
+        raise ValueError(
+            f"group {number} of the state dict has several parameters of one name, "
+            f"{_listed(twice)}, and names in another order than here: give its parameters in the "
+            "order that they were saved in. Nothing was loaded"
+        )
     lacks = [name for name in here if name not in set(theirs)]
     other = [name for name in theirs if name not in set(here)]
     raise ValueError(

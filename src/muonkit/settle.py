@@ -8,6 +8,7 @@ groups hold anything else.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from muonkit._shards import WHOLE
@@ -176,13 +177,17 @@ def _check_names(groups: Sequence[Mapping[str, Any]], known: Sequence[Known]) ->
 
 
 def _by_their_names(known: Sequence[Known]) -> dict[str, Tensor]:
-    """The settled parameters of groups that have names, by name."""
-    return {
-        name: p
+    """The settled parameters of groups that have names, by name; two models in one optimizer may
+    have the same names, which then tell nothing.
+    """
+    named = [
+        (name, p)
         for before in known
         if before.named
         for name, p in zip(before.names, before.params, strict=True)
-    }
+    ]
+    count = Counter(name for name, _ in named)
+    return {name: p for name, p in named if count[name] == 1}
 
 
 def _by_position(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from muonkit._shards import WHOLE, flat_shard
 from muonkit._text import unknown
@@ -181,8 +182,25 @@ def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
         raise ValueError(f"{what} should be >= 0{upper} but is: {value}")
 
 
+def _is_expanded(p: Tensor) -> bool:
+    if p.layout != torch.strided or is_dtensor(p):
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(p.shape, p.stride(), strict=True))
+
+
 def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
+    if isinstance(p, UninitializedParameter):
+        raise ValueError(
+            f"{name} is not initialized: run one batch through the lazy module before the "
+            "optimizer is made"
+        )
     shape = tuple(p.shape)
+    if is_trained(p) and _is_expanded(p):
+        raise ValueError(
+            f"{name} of shape {shape} is expanded: several of its entries are one number in "
+            "memory, which cannot be written to entry by entry. Make it of a copy, "
+            "nn.Parameter(tensor.clone()), or train the smaller tensor that it was expanded from"
+        )
     if p.is_complex() and group["algorithm"] == "muon":
         raise RuntimeError(
             f"Muon does not support complex parameters: {name} of shape {shape} is {p.dtype}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import itertools
+import math
 import re
 import shutil
 import sys
@@ -159,6 +160,24 @@ def test_a_batch_may_be_a_dataclass_with_a_sparse_tensor(tmp_path: Path) -> None
     assert moved.edges.is_meta
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", ["jagged", "strided"])
+def test_a_batch_may_be_a_nested_tensor(layout: str) -> None:
+    task = written(
+        "def rows(*counts):\n"
+        f"    return torch.nested.nested_tensor([x[:n] for n in counts], layout=torch.{layout})\n"
+        "def loss(m, rows):\n"
+        "    return m(torch.cat(rows.unbind())).square().mean()\n"
+        "task.rows = rows\n"
+        "return net, [rows(2, 3), rows(3, 1)], [rows(3, 2)], loss"
+    )
+    assert task.batch_size == 2
+    rows = sys.modules["mine"].task.rows
+    digests = {digest_of(rows(*counts)) for counts in ((2, 3), (3, 2), (2, 3, 1))}
+    assert len(digests) == 3
+    assert digest_of(rows(2, 3)) in digests
+
+
 def test_a_loader_with_workers_and_a_loss_that_takes_batches_apart(tmp_path: Path) -> None:
     """What a loader makes anew each time may be changed."""
     task = written(
@@ -183,6 +202,19 @@ def test_a_criterion_with_options_set_is_a_criterion() -> None:
         "return net, train, val, functools.partial(F.cross_entropy, label_smoothing=0.1)"
     )
     assert task.accuracy
+
+
+@pytest.mark.parametrize(
+    "made", ["nn.CrossEntropyLoss(weights)", "functools.partial(F.cross_entropy, weight=weights)"]
+)
+def test_the_tensors_of_a_criterion_are_where_the_batch_is(made: str) -> None:
+    task = written(
+        f"import functools\nweights = torch.arange(1.0, 4)\nreturn net, train, val, {made}"
+    )
+    batch = task.load().batch(0, 0, 0)
+    assert math.isfinite(task.objective.loss(task.build(), batch).item())
+    moved = objective.Place("meta").moved(batch)
+    assert task.objective.loss(task.build().to("meta"), moved).is_meta
 
 
 def test_seeds_differ_in_weights_and_order() -> None:
@@ -458,6 +490,21 @@ BAD = {
     "return ONCE, train, val, F.cross_entropy": "has the same tensors each time (0.weight), so",
     "def made(): return nn.Sequential(NORM, net())\nreturn made, train, val, F.cross_entropy": (
         "has the same tensors each time, so that"
+    ),
+    "class Scaled(nn.CrossEntropyLoss):\n"
+    "    def __init__(self):\n"
+    "        super().__init__()\n"
+    "        self.heat = nn.Parameter(torch.ones(3))\n"
+    "return net, train, val, Scaled()": (
+        "the loss of mine.py:task has a parameter of its own (heat), which no optimizer would "
+        "train: make it a part of the model, and return a function loss(model, batch)"
+    ),
+    "class Counting(nn.CrossEntropyLoss):\n"
+    "    def forward(self, x, y):\n"
+    "        self.weight.add_(1)\n"
+    "        return super().forward(x, y)\n"
+    "return net, train, val, Counting(torch.ones(3))": (
+        "changes tensors of its own, so that each run would begin with those that the one before"
     ),
     "def loss(m, b):\n    return F.cross_entropy(m(b[0].mul_(2)), b[1])\n"
     "return net, [(x[:9], y[:9])], val, loss": (

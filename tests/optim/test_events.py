@@ -152,6 +152,20 @@ def test_names_go_before_positions() -> None:
         optimizer.state_dict()
 
 
+def test_names_that_two_models_share_tell_nothing() -> None:
+    """A generator's and a discriminator's named parameters in one group: positions tell."""
+    params = [(f"p{i % 2}", parameter(4, 4, seed=i)) for i in range(4)]
+    optimizer = Muon(params, **FP32)
+    set_gradients([p for _, p in params])
+    optimizer.step()
+    momentum = [momentum_of(optimizer, p) for _, p in params]
+    group = optimizer.param_groups[0]
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    optimizer.plan()
+    for p, before in zip(group["params"], momentum, strict=True):
+        assert torch.equal(momentum_of(optimizer, p), before)
+
+
 def test_a_step_refuses_names_that_are_not_as_many_as_the_parameters() -> None:
     params = [(f"p{i}", parameter(4, 4, seed=i)) for i in range(3)]
     optimizer = Muon(params, **FP32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -219,3 +221,19 @@ def test_pitfall_18_what_muon_trains_can_be_read_back() -> None:
     assert {r["ns_form"] for r in muon} == {"gram"}  # n = 2m
     assert {r["ns_dtype"] for r in muon} == {"torch.float32"}
     assert muon[0]["lr"] == pytest.approx(2e-3 * 4)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_a_model_is_freed_with_its_last_user_as_under_adamw(per_head: bool) -> None:
+    """Also where a training script has turned the garbage collector off."""
+    MuonW(Tiny())  # what torch imports with its first optimizer keeps hold of that one's frames
+    gc.collect()
+    gc.disable()
+    try:
+        model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3))
+        optimizer = MuonW(model, per_head=per_head)
+        held = [weakref.ref(model), weakref.ref(optimizer), *map(weakref.ref, model.parameters())]
+        del model, optimizer
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()

@@ -43,6 +43,19 @@ def test_complex_and_integer_parameters_are_refused(algorithm: str) -> None:
         Muon([{"params": [torch.eye(2).to_sparse()], **group}])
 
 
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_a_parameter_that_cannot_be_written_to_is_refused_at_once(algorithm: str) -> None:
+    """A step would have written to others before torch refused it."""
+    group = {"algorithm": algorithm, "lr": 0.1}
+    expanded = nn.Parameter(torch.zeros(4, 1).expand(4, 4))
+    with pytest.raises(ValueError, match=r"expanded: .*nn\.Parameter\(tensor\.clone\(\)\)"):
+        Muon([{"params": [parameter(3, 3), expanded], **group}])
+    Muon([{"params": [parameter(3, 3), expanded.requires_grad_(False)], **group}])
+    Muon([{"params": [nn.Parameter(torch.zeros(1, 4).expand(1, 4))], **group}])
+    with pytest.raises(ValueError, match="run one batch through the lazy module"):
+        Muon([{"params": [nn.LazyLinear(3).weight], **group}])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

@@ -153,6 +153,19 @@ def test_other_names_are_refused_or_left_out() -> None:
     assert "x.up.weight" in its_optimizer.param_groups[0]["param_names"]
 
 
+def test_names_that_two_models_share_are_loaded_by_position() -> None:
+    params = [(name, parameter(4, 4, seed=i)) for i, name in enumerate("abab")]
+    optimizer, other = Muon(params), Muon([(n, nn.Parameter(p.detach())) for n, p in params])
+    set_gradients([p for _, p in params])
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(*(each.param_groups[0]["params"] for each in (optimizer, other)), strict=True):
+        assert torch.equal(momentum_of(other, q), momentum_of(optimizer, p))
+    moved = Muon([params[i] for i in (0, 2, 1, 3)])
+    with pytest.raises(ValueError, match=r"several parameters of one name, a, b, .*another order"):
+        moved.load_state_dict(optimizer.state_dict())
+
+
 def test_a_model_with_more_layers_is_named() -> None:
     _, optimizer = trained("abc", range(1))
     _, smaller = trained("ab", range(1))

@@ -244,6 +244,14 @@ def test_pitfall_47_the_last_layer_of_every_tower_is_a_head(case: str) -> None:
     assert heads(model) == set(expected.split())
 
 
+def test_an_adaptive_softmax_has_a_head_for_every_cluster_of_classes() -> None:
+    softmax = nn.AdaptiveLogSoftmaxWithLoss(D, 60, [10, 30], div_value=2.0)
+    model = Holder(table=nn.Embedding(60, D), blocks=blocks(), softmax=softmax)
+    assert heads(model) == {"softmax.head", "softmax.tail.0.1", "softmax.tail.1.1"}
+    assert by_name(model)["softmax.tail.0.0.weight"].algorithm == "muon"
+    assert heads(softmax) == {"head", "tail.0.1", "tail.1.1"}
+
+
 def test_two_siblings_of_a_kind_are_not_yet_blocks() -> None:
     class Net(Holder):
         pass

@@ -229,6 +229,42 @@ def test_a_layer_inside_an_adapter_is_judged_where_it_stands() -> None:
     assert found["b.qkv.lora_B.mine.weight"].algorithm == "adamw"
 
 
+def test_factors_in_a_parameter_dict_are_an_adapters() -> None:
+    """So PEFT keeps LoRA's of an embedding, LoHa's, LoKr's and AdaLoRA's."""
+    table = Holder(
+        base_layer=nn.Embedding(11, D),
+        lora_embedding_A=nn.ParameterDict({"mine": raw(2, 11)}),
+        lora_embedding_B=nn.ParameterDict({"mine": raw(D, 2)}),
+    )
+    found = by_name(Body(table=table, fc=nn.Linear(D, D)))
+    assert found["table.base_layer.weight"].reason == "embedding"
+    for factor in ("lora_embedding_A", "lora_embedding_B"):
+        route = found[f"table.{factor}.mine"]
+        assert (route.algorithm, route.reason) == ("adamw", f"low-rank adapter factor ({factor})")
+
+
+@pytest.mark.parametrize("on_class", [True, False])
+def test_what_a_layer_lists_as_its_adapters_is_none_of_the_models_layers(on_class: bool) -> None:
+    """PEFT's layers do, whatever the method."""
+
+    class Adapted(Holder):
+        adapter_layer_names = ("new_A", "new_B") if on_class else ()
+
+    adapted = Adapted(
+        base_layer=nn.Linear(D, D),
+        new_A=nn.ModuleDict({"mine": nn.Linear(D, 3, bias=False)}),
+        new_B=nn.ParameterDict({"x": raw(2, 3)}),
+    )
+    if not on_class:
+        adapted.adapter_layer_names = ("new_A", "new_B")
+    plain = by_name(Body(layer=nn.Linear(D, D)))
+    found = by_name(Body(layer=adapted))
+    assert found["layer.new_A.mine.weight"].reason == "adapter (new_A)"
+    assert found["layer.new_B.x"].reason == "adapter (new_B)"
+    assert found["layer.base_layer.weight"].reason == plain["layer.weight"].reason
+    assert found["last.weight"].reason == plain["last.weight"].reason
+
+
 # -- convolutions ---------------------------------------------------------------------------------
 
 

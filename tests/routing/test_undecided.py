@@ -195,6 +195,44 @@ def test_no_rules_may_be_none() -> None:
     assert len(MuonW(model, rules=None).param_groups) == 3
 
 
+def _exported(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    return torch.export.export(model, (x,)).module()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "maker"),
+    [
+        (lambda model, x: torch.jit.script(model), "torch.jit"),
+        (lambda model, x: torch.jit.trace(model, x), "torch.jit"),
+        (_exported, "torch.export"),
+        (lambda model, x: nn.Sequential(_exported(model, x)), "torch.export"),
+    ],
+)
+def test_a_module_whose_class_was_dropped_is_routed_as_it_was_before(make: Any, maker: str) -> None:
+    """An embedding, a layer and an output head look alike in it: none is taken for a matrix."""
+    layers = (nn.Linear(n, m) for n, m in ((8, 12), (12, 12), (12, 7)))
+    model = nn.Sequential(nn.Embedding(11, 8), *layers)
+    routes = route(model)
+    made = make(model, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(RoutingError, match=rf"{maker} has dropped the class") as error:
+        MuonW(made)
+    assert "bias" not in str(error.value)
+    route(made, rules_of(str(error.value)))
+    with pytest.warns(UserWarning, match="undecided="):
+        assert all(r.algorithm == "adamw" for r in route(made, undecided="adamw"))
+    before = dict(zip(model.state_dict(), model.parameters(), strict=True))
+    assert {r.name: id(r.param) for r in routes} == {n: id(p) for n, p in before.items()}
+    assert {id(p) for p in made.parameters()} == {id(p) for p in before.values()}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_without_parameters_changes_no_route() -> None:
+    plain = Body(fc=nn.Linear(D, D), act=nn.ReLU(), gc=nn.Linear(D, D))
+    scripted = Body(fc=nn.Linear(D, D), act=torch.jit.script(nn.ReLU()), gc=nn.Linear(D, D))
+    assert [r.reason for r in route(scripted)] == [r.reason for r in route(plain)]
+
+
 def test_adamws_eps_is_refused_with_its_name() -> None:
     model = Body(fc=nn.Linear(D, D))
     with pytest.raises(TypeError, match=r"eps=1e-08.*AdamW's is called adamw_eps"):

@@ -158,14 +158,16 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
 def examples(batch: Batch) -> int:
     """How many examples a batch has: the first dimension of its first tensor."""
     first = next(tensors(batch))
-    return first.shape[0] if first.ndim else 1
+    return first.size(0) if first.ndim else 1  # a nested one may have no shape
 
 
 def add_to(digest: Any, value: Any) -> None:
     """Make a digest depend on a batch: on tensors and numbers to the last bit, and on the rest as
     it prints.
     """
-    if isinstance(value, Tensor) and value.layout is not torch.strided:
+    if isinstance(value, Tensor) and value.is_nested:
+        add_to(digest, value.detach().unbind())
+    elif isinstance(value, Tensor) and value.layout is not torch.strided:
         sparse = value.detach().cpu().to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
         digest.update(f"{tuple(value.shape)}".encode())
         add_to(digest, [sparse.indices(), sparse.values()])

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -100,7 +101,15 @@ def by_name(batch: Batch) -> Mapping[Any, Any] | None:
     return None
 
 
-def _moved(value: Any, device: str) -> Any:
+def placed(criterion: Any, device: torch.device) -> Any:
+    """A criterion with the tensors that it has, such as the weights of classes, on a device."""
+    if isinstance(criterion, partial):
+        args, keywords = _moved(criterion.args, device), _moved(criterion.keywords, device)
+        return partial(placed(criterion.func, device), *args, **keywords)
+    return criterion.to(device) if isinstance(criterion, nn.Module) else criterion
+
+
+def _moved(value: Any, device: str | torch.device) -> Any:
     if hasattr(value, "to"):  # tensors, and what Hugging Face's tokenizers return
         return value.to(device)
     if isinstance(value, Mapping):

@@ -33,8 +33,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from muonkit._text import shortened
 from muonkit.lab.errors import LabError, TaskError
-from muonkit.lab.loaders import OwnData, add_to, digest_of, examples
-from muonkit.lab.objective import Batch, Measured, Objective
+from muonkit.lab.loaders import OwnData, add_to, digest_of, examples, tensors
+from muonkit.lab.objective import Batch, Measured, placed
 from muonkit.lab.randomness import seed_all, seeded
 from muonkit.lab.source import absent, content_of, factories, module_of, path_of, suggested
 from muonkit.lab.task import Budget, Task, default_rates
@@ -42,6 +42,8 @@ from muonkit.lab.user import users
 
 EXPECTED = "expected four things: model, train, validation, loss"
 STEPS = 300
+
+_OF_MODEL = "make it a part of the model, and return a function loss(model, batch)"
 
 
 # --- the loss --------------------------------------------------------------------------------
@@ -70,15 +72,37 @@ class OwnLoss:
                 "loss(model, batch), a criterion such as nn.CrossEntropyLoss(), or None where "
                 "model(**batch).loss is the loss"
             )
+        for name, p in self._module.named_parameters():
+            if p.requires_grad:
+                raise TaskError(
+                    f"{self.name} has a parameter of its own ({shortened(name, 60)}), which no "
+                    f"optimizer would train: {_OF_MODEL}"
+                )
+
+    @property
+    def _function(self) -> Any:
+        """What was given, without options that are set: F.cross_entropy with label_smoothing."""
+        given = self.given
+        while isinstance(given, partial):
+            given = given.func
+        return given
+
+    @property
+    def _module(self) -> nn.Module:
+        """The criterion as a module; one without tensors where it is none."""
+        given = self._function
+        return given if isinstance(given, nn.Module) else nn.Identity()
 
     @property
     def _is_criterion(self) -> bool:
-        given = self.given
-        while isinstance(given, partial):  # F.cross_entropy with label_smoothing, say
-            given = given.func
+        given = self._function
         return isinstance(given, nn.Module) or (
             getattr(given, "__module__", "") == "torch.nn.functional"
         )
+
+    def digest(self) -> str:
+        """Of the tensors that a criterion has of its own."""
+        return digest_of(self._module.state_dict())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         with users(self.name):
@@ -102,7 +126,7 @@ class OwnLoss:
                 "targets): return a function loss(model, batch) instead"
             )
         outputs = model(batch[0])
-        return self.given(outputs, batch[1]), outputs
+        return placed(self.given, next(tensors(batch)).device)(outputs, batch[1]), outputs
 
     def _of_model(self, model: nn.Module, batch: Batch) -> Any:
         if not isinstance(batch, Mapping):
@@ -222,7 +246,7 @@ class _Own:
             )
         self.first = model if isinstance(model, nn.Module) else None
         self.make: Callable[[], Any] = model if self.first is None else self._again
-        self.loss: Objective = OwnLoss(loss, f"the loss of {spec}")
+        self.loss = OwnLoss(loss, f"the loss of {spec}")
         self.data = OwnData(self.train, self.validation, spec)
 
     def _returned(self) -> tuple[Any, Any, Any, Any]:
@@ -311,6 +335,7 @@ class _Own:
             held_out = next(self.data.validation())
             batch = self.data.batch(0, 0, 0)
             given = digest_of(batch), digest_of(held_out)
+            of_loss = self.loss.digest()
             loss = self.loss.loss(model, batch)
             if not math.isfinite(loss.item()):
                 raise TaskError(
@@ -326,6 +351,11 @@ class _Own:
                 right = self.loss.measure(model, held_out).right
             if digest_of(held_out) != given[1]:
                 self.data.see_untouched()
+            if self.loss.digest() != of_loss:
+                raise TaskError(
+                    f"the loss of {self.spec} changes tensors of its own, so that each run would "
+                    f"begin with those that the one before has left: {_OF_MODEL}"
+                )
             return right is not None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
@@ -104,10 +104,13 @@ def find_heads(root: Node) -> tuple[dict[int, str], dict[int, str]]:
     """
     heads: dict[int, str] = {}
     for node in root.below():
-        for module in _output_embeddings(node.module):
-            for param in own_parameters(module).values():
+        for why, modules in (
+            ("get_output_embeddings", _output_embeddings(node.module)),
+            ("adaptive softmax", _of_adaptive_softmax(node.module)),
+        ):
+            for param in (p for module in modules for p in own_parameters(module).values()):
                 if param is not None and param.ndim == 2:
-                    heads.setdefault(id(param), "output head (get_output_embeddings)")
+                    heads.setdefault(id(param), f"output head ({why})")
     search = _Search(root, frozenset(heads))
     for node in search.named:
         for layer in search.ends(node, named=True):
@@ -189,6 +192,15 @@ def _output_embeddings(module: nn.Module) -> list[nn.Module]:
     if isinstance(head, nn.ModuleList):
         return list(head)
     return [head] if isinstance(head, nn.Module) else []
+
+
+def _of_adaptive_softmax(module: nn.Module) -> list[nn.Module]:
+    """The layers that give logits: of the frequent classes, and of every cluster of rarer ones, in
+    which a projection to fewer dimensions stands before it."""
+    if not isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+        return []
+    tails: Any = module.tail
+    return [module.head, *(cluster[-1] for cluster in tails)]
 
 
 # -- the search -------------------------------------------------------------------------------

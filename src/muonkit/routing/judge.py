@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn as nn
 
 from muonkit._shards import WHOLE, flat_shard
@@ -63,8 +64,9 @@ def judge(
         return adamw(facts.stems[id(param)])
     try:
         verdict = _as_viewed(
-            _low_rank_adapter(site)
+            _adapter(site, param)
             or _vector(site, param)
+            or _without_class(site)
             or _norm(site)
             or _layer(site, param)
             or judge_raw(site, param),
@@ -101,13 +103,33 @@ def _refuse_shards(site: Site, param: nn.Parameter) -> None:
         raise Undecided(f"is {flat}. {WHOLE}", final=True)
 
 
-def _low_rank_adapter(site: Site) -> Verdict | None:
-    adapter = next((part for part in (*site.parts, site.label) if part in LORA), None)
-    if adapter is None:
+def _without_class(site: Site) -> Verdict | None:
+    """None where there is one. TorchScript and torch.export keep a module's parameters and drop its
+    class: an embedding, a layer and an output head all look alike."""
+    maker = "torch.jit" if isinstance(site.owner, torch.jit.ScriptModule) else None
+    if any(_is_exported(module) for module in (*site.ancestors, site.owner)):
+        maker = "torch.export"
+    if maker is None:
         return None
+    raise Undecided(
+        f"{maker} has dropped the class of its module; route the model as it was before, which "
+        "has the same parameters"
+    )
+
+
+def _is_exported(module: nn.Module) -> bool:
+    return any(each.__module__.startswith("torch.export.") for each in type(module).__mro__)
+
+
+def _adapter(site: Site, param: nn.Parameter) -> Verdict | None:
+    adapter = site.adapter
     if adapter == "lora_magnitude_vector":
         return adamw("DoRA magnitude", decay=False)
-    return adamw(f"low-rank adapter factor ({adapter})")
+    if adapter in LORA:
+        return adamw(f"low-rank adapter factor ({adapter})")
+    if adapter is None or is_vector(param):
+        return None
+    return adamw(f"adapter ({adapter})")
 
 
 # -- vectors --------------------------------------------------------------------------------------

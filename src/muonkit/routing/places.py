@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +18,7 @@ from muonkit._torch import WRAPPERS, own_modules, own_parameters
 from muonkit.routing.numbers import widths_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "CONVS",
@@ -106,6 +107,12 @@ class Site:
         return type(self.owner).__name__.removeprefix("Parametrized")
 
     @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that the parameter belongs to, where it does to one: `lora_A`."""
+        # The whole name: the parts are without a ParameterDict's, in which PEFT keeps factors.
+        return _adapter(self.name.split("."), (*self.ancestors, self.owner))
+
+    @property
     def key(self) -> str:
         """The name that tells what the parameter does: `gate_up_proj` for both
         `experts.gate_up_proj` and `mlp.gate_up_proj.weight`.
@@ -131,15 +138,21 @@ class Node:
         parts: the path from the root; empty for the root itself.
         module: the module that stands there.
         places: all modules of this path: an adapted layer's copies share it.
-        parent: the node above; None for the root.
+        to_parent: to the node above, which the tree's root keeps: no cycle, so that a model is
+            freed when its last user lets go of it. None for the root.
         kids: the nodes below, in registration order.
     """
 
     parts: tuple[str, ...]
     module: nn.Module
     places: list[Place]
-    parent: Node | None = None
+    to_parent: weakref.ref[Node] | None = None
     kids: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def parent(self) -> Node | None:
+        """The node above; None for the root."""
+        return None if self.to_parent is None else self.to_parent()
 
     @property
     def name(self) -> str:
@@ -258,18 +271,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def walk(root: nn.Module) -> Iterator[Place]:
     """Every module at every path, in registration order; a cycle is entered once."""
+    yield from _walk("", (root,), ())
 
-    def visit(name: str, chain: tuple[nn.Module, ...], parts: tuple[str, ...]) -> Iterator[Place]:
-        module = chain[-1]
-        yield Place(name, module, *_effective(chain, parts))
-        for child_name, child in own_modules(module).items():
-            if child is None or any(child is above for above in chain):
-                continue
-            clean = child_name not in WRAPPERS
-            child_path = f"{name}.{child_name}".lstrip(".") if clean else name
-            yield from visit(child_path, (*chain, child), (*parts, child_name))
 
-    yield from visit("", (root,), ())
+def _walk(name: str, chain: tuple[nn.Module, ...], parts: tuple[str, ...]) -> Iterator[Place]:
+    module = chain[-1]
+    yield Place(name, module, *_effective(chain, parts))
+    for child_name, child in own_modules(module).items():
+        if child is None or any(child is above for above in chain):
+            continue
+        clean = child_name not in WRAPPERS
+        child_path = f"{name}.{child_name}".lstrip(".") if clean else name
+        yield from _walk(child_path, (*chain, child), (*parts, child_name))
 
 
 def _effective(
@@ -300,18 +313,35 @@ def tree(places: list[Place]) -> Node:
     root = Node((), places[0].module, [])
     nodes: dict[tuple[str, ...], Node] = {(): root}
     for place in places:
-        if not LORA.isdisjoint(place.parts) or "parametrizations" in place.parts:
+        adapter = _adapter(place.parts, (*place.ancestors, place.module))
+        if adapter is not None or "parametrizations" in place.parts:
             continue
         node = nodes.get(place.parts)
         if node is None:
             parent = nodes[place.parts[:-1]]
-            node = nodes[place.parts] = Node(place.parts, place.module, [], parent)
+            node = Node(place.parts, place.module, [], weakref.ref(parent))
+            nodes[place.parts] = node
             parent.kids[place.parts[-1]] = node
         node.places.append(place)
         if isinstance(place.module, (nn.ModuleDict, nn.ModuleList)) and len(node.places) > 1:
             continue  # the list of an adapter's copies is none of the model's
         node.module = place.module
     return root
+
+
+def _adapter(names: Iterable[str], modules: Iterable[nn.Module]) -> str | None:
+    """The adapter that one of the names is of: LoRA's and its like have names of their own, and
+    PEFT's adapted layers list those of any method.
+
+    Args:
+        names: of a path, below the root.
+        modules: that stand along it.
+    """
+    listed: set[str] = set()
+    for module in modules:
+        of_class = getattr(type(module), "adapter_layer_names", ())
+        listed.update(vars(module).get("adapter_layer_names", of_class))
+    return next((name for name in names if name in LORA or name in listed), None)
 
 
 def sites_of(place: Place) -> Iterator[tuple[nn.Parameter, Site]]:
