@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,12 +174,17 @@ def _validate_keys(group: dict[str, Any]) -> None:
 
 def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
     # A float is asked nothing that would make it a constant of a graph.
-    a_number = isinstance(value, (int, float)) or hasattr(value, "__float__")
-    if not a_number or isinstance(value, (str, bytes)):
-        raise TypeError(f"{what} should be a number but is: {value!r}")
+    if not isinstance(value, (int, float, Tensor)) and not _is_numpy_number(value):
+        cast = "; write float(...)" if hasattr(value, "__float__") else ""
+        raise TypeError(f"{what} should be a number but is: {value!r}{cast}")
     if not 0.0 <= value < below:  # also false for NaN
         upper = f" and < {below:g}" if below < math.inf else ""
         raise ValueError(f"{what} should be >= 0{upper} but is: {value}")
+
+
+def _is_numpy_number(value: Any) -> bool:
+    """Whether it is a scalar of numpy's, which torch takes for a number, as it does no array."""
+    return isinstance(value, Real) and hasattr(value, "dtype")
 
 
 def _is_expanded(p: Tensor) -> bool:

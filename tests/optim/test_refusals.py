@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,15 @@ def test_a_parameter_that_cannot_be_written_to_is_refused_at_once(algorithm: str
         Muon([{"params": [nn.LazyLinear(3).weight], **group}])
 
 
+def test_a_number_of_numpys_is_one() -> None:
+    w = parameter(4, 4)
+    w.grad = torch.ones(4, 4)
+    optimizer = Muon([w], lr=np.float32(0.5), weight_decay=np.float64(0.0))
+    before = w.detach().clone()
+    optimizer.step()
+    assert not torch.equal(w, before)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -65,6 +76,8 @@ def test_a_parameter_that_cannot_be_written_to_is_refused_at_once(algorithm: str
             "Learning rate should be >= 0 and < inf|>= 0 but is: inf",
         ),
         ({"lr": "0.1"}, TypeError, "Learning rate should be a number but is: '0.1'"),
+        ({"lr": np.array(0.1)}, TypeError, r"should be a number .*array\(0.1\); write float"),
+        ({"lr": Fraction(1, 10)}, TypeError, r"should be a number .*; write float"),
         ({"weight_decay": "0"}, TypeError, "weight decay should be a number"),
         ({"ns_coefficients": (1.0, float("nan"), 1.0)}, ValueError, "3 values .finite."),
         ({"lr": float("nan")}, ValueError, "Learning rate should be >= 0 but is: nan"),
