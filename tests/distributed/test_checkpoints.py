@@ -30,10 +30,6 @@ from tests.helpers.ranks import Cases, Outcome, Ranks, once, run, shared_folder
 
 CASES = Cases()
 
-# As for a run that does not stop: see distributed/test_parity.py.
-EXACT = 1e-6
-SQUARED = 2 * EXACT
-
 
 # --- every layout to every other ------------------------------------------------------------------
 
@@ -130,16 +126,11 @@ def trips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return once(tmp_path_factory, "trips", lambda: travel(folder, TRIPS))
 
 
-def assert_exact(apart: dict[str, float]) -> None:
-    assert max(apart["parameters"], apart["momentum"]) <= EXACT, apart
-    assert apart["variance"] <= SQUARED, apart
-
-
 @pytest.mark.parametrize("trip", TRIPS, ids=str)
 def test_a_run_goes_on_in_any_layout(trip: Trip, trips: dict[str, Outcome]) -> None:
     trips[trip.folder(Path()).name].check()
     for apart in trips[str(trip)].check():
-        assert_exact(apart)
+        measures.assert_close(apart)
         if trip.saved == trip.loaded == ALONE:
             assert max(apart.values()) == 0
 
@@ -148,7 +139,7 @@ def test_a_run_goes_on_in_any_layout(trip: Trip, trips: dict[str, Outcome]) -> N
 def test_a_run_goes_on_from_rank_to_rank(variant: str, trips: dict[str, Outcome]) -> None:
     trips[f"{variant}-stops"].check()
     for apart in trips[f"{variant}-{STOPOVER}"].check():
-        assert_exact(apart)
+        measures.assert_close(apart)
 
 
 # --- other ways to save ---------------------------------------------------------------------------
@@ -219,8 +210,7 @@ def takes_its_part_of_what_one_process_saved(layout: str, variant: str) -> None:
         assert isinstance(momentum, DTensor)
         assert zoo.part_of(momentum).shape == (zoo.DIM / 2, zoo.DIM)
     measures.train(model, optimizer, 2)
-    for kind, (far, _) in measures.deviations(model, optimizer, measures.alone(variant)).items():
-        assert far <= measures.limit(kind), (kind, far)
+    measures.assert_close(measures.deviations(model, optimizer, measures.alone(variant)))
 
 
 @CASES.on(4)
@@ -305,8 +295,7 @@ def gathers_the_whole_state_on_one_rank(layout: str) -> None:
     alone.load_state_dict(parameters, strict=False)  # the tied head is named once
     of_one.load_state_dict(saved)
     measures.train(alone, of_one, 2)
-    for kind, (far, _) in measures.deviations(alone, of_one, measures.alone("normuon")).items():
-        assert far <= measures.limit(kind), (kind, far)
+    measures.assert_close(measures.deviations(alone, of_one, measures.alone("normuon")))
 
 
 def _has_parts(state_dict: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ OPTIONS: dict[str, Any] = {
 }
 # A fault in what a step keeps shows in the one after it, and one of resuming in the last of three.
 STEPS = 5 if sampling.is_whole() else 3
-# A few roundings of float32, of a tensor's largest magnitude: as in distributed/test_parity.py.
+# Of one tensor's largest magnitude, after at most five steps: a few roundings of float32.
 EXACT = 1e-6
 
 
@@ -53,6 +53,17 @@ def limit(kind: str) -> float:
     twice the relative rounding.
     """
     return 2 * EXACT if kind == "variance" else EXACT
+
+
+def assert_close(apart: Mapping[str, float | tuple[float, str]]) -> None:
+    """Every kind of tensor is within its own limit.
+
+    Args:
+        apart: by kind the largest deviation, and whose it is where that is known.
+    """
+    for kind, found in apart.items():
+        far = found[0] if isinstance(found, tuple) else found
+        assert far <= limit(kind), (kind, found)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,11 @@ class Parity:
     planned_matrices: int
     matrices: int
     held: float
+
+    @property
+    def apart(self) -> dict[str, float]:
+        """The deviations, by kind."""
+        return {kind: getattr(self, kind) for kind in ("parameters", "momentum", "variance")}
 
 
 def make(layout: str, blocks: int = 1, seed: int = 0, **options: Any) -> tuple[nn.Module, Muon]:
@@ -210,8 +226,7 @@ def unchanged(model: nn.Module, optimizer: Muon) -> Iterator[None]:
 
 
 def assert_equals_one_process(model: nn.Module, optimizer: Muon, stage: AnyStage = "plain") -> None:
-    for kind, (far, who) in deviations(model, optimizer, alone(stage)).items():
-        assert far <= EXACT, (kind, who, far)
+    assert_close(deviations(model, optimizer, alone(stage)))
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -99,7 +99,6 @@ def saved(optimizer: Muon) -> dict[str, Any]:
 # --- every layout -------------------------------------------------------------------------------
 
 CASES = Cases()
-EXACT = 1e-6  # of one tensor's largest magnitude, after five steps: a few roundings of float32
 MANY = [name for name in zoo.LAYOUTS if name not in ("single", "hsdp_tp")]
 
 
@@ -125,8 +124,7 @@ def equals_one_process_with_a_scale_and_a_schedule(layout: str) -> None:
     alone, its = measures.make("single", **options)
     measures.train(alone, its)
     expected = measures.tensors_of(alone, its)
-    for far, who in measures.deviations(model, optimizer, expected).values():
-        assert far <= EXACT, who
+    measures.assert_close(measures.deviations(model, optimizer, expected))
 
 
 @CASES.on(4, name=list(OWN))
@@ -134,7 +132,7 @@ def goes_on_from_a_checkpoint_of_another_layout(name: str) -> None:
     with shared_folder() as folder:
         measures.save(folder, "zero1", OWN[name])
         apart = measures.resumed(folder, "fsdp2_tp", OWN[name])
-    assert max(apart.values()) <= EXACT, apart
+    measures.assert_close(apart)
 
 
 @CASES.on(4)
@@ -150,7 +148,7 @@ def ranks_with_other_stages_do_not_step() -> None:
 def test_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
     for value in ranks.outcome(world_size, case).check():
         if value is not None:
-            assert max(value.parameters, value.momentum, value.variance) <= EXACT, value
+            measures.assert_close(value.apart)
             assert value.sent == value.planned
 
 
