@@ -97,7 +97,7 @@ def mean(values: Iterable[float], digits: int = 3) -> str:
     """Mean ± standard deviation; of a single value, that value."""
     found = list(values)
     spread = f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{fmean(found):.{digits}f}{spread}"
+    return f"{fmean(found):z.{digits}f}{spread}"
 
 
 def reached(run: Record, loss: float) -> float | None:
