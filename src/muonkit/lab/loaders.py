@@ -254,9 +254,8 @@ class OwnData:
             add_to(digest, self.batch(seed, step, 0))
         return digest.hexdigest()
 
-    @property
-    def is_ordered(self) -> bool:
-        """Whether the training batches of another seed begin as those of seed 0 do."""
+    def is_same_for_all_seeds(self) -> bool:
+        """Whether the training batches of seed 1 begin as those of seed 0 do; draws some."""
         return self._first(1) == self._begun
 
     def see_untouched(self) -> None:

@@ -213,7 +213,7 @@ def said_of_seeds(task: Task, data: OwnData) -> str:
     if _digest(task.make(0)) != _digest(task.make(1)):
         return ""
     begins = "Every seed begins with the same weights"
-    if data.is_ordered:
+    if data.is_same_for_all_seeds():
         return (
             f"{begins} and has the same batches, so that its runs are one run several times, but "
             "for dropout: ± and p mean nothing. Shuffle the batches, or leave the seed out of the "

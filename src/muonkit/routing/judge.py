@@ -104,8 +104,9 @@ def _refuse_shards(site: Site, param: nn.Parameter) -> None:
 
 
 def _without_class(site: Site) -> Verdict | None:
-    """None where there is one. TorchScript and torch.export keep a module's parameters and drop its
-    class: an embedding, a layer and an output head all look alike."""
+    """Refuse a weight whose module has lost its class. TorchScript and torch.export keep a module's
+    parameters without it: an embedding, a layer and an output head all look alike.
+    """
     maker = "torch.jit" if isinstance(site.owner, torch.jit.ScriptModule) else None
     if any(_is_exported(module) for module in (*site.ancestors, site.owner)):
         maker = "torch.export"
