@@ -1,7 +1,9 @@
-"""Flat shards: parameters of which a rank has some elements, but no rows or columns.
+"""Shards that do not know their place: a rank has a part of a parameter, and nothing says which.
 
-FSDP1 and DeepSpeed's ZeRO cut a vector of all parameters, wherever matrices begin. They are known
-by the attributes that they set, without an import of either.
+FSDP1 and DeepSpeed's ZeRO cut a vector of all parameters, wherever matrices begin; these are flat
+shards, without rows or columns. Megatron's tensor parallelism, and torch's DDP over a mesh, keep
+rows or columns as plain tensors, which look like whole matrices. All of them are known by the
+attributes that they set, without an import.
 """
 
 from __future__ import annotations
@@ -9,17 +11,45 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from muonkit._torch import FLAT_MARK
+from muonkit._torch import DTENSOR_BEFORE_DDP, FLAT_MARK, is_unsharded
 
-__all__ = ["WHOLE", "flat_model", "flat_shard"]
+__all__ = ["WHOLE", "flat_model", "unplaced_shard", "unsharded_part"]
 
 WHOLE = (
     "Muon needs matrices whole, or in shards that know their place: shard with fully_shard "
     "(FSDP2), or take DDP and share the state out with zero=1"
 )
+_BESIDE_TP = (
+    "Muon needs shards that know their place: keep the DTensors of parallelize_module, and for the "
+    'data parallel axis take fully_shard(model, mesh=mesh["dp"]), or average the gradients over it '
+    'yourself, with process_group=mesh["dp"]'
+)
 
 
-def flat_shard(p: Any) -> str | None:
+def unplaced_shard(p: Any) -> str | None:
+    """Describes the shard that a parameter is, and says what to do; None for one that is none."""
+    if (flat := _flat_shard(p)) is not None:
+        return f"{flat}. {WHOLE}"
+    if hasattr(p, DTENSOR_BEFORE_DDP):
+        return (
+            "this rank's part of a DTensor, which DistributedDataParallel(device_mesh=...) has "
+            f"made a plain tensor. {_BESIDE_TP}"
+        )
+    if getattr(p, "tensor_model_parallel", False) and _megatron_divides(p):
+        return f"this rank's part of a matrix that Megatron's tensor parallelism cuts. {_BESIDE_TP}"
+    return None
+
+
+def _megatron_divides(p: Any) -> bool:
+    """Whether Megatron's ranks have parts of such a parameter: it marks them on a single rank too.
+    Experts may be cut otherwise than the rest, and are not judged.
+    """
+    state: Any = sys.modules.get("megatron.core.parallel_state")
+    size = getattr(state, "get_tensor_model_parallel_world_size", lambda: 1)
+    return bool(getattr(p, "allreduce", True) and size() > 1)
+
+
+def _flat_shard(p: Any) -> str | None:
     """Describes the flat shard that a parameter is; None for a parameter that is none."""
     if hasattr(p, "ds_id"):  # and ds_shape, ds_status; its own data is empty between two passes
         shape = tuple(getattr(p, "ds_shape", ()))
@@ -38,4 +68,19 @@ def flat_model(model: Any) -> str | None:
         strategy = getattr(getattr(part, "sharding_strategy", None), "name", "")
         if isinstance(part, fsdp1) and strategy != "NO_SHARD":
             return "FSDP1 (FullyShardedDataParallel) has cut its parameters into flat shards"
+    return None
+
+
+def unsharded_part(model: Any) -> str | None:
+    """The name of a module whose shards FSDP2 has replaced by whole parameters for now, and what to
+    do; None where there is no such module. It trains the shards, which nobody would hold.
+    """
+    for name, part in model.named_modules():
+        if is_unsharded(part):
+            return (
+                "FSDP2 has put whole parameters in the place of the shards of "
+                f"{name or 'the model itself'}, as it leaves them after a forward, but trains the "
+                "shards: make the optimizer before the first forward, or call reshard() of every "
+                "FSDPModule in model.modules() first"
+            )
     return None

@@ -8,6 +8,7 @@ Not here: `torch._foreach_*`, which torch's manual documents and every admitted 
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "cpu_capabilities",
     "default_store",
     "dispatch_mode",
+    "is_unsharded",
     "is_watched_by_func",
     "local_box",
     "local_tensor",
@@ -58,6 +60,9 @@ FLAT_MARK = "_is_flat_param"
 
 # The name that FSDP1 gives to that vector.
 FLAT_PARAMETER = "_flat_param"
+
+# The attribute of a plain parameter that was a DTensor before DDP wrapped its module.
+DTENSOR_BEFORE_DDP = "_st_info"
 
 
 # The attributes that `torch.compiler.disable` sets on a function.
@@ -120,6 +125,20 @@ def is_watched_by_func(tensor: Tensor) -> bool:
     return watched
 
 
+def is_unsharded(module: nn.Module) -> bool:
+    """Whether FSDP2 has whole parameters in the place of a module's shards, as it has between
+    forward and backward, and for the root after every forward.
+    """
+    ask = getattr(module, "_get_fsdp_state", None)
+    if ask is None:
+        return False
+    state = ask()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; before it there is one
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return any(group.is_unsharded for group in groups)
+
+
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The module's own, without its children's; shared ones under each of their names, and None
     where a name has none.
@@ -171,16 +190,19 @@ def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def whole_tensor(tensor: Any) -> Tensor:
     """All of a DTensor, on every rank of its mesh: all of them call this.
 
-    torch 2.9's `full_tensor` puts rows in the wrong places where a dim that two mesh axes cut does
-    not divide by both (10 rows over 2 x 2 ranks); 2.11's does not.
+    `full_tensor` puts rows in the wrong places where a dim that two mesh axes cut does not divide
+    by both (10 rows over 2 x 2 ranks): torch 2.13's where the mesh was flattened, since it takes
+    the flat mesh for these axes, and torch 2.9's where a placement is strided.
     """
-    cuts: dict[int, int] = {}  # of each dim, over all mesh axes
+    cuts: dict[int, list[int]] = {}  # the mesh axes' sizes, for each dim
     for ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
         if not placement.is_replicate():
-            cuts[placement.dim] = cuts.get(placement.dim, 1) * ranks
+            cuts.setdefault(placement.dim, []).append(ranks)
     strided = any(hasattr(placement, "split_factor") for placement in tensor.placements)
-    uneven = any(tensor.shape[dim] % parts for dim, parts in cuts.items())
-    if not (strided and uneven and _VERSION < (2, 11)):
+    uneven = any(
+        len(ranks) > 1 and tensor.shape[dim] % math.prod(ranks) for dim, ranks in cuts.items()
+    )
+    if not uneven or (strided and _VERSION >= (2, 11)):
         return tensor.full_tensor()  # type: ignore[no-any-return]
     size, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
     own = local_tensor(tensor).detach()

@@ -51,7 +51,6 @@ from muonkit.groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
-    keeps_int8,
     refuse_half_named,
     refuse_held,
     separate_lr,
@@ -445,8 +444,7 @@ class Muon(Optimizer):
             ValueError: the groups hold parameters that cannot be mapped to what they held before.
         """
         self._settle()
-        if any(keeps_int8(group) for group in self.param_groups):  # since this moment, it may be
-            self._make_state(self.param_groups)
+        self._make_state(self.param_groups)  # options may ask for more than they did in a step
         if self._whole is None:
             return spelled_groups(super().state_dict())
         parts, self.state = self.state, defaultdict(dict, self._whole)
@@ -474,6 +472,7 @@ class Muon(Optimizer):
         """
         with self._telling("consolidate_state_dict"):
             self._settle()
+            self._make_state(self.param_groups)
         self._whole = whole_state(self.param_groups, self.state, self._layouts, to)
 
     @torch.no_grad()
@@ -633,6 +632,7 @@ class Muon(Optimizer):
             scaled = scaled_by(self)
             verdict = judge(work) if scaled is None else scaled.check()
         vote = self._agree(planned, verdict.vote, scaled)
+        warn_if_idle(work)
         if not self._takes_place(verdict, vote):
             return
         own, shared = self._batches(work, planned)

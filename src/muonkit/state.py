@@ -68,12 +68,17 @@ def _dtypes_of(
     state: dict[str, Any], p: Tensor, group: Mapping[str, Any]
 ) -> list[tuple[str, torch.dtype]]:
     """`_dtypes` for a state from elsewhere, whose momentum may be in int8 where the group's is not,
-    in other blocks, or not in int8 where the group's is.
+    in other blocks, or not in int8 where the group's is, and which may have what a stage kept that
+    the group has no more.
 
     In `state` a momentum that is in int8 otherwise than here becomes numbers. Numbers stay what
-    they are: `ensure_state` quantizes them, in the layout that they are in by then.
+    they are: `ensure_state` quantizes them, in the layout that they are in by then. What no stage
+    keeps here goes, with its count of steps: nothing says how it would lie.
     """
     dtypes = dict(_dtypes(p, group))
+    if group["algorithm"] == "muon" and VARIANCE not in dtypes:
+        state.pop(VARIANCE, None)
+        state.pop(STEP, None)
     if group["algorithm"] == "adamw" or MOMENTUM not in state:
         return list(dtypes.items())
     if state[MOMENTUM].dtype == torch.int8:
@@ -275,8 +280,9 @@ def adopt_state(
     """
     wanted = dict(saved)
     dtypes = _dtypes_of(wanted, p, group)
-    if SCALE not in wanted:
-        state.pop(SCALE, None)
+    for key in (SCALE, VARIANCE, STEP):
+        if key not in wanted:
+            state.pop(key, None)
     for key, dtype in dtypes:
         if key not in wanted:
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from muonkit._shards import WHOLE, flat_shard
+from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._text import unknown
 from muonkit.distributed.layout import is_dtensor, local
 from muonkit.groups import ALGORITHMS, NS_OPTIONS, is_trained, keeps_int8, parameter_names
@@ -224,10 +224,10 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
             f"Muon does not support sparse parameters: {name} has layout {p.layout}; "
             "make it dense, or train it with torch.optim.SparseAdam"
         )
-    flat = flat_shard(p)
-    # AdamW may train a flat vector of many parameters; ZeRO-3's parameters hold nothing yet.
-    if flat is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
-        raise ValueError(f"{name} of shape {shape} is {flat}. {WHOLE}")
+    shard = unplaced_shard(p)
+    # AdamW may train any part of a parameter; ZeRO-3's parameters hold nothing yet.
+    if shard is not None and (group["algorithm"] == "muon" or hasattr(p, "ds_id")):
+        raise ValueError(f"{name} of shape {shape} is {shard}")
     if group["algorithm"] == "muon":
         if p.ndim != 2 and group["view"] == "matrix":
             hint = (

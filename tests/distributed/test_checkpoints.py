@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from muonkit import Muon
 from tests.helpers import measures, sampling, zoo
@@ -296,6 +296,29 @@ def gathers_the_whole_state_on_one_rank(layout: str) -> None:
     of_one.load_state_dict(saved)
     measures.train(alone, of_one, 2)
     measures.assert_close(measures.deviations(alone, of_one, measures.alone("normuon")))
+
+
+@CASES.on(4, rows=[5, 6, 8])
+def gathers_what_lies_along_axes_that_were_flattened(rows: int) -> None:
+    """torch 2.13's `full_tensor` takes the flat mesh, and is wrong where rows do not divide."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    both["dp", "tp"]._flatten("loss")
+    values = torch.arange(1.0, rows + 1)[:, None] * torch.tensor([[1.0, -2.0, 3.0]])
+    optimizers = []
+    for _ in range(2):
+        # Replicated over "tp", and by ZeRO-1's word over "dp": the state is cut along both.
+        p = torch.nn.Parameter(distribute_tensor(values.clone(), both["tp"], [Replicate()]))
+        optimizers.append(Muon([p], momentum=0.0, process_group=both["dp"], zero=1))
+    p.grad = p.detach().clone()
+    one, other = optimizers[1], optimizers[0]
+    one.step()
+    one.consolidate_state_dict()
+    found = [one.state_dict()]
+    dist.broadcast_object_list(found)
+    assert torch.equal(found[0]["state"][0]["momentum_buffer"], values)
+    other.load_state_dict(found[0])
+    for mine, its in zip(one.state.values(), other.state.values(), strict=True):
+        assert torch.equal(mine["momentum_buffer"].to_local(), its["momentum_buffer"].to_local())
 
 
 def _has_parts(state_dict: dict[str, Any]) -> bool:

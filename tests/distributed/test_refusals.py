@@ -20,8 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from muonkit import Muon, MuonW, RoutingError, route
@@ -336,6 +346,55 @@ def refuses_flat_shards_of_fsdp1(original: bool) -> None:
         Muon(list(sharded.parameters()))
     with pytest.raises(ValueError, match=remedy):
         Muon([{"params": list(sharded.parameters()), "view": "flatten"}])
+
+
+@CASES.on(2)
+def refuses_plain_tensors_that_ddp_made_of_dtensors() -> None:
+    """They look like whole matrices, and are shards."""
+    both = zoo.mesh((1, 2), ("dp", "tp"))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    DistributedDataParallel(
+        parallelize_module(model, both["tp"], plan), device_mesh=both["dp"], init_sync=False
+    )
+    weights = [layer.weight for layer in model]
+    assert not any(isinstance(p, DTensor) for p in weights)
+    said = r"part of a DTensor, which DistributedDataParallel.* take fully_shard\(model, mesh="
+    with pytest.raises(ValueError, match=said):
+        Muon(weights)
+    with pytest.raises(RoutingError, match=rf"0\.weight .*{said}"):
+        MuonW(model)
+    Muon([{"params": weights, "algorithm": "adamw"}], adamw_lr=0.1)  # entry by entry is right
+
+
+@CASES.on(2)
+def refuses_whole_parameters_in_the_place_of_shards() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4))
+    fully_shard(model[1])
+    fully_shard(model)
+    with torch.no_grad():
+        model(torch.ones(2, 4))  # FSDP2 leaves the root's parameters as they are in a forward
+    with pytest.raises(
+        RoutingError, match=r"place of the shards of the model itself.* reshard\(\)"
+    ):
+        MuonW(model, lr=0.1)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    optimizer = MuonW(model, lr=0.1)
+    assert all(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
+    model[1].unshard()
+    with pytest.raises(RoutingError, match=r"place of the shards of 1, as"):
+        route(model)
+
+
+@CASES.on(2, algorithm=["muon", "adamw"])
+def refuses_parameters_of_other_ranks(algorithm: str) -> None:
+    parts = [_sharded(DeviceMesh("cpu", [rank]), Shard(0), 4, 6) for rank in (0, 1)]
+    rank = dist.get_rank()
+    said = rf"lies on ranks {1 - rank}, and this is rank {rank}.*of its stage"
+    with pytest.raises(ValueError, match=said):
+        Muon([{"params": parts, "algorithm": algorithm}], adamw_lr=0.1)
 
 
 @CASES.on(2)

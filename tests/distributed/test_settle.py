@@ -4,13 +4,16 @@ exact step all the same, or an error on every rank before anything is written.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muonkit import Muon
 from tests.helpers import measures, zoo
@@ -133,6 +136,59 @@ def a_part_of_another_shape_is_refused_on_all(layout: str) -> None:
     assert_unchanged(model, optimizer, before)
     measures.train(model, optimizer, 1)
     assert_equals_one_process(model, optimizer)
+
+
+@CASES.on(2, later=["loaded", "other_layout"])
+def a_stage_that_was_left_is_taken_up_again(later: str) -> None:
+    """What it kept is laid out anew by nobody, so it begins anew, its count of steps too."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(24.0).reshape(6, 4)
+    groups = {"process_group": dist.group.WORLD, "zero": 1} if later == "loaded" else {}
+    place = functools.partial(distribute_tensor, whole, mesh)
+    p = nn.Parameter(whole.clone() if groups else place([Shard(1)]))
+    optimizer = Muon([("p", p)], lr=0.1, after="normuon", **groups)
+    (group,) = optimizer.param_groups
+
+    def step() -> None:
+        (p,) = group["params"]
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    group["after"] = ()
+    step()
+    if later == "loaded":
+        optimizer.consolidate_state_dict()
+        saved = [optimizer.state_dict()]
+        dist.broadcast_object_list(saved)
+        optimizer.load_state_dict(saved[0])
+        (group,) = optimizer.param_groups
+    else:
+        group["params"] = [nn.Parameter(place([Shard(0)]))]
+        step()
+    assert list(optimizer.state[group["params"][0]]) == ["momentum_buffer"]
+    group["after"] = ("normuon",)
+    step()
+    state = optimizer.state[group["params"][0]]
+    assert state["step"] == 1
+    assert state["second_momentum_buffer"].to_local().shape == (3, 1)
+
+
+@CASES.on(2, after=["fully_shard", "load_state_dict"])
+def parameters_that_were_replaced_are_missed(after: str) -> None:
+    """The groups hold what nobody trains any more: as in one process, every step says so."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    if after == "fully_shard":
+        optimizer = Muon([layer.weight for layer in model], process_group=dist.group.WORLD)
+        fully_shard(model)
+    else:
+        fully_shard(model)
+        optimizer = Muon([layer.weight for layer in model])
+        copies = {name: p.detach().clone() for name, p in model.state_dict().items()}
+        model.load_state_dict(copies, assign=True)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient"):
+        optimizer.step()
 
 
 @CASES.on(2)

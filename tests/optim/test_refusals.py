@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from fractions import Fraction
 from typing import Any
 
@@ -175,6 +177,28 @@ def test_models_of_deepspeeds_zero_3_are_refused() -> None:
         layer.weight = of_zero_3((4, 4))
     with pytest.raises(RoutingError, match=rf"0\.weight .* DeepSpeed's ZeRO-3 has sh.*{WHOLE}"):
         MuonW(model, lr=0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_megatrons_shards_are_refused_where_there_are_several(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the attributes and the module that Megatron documents; it marks the matrices
+    of a single rank too.
+    """
+    p: Any = nn.Parameter(torch.ones(4, 6))
+    p.tensor_model_parallel, p.partition_dim, p.partition_stride = True, 0, 1
+    Muon([p])
+    state: Any = types.ModuleType("megatron.core.parallel_state")
+    state.get_tensor_model_parallel_world_size = lambda: ranks
+    monkeypatch.setitem(sys.modules, state.__name__, state)
+    if ranks == 1:
+        Muon([p])
+        return
+    with pytest.raises(ValueError, match=r"Megatron's tensor parallelism cuts\. Muon needs shards"):
+        Muon([p])
+    p.allreduce = False  # of an expert, which may be cut otherwise
+    Muon([p])
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])

@@ -292,6 +292,25 @@ def test_a_plain_state_in_another_variant(variant: str, whose: str) -> None:
     assert optimizer.state[p]["second_momentum_buffer"].count_nonzero() > 0
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_stage_that_was_turned_on_is_saved_whole(stepped: bool) -> None:
+    """Before every parameter took a step with it, as an expert without tokens takes none."""
+    params = [parameter(6, 4), parameter(4, 4)]
+    optimizer = Muon(params, lr=0.1)
+    set_gradients(params)
+    optimizer.step()
+    optimizer.param_groups[0]["after"] = ("normuon",)
+    if stepped:
+        set_gradients(params[:1], 1)
+        params[1].grad = None
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert all("second_momentum_buffer" in state for state in saved["state"].values())
+    for other in (optimizer, Muon(params, after="normuon"), Muon(params)):
+        other.load_state_dict(saved)
+        assert [int(other.state[p]["step"]) for p in params] == [int(stepped), 0]
+
+
 def test_another_variants_state_says_which_it_is() -> None:
     p = parameter(6, 4)
     saved = Muon([p], variant="normuon")

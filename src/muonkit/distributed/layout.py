@@ -117,13 +117,17 @@ class Layouts:
         """Find the parameters' layouts.
 
         Raises:
-            ValueError: an unsupported placement, or a parameter on other ranks than the rest.
+            ValueError: an unsupported placement, or a parameter on other ranks than the rest, or
+                than this one.
         """
         named = [
             (name, p, group)
             for group in groups
             for name, p in zip(parameter_names(group), group["params"], strict=True)
         ]
+        for name, p, _ in named:
+            if is_dtensor(p):
+                _refuse_elsewhere(name, p.device_mesh)
         meshes = [p.device_mesh for _, p, _ in named if is_dtensor(p)]
         if self.mesh is None and meshes:
             self.mesh = whole_mesh(meshes, self.group)
@@ -227,6 +231,15 @@ def local(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     return local_tensor(tensor)
+
+
+def _refuse_elsewhere(name: str, mesh: DeviceMesh) -> None:
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{name} lies on ranks {listed(ranks_of(mesh))}, and this is rank "
+            f"{torch.distributed.get_rank()}, which has no part of it: give the optimizer of a "
+            "rank the parameters of that rank's own meshes (of pipeline stages, those of its stage)"
+        )
 
 
 def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -> Layout:

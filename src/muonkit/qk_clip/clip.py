@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from muonkit._shards import flat_shard
+from muonkit._shards import unplaced_shard
 from muonkit._text import shown, unknown
 from muonkit.distributed.layout import is_dtensor, local, own_layout
 from muonkit.distributed.meshes import group_of, other_ranks
@@ -366,12 +366,8 @@ class QKClip:
                     "or LoRA layer is not); heads=[...] leaves modules out. Make QKClip after the "
                     "optimizer has its final parameters"
                 )
-            flat = flat_shard(p)
-            if flat is not None:
-                raise ValueError(
-                    f"{shown(scaled.path)} is {flat}, which does not know its rows: shard with "
-                    "fully_shard (FSDP2)"
-                )
+            if (shard := unplaced_shard(p)) is not None:
+                raise ValueError(f"{shown(scaled.path)} is {shard}")
             if tuple(p.shape)[scaled.dim] != len(scaled.group):
                 raise ValueError(
                     f"{shown(scaled.path)} has the shape {list(p.shape)}, expected "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
-from muonkit._shards import WHOLE, flat_shard
+from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._torch import FLAT_PARAMETER
 from muonkit.routing.layouts import UnknownLayout, fused_layout
 from muonkit.routing.numbers import number, widths_of
@@ -93,11 +93,13 @@ def _as_viewed(verdict: Verdict, param: nn.Parameter) -> Verdict:
 
 def _refuse_shards(site: Site, param: nn.Parameter) -> None:
     """A matrix seen as a 1-D shard would go to AdamW unnoticed (docs/pitfalls.md, 18)."""
+    if (shard := unplaced_shard(param)) is not None:
+        raise Undecided(f"is {shard}", final=True)
     matrix_layer = isinstance(site.owner, (nn.Linear, *_EMBEDDINGS)) or is_conv(site.owner)
-    flat = flat_shard(param)
-    if flat is None and FLAT_PARAMETER in site.label:
+    flat = None
+    if FLAT_PARAMETER in site.label:
         flat = "a vector of several parameters (FSDP1)"
-    if flat is None and matrix_layer and site.label == "weight" and param.ndim < 2:
+    elif matrix_layer and site.label == "weight" and param.ndim < 2:
         flat = f"a {param.ndim}-D piece of a matrix (a flat shard)"
     if flat is not None:
         raise Undecided(f"is {flat}. {WHOLE}", final=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn as nn
 
-from muonkit._shards import WHOLE, flat_model
+from muonkit._shards import WHOLE, flat_model, unsharded_part
 from muonkit._text import unknown
 from muonkit.routing.judge import Undecided, Verdict, is_vector, judge
 from muonkit.routing.places import Site, unwrap
@@ -108,8 +108,10 @@ def route(
 
     Raises:
         RoutingError: the model has no parameters, or none that is trainable; parameters that
-            cannot be judged, are not initialized, or are flat shards; a rule that decides nothing,
-            or whose view does not fit; per_head where nothing tells the heads.
+            cannot be judged, are not initialized, are shards that do not know their place (FSDP1's
+            or DeepSpeed's, plain tensors of tensor parallelism), or are whole for now (FSDP2's
+            after a forward); a rule that decides nothing, or whose view does not fit; per_head
+            where nothing tells the heads.
         ValueError: no such scale, no such choice for `undecided`, or `heads` has what is no layer
             of the model.
 
@@ -127,6 +129,8 @@ def route(
         raise ValueError(unknown("undecided", undecided, ("raise", "adamw")))
     if flat := flat_model(model):
         raise RoutingError(f"{type(model).__name__}: {flat}. {WHOLE}")
+    if unsharded := unsharded_part(model):
+        raise RoutingError(f"{type(model).__name__}: {unsharded}")
     facts = survey(unwrap(model), None if heads is None else list(heads))
     if not facts.params:
         raise RoutingError(f"{type(model).__name__} has no parameters: nothing to optimize")
