@@ -9,6 +9,7 @@ import pickle
 import re
 import signal
 import time
+import types
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from muonkit import Muon, MuonW, RoutingError, route
 from muonkit.distributed.machines import MACHINES
+from muonkit.distributed.meshes import ascends
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 from tests.helpers import internals, measures, zoo
 from tests.helpers.ranks import Cases, Ranks, run
@@ -395,6 +397,32 @@ def refuses_parameters_of_other_ranks(algorithm: str) -> None:
     said = rf"lies on ranks {1 - rank}, and this is rank {rank}.*of its stage"
     with pytest.raises(ValueError, match=said):
         Muon([{"params": parts, "algorithm": algorithm}], adamw_lr=0.1)
+
+
+@CASES.on(2)
+def refuses_a_mesh_whose_ranks_do_not_ascend() -> None:
+    """torch itself disagrees about where its shards lie: `distribute_tensor` goes by the group."""
+    backwards = DeviceMesh("cpu", [1, 0])
+    with pytest.raises(ValueError, match=r"lies on ranks 1, 0 in this order.* ascend along every"):
+        Muon([_sharded(backwards, Shard(0), 4, 6)])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "right"),
+    [
+        ([[0, 2], [1, 3]], True),
+        ([[0, 1], [3, 2]], False),
+        ([[2, 3], [0, 1]], False),
+        ([[[0, 1], [2, 3]], [[4, 5], [6, 7]]], True),
+        ([[[0, 1], [2, 3]], [[4, 5], [7, 6]]], False),
+        ([[[0, 1], [6, 7]], [[4, 5], [2, 3]]], False),
+        ([[5], [7]], True),
+    ],
+)
+def test_ranks_ascend_along_every_axis(ranks: Any, right: bool) -> None:
+    tensor = torch.tensor(ranks)
+    mesh: Any = types.SimpleNamespace(mesh=tensor, shape=tuple(tensor.shape))
+    assert ascends(mesh) == right
 
 
 @CASES.on(2)

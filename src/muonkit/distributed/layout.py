@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from muonkit._torch import local_tensor, root_mesh, strided_shard
 from muonkit.distributed.meshes import (
+    ascends,
     axis_of_group,
     group_of,
     is_cut_from,
@@ -125,12 +126,11 @@ class Layouts:
             for group in groups
             for name, p in zip(parameter_names(group), group["params"], strict=True)
         ]
-        for name, p, _ in named:
-            if is_dtensor(p):
-                _refuse_elsewhere(name, p.device_mesh)
-        meshes = [p.device_mesh for _, p, _ in named if is_dtensor(p)]
+        meshes = {p.device_mesh: name for name, p, _ in named if is_dtensor(p)}
+        for mesh, name in meshes.items():
+            _check_mesh(name, mesh)
         if self.mesh is None and meshes:
-            self.mesh = whole_mesh(meshes, self.group)
+            self.mesh = whole_mesh(list(meshes), self.group)
         for name, p, group in named:
             if is_dtensor(p):
                 self._keep(p, _of_dtensor(self, name, p, group))
@@ -233,12 +233,18 @@ def local(tensor: Tensor) -> Tensor:
     return local_tensor(tensor)
 
 
-def _refuse_elsewhere(name: str, mesh: DeviceMesh) -> None:
+def _check_mesh(name: str, mesh: DeviceMesh) -> None:
     if mesh.get_coordinate() is None:
         raise ValueError(
             f"{name} lies on ranks {listed(ranks_of(mesh))}, and this is rank "
             f"{torch.distributed.get_rank()}, which has no part of it: give the optimizer of a "
             "rank the parameters of that rank's own meshes (of pipeline stages, those of its stage)"
+        )
+    if not ascends(mesh):
+        raise ValueError(
+            f"{name} lies on ranks {listed(ranks_of(mesh))} in this order, but torch's process "
+            "groups have ranks in ascending order, so that its shards are not where the mesh says: "
+            "make a mesh whose ranks ascend along every axis"
         )
 
 

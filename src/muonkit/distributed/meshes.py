@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "ascends",
     "axis_of_group",
     "group_of",
     "is_cut_from",
@@ -122,6 +123,18 @@ def ranks_of(mesh: DeviceMesh) -> list[int]:
     """The global ranks of a mesh, in row-major order."""
     ranks: list[int] = mesh.mesh.flatten().tolist()
     return ranks
+
+
+def ascends(mesh: DeviceMesh) -> bool:
+    """Whether ranks ascend along every axis of a mesh."""
+    ranks, behind = ranks_of(mesh), 1
+    for size in reversed(mesh.shape):
+        at_end = behind * (size - 1)
+        for i, rank in enumerate(ranks):
+            if i % (behind * size) < at_end and ranks[i + behind] <= rank:
+                return False
+        behind *= size
+    return True
 
 
 def axis_of_group(mesh: DeviceMesh, group: ProcessGroup | None) -> int | None:
