@@ -4,7 +4,7 @@
     python benchmarks/finetune.py --quick --json x.json
     python benchmarks/finetune.py --page-only           # the table of docs/finetuning.md
 
-The model is a Llama of transformers (bytes, width 128, 4 layers of 4 heads, SwiGLU, head tied; 0.9
+The model is a Llama of transformers (bytes, width 128, 4 layers of 4 heads, SwiGLU, head tied; 0.8
 million parameters), pretrained for 1,000 steps of 16 x 128 bytes on the source of Python's standard
 library: once with AdamW at its best learning rate of three, and once with MuonW likewise. Every way
 of fine-tuning takes 200 steps on another text that every machine with torch has, the C++ headers

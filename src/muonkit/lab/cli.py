@@ -270,7 +270,7 @@ def compare_command(
         typer.Option(
             min=1,
             metavar="N",
-            help="Record every N steps what muonw and normuon do; pictures in the report.",
+            help="Record every N steps what the optimizers of muonkit do; pictures in the report.",
         ),
     ] = None,
     rule: Annotated[
