@@ -63,12 +63,15 @@ def copy_each_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def scheduled(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A number that a schedule may change, as torch.compile can follow it: in a graph a tensor
-    without dims, in full precision, on the device of another; elsewhere the number itself.
+    without dims, in full precision, on the device of another; elsewhere the number itself. A tensor
+    of one element loses its dims.
 
     A graph has a float that no tensor was made of, such as foreach's alpha, as a constant, and is
     compiled anew for each value of it.
     """
-    if isinstance(value, Tensor) or not torch.compiler.is_compiling():
+    if isinstance(value, Tensor):
+        return value.reshape(()) if value.ndim else value
+    if not torch.compiler.is_compiling():
         return value
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.ones((), dtype=dtype, device=like.device) * value

@@ -18,7 +18,7 @@ from muonkit.groups import (
 )
 from muonkit.options import OPTION_KEYS
 from muonkit.stages import kept_state
-from muonkit.validate import validate_group, validate_options
+from muonkit.validate import refuse_zero_weights, validate_group, validate_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,6 +60,8 @@ class SeenOptions:
             if before is None or not _same(before, options):
                 try:
                     validate_group({**group, **_unread(options)})
+                    if before is not None and before.get("constraint") != group.get("constraint"):
+                        refuse_zero_weights(group, together=False)
                 except (ValueError, TypeError, RuntimeError) as error:
                     told = f"{group.get('name', f'group {number}')}: {error}; nothing was changed"
                     raise type(error)(told) from error
@@ -67,8 +69,8 @@ class SeenOptions:
 
 
 def _held(value: Any) -> Any:
-    """An option as it stays when somebody edits the list that it is."""
-    return tuple(value) if isinstance(value, list) else value
+    """An option as it stays when somebody edits the list that it is, or one in it."""
+    return tuple(map(_held, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _unread(options: Mapping[str, Any]) -> dict[str, Any]:

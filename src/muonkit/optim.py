@@ -508,6 +508,7 @@ class Muon(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        separate_lr(self.param_groups)  # torch has copied what groups share as one tensor
         self._whole = None
         for group, saved in zip(self.param_groups, merged["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):

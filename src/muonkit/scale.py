@@ -66,6 +66,8 @@ def scale_factor(scale: str | Scale | None, rows: int, cols: int) -> float:
     Raises:
         ValueError: no such scale.
     """
+    if not rows or not cols:
+        return 1.0  # of nothing
     if callable(scale):
         return scale(rows, cols)
     function = SCALES.get(scale or "original")
@@ -97,6 +99,8 @@ def check_scale(scale: str | Scale | None, rows: int = 1, cols: int = 1) -> None
     """
     if not callable(scale):
         scale_factor(scale, rows, cols)
+        return
+    if not rows or not cols:
         return
     name = scale_name(scale)
     if name in SCALES and SCALES[name] is not scale:

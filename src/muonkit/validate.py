@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._text import unknown
-from muonkit.distributed.layout import is_dtensor, local
+from muonkit.distributed.layout import is_dtensor, local, own_layout
 from muonkit.groups import ALGORITHMS, NS_OPTIONS, is_trained, keeps_int8, parameter_names
 from muonkit.int8 import scale_shape
 from muonkit.newton_schulz.orthogonalizer import check_choice
@@ -116,10 +116,11 @@ def validate_options(group: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None:
-    """Refuse weights of zeros where a constraint would keep them so; frozen ones may be zero.
+    """Refuse matrices of zeros where a constraint would keep them so; frozen ones may be zero.
 
     Args:
         together: all ranks that have shards of a weight call this; else those are not looked at.
+            Of a weight in shards a matrix is zero where all its parts are.
 
     Raises:
         ValueError: there is one.
@@ -133,22 +134,46 @@ def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None
         if is_trained(p) and not p.is_meta and p.numel() and (together or mesh is None):
             by_mesh.setdefault(mesh, []).append((name, p))
     for mesh, named in by_mesh.items():
-        # (A shard may be empty, and has no largest entry.) NaN is not zero.
-        norms = [torch.linalg.vector_norm(local(p), 1) for _, p in named]
-        filled = torch.tensor([bool(norm != 0) for norm in norms], dtype=torch.int32, device="cpu")
+        each = [_filled(name, p, group["view"]) for name, p in named]
+        filled = torch.cat(each).to("cpu", torch.int32)
         if mesh is not None:  # shards that are kept on the CPU are not where the ranks meet
             filled = filled.to(mesh.device_type)
             for axis in range(mesh.ndim):
                 most = torch.distributed.ReduceOp.MAX
                 torch.distributed.all_reduce(filled, most, group=mesh.get_group(axis))
-        for (name, p), any_entry in zip(named, filled.tolist(), strict=True):
-            if not any_entry:
+        by_weight = torch.split(filled.to("cpu"), [len(one) for one in each])
+        for (name, p), matrices in zip(named, by_weight, strict=True):
+            if not matrices.all():
+                part = "" if len(matrices) == 1 else f"matrix {int(matrices.argmin())} of "
                 raise ValueError(
-                    f"{name} {tuple(p.shape)} is zero, and constraint={holding[0]!r} keeps the "
-                    "size of its updates or of itself in proportion to it: it would stay zero. "
+                    f"{part}{name} {tuple(p.shape)} is zero, and constraint={holding[0]!r} keeps "
+                    "the size of its updates or of itself in proportion to it: it would stay zero. "
                     "Begin it at other values, or give it a group (or Rule) with another "
                     "constraint, as options={'constraint': ()}"
                 )
+
+
+def _filled(name: str, p: Tensor, view: str) -> Tensor:
+    """Of each matrix of a weight, whether what this rank has of it has an entry that is not zero.
+    (NaN is none.)
+    """
+    shape, own = tuple(p.shape), local(p)
+    blocks = blocks_of(view, shape)
+    if not is_dtensor(p):
+        regions = [block.to_matrices(block.region(p)) for block in blocks]
+        return torch.cat([(matrices != 0).flatten(1).any(1) for matrices in regions])
+    layout = own_layout(name, p)
+    at, placement = layout.at, layout.param_placement
+    return torch.tensor(
+        [
+            any(
+                bool((own[placement.slices(shape, at, part)] != 0).any())
+                for part in placement.parts(shape, at, box)
+            )
+            for block in blocks
+            for box in block.boxes()
+        ]
+    )
 
 
 def _validate_choice(group: Mapping[str, Any], key: str) -> None:
@@ -177,6 +202,8 @@ def _validate_number(what: str, value: Any, below: float = math.inf) -> None:
     if not isinstance(value, (int, float, Tensor)) and not _is_numpy_number(value):
         cast = "; write float(...)" if hasattr(value, "__float__") else ""
         raise TypeError(f"{what} should be a number but is: {value!r}{cast}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{what} should be one number but has the shape {tuple(value.shape)}")
     if not 0.0 <= value < below:  # also false for NaN
         upper = f" and < {below:g}" if below < math.inf else ""
         raise ValueError(f"{what} should be >= 0{upper} but is: {value}")

@@ -455,6 +455,9 @@ def test_what_theirs_cannot_say_is_told() -> None:
     assert "ns_coefficients='you': Keller Jordan's there" in str(exported)
     assert len(exported.param_groups) == 1
     assert str(convert.from_muonkit("torch", MuonW(model))) == "all carried"
+    lost = {"nonfinite": "skip", "period": 4, "block_lr_factor": 0.5}
+    said = str(convert.from_muonkit("torch", MuonW(model, **lost)))
+    assert all(name in said for name in lost)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

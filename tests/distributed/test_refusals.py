@@ -292,6 +292,11 @@ def refuses_a_weight_of_zeros_of_which_every_rank_has_a_part() -> None:
         Muon([some], constraint="hyperball")
         with pytest.raises(ValueError, match=r"\(3, 6\) is zero, and constraint='hyperball'"):
             Muon([some, none], constraint="hyperball")
+    experts = _sharded(on, Shard(1), 2, 3, 6)
+    Muon([{"params": [experts], "view": "experts"}], constraint="hyperball")
+    experts.detach().to_local()[1] = 0.0
+    with pytest.raises(ValueError, match=r"matrix 1 of .* is zero"):
+        Muon([{"params": [experts], "view": "experts"}], constraint="hyperball")
 
 
 @CASES.on(2)

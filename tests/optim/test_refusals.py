@@ -150,6 +150,42 @@ def test_a_group_broken_later_is_refused_before_anything_is_written() -> None:
         Muon([{"params": params, "view": ["matrix"]}])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_momentum_of_one_element_is_a_number(dtype: torch.dtype) -> None:
+    one, other = (parameter(6, 4, dtype=dtype) for _ in range(2))
+    of_tensor, of_number = Muon([one], momentum=torch.tensor([0.9])), Muon([other], momentum=0.9)
+    for step in range(2):
+        set_gradients([one], step)
+        set_gradients([other], step)
+        of_tensor.step()
+        of_number.step()
+    torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"momentum should be one number but has the shape \(2,\)"):
+        Muon([one], momentum=torch.tensor([0.9, 0.9]))
+
+
+def test_a_list_in_a_list_of_options_is_looked_at_again() -> None:
+    p = parameter(6, 4)
+    optimizer = Muon([p], ns_coefficients=[[3.4445, -4.775, 2.0315] for _ in range(5)])
+    set_gradients([p])
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["ns_coefficients"][0][0] = float("nan")
+    with pytest.raises(ValueError, match="nothing was changed"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw", "spectral", "unit_rms"])
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5)])
+def test_a_matrix_without_entries_is_taken(shape: tuple[int, int], scale: str) -> None:
+    p = parameter(*shape)
+    optimizer = Muon([p, parameter(4, 4)], adjust_lr_fn=scale)
+    set_gradients([p])
+    optimizer.step()
+    optimizer.describe()
+
+
 # --- flat shards ----------------------------------------------------------------------------------
 
 WHOLE = r"shard with fully_shard \(FSDP2\), or take DDP and share the state out with zero=1"

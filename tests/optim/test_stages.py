@@ -412,6 +412,45 @@ def test_a_weight_of_zeros_is_refused_where_it_would_stay_zero() -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("view", "shape", "index"),
+    [
+        ("split(rows=2)", (8, 4), (slice(4, 8),)),
+        ("split(cols=2)", (4, 8), (slice(None), slice(4, 8))),
+        ("experts", (3, 4, 5), (1,)),
+        ("experts > split(rows=2)", (2, 4, 3), (0, slice(2, 4))),
+    ],
+)
+def test_a_matrix_of_zeros_in_a_weight_is_refused(
+    view: str, shape: tuple[int, ...], index: Any
+) -> None:
+    weight = torch.ones(shape)
+    weight[index] = 0
+    given = [{"params": [torch.nn.Parameter(weight)], "view": view}]
+    with pytest.raises(ValueError, match=r"matrix \d of .* is zero, and constraint='hyperball'"):
+        Muon(given, constraint="hyperball")
+    weight[index][..., -1] = float("nan")
+    Muon(given, constraint="hyperball")
+
+
+@pytest.mark.parametrize("how", ["edited", "loaded"])
+def test_a_weight_of_zeros_is_refused_under_a_constraint_that_comes_later(how: str) -> None:
+    p, other = (torch.nn.Parameter(torch.full((4, 4), fill)) for fill in (0.0, 1.0))
+    optimizer, saved = Muon([p]), Muon([other], constraint="hyperball")
+    for q in (p, other):
+        q.grad = torch.ones(4, 4)
+    optimizer.step()
+    p.data.zero_()
+    if how == "edited":
+        optimizer.param_groups[0]["constraint"] = "hyperball"
+    else:
+        saved.step()
+        optimizer.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match=r"is zero, and constraint='hyperball'.*nothing was chang"):
+        optimizer.step()
+    assert not p.count_nonzero()
+
+
 def test_adamw_needs_a_rate_of_its_own_where_muons_is_relative() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 2))
     for name in ("hyperball", "relative_update"):

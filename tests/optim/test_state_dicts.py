@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim.lr_scheduler import LambdaLR
 
 from muonkit import Muon, MuonW
 from tests.helpers.optim import mlp, momentum_of, parameter, set_gradients, train
@@ -290,6 +291,19 @@ def test_a_plain_state_in_another_variant(variant: str, whose: str) -> None:
     optimizer.step()
     assert optimizer.state[p]["step"] == 1
     assert optimizer.state[p]["second_momentum_buffer"].count_nonzero() > 0
+
+
+def test_a_tensor_lr_that_a_state_dict_shares_is_each_groups_own() -> None:
+    saved = torch.optim.Muon(
+        [{"params": [parameter(4, 4)]}, {"params": [parameter(4, 4)]}], lr=torch.tensor(0.5)
+    )
+    params = [parameter(4, 4), parameter(4, 4)]
+    optimizer = Muon([{"params": [p]} for p in params], lr=torch.tensor(0.5))
+    set_gradients([p for group in saved.param_groups for p in group["params"]])
+    saved.step()
+    optimizer.load_state_dict(saved.state_dict())
+    LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5])
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.25]
 
 
 @pytest.mark.parametrize("stepped", [False, True])

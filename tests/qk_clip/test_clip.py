@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -358,6 +360,43 @@ def test_copies_are_not_measured_and_close_leaves_nothing() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert clip.step == 1
     QKClip(model, optimizer, 0.1)
+
+
+def test_a_clip_that_nobody_holds_any_more_makes_room() -> None:
+    """As those of the trials of a sweep, which nobody could close."""
+    model, weights = Net(), []
+
+    def trial(model: nn.Module) -> None:
+        optimizer = still(model)
+        clip = QKClip(model, optimizer, 0.1)
+        step(model, optimizer, batch(0))
+        assert clip.step == 1
+        for layer in model.layers:  # type: ignore[union-attr]
+            assert len(layer._forward_hooks) == len(layer._forward_pre_hooks) == 1
+        weights.append(weakref.ref(model.layers[0].q_proj.weight))  # type: ignore[union-attr, index]
+
+    trial(model)
+    trial(model)
+    del model
+    gc.collect()
+    assert weights[0]() is None
+
+
+def test_what_a_clipping_would_refuse_is_refused_before_the_step() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    clip = QKClip(model, optimizer)
+    step(model, optimizer, batch(0))
+    q = model.layers[0].q_proj.weight  # type: ignore[union-attr, index]
+    q.requires_grad_(False)
+    model(batch(1)).square().mean().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="holds q or k, but the optimizer does not train it"):
+        optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    q.requires_grad_(True)
+    optimizer.step()
+    assert clip.step == 2
 
 
 def test_parameters_that_were_replaced_are_found() -> None:

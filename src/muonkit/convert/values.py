@@ -41,6 +41,9 @@ _OUR_NEUTRAL = {
     "after": (),
     "constraint": (),
     "fraction": 1.0,
+    "period": 1,
+    "block_lr_factor": 1.0,
+    "nonfinite": "propagate",
 }
 _MOMENTS = {"exp_avg": "AdamW's first moment", "exp_avg_sq": "AdamW's second moment"}
 

@@ -36,6 +36,7 @@ class MonitorCallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=sample["step"])
 
+        self.on_train_end(trainer, pl_module)  # of a training that ended with an error
         options = {"start": trainer.global_step, **self._options}
         optimizer = unwrapped(trainer.optimizers[0])
         to = log if self._to is None else self._to
@@ -44,3 +45,6 @@ class MonitorCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.monitor is not None:
             self.monitor.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)

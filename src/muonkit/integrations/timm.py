@@ -59,11 +59,13 @@ def _muonw(routes: Any, betas: Any = None, eps: Any = None, **options: Any) -> M
 def _routes(model: nn.Module, options: dict[str, Any]) -> Routes:
     """The model's routes, with what timm would have said in param groups."""
     rates = _rates(model, options)  # first, since timm freezes the lowest layers if it is told to
+    asked = {key: options.pop(key) for key in ("undecided", "heads", "per_head") if key in options}
     routes = route(
         model,
         options.pop("rules", ()),
         scale=options.get("adjust_lr_fn") or ROUTED,
-        decay_1d=not options.get("weight_decay_exclude_1d", True),
+        decay_1d=options.pop("decay_1d", not options.get("weight_decay_exclude_1d", True)),
+        **asked,
     )
     kept: Any = getattr(model, "no_weight_decay", set)()
 

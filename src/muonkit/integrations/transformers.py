@@ -98,6 +98,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         self.monitor: Monitor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_train_end(args, state, control)  # of a training that ended with an error
         given, options = self._arguments
         start = {"start": state.global_step}
         self.monitor = Monitor(unwrapped(kwargs["optimizer"]), *given, **{**start, **options})

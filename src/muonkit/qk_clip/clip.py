@@ -13,6 +13,7 @@ are scaled as above, q_rope by η, k_rope not at all. Sources: Kimi K2 (arXiv 25
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 import weakref
@@ -118,6 +119,7 @@ class QKClip:
         self._ever = self._warned = False
         self._open: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
+        self._of_module = {attention.module: attention for attention in self._attentions}
         if measure:
             self._hook()
 
@@ -159,29 +161,39 @@ class QKClip:
             hook.remove()
         self._hooks = []
         self._most = {}
-        for attention in self._attentions:
-            _WATCHED.pop(attention.module, None)
+        for module in self._of_module:
+            if _watching(module) is self:
+                del _WATCHED[module]
 
     # --- measuring ------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        taken = [a.name for a in self._attentions if a.module in _WATCHED]
-        if taken:
+        if self._taken():
+            gc.collect()  # a clip that nobody can reach or close any more, as of another trial
+        if taken := self._taken():
             raise ValueError(
                 f"{shown(taken[0])} has a QKClip already: close() it, or make one for the whole "
                 "model"
             )
         disable: Any = torch.compiler.disable  # a compiled step calls these as they are
+        of_passes: list[Any] = []
+        for module in self._of_module:
+            _WATCHED[module] = weakref.ref(self)
+            of_passes += [
+                module.register_forward_pre_hook(_before_forward),
+                module.register_forward_hook(_after_forward, always_call=True),
+            ]
+        # Else they would stay when nobody holds this and the optimizer any more.
+        weakref.finalize(self, _remove, of_passes).atexit = False
         self._hooks = [
+            *of_passes,
             self._optimizer.register_step_pre_hook(disable(self._before_step)),
             self._optimizer.register_step_post_hook(disable(self._after_step)),
         ]
-        for attention in self._attentions:
-            _WATCHED[attention.module] = weakref.ref(self), attention
-            self._hooks += [
-                attention.module.register_forward_pre_hook(_before_forward),
-                attention.module.register_forward_hook(_after_forward, always_call=True),
-            ]
+
+    def _taken(self) -> list[str]:
+        """Attention modules that another clip watches."""
+        return [a.name for a in self._attentions if _watching(a.module) is not None]
 
     def _enter(self, attention: Attention) -> None:
         if not self.measures or not attention.module.training:
@@ -256,6 +268,9 @@ class QKClip:
         for _, watch in self._open:  # of a forward pass that was interrupted
             watch.active = False
         self._open.clear()
+        if self.measures:  # what the clipping would refuse after the step, too
+            self._settle()
+            self._groups()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
         if not self.measures or closure is not None:
             return
@@ -332,7 +347,7 @@ class QKClip:
         if not own.numel():
             return
         kept = self._here.get(scaled)
-        if kept is None or kept[0] is not p:
+        if kept is None or kept[0] is not p or kept[1].device != own.device:
             indices = torch.tensor(_rows_here(scaled, p), device=own.device)
             group = torch.tensor(scaled.group, device=own.device)[indices]
             power = torch.tensor(scaled.power, device=own.device, dtype=factors.dtype)[indices]
@@ -438,28 +453,30 @@ def _check(optimizer: Any, tau: Any, alpha: Any, every: Any) -> None:
 # Module-level functions, so that a model that is copied or pickled does not take the optimizer
 # along; the copy's modules are not in the table, and are not measured.
 
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[QKClip], Attention]] = (
-    weakref.WeakKeyDictionary()
-)
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[QKClip]] = weakref.WeakKeyDictionary()
 
 
-def _watched(module: nn.Module) -> tuple[QKClip, Attention] | None:
+def _watching(module: nn.Module) -> QKClip | None:
     found = _WATCHED.get(module)
-    clip = None if found is None else found[0]()
-    return None if found is None or clip is None else (clip, found[1])
+    return None if found is None else found()
+
+
+def _remove(hooks: Sequence[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    found = _watched(module)
-    if found is not None:
-        found[0]._enter(found[1])
+    clip = _watching(module)
+    if clip is not None:
+        clip._enter(clip._of_module[module])
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    found = _watched(module)
-    if found is not None:
-        found[0]._leave(found[1], ended_well=output is not None)
+    clip = _watching(module)
+    if clip is not None:
+        clip._leave(clip._of_module[module], ended_well=output is not None)
