@@ -313,8 +313,7 @@ class Muon(Optimizer):
         added = self.param_groups.pop()
         drop_foreign_keys(added)
         validate_group(added)
-        if added["algorithm"] == "muon":
-            refuse_zero_weights(added)
+        refuse_zero_weights(added)
         separate_lr([added], self.param_groups)
         added["name"] = unused_name(added, self.param_groups)
         if added["algorithm"] == "muon":
@@ -368,8 +367,7 @@ class Muon(Optimizer):
         before = predecessors(self.param_groups, self._known, self.state, reset)
         for group in self.param_groups:
             validate_group(group)
-            if group["algorithm"] == "muon":  # such as were frozen, or on the meta device
-                refuse_zero_weights(group, together=False)
+            refuse_zero_weights(group, together=False)  # such as were frozen, or on meta
         self._settle_all(self._layouts.anew(), before)
 
     @torch.no_grad()

@@ -125,6 +125,8 @@ def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None
     Raises:
         ValueError: there is one.
     """
+    if group["algorithm"] != "muon":
+        return
     holding = [c.name for c in stages_of(group).constraint if c.holds_zero()]
     if not holding:
         return
