@@ -137,7 +137,7 @@ def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None
             by_mesh.setdefault(mesh, []).append((name, p))
     for mesh, named in by_mesh.items():
         each = [_filled(name, p, group["view"]) for name, p in named]
-        filled = torch.cat(each).to("cpu", torch.int32)
+        filled = torch.cat(each).to(torch.int32)
         if mesh is not None:  # shards that are kept on the CPU are not where the ranks meet
             filled = filled.to(mesh.device_type)
             for axis in range(mesh.ndim):
@@ -157,13 +157,13 @@ def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None
 
 def _filled(name: str, p: Tensor, view: str) -> Tensor:
     """Of each matrix of a weight, whether what this rank has of it has an entry that is not zero.
-    (NaN is none.)
+    (NaN is none.) On the CPU.
     """
     shape, own = tuple(p.shape), local(p)
     blocks = blocks_of(view, shape)
     if not is_dtensor(p):
         regions = [block.to_matrices(block.region(p)) for block in blocks]
-        return torch.cat([(matrices != 0).flatten(1).any(1) for matrices in regions])
+        return torch.cat([(matrices != 0).flatten(1).any(1) for matrices in regions]).cpu()
     layout = own_layout(name, p)
     at, placement = layout.at, layout.param_placement
     return torch.tensor(
@@ -174,7 +174,8 @@ def _filled(name: str, p: Tensor, view: str) -> Tensor:
             )
             for block in blocks
             for box in block.boxes()
-        ]
+        ],
+        device="cpu",
     )
 
 
