@@ -72,8 +72,8 @@ def flat_model(model: Any) -> str | None:
 
 
 def unsharded_part(model: Any) -> str | None:
-    """The name of a module whose shards FSDP2 has replaced by whole parameters for now, and what to
-    do; None where there is no such module. It trains the shards, which nobody would hold.
+    """Says in which module FSDP2 has whole parameters for now, and what to do; None where it has
+    none. It trains the shards, which an optimizer that is made now would not hold.
     """
     for name, part in model.named_modules():
         if is_unsharded(part):

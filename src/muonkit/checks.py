@@ -60,7 +60,7 @@ class SeenOptions:
             if before is None or not _same(before, options):
                 try:
                     validate_group({**group, **_unread(options)})
-                    if before is not None and before.get("constraint") != group.get("constraint"):
+                    if before is not None and before.get("constraint") != options.get("constraint"):
                         refuse_zero_weights(group, together=False)
                 except (ValueError, TypeError, RuntimeError) as error:
                     told = f"{group.get('name', f'group {number}')}: {error}; nothing was changed"

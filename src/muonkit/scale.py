@@ -100,8 +100,6 @@ def check_scale(scale: str | Scale | None, rows: int = 1, cols: int = 1) -> None
     if not callable(scale):
         scale_factor(scale, rows, cols)
         return
-    if not rows or not cols:
-        return
     name = scale_name(scale)
     if name in SCALES and SCALES[name] is not scale:
         raise ValueError(
@@ -110,7 +108,7 @@ def check_scale(scale: str | Scale | None, rows: int = 1, cols: int = 1) -> None
         )
     form = f"adjust_lr_fn {name} is a function (rows, cols) -> float of one matrix's shape"
     try:
-        factor = scale(rows, cols)
+        factor = scale_factor(scale, rows, cols)
     except TypeError as error:
         raise TypeError(f"{form}; called with ({rows}, {cols}) it failed: {error}") from error
     if isinstance(factor, bool) or not isinstance(factor, (int, float)):

@@ -433,6 +433,20 @@ def test_a_matrix_of_zeros_in_a_weight_is_refused(
     Muon(given, constraint="hyperball")
 
 
+def test_weights_are_not_looked_through_where_another_option_changes() -> None:
+    """A schedule changes lr in every step, and a GPU would be waited for."""
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.eye(4)
+    optimizer = Muon([p])
+    (group,) = optimizer.param_groups
+    optimizer.step()
+    group["constraint"] = ["hyperball"]
+    optimizer.step()
+    p.data.zero_()
+    group["lr"] = 0.5
+    optimizer.step()
+
+
 @pytest.mark.parametrize("how", ["edited", "loaded"])
 def test_a_weight_of_zeros_is_refused_under_a_constraint_that_comes_later(how: str) -> None:
     p, other = (torch.nn.Parameter(torch.full((4, 4), fill)) for fill in (0.0, 1.0))
