@@ -236,8 +236,6 @@ def _init_hidden_(
     assert r.view is not None
     for block in blocks_of(r.view, r.shape):
         region = block.region(r.param)
-        if not region.numel():
-            continue
         count = region.numel() // (block.rows * block.cols)
         # No QR in 16 bits; what is stored is rounded once, at the end.
         noise = torch.randn(

@@ -297,6 +297,10 @@ def refuses_a_weight_of_zeros_of_which_every_rank_has_a_part() -> None:
     experts.detach().to_local()[1] = 0.0
     with pytest.raises(ValueError, match=r"matrix 1 of .* is zero"):
         Muon([{"params": [experts], "view": "experts"}], constraint="hyperball")
+    fused = _sharded(on, Shard(1), 7, 4)
+    fused.detach().to_local()[3:] = 0.0
+    with pytest.raises(ValueError, match=r"matrix 1 of .* is zero"):
+        Muon([{"params": [fused], "view": "split(rows=3+4)"}], constraint="hyperball")
 
 
 @CASES.on(2)
