@@ -240,6 +240,13 @@ def _embedding_rates(
 ) -> dict[str, float]:
     """The embeddings' rates that were given, by optimizer; of those that can have one."""
     can = [name for name in optimizers if get_optimizer(name).has_embedding_lr]
+    cannot = [name for name in optimizers if name in (given or {}) and name not in can]
+    if cannot or (given and not can):
+        names = cannot or list(optimizers)
+        raise LabError(
+            f"--embedding-lr: {', '.join(names)} {'has' if len(names) == 1 else 'have'} one rate "
+            "for all parameters"
+        )
     rates = _by_optimizer("--embedding-lr", given, dict.fromkeys(can, math.nan))
     return {name: rate for name, rate in rates.items() if not math.isnan(rate)}
 
