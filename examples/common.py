@@ -315,7 +315,8 @@ class Checkpoints:
         return f"{folder} is damaged ({', '.join(wrong)})" if wrong else None
 
     def _whole(self) -> list[Path]:
-        return sorted(p for p in self.path.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+        found = [p for p in self.path.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
     @staticmethod
     def _delete(*folders: Path) -> None:

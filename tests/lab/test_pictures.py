@@ -60,6 +60,15 @@ def test_the_dark_form_inverts_greys_and_keeps_colours() -> None:
     assert rendered(figure, "svg").decode() == light  # the same file from the same figure
 
 
+@pytest.mark.parametrize("limits", [(-2.0, -0.3), (-2.0, 0.5), (0.0, 4.0)])
+def test_losses_that_are_not_positive_have_a_linear_scale(limits: tuple[float, float]) -> None:
+    axes = Figure().add_subplot()
+    plots._scale(axes, limits)
+    assert axes.get_yscale() == "linear"
+    low, high = axes.get_ylim()
+    assert low < limits[0] < limits[1] < high
+
+
 def test_bars_begin_at_zero_and_have_human_numbers() -> None:
     axes = Figure().add_subplot()
     unit, parts = plots._readable("GB received", {"in": [4.0e-3, 1.0e-3], "out": [0.096e-3, 0.0]})

@@ -331,7 +331,17 @@ def test_gated_linear_units_are_two_halves() -> None:
     three = type("SwiGLU", (Holder,), {})(
         w1=nn.Linear(D, 24), w2=nn.Linear(D, 24), w3=nn.Linear(24, D)
     )
-    model = Body(net=net, plain=plain, ff=nn.Sequential(geglu, nn.Linear(12, D)), three=three)
+    positions = nn.Sequential(nn.Linear(D, 24), nn.Unflatten(1, (12, 2)), nn.Conv1d(12, D, 2))
+    pooled = nn.Sequential(nn.Linear(D, 24), nn.MaxPool1d(2), nn.Linear(12, D))
+    model = Body(
+        net=net,
+        plain=plain,
+        ff=nn.Sequential(geglu, nn.Linear(12, D)),
+        three=three,
+        positions=positions,
+        pooled=pooled,
+    )
     found = by_name(model)
     assert found["net.0.weight"].view == found["ff.0.proj.weight"].view == "split(rows=2)"
-    assert found["plain.0.weight"].view == found["three.w1.weight"].view == "matrix"
+    for whole in ("plain.0", "three.w1", "positions.0", "pooled.0"):
+        assert found[f"{whole}.weight"].view == "matrix"

@@ -281,6 +281,14 @@ def test_a_rule_that_matches_nothing_says_what_it_may_have_meant() -> None:
         route(model, [Rule(re.compile("nowhere"), decay=True)])
 
 
+@pytest.mark.parametrize("dim", [None, 0])
+def test_the_gain_of_a_parametrized_layer_is_no_shard(dim: int | None) -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(D, D), dim=dim)
+    found = by_name(Body(fc=layer))
+    assert found["fc.parametrizations.weight.original0"].algorithm == "adamw"
+    assert found["fc.parametrizations.weight.original1"].algorithm == "muon"
+
+
 def test_two_rules_for_the_same_parameters_name_each_other() -> None:
     model = Body(fc=nn.Linear(D, D))
     rules = [Rule("fc.weight", algorithm="muon"), Rule("fc.w*", algorithm="adamw")]

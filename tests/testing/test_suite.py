@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import muonkit_pytest
-from muonkit.testing import LAWS, Subject, check, load
+from muonkit.testing import LAWS, Subject, check, check_on_ranks, load
 from muonkit.testing.rank_laws import on_this_rank
 from tests.helpers import warm
 from tests.helpers.paths import ROOT
@@ -255,6 +255,12 @@ def test_unknown_laws_and_laws_on_ranks_are_refused() -> None:
         check(Subject(torch.optim.Muon), ["zero_moves_nothin"])
     with pytest.raises(ValueError, match=r"check_on_ranks"):
         check(Subject(torch.optim.Muon), ["fsdp2_equals_one_process-on-2-ranks"])
+    with pytest.raises(LookupError, match="did you mean 'fsdp2_equals_one_process-on-2-ranks'"):
+        check_on_ranks("torch.optim:Muon", 2, ["fsdp2_equals_one_proces-on-2-ranks"])
+    with pytest.raises(ValueError, match=r"-on-2-ranks is no law for 4 ranks"):
+        check_on_ranks("torch.optim:Muon", 4, ["fsdp2_equals_one_process-on-2-ranks"])
+    with pytest.raises(ValueError, match=r"laws for \[2, 4\] ranks, got world_size=3"):
+        check_on_ranks("torch.optim:Muon", 3)
 
 
 def test_pytest_finds_the_plugin_only_where_it_is_asked_for() -> None:

@@ -86,14 +86,19 @@ def ddp_reduce_scatter_hook(
     together = torch.cat([grad.reshape(-1) for grad in rest]) if rest else buffer.new_empty(0)
     reduced: Any = torch.distributed.all_reduce(together, group=domain.group, async_op=True)
 
+    parts_came, rest_came = _future(scattered), _future(reduced)
+
     def put_back(_: Any) -> Tensor:
+        # On a GPU a future is complete once its work is queued: this stream has to wait for both.
+        parts_came.wait()
+        rest_came.wait()
         buffer.zero_()
         _copy(own, parts[domain.position], into=True)
         _copy(together, rest, into=True)
         return buffer
 
-    arrived = torch.futures.collect_all([_future(scattered), _future(reduced)])
-    done: torch.futures.Future[Tensor] = arrived.then(put_back)
+    # Not of `collect_all`, whose callback runs on the stream of the backward pass.
+    done: torch.futures.Future[Tensor] = rest_came.then(put_back)
     return done
 
 

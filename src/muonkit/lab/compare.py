@@ -240,6 +240,13 @@ def _embedding_rates(
 ) -> dict[str, float]:
     """The embeddings' rates that were given, by optimizer; of those that can have one."""
     can = [name for name in optimizers if get_optimizer(name).has_embedding_lr]
+    cannot = [name for name in optimizers if name in (given or {}) and name not in can]
+    if cannot or (given and not can):
+        names = cannot or list(optimizers)
+        raise LabError(
+            f"--embedding-lr: {', '.join(names)} {'has' if len(names) == 1 else 'have'} one rate "
+            "for all parameters"
+        )
     rates = _by_optimizer("--embedding-lr", given, dict.fromkeys(can, math.nan))
     return {name: rate for name, rate in rates.items() if not math.isnan(rate)}
 
@@ -511,7 +518,7 @@ def _checked(
     before anything is written.
     """
     task = asked.chosen
-    is_there = folder.check(asked.config(), loose=("model",) if task.is_own else ())
+    _check_config(asked, folder)  # before the data, which may take a while
     data = task.load()
     is_counted = asked.budget.unit == "steps" and task.is_own  # whose loader may have no length
     steps = asked.budget.steps(1 if is_counted else data.steps_per_epoch(asked.batch_size))
@@ -522,13 +529,9 @@ def _checked(
         rates = Chosen(lr, asked.embedding_lr.get(name), asked.weight_decay.get(name))
         rates.run(name).build(model, asked.rules)
     stored = asked.config() | {DATA: data.fingerprint}
+    sources = _check_contents(asked, folder, data.fingerprint, same_task)
     if task.is_own:
-        stored[SOURCES] = [task.source]
-    # With no run begun there is nothing to lose: the user's task may have been mended meanwhile.
-    if is_there and (folder.begun() or not task.is_own):
-        _check_data(folder, data.fingerprint)
-        if task.is_own:
-            stored[SOURCES] = _check_source(folder, task, same_task)
+        stored[SOURCES] = sources
     _check_room(folder.path, model, asked, steps)
     first = stored[SOURCES][0] if task.is_own else None
     setting = Setting(
@@ -544,6 +547,25 @@ def _checked(
         asked.rules,
     )
     return setting, stored
+
+
+def _check_config(asked: Comparison, folder: Folder) -> bool:
+    return folder.check(asked.config(), loose=("model",) if asked.chosen.is_own else ())
+
+
+def _check_contents(
+    asked: Comparison, folder: Folder, fingerprint: str, same_task: bool
+) -> list[str]:
+    """See that the folder is free, or holds this comparison with these data, and return the sources
+    that the user's task has had. Changes nothing.
+    """
+    task = asked.chosen
+    # With no run begun there is nothing to lose: the user's task may have been mended meanwhile.
+    if _check_config(asked, folder) and (folder.begun() or not task.is_own):
+        _check_data(folder, fingerprint)
+        if task.is_own:
+            return _check_source(folder, task, same_task)
+    return [] if task.source is None else [task.source]
 
 
 def compare(
@@ -577,6 +599,8 @@ def compare(
     setting, stored = _checked(asked, folder, checkpoint_seconds, same_task)
     folder.create(stored)
     with folder.locked(), reporter(progress) as lines:
+        # Another command may have been quicker, and be at its end.
+        _check_contents(asked, folder, setting.data.fingerprint, same_task)
         if folder.config() != stored:
             folder.configure(stored)
         if asked.chosen.is_own:

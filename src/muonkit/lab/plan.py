@@ -259,14 +259,14 @@ def write(found: Forecast, plot: Path | None, json_file: Path | None) -> None:
         LabError: matplotlib knows no such kind of picture.
         RunError: a file cannot be written.
     """
+    if json_file is not None:
+        write_atomically(json_file, encoded(summary(found)), "name another file with --json")
     if plot is not None:
         # Here, because it brings matplotlib, which takes a second.
         from muonkit.lab.plots import bars_plot
 
         image = bars_plot(*panels(found), plot.suffix.removeprefix(".") or "png")
         write_atomically(plot, image, "name another file with --plot")
-    if json_file is not None:
-        write_atomically(json_file, encoded(summary(found)), "name another file with --json")
 
 
 def check_folders(**files: Path | None) -> None:

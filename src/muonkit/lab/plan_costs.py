@@ -140,7 +140,7 @@ def flops_of(rows: int, cols: int, device: str) -> int:
 
 def of_stage(model: ModelShape, stage: int, stages: int) -> list[tuple[str, ParameterShape]]:
     """The parameters of a pipeline stage by name, layer by layer as in the model: an even share of
-    the layers, the first ones larger by one; what comes before them is in the first stage, what
+    the layers, the last ones larger by one; what comes before them is in the first stage, what
     comes after them in the last.
     """
     kinds, layers = model.parameters, model.layers

@@ -155,18 +155,23 @@ def _name_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, st
 
 
 def _scale(axes: Axes, limits: tuple[float, float] | None) -> None:
-    """The limits of the losses, by factors where they span one of 4."""
+    """The limits of the losses, by factors where they are positive and span one of 4."""
     if not limits:
         return
-    if limits[1] / max(limits[0], 1e-9) > 4:
+    low, high = limits
+    if low <= 0:  # as the negative of a reward or of a likelihood may be
+        room = 0.05 * (high - low)
+        axes.set_ylim(low - room, high + room)
+        return
+    if high / low > 4:
         axes.set_yscale("log")
         # Losses often span less than a decade, whose powers of ten would be one label or none.
-        span = limits[1] / max(limits[0], 1e-9)
+        span = high / low
         subs = (1, 1.5, 2, 3, 5, 7) if span < 30 else (1, 2, 5) if span < 1e4 else (1,)
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=20))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda loss, _: human(loss)))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_ylim(limits[0] / 1.15, limits[1] * 1.15)
+    axes.set_ylim(low / 1.15, high * 1.15)
 
 
 def _of(records: Mapping[str, Sequence[Record]], result: Result) -> Sequence[Record]:
@@ -199,7 +204,7 @@ def _limits(
         losses = [r["loss"] for r in mine if r["loss"] is not None]
         shown += _smoothed(losses, window)[window - 1 :]
     low = min((loss for loss in shown if loss <= max(first)), default=min(first))
-    return max(low, 1e-9), max(first)
+    return low, max(first)
 
 
 #: Units of a thousandth each, for bars that would all be small fractions of the first.

@@ -55,10 +55,12 @@ def _one_line(error: BaseException) -> str:
 def _import(name: str) -> Any:
     if is_file(name):
         file = path_of(name)
-        return module_of(name, file, content_of(file))
+        with torch.device("cpu"):
+            return module_of(name, file, content_of(file))
     search_here()
     try:
-        return importlib.import_module(name)
+        with torch.device("cpu"):  # what a module makes for all its users is no model's
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise LabError(
@@ -66,7 +68,7 @@ def _import(name: str) -> Any:
                 "install it"
             ) from error
         raise LabError(f"{name} needs {error.name}, which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's sys.exit() would end us without a word
         raise LabError(f"importing {name} failed: {_one_line(error)}") from error
 
 
@@ -104,7 +106,7 @@ def _from_import(spec: str) -> nn.Module:
             raise LabError(f"{spec} is of type {type(found).__name__}: name a factory or a model")
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise LabError(
                 f"{spec}() failed ({_one_line(error)}): name a factory that takes no arguments"
             ) from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from muonkit._shards import WHOLE, unplaced_shard
-from muonkit._torch import FLAT_PARAMETER
+from muonkit._torch import FLAT_PARAMETER, own_parameters
 from muonkit.routing.layouts import UnknownLayout, fused_layout
 from muonkit.routing.numbers import number, widths_of
 from muonkit.routing.places import LORA, TRANSPOSED_CONVS, is_conv, is_depthwise, name_set
@@ -96,6 +96,8 @@ def _refuse_shards(site: Site, param: nn.Parameter) -> None:
     if (shard := unplaced_shard(param)) is not None:
         raise Undecided(f"is {shard}", final=True)
     matrix_layer = isinstance(site.owner, (nn.Linear, *_EMBEDDINGS)) or is_conv(site.owner)
+    # A part of a parametrized weight, as weight norm's gain, is none of the layer's own.
+    matrix_layer = matrix_layer and own_parameters(site.owner).get(site.label) is param
     flat = None
     if FLAT_PARAMETER in site.label:
         flat = "a vector of several parameters (FSDP1)"

@@ -331,9 +331,18 @@ def _halves_in_sequence(site: Site, rows: int) -> tuple[str, str] | None:
     """Gate and up, where the next layer of a Sequential takes half of what this one gives."""
     beside = iter(own_modules(site.parent).values() if site.parent is not None else ())
     any(module is site.owner for module in beside)  # up to this one
-    later = (_in_features(module) for module in beside)
-    taken = next((width for width in later if width is not None), None)
-    if taken is None or rows != 2 * taken:
+    for module in beside:
+        taken = _in_features(module)
+        if taken is not None:
+            break
+        # What a linear layer gives is not halved where neighbours are pooled, or become positions.
+        if isinstance(module, nn.Unflatten) or (
+            isinstance(site.owner, nn.Linear) and "Pool" in type(module).__name__
+        ):
+            return None
+    else:
+        return None
+    if rows != 2 * taken:
         return None
     return "split(rows=2)", "two fused halves (the next layer takes half of its output)"
 

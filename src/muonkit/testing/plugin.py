@@ -91,13 +91,14 @@ def findings(request: pytest.FixtureRequest) -> Callable[[Law], Finding]:
     on_ranks: dict[int, dict[str, Finding]] = {}
     items: list[Any] = request.session.items
     params = [item.callspec.params.get("law") for item in items if hasattr(item, "callspec")]
-    selected = {law.name for law in params if isinstance(law, Law)}
+    selected = [law for law in params if isinstance(law, Law)]
 
     def find(law: Law) -> Finding:
         if not law.world_size:
             return judge(law, subject)
         if law.world_size not in on_ranks:
-            found = check_on_ranks(config.getoption("--optimizer"), law.world_size, selected)
+            names = [each.name for each in selected if each.world_size == law.world_size]
+            found = check_on_ranks(config.getoption("--optimizer"), law.world_size, names)
             on_ranks[law.world_size] = {finding.law: finding for finding in found}
         return on_ranks[law.world_size][law.name]
 

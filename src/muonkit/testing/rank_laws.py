@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from muonkit._text import unknown
 from muonkit._torch import FUNCTIONAL_COLLECTIVES, dispatch_mode
 from muonkit.testing.adapter import CLAIMS, Subject, load
 from muonkit.testing.laws import (
@@ -51,11 +52,25 @@ def check_on_ranks(
     Args:
         spec: where every rank finds it (`muonkit.testing.load`).
         timeout: seconds that one law may take; then all ranks are ended, and what follows fails.
+
+    Raises:
+        LookupError: a law of that name does not exist.
+        ValueError: one of them is for another number of ranks, or there is none for so many.
     """
     subject = load(spec)
     see_reasons(subject)
+    counts = sorted({each.world_size for each in LAWS.values() if each.world_size})
+    if world_size not in counts:
+        raise ValueError(f"there are laws for {counts} ranks, got world_size={world_size}")
     names = [name for name, each in LAWS.items() if each.world_size == world_size]
-    names = names if laws is None else [name for name in names if name in set(laws)]
+    if laws is not None:
+        asked = list(laws)
+        for name in asked:
+            if name not in LAWS:
+                raise LookupError(unknown("law", name, LAWS))
+            if name not in names:
+                raise ValueError(f"{name} is no law for {world_size} ranks")
+        names = [name for name in names if name in asked]
     claimed = [name for name in names if not LAWS[name].missing(subject)]
     cases = {name: functools.partial(on_this_rank, spec, name) for name in claimed}
     outcomes = run(world_size, cases, timeout=timeout) if cases else {}
