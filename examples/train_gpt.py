@@ -201,10 +201,21 @@ class Log:
             written = path.read_text("utf-8").splitlines()
             # The facts, and a line for each step; a kill may have left half a line at the end.
             lines = [json.loads(line) for line in written[: 1 + done]]
+            known = json.loads(json.dumps(facts))
+            other = [key for key in known if key not in MAY_CHANGE
+                     and (not lines or lines[0].get(key) != known[key])]  # fmt: skip
+            if other or lines[-1].get("step") != done:
+                raise SystemExit(
+                    f"--log {path} is not the log of this run's first {done} steps "
+                    f"({', '.join(other) or 'a step is missing'}): name that one, or another file "
+                    "without --resume"
+                )
         self.seconds = max(line.get("seconds", 0.0) for line in lines)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
+            whole = path.with_name(f"{path.name}.new")  # a kill in a write would lose all lines
+            whole.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
+            whole.replace(path)
 
     def add(self, *lines: dict[str, Any]) -> None:
         if self.path:
@@ -292,6 +303,8 @@ class Training:
 
 #: Options that change no loss.
 NOT_FACTS = ("text", "log", "checkpoint", "resume", "save_every", "every", "timeout")
+#: Facts that a resumed run may have otherwise than its beginning.
+MAY_CHANGE = ("steps", "ranks", "device")
 
 
 def arguments() -> argparse.Namespace:

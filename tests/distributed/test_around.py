@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from muonkit import Muon, ddp_reduce_scatter_hook
+from muonkit.distributed import ddp_hook
 from tests.helpers import internals, measures, zoo
 from tests.helpers.measures import (
     EXACT,
@@ -549,6 +550,57 @@ def the_hook_changes_nothing() -> None:
             optimizer.step()
     (without, its_optimizer, _), (model, optimizer, _) = runs
     assert_unchanged(model, optimizer, bits(without, its_optimizer))
+
+
+class _Queued:
+    """Work as NCCL has it: its future is complete at once, its result is there after a wait."""
+
+    def __init__(self, out: Tensor, result: Tensor) -> None:
+        self.out, self.result = out, result
+
+    def get_future(self) -> _Queued:
+        return self
+
+    def wait(self) -> None:
+        self.out.copy_(self.result)
+
+    def then(self, callback: Callable[[Any], Tensor]) -> torch.futures.Future[Tensor]:
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(callback(self))
+        return future
+
+
+@CASES.on(2)
+def the_hook_reads_no_result_that_is_only_queued() -> None:
+    """Its callback waits for both of its collectives; gloo's would have been there anyway."""
+    reduce_scatter, all_reduce = ddp_hook.reduce_scatter, dist.all_reduce
+
+    def scattered(out: Tensor, source: Tensor, group: Any) -> _Queued:
+        result = torch.empty_like(out)
+        reduce_scatter(result, source, group).wait()
+        return _Queued(out, result)
+
+    def reduced(tensor: Tensor, group: Any, async_op: bool) -> _Queued:
+        result = tensor.clone()
+        all_reduce(result, group=group)
+        return _Queued(tensor, result)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        # What no optimizer has is summed whole.
+        optimizer = Muon([model[0].weight], process_group=dist.group.WORLD, zero=1)
+        wrapped = DistributedDataParallel(model)
+        wrapped.register_comm_hook(optimizer, ddp_reduce_scatter_hook)
+        wrapped(torch.full((2, 8), 1.0 + dist.get_rank())).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddp_hook, "reduce_scatter", scattered)
+        patch.setattr(dist, "all_reduce", reduced)
+        got = gradients()
+    assert all(map(torch.equal, expected, got))
 
 
 @CASES.on(2, 4)

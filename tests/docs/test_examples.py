@@ -162,6 +162,21 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     assert losses(printed("train_ddp", *save, "--resume", "--steps", "5")).keys() == {5}
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    checkpoints = importlib.import_module("common").Checkpoints(tmp_path, 0)
+    for step in ("000050", "999950", "1000000", "1000050.part"):
+        (tmp_path / f"step-{step}").mkdir()
+    assert [path.name for path in checkpoints._whole()] == [
+        "step-000050",
+        "step-999950",
+        "step-1000000",
+    ]
+    assert checkpoints.latest().name == "step-1000000"
+
+
 # --- train_gpt.py ---
 
 SMALL = [
@@ -210,6 +225,28 @@ def test_a_resumed_gpt_has_the_losses_of_one_that_was_never_stopped(
     log.write_text(log.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     assert losses(printed("train_gpt", *words, "--resume")).keys() == {5, 6}
     assert logged(log) == expected
+
+
+def test_a_log_of_another_run_is_refused_and_left_as_it_is(text: Path, tmp_path: Path) -> None:
+    save = ["--checkpoint", str(tmp_path / "a"), "--save-every", "2", "--text", str(text)]
+    own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    printed("train_gpt", *SMALL, *save, "--log", str(own))
+    lines = own.read_text(encoding="utf-8").splitlines(keepends=True)
+    told = {
+        "seed, lr": [json.dumps({**json.loads(lines[0]), "lr": 9.0, "seed": 5}) + "\n", *lines[1:]],
+        "a step is missing": lines[:-1],
+    }
+    more = [*SMALL, *save, "--resume", "--steps", "9"]
+    for what, written in told.items():
+        other.write_text("".join(written), encoding="utf-8")
+        with pytest.raises(
+            SystemExit, match=r"is not the log of this run's first 6 steps"
+        ) as error:
+            printed("train_gpt", *more, "--log", str(other))
+        assert all(word in str(error.value) for word in what.split(", "))
+        assert other.read_text(encoding="utf-8") == "".join(written)
+    printed("train_gpt", *more, "--log", str(own))
+    assert [line.get("step") for line in logged(own)] == [None, *range(1, 10)]
 
 
 def test_a_gpt_on_two_ranks_has_the_losses_of_one_process(text: Path) -> None:

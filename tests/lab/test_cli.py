@@ -26,7 +26,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
-    for name in ("own", "wrong", "broken", "mine"):
+    for name in ("own", "wrong", "broken", "mine", "script"):
         sys.modules.pop(name, None)
 
 
@@ -82,6 +82,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ("route own:", "write both sides of the colon"),
         ("route broken:build", "broken needs no_such_package, which is not installed"),
         ("route wrong:build", "importing wrong failed: ZeroDivisionError"),
+        ("route script:build", "importing script failed: SystemExit: 0"),
+        ("route own:leaves", "own:leaves() failed (SystemExit: 3)"),
+        ("plan --mesh dp=2 --model script:build", "importing script failed: SystemExit: 0"),
         ("route nobody/nothing", "is no model type, no file, and could not be had from the"),
         ("route own.py", "'own.py' has no factory: write own.py:bad"),
         ("route below/deep.py", "'below/deep.py' has no factory: write below/deep.py:model"),
@@ -110,12 +113,14 @@ def test_an_error_is_one_line_with_its_remedy(
         "def bad(): raise ValueError('two\\nlines')\n"
         "def needs(x): return x\n"
         "def bare(): return {}\n"
+        "def leaves(): raise SystemExit(3)\n"
     )
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "deep.py").write_text("")
     (tmp_path / "broken.py").write_text("import no_such_package\n")
     (tmp_path / "broken.txt").write_text("")
     (tmp_path / "wrong.py").write_text("1 / 0\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     before = sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts)
     assert main(words.split()) == 2
     captured = capsys.readouterr()

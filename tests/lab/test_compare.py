@@ -315,11 +315,6 @@ def test_the_mean_chooses_and_one_that_diverges_counts_as_infinite() -> None:
         assert Known(asked, losses)._chosen() == {"adamw": Chosen(best, None, None)}
 
 
-def test_a_grid_is_nothing_without_a_sweep() -> None:
-    plain = comparison("digits", ["adamw"])
-    assert comparison("digits", ["adamw"], points=3, sweep_seeds=2).config() == plain.config()
-
-
 def test_compare_sweeps_over_several_seeds_and_reports_their_means(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--optimizers", "adamw,sgd", "--steps", "6", "--lr", "sgd=1e18,adamw=0.004"]
@@ -604,6 +599,25 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
     with folder.locked():
         pass
+
+
+def test_a_folder_that_another_command_finished_meanwhile_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its check was before the data of this one were there."""
+    out = tmp_path / "out"
+    command = ["compare", "digits", "--optimizers", "adamw", "--out", str(out), "--steps"]
+    create = Folder.create
+
+    def after_another(self: Folder, config: Any) -> None:
+        monkeypatch.setattr(Folder, "create", create)
+        assert main([*command, "2"]) == 0
+        self.create(config)
+
+    monkeypatch.setattr(Folder, "create", after_another)
+    assert main([*command, "3"]) == 2
+    assert "holds a comparison with budget" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["budget"] == "2 steps"
 
 
 def test_other_data_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,21 @@ FORMS = {
         "            yield x[i % 36] + 0.1 * noise, y[i % 36]\n"
         "return net, DataLoader(Stream(), batch_size=6), val, nn.CrossEntropyLoss()"
     ),
+    "a mean in buffers that no state dict has": (
+        "class Centred(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = net()\n"
+        "        self.register_buffer('mean', torch.zeros(8), persistent=False)\n"
+        "    def forward(self, x):\n"
+        "        if self.training:\n"
+        "            self.mean.mul_(0.9).add_(0.1 * x.mean(0).detach())\n"
+        "            if not hasattr(self, 'late'):\n"
+        "                self.register_buffer('late', torch.zeros(()), persistent=False)\n"
+        "            self.late += 1\n"
+        "        return self.net(x - self.mean) * (1 + 0.1 * getattr(self, 'late', 0))\n"
+        "return Centred, train, val, nn.CrossEntropyLoss()"
+    ),
     "a loader with a generator of its own": (
         "g = torch.Generator()\n"
         "own = DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True, generator=g)\n"

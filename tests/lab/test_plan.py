@@ -657,6 +657,20 @@ def test_a_model_of_ones_own_is_planned(own_model: str, tmp_path: Path) -> None:
         assert found["schemes"][0]["bytes"][direction]["mean"] == 4 * muon * 3 / 16
 
 
+def test_what_a_module_keeps_for_all_its_models_is_not_on_the_meta_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "with_constants.py").write_text(
+        "import torch\nfrom torch import nn\nFREQS = torch.arange(8)\n"
+        "def build():\n"
+        "    wide = nn.Linear(len(FREQS.tolist()), 16)\n"
+        "    return nn.Sequential(wide, nn.ReLU(), nn.Linear(16, 4))\n"
+    )
+    assert main(["plan", "--model", "with_constants:build", "--mesh", "fsdp=2"]) == 0
+    assert "with_constants:build: 212 parameters" in capsys.readouterr().out
+
+
 def test_a_model_of_ones_own_is_cut_as_it_is_told(own_model: str) -> None:
     roles = parse_roles(["*.up.*=colwise", "*.down.*=rowwise", "conv.weight=rowwise"])
     model = find_model(own_model, roles)

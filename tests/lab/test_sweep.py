@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-from muonkit.lab import models
+from muonkit.lab import models, report
 from muonkit.lab.cli import main
-from muonkit.lab.compare import comparison
+from muonkit.lab.compare import Chosen, Comparison, Session, comparison
 from muonkit.lab.errors import LabError
 from muonkit.lab.optimizers import OPTIMIZERS, Facts, Given
+from muonkit.lab.progress import Lines
 from muonkit.lab.results import Curve, Outcome, advice
 from muonkit.lab.rules import rules_of
 from muonkit.lab.saved import Result
@@ -135,15 +138,90 @@ def test_what_is_asked_for_belongs_to_the_configuration() -> None:
     assert given.config() == {**plain.config(), "embedding_lr": {"adamw": 0.01}}
     swept = comparison("digits", ["adamw"], sweep_embedding_lr=True).config()
     assert swept["sweep_embedding_lr"]
-    with pytest.raises(LabError, match="--sweep-full without a sweep: give --sweep too"):
-        comparison("digits", ["adamw"], full=True)
+    without: list[tuple[str, dict[str, Any]]] = [
+        ("--sweep-full", {"full": True}),
+        ("--sweep-points 3", {"points": 3}),
+        ("--sweep-seeds 2", {"sweep_seeds": 2}),
+    ]
+    for option, given in without:
+        with pytest.raises(LabError, match=f"{option} without a sweep: give --sweep too"):
+            comparison("digits", ["adamw"], **given)
 
 
 def test_rates_of_embeddings_that_an_optimizer_has_not_are_refused() -> None:
     with pytest.raises(LabError, match="none of sgd has a rate of its own for embeddings"):
         comparison("digits", ["sgd"], sweep_embedding_lr=True)
-    with pytest.raises(LabError, match="--embedding-lr names 'sgd', which"):
-        comparison("digits", ["adamw", "sgd"], embedding_lr={"sgd": 0.01})
+    rates: list[tuple[list[str], dict[str | None, float]]] = [
+        (["adamw", "sgd"], {"sgd": 0.01}),
+        (["sgd"], {None: 0.01}),
+    ]
+    for names, given in rates:
+        with pytest.raises(LabError, match="--embedding-lr: sgd has one rate for all parameters"):
+            comparison("digits", names, embedding_lr=given)
+    with pytest.raises(LabError, match="--embedding-lr names 'muonw', which is not compared"):
+        comparison("digits", ["adamw"], embedding_lr={"muonw": 0.01})
+    both = comparison("digits", ["adamw", "sgd"], embedding_lr={None: 0.01})
+    assert both.embedding_lr == {"adamw": 0.01}
+
+
+class Curves(Session):
+    """A session whose runs end with a loss that is lowest where all three values are best."""
+
+    def __init__(self, asked: Comparison, best: tuple[float, float]) -> None:
+        self.asked, self.best = asked, best
+        self.lines, self.results = Lines(Console(quiet=True)), {}
+
+    def run(self, runs: Sequence[Run]) -> list[Result]:
+        for run in runs:
+            spec = OPTIMIZERS[run.optimizer]
+            rates = run.lr, spec.embedding_rate(run.lr, run.embedding_lr)
+            loss = sum(math.log(x / y) ** 2 for x, y in zip(rates, self.best, strict=True))
+            self.results[run] = Result(
+                *(run.optimizer, run.lr, run.seed, False, 1, loss, loss, None, 0.0, 0.0, 0.0),
+                embedding_lr=run.embedding_lr,
+                part=run.part,
+            )
+        return [self.results[run] for run in runs]
+
+
+@pytest.mark.parametrize(("part", "said"), [(4, "is kept: every"), (1, "has the lowest")])
+def test_a_rate_is_the_best_only_if_its_whole_runs_were_sound(
+    part: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Curves(comparison("digits", ["adamw"], lr={"adamw": 0.1}, sweep=True), (1.0, 1.0))
+    session.lines = Lines(Console(stderr=True))
+    for each, is_sound in ((part, True), (1, part == 1)):
+        run = Run("adamw", 0.1, 0, part=each)
+        session.run([run])
+        if not is_sound:
+            session.results[run] = replace(session.results[run], val_loss=None)
+    session._say_found("adamw", Chosen(0.1, None, None), "lr", 0.1)
+    assert f"adamw: lr 0.1 {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("name", "share"), [("adamw", 1.0), ("hyperball", 0.5)])
+def test_the_embeddings_sweep_is_centred_on_their_usual_rate(
+    name: str, share: float, full: bool
+) -> None:
+    usual = share * 0.032
+    for best, found in ((usual, None), (2 * usual, 2 * usual), (usual / 2, usual / 2)):
+        asked = comparison(
+            *("digits", [name]), lr={name: 0.032}, sweep_embedding_lr=True, full=full, points=3
+        )
+        session = Curves(asked, (0.032, best))
+        assert session._chosen() == {name: Chosen(0.032, found, None)}
+        rates = {report._point(result)[2] for result in session.results.values()}
+        assert {usual / 2, usual, 2 * usual} <= rates
+        whole = [run.embedding_lr for run in session.results if run.part == 1]
+        assert len(whole) == len(set(whole)), "no rate under two names"
+
+
+def test_the_table_shows_the_rate_that_embeddings_had() -> None:
+    ball = OPTIMIZERS["hyperball"]
+    groups = ball.build(models.GPT(16, 8, width=16, layers=1, heads=2), 0.032).param_groups
+    (rate,) = {group["lr"] for group in groups if group["algorithm"] == "adamw"}
+    assert rate == ball.embedding_rate(0.032) == 0.016
 
 
 # --- the lines for a script ---

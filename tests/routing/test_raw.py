@@ -26,6 +26,80 @@ def part(module: nn.Module, label: str) -> tuple[str, str | None, bool]:
     return got(Body(part=module), f"part.{label}")
 
 
+# -- layers of a class of one's own that states no widths -----------------------------------------
+
+
+def own_layer(cls: str, label: str = "weight", *, bias: str = "", turned: bool = False) -> Any:
+    """A maker of layers: inputs, outputs -> one of class `cls`, with its matrix under `label`."""
+
+    def made(inputs: int, outputs: int) -> nn.Module:
+        shape = (inputs, outputs) if turned else (outputs, inputs)
+        vectors = {bias: raw(outputs)} if bias else {}
+        return named(cls, **{label: raw(*shape)}, **vectors)
+
+    return made
+
+
+def language_model(layer: Any, table: Any, head: str) -> nn.Module:
+    blocks = [
+        Holder(
+            norm=nn.LayerNorm(16),
+            attn=Holder(num_heads=4, qkv=layer(16, 48), o_proj=layer(16, 16)),
+            cross=Holder(num_heads=4, query=layer(16, 16), key=layer(16, 16), value=layer(16, 16)),
+            mlp=Holder(gate_up_proj=layer(16, 64), down_proj=layer(32, 16)),
+        )
+        for _ in range(2)
+    ]
+    parts = {"pos_emb": table(32, 16), "layers": nn.ModuleList(blocks), head: layer(16, 100)}
+    return Holder(embed_tokens=table(100, 16), **parts)
+
+
+LAYERS = {
+    "linear": own_layer("Linear"),  # as courses write it
+    "W": own_layer("LinearLayer", "W", bias="b"),
+    "bias": own_layer("Affine", bias="bias"),
+    "turned": own_layer("Dense", "kernel", bias="bias", turned=True),
+    "projection": own_layer("Projection"),
+}
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("head", ["lm_head", "output", "classifier", "decoder"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_ones_own_layers_are_routed_as_torchs(layer: str, head: str, per_head: bool) -> None:
+    def table(rows: int, cols: int) -> nn.Module:
+        return named("Lookup", weight=raw(rows, cols))
+
+    def found(layer: Any, table: Any) -> list[tuple[str, str | None, bool | None]]:
+        routes = route(language_model(layer, table, head), per_head=per_head)
+        return [
+            (r.algorithm, r.view and r.view.removeprefix("transpose").lstrip(" >"), r.decay)
+            for r in routes
+            if "norm" not in r.name and r.param.ndim == 2
+        ]
+
+    cut = found(LAYERS[layer], table)
+    expected = found(lambda i, o: nn.Linear(i, o, bias=False), nn.Embedding)
+    assert [(a, view or "matrix" if a == "muon" else None, d) for a, view, d in cut] == expected
+    assert [algorithm for algorithm, _, _ in cut].count("adamw") == 3
+
+
+def test_what_holds_a_matrix_and_is_no_linear_layer() -> None:
+    table, gain = raw(16, 8), raw(16)
+    for cls, extra in (("Codebook", {}), ("TokenEmb", {}), ("Embedding", {"bias": raw(8)})):
+        assert part(named(cls, weight=table, **extra), "weight")[0] != "muon" or cls == "Codebook"
+    # A bias of another length than its sides is of something else.
+    scaled = named("Thing", weight=table, bias=raw(5), gain=gain)
+    assert part(scaled, "weight") == MATRIX
+
+
+@pytest.mark.parametrize("label", ["W", "w", "weights"])
+def test_a_head_by_name_whatever_it_calls_its_weight(label: str) -> None:
+    head = named("Thing", **{label: raw(100, 16)})
+    body = Holder(embed=nn.Embedding(100, 16), fc=nn.Linear(16, 16), output=head)
+    assert got(body, f"output.{label}")[0] == "adamw"
+
+
 # -- tables, tokens and coefficients --------------------------------------------------------------
 
 

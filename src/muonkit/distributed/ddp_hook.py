@@ -65,9 +65,10 @@ def ddp_reduce_scatter_hook(
     parts: list[list[Tensor]] = [[] for _ in range(domain.size)]
     rest: list[Tensor] = []
     for p, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        if p not in layouts.averaged:
-            layouts.averaged[p] = _Averaged(p)
-        layouts.averaged[p].yes = True
+        known = layouts.averaged.get(id(p))
+        if known is None or not known.is_of(p):
+            known = layouts.averaged[id(p)] = _Averaged(p)
+        known.yes = True
         layout = layouts.get(p)
         if layout is None or layout.state_placement == layout.param_placement:
             rest.append(grad)
@@ -111,6 +112,10 @@ class _Averaged:
         self.yes = False
         self._p = weakref.ref(p)
         p.register_hook(self._before_accumulation)  # type: ignore[no-untyped-call]
+
+    def is_of(self, p: Tensor) -> bool:
+        """Whether it knows this parameter: one that a framework replaced may have had its id."""
+        return self._p() is p
 
     def _before_accumulation(self, grad: Tensor) -> None:
         p = self._p()

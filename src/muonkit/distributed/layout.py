@@ -76,7 +76,8 @@ class Layouts:
         self.domain: Domain | None = None
         self._ranks: list[int] = []
         self.scattered = False  # whether gradients are averaged only on the ranks with the state
-        self.averaged: dict[Tensor, Any] = {}  # what ddp_reduce_scatter_hook knows of gradients
+        # By a parameter's id, what ddp_reduce_scatter_hook knows of its gradient.
+        self.averaged: dict[int, Any] = {}
         self.mesh: DeviceMesh | None = None  # the mesh of which all DTensors' meshes are part
         self._layouts: dict[Tensor, Layout] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}

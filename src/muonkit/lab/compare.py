@@ -189,8 +189,14 @@ def comparison(
             "--weight-decay 0 with --sweep-decay: a grid around 0 is only 0; give another centre"
         )
     is_swept = sweep or sweep_decay or sweep_embedding_lr
-    if full and not is_swept:
-        raise LabError("--sweep-full without a sweep: give --sweep too")
+    without = {
+        "--sweep-full": full,
+        f"--sweep-points {points}": points != POINTS,
+        f"--sweep-seeds {sweep_seeds}": sweep_seeds != 1,
+    }
+    for option, is_given in without.items():
+        if is_given and not is_swept:
+            raise LabError(f"{option} without a sweep: give --sweep too")
     if sweep_embedding_lr and not any(get_optimizer(n).has_embedding_lr for n in optimizers):
         raise LabError(
             f"--sweep-embedding-lr: none of {','.join(optimizers)} has a rate of its own for "
@@ -206,9 +212,8 @@ def comparison(
         batch_size=batch_size or chosen.batch_size,
         threads=threads or (1 if jobs > 1 else torch.get_num_threads()),
         sweep_decay=sweep_decay,
-        # Without a sweep they are nothing that tells one comparison from another.
-        points=points if is_swept else POINTS,
-        sweep_seeds=sweep_seeds if is_swept else 1,
+        points=points,
+        sweep_seeds=sweep_seeds,
         weight_decay={name: x for name, x in decays.items() if x != defaults[name]},
         jobs=jobs,
         evaluations=evaluations,
@@ -348,16 +353,16 @@ class Session:
         if asked.sweep:
             lr = yield from self._search(True, found.lr, lambda x: replace(found, lr=x).run(name))
             found = replace(found, lr=lr)
-            self._say_found(name, "lr", lr)
+            self._say_found(name, found, "lr", lr)
         if asked.sweep_embedding_lr and spec.has_embedding_lr:
-            at = found
+            at, usual = found, spec.embedding_rate(found.lr)
             rate = yield from self._search(
                 True,
-                at.lr if at.embedding_lr is None else at.embedding_lr,
-                lambda x: replace(at, embedding_lr=_other(x, at.lr)).run(name),
+                spec.embedding_rate(at.lr, at.embedding_lr),
+                lambda x: replace(at, embedding_lr=_other(x, usual)).run(name),
             )
-            found = replace(at, embedding_lr=_other(rate, at.lr))
-            self._say_found(name, "embedding lr", rate)
+            found = replace(at, embedding_lr=_other(rate, usual))
+            self._say_found(name, found, "embedding lr", rate)
         if asked.sweep_decay:
             last, default = found, spec.weight_decay
             decay = yield from self._search(
@@ -366,12 +371,13 @@ class Session:
                 lambda x: replace(last, weight_decay=_other(x, default)).run(name),
             )
             found = replace(last, weight_decay=_other(decay, default))
-            self._say_found(name, "weight decay", decay)
+            self._say_found(name, found, "weight decay", decay)
         return found
 
-    def _say_found(self, name: str, what: str, value: float) -> None:
-        tried = [result for run, result in self.results.items() if run.optimizer == name]
-        is_sound = any(result.val_loss is not None for result in tried)
+    def _say_found(self, name: str, chosen: Chosen, what: str, value: float) -> None:
+        run = chosen.run(name)
+        losses = [r.val_loss for tried, r in self.results.items() if replace(tried, seed=0) == run]
+        is_sound = losses and None not in losses
         found = "has the lowest validation loss" if is_sound else "is kept: every run diverged"
         self.lines.say(f"{name}: {what} {value:g} {found}")
 

@@ -194,13 +194,17 @@ RELATIVE = ("hyperball", "relative_update")
 _ADAMW_SHARE = 0.5
 
 
+def _share(name: str) -> float:
+    return _ADAMW_SHARE if name in RELATIVE else 1.0
+
+
 def _muonw_options(name: str, given: Given) -> dict[str, Any]:
     """What MuonW is given, beside the model and how it is routed."""
     options: dict[str, Any] = {"lr": given.lr, "weight_decay": given.decay}
     if given.embedding_lr is not None:
         options["adamw_lr"] = given.embedding_lr
     elif name in RELATIVE:
-        options["adamw_lr"] = _ADAMW_SHARE * given.lr
+        options["adamw_lr"] = _share(name) * given.lr
     return {**options, **_MUONW, **STAGES[name][1]}
 
 
@@ -358,7 +362,8 @@ class OptimizerSpec:
             ``optimizer``, or with ``optimizers``.
         weight_decay: the default, and the centre of its sweep.
         scaled: whether its learning rate is in the unit of `SCALE`.
-        has_embedding_lr: whether it can have that other rate.
+        has_embedding_lr: whether embeddings and head can have another rate.
+        embedding_share: their usual rate is this times lr.
     """
 
     name: str
@@ -369,6 +374,11 @@ class OptimizerSpec:
     weight_decay: float = WEIGHT_DECAY
     scaled: bool = False
     has_embedding_lr: bool = True
+    embedding_share: float = 1.0
+
+    def embedding_rate(self, lr: float, given: float | None = None) -> float:
+        """The rate of embeddings and head beside ``lr``; None is the usual one."""
+        return self.embedding_share * lr if given is None else given
 
     def decay(self, given: float | None) -> float:
         """A weight decay; None is the default."""
@@ -405,6 +415,7 @@ def _staged(name: str) -> OptimizerSpec:
         partial(_make_muonw, name),
         partial(_muonw_lines, name),
         scaled=name not in RELATIVE,
+        embedding_share=_share(name),
     )
 
 

@@ -167,7 +167,7 @@ def show(console: Console, material: Material) -> None:
 def _point(result: Result) -> tuple[str, float, float, float, int]:
     """What a sweep varies."""
     spec = get_optimizer(result.optimizer)
-    rate = result.lr if result.embedding_lr is None else result.embedding_lr
+    rate = spec.embedding_rate(result.lr, result.embedding_lr)
     return result.optimizer, result.lr, rate, spec.decay(result.weight_decay), result.part
 
 

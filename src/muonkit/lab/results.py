@@ -341,7 +341,8 @@ def _embedding_rates(rows: Sequence[Row]) -> list[str]:
     """Those of all rows, once any has one of its own."""
     if all(row.embedding_lr is None for row in rows):
         return ["—"] * len(rows)
-    return [f"{row.lr if row.embedding_lr is None else row.embedding_lr:g}" for row in rows]
+    rates = (get_optimizer(r.optimizer).embedding_rate(r.lr, r.embedding_lr) for r in rows)
+    return [f"{rate:g}" for rate in rates]
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -45,8 +45,8 @@ class Result:
     """The figures of one finished run. Losses in nats per target.
 
     ``seconds`` is the time of the training steps (batch, forward, backward, optimizer), without
-    validation and checkpoints. A diverged run has no final figures. A weight decay of None is the
-    optimizer's default, an embedding_lr of None is lr. A run of a sweep may have 1/part of the
+    validation and checkpoints. A diverged run has no final figures. A weight decay or an
+    embedding_lr of None is the optimizer's usual one. A run of a sweep may have 1/part of the
     steps.
     """
 

@@ -5,7 +5,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,9 +48,9 @@ FINAL_SHARE = 0.05
 class Run:
     """What tells one run from another in a comparison.
 
-    A weight decay of None is the optimizer's default, an embedding_lr of None is lr, and a part of
-    1 is the whole length: these are named nowhere, so that one run has one key, whether they were
-    chosen or never asked for.
+    A weight decay or an embedding_lr of None is the optimizer's usual one, and a part of 1 is the
+    whole length: these are named nowhere, so that one run has one key, whether they were chosen or
+    never asked for.
 
     Attributes:
         optimizer: a key of ``OPTIMIZERS``.
@@ -220,7 +220,27 @@ def _finite(value: float) -> float | None:
 
 def bytes_of(model: nn.Module) -> int:
     """Bytes of the model's tensors."""
-    return sum(x.nbytes for x in model.state_dict().values() if isinstance(x, torch.Tensor))
+    tensors = [*model.state_dict().values(), *_unsaved_buffers(model).values()]
+    return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What its state dict leaves out (``persistent=False``): a mean that it keeps by itself."""
+    saved = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+def _set_buffers(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Set such buffers, of whatever shape: a module may grow them, or make them when it is run."""
+    for name, value in values.items():
+        path, _, label = name.rpartition(".")
+        owner = model.get_submodule(path)
+        here = dict(owner.named_buffers(recurse=False)).get(label)
+        if here is not None and here.shape == value.shape:
+            here.copy_(value)
+        else:
+            place = next(model.parameters()).device if here is None else here.device
+            owner.register_buffer(label, value.to(place), persistent=False)
 
 
 def warm_up(run: Run, setting: Setting) -> None:
@@ -288,6 +308,7 @@ class Trainer:
             return b"", None
         try:
             self.model.load_state_dict(saved.state["model"])
+            _set_buffers(self.model, saved.state.get("buffers", {}))
             self.optimizer.load_state_dict(saved.state["optimizer"])
         except Exception as error:  # each of them raises what it likes
             raise LabError(
@@ -318,6 +339,7 @@ class Trainer:
             self.identity,
             {
                 "model": self.model.state_dict(),
+                "buffers": _unsaved_buffers(self.model),
                 "optimizer": self.optimizer.state_dict(),
             },
             step=self.step,

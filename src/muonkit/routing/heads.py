@@ -76,8 +76,6 @@ _MLPS = name_set("Mlp MLP SwiGLU GatedMLP GEGLU")
 
 # Raw parameters that are output heads: CLIP's projections beside its embeddings and blocks.
 _RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(ding)?|proj|W_U")
-# Modules that hold nothing but a head, whatever they call its weight.
-_RAW_HEAD_HOLDER = re.compile(r"lm_head|unembed(ding)?")
 
 # Modules without weights after which a layer gives features, not an output.
 _FEATURES_AFTER = (
@@ -269,7 +267,8 @@ class _Search:
         for node in self.root.below():
             for label, param in own_parameters(node.module).items():
                 named = _RAW_HEADS.fullmatch(label) is not None
-                held = not node.is_layer and _RAW_HEAD_HOLDER.fullmatch(node.name) is not None
+                # A module that holds nothing but a head, whatever it calls its weight.
+                held = not node.is_layer and not node.kids and id(node) in self.found
                 if param is None or not (named or held) or len(param.shape) != 2:
                     continue
                 holds_blocks = any(id(each) in self.in_stack for each in node.below())

@@ -16,8 +16,15 @@ import torch.nn as nn
 from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._torch import FLAT_PARAMETER, own_parameters
 from muonkit.routing.layouts import UnknownLayout, fused_layout
-from muonkit.routing.numbers import number, widths_of
-from muonkit.routing.places import LORA, TRANSPOSED_CONVS, is_conv, is_depthwise, name_set
+from muonkit.routing.numbers import number
+from muonkit.routing.places import (
+    LORA,
+    TRANSPOSED_CONVS,
+    is_conv,
+    is_depthwise,
+    layer_widths,
+    name_set,
+)
 from muonkit.routing.raw import is_learned_tokens, is_position, is_token_or_position, judge_raw
 from muonkit.routing.verdicts import Undecided, Verdict, adamw, is_vector, muon
 from muonkit.views import View
@@ -175,8 +182,8 @@ def _is_weight(site: Site, param: nn.Parameter) -> bool:
 
 
 def _has_widths(owner: nn.Module, param: nn.Parameter) -> bool:
-    """Whether a parameter begins with the outputs and inputs that its module states."""
-    widths, groups = widths_of(owner), number(owner, "groups") or 1
+    """Whether a parameter begins with its layer's outputs and inputs."""
+    widths, groups = layer_widths(owner), number(owner, "groups") or 1
     if widths is None:
         return False
     out, inputs = widths
@@ -222,8 +229,9 @@ def _layer(site: Site, param: nn.Parameter) -> Verdict | None:
         return _conv(site)
     if isinstance(owner, TRANSPOSED_CONVS):
         return _conv_transpose(owner)
-    # The linear layers of graph libraries and the like say how wide they are.
-    widths = widths_of(owner)
+    # The linear layers of graph libraries and the like say how wide they are; those of a class of
+    # one's own are known by what they hold.
+    widths = layer_widths(owner)
     if widths is not None and param.ndim == 2 and _has_widths(owner, param):
         return _linear(site, param, stored=widths)
     return None

@@ -27,7 +27,7 @@ from muonkit.routing.numbers import (
     number,
     stated,
 )
-from muonkit.routing.places import name_set
+from muonkit.routing.places import layer_widths, name_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -211,7 +211,7 @@ def _kv(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     """k and v, by the layer that makes q beside them; k and v may be one and the same, too."""
     name = "query" if site.owner_name == "key_value" else site.owner_name.replace("kv", "q")
     partner = getattr(site.parent, name, None)
-    q, seen = first_number([partner], OUTPUTS), head_counts(site)
+    q, seen = _out_features(partner), head_counts(site)
     halves = "split(rows=2)", "fused k, v: 2 equal row blocks"
     if q is not None:
         for value in _widths_taken(site, _in_features(partner) or cols):
@@ -351,14 +351,18 @@ def _widths_taken(site: Site, out: int) -> list[int]:
     """Input widths of the linear layers beside or below that give `out` features back."""
     widths = []
     for module in site.parent.modules() if site.parent is not None else ():
-        taken, given = _in_features(module), first_number([module], OUTPUTS)
+        taken, given = _in_features(module), _out_features(module)
         if module is not site.owner and taken is not None and given == out:
             widths.append(taken)
     return widths
 
 
 def _in_features(module: object) -> int | None:
-    return first_number([module], INPUTS)
+    return first_number([module], INPUTS) or (layer_widths(module) or (None, None))[1]
+
+
+def _out_features(module: object) -> int | None:
+    return first_number([module], OUTPUTS) or (layer_widths(module) or (None, None))[0]
 
 
 def head_counts(site: Site) -> HeadCounts:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONVS",
+    "EMBEDDING_CLASS",
     "LORA",
     "TRANSPOSED_CONVS",
     "Models",
@@ -31,6 +32,7 @@ __all__ = [
     "is_conv",
     "is_depthwise",
     "is_linear",
+    "layer_widths",
     "name_set",
     "sites_of",
     "starred",
@@ -54,6 +56,12 @@ _ADAPTED_COMPONENTS = ("base_layer", "original_module")
 
 # torch.nn.utils' older weight_norm, spectral_norm and pruning rename the parameter they act on.
 _RENAMED = {"weight_v": "weight", "weight_orig": "weight"}
+
+# Classes of embeddings, and of linear layers, that are not torch's.
+EMBEDDING_CLASS = re.compile(r"Embedding|(?<!Patch)(?<!Un)Emb(ed)?$")
+_LINEAR_CLASS = re.compile(r"linear|dense|proj|fully_?connected|(^|_)fc", re.IGNORECASE)
+_NO_LINEAR_CLASS = re.compile(r"Norm|Position|Pos(Emb|Enc)|Codebook|Quantiz|Prototype|Memory")
+_LINEAR_WEIGHT = ("weight", "weights", "W", "w", "kernel")
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -222,9 +230,9 @@ class Node:
             return module.input_size, module.hidden_size
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return None, module.embedding_dim
-        stated = widths_of(module)
-        if stated is not None:
-            return stated[1], stated[0]
+        own = layer_widths(module)
+        if own is not None:
+            return own[1], own[0]
         kids = [kid.widths for kid in self.kids.values() if not kid.serves]
         taken = next((width for width, _ in kids if width is not None), None)
         given = next((width for _, width in reversed(kids) if width is not None), None)
@@ -362,6 +370,8 @@ def _site(place: Place, label: str) -> Site:
         return Site(name, parts[-1], ancestors[-1], ancestors[:-1], parts[:-1])
     if isinstance(owner, nn.ParameterDict) and ancestors:
         return Site(name, label, ancestors[-1], ancestors[:-1], parts[:-1])
+    if (linear := _own_linear(owner)) is not None and label == linear.label:
+        return Site(name, "weight", owner, ancestors, parts)
     return Site(name, _RENAMED.get(label, label), owner, ancestors, parts)
 
 
@@ -379,10 +389,54 @@ def is_depthwise(module: nn.Module) -> bool:
     return bool(groups > 1 and groups == channels)
 
 
+@dataclass(frozen=True)
+class _OwnLinear:
+    """A linear layer of a class that states no widths."""
+
+    label: str
+    outputs: int
+    inputs: int
+
+
+def _own_linear(module: object) -> _OwnLinear | None:
+    """What a module is that holds one matrix and vectors, and nothing else, if a bias of one of the
+    matrix's sides, or the name of its class, says that it is a linear layer. Without a bias the
+    matrix is taken to be stored as torch does, out × in.
+    """
+    if not isinstance(module, nn.Module) or any(own_modules(module).values()):
+        return None
+    kind = type(module).__name__
+    own = {label: p for label, p in own_parameters(module).items() if p is not None}
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
+        return None
+    matrices = [label for label, p in own.items() if p.ndim > 1]
+    if len(matrices) != 1 or matrices[0] not in _LINEAR_WEIGHT or own[matrices[0]].ndim != 2:
+        return None
+    if EMBEDDING_CLASS.search(kind) or _NO_LINEAR_CLASS.search(kind):
+        return None
+    label = matrices[0]
+    rows, cols = own[label].shape
+    bias = own.get("bias", own.get("b"))
+    if bias is None:
+        return _OwnLinear(label, rows, cols) if _LINEAR_CLASS.search(kind) else None
+    if bias.numel() not in (rows, cols):
+        return None
+    outputs, inputs = (rows, cols) if bias.numel() == rows else (cols, rows)
+    return _OwnLinear(label, outputs, inputs)
+
+
+def layer_widths(module: object) -> tuple[int, int] | None:
+    """(outputs, inputs) of a layer: by its own word, or a linear layer's by its parameters."""
+    widths = widths_of(module)
+    if widths is None and (linear := _own_linear(module)) is not None:
+        return linear.outputs, linear.inputs
+    return widths
+
+
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer by class or by evidence: a 2-D weight of the widths that the module states,
-    as graph libraries' own linear layers have."""
-    if isinstance(module, nn.Linear):
+    """A linear layer by class or by evidence: a 2-D weight of the widths that the module states, as
+    graph libraries' own linear layers have, or a matrix and its bias alone."""
+    if isinstance(module, nn.Linear) or _own_linear(module) is not None:
         return True
     weight = own_parameters(module).get("weight")
     if not isinstance(weight, nn.Parameter) or isinstance(
@@ -401,7 +455,9 @@ def weights(node: Node) -> list[nn.Parameter]:
 
 
 def _weight(module: nn.Module) -> nn.Parameter | None:
-    found = [own_parameters(module).get(k) for k in ("weight", "weight_v", "weight_orig")]
+    linear = _own_linear(module)
+    labels = ("weight", "weight_v", "weight_orig") if linear is None else (linear.label,)
+    found = [own_parameters(module).get(label) for label in labels]
     lists = own_modules(module).get("parametrizations")
     if isinstance(lists, nn.ModuleDict) and "weight" in lists:
         found += own_parameters(lists["weight"]).values()

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from muonkit._torch import own_parameters
-from muonkit.routing.layouts import expert_layout, flat_expert_layout
+from muonkit.routing.layouts import expert_layout, flat_expert_layout, fused_layout
 from muonkit.routing.numbers import (
     CONFIGS,
     EXPERT_COUNTS,
@@ -29,7 +29,7 @@ from muonkit.routing.numbers import (
     stated,
     widths_of,
 )
-from muonkit.routing.places import name_set
+from muonkit.routing.places import EMBEDDING_CLASS, name_set
 from muonkit.routing.verdicts import Undecided, Verdict, adamw, muon
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ _POSITION = name_set(
     "rel relpos relative distance distances"
 )
 _EMBEDDING = name_set("emb embs embed embeds embedding embeddings unembed unembedding vocab")
+# Modules that hold an embedding, of a class whose name does not say so.
+_VOCABULARY = re.compile(
+    r"(?!.*patch)(?!.*un)(.*_)?(embed|emb|embeds|embedding|embeddings)(_tokens?|_in)?|wte|vocab"
+)
 # Rows that stand beside those of the input.
 _TOKENS = name_set(
     "token tokens tok cls register registers mem memory memories null latent latents prompt "
@@ -88,7 +92,6 @@ _PARTNERS = {
 }
 
 _POSITION_CLASS = re.compile(r"Position|PosEmb|PosEnc")
-_EMBEDDING_CLASS = re.compile(r"Embedding|EmbeddingTable|(?<!Patch)(?<!Un)Embed$")
 _EMBEDDING_LABEL = name_set("weight embedding embeddings table W_E")
 _ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _SPECTRAL_CLASS = re.compile(r"Fourier|Spectral|FNO|FFT|Frequency|GlobalFilter")
@@ -157,6 +160,12 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
     elif _is_projected(site, param):
         return None  # its name says what it gives
     embedded = not words.isdisjoint(_EMBEDDING) and _PROJECTION.isdisjoint(last)
+    if label == "weight" and _WEIGHT.isdisjoint(words_of(site.owner_name)[-1:]):
+        # What the module is called says what a thing called "weight" is.
+        if is_position(site.owner_name):
+            return adamw("learned token or position", decay=False)
+        if _VOCABULARY.fullmatch(site.owner_name):
+            return adamw(f"embedding ({owner})")
     tokens = not words.isdisjoint(_TOKENS) and words.isdisjoint(_WEIGHT)
     if positional or embedded or tokens or _POSITION_CLASS.search(owner):
         return adamw("learned token or position", decay=False)
@@ -200,7 +209,7 @@ def _is_projected(site: Site, param: nn.Parameter) -> bool:
 
 
 def _is_embedding(site: Site, param: nn.Parameter) -> bool:
-    if site.label in _EMBEDDING_LABEL and _EMBEDDING_CLASS.search(site.owner_class):
+    if site.label in _EMBEDDING_LABEL and EMBEDDING_CLASS.search(site.owner_class):
         return True
     if site.label == "W_E" and not {"W_U", "W_pos"}.isdisjoint(own_parameters(site.owner)):
         return True
@@ -271,11 +280,14 @@ def _matrix(site: Site, param: nn.Parameter, view: str) -> Verdict:
     owner = site.owner_class
     if _ROUTER.search(owner) or _ROUTER.search(site.key):
         return muon(view, f"router ({owner})")
-    layout = _by_widths(site, param)
-    if layout is not None:
-        turned, how = layout
-        if turned:
-            view = "transpose" if view == "matrix" else f"{view} > transpose"
+    turned, how = _by_widths(site, param) or (False, None)
+    if turned:
+        view = "transpose" if view == "matrix" else f"{view} > transpose"
+    rows, cols = reversed(param.shape[:2]) if turned else param.shape[:2]
+    fused = fused_layout(site, rows, cols) if site.label == "weight" else None
+    if fused is not None:
+        return muon(fused[0] if view == "matrix" else f"{view} > {fused[0]}", fused[1])
+    if how is not None:
         return muon(view, f"matrix of {owner}{how}")
     words = set(words_of(site.label))
     if not words.isdisjoint(_WEIGHT) or site.label in ("U", "V") or _is_projected(site, param):
