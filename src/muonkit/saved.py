@@ -103,6 +103,7 @@ def merge_saved(
         )
     merged = []
     for number, (own, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        _refuse_other_adam(number, saved)
         keys = _in_our_order(number, own, saved)
         if len(keys) != len(own["params"]):
             raise ValueError(
@@ -127,6 +128,24 @@ def merge_saved(
                 _check_parts(name, kinds, entry, state.get(p) or {})
         merged.append({**group, "params": keys})
     return {**state_dict, "param_groups": merged}
+
+
+def _refuse_other_adam(number: int, saved: Mapping[str, Any]) -> None:
+    """Refuse a group of torch's that was trained by what our AdamW has not: amsgrad's maxima, decay
+    through the gradient (torch.optim.Adam's).
+    """
+    through_gradient = saved.get("decoupled_weight_decay", True) is False
+    for what, key, other in (
+        ("amsgrad=True", "amsgrad", bool(saved.get("amsgrad"))),
+        ("a weight decay in the gradient", "decoupled_weight_decay",
+         through_gradient and saved.get("weight_decay", 0) != 0),
+    ):  # fmt: skip
+        if other:
+            raise ValueError(
+                f"group {number} of the state dict was trained with {what}, which muonkit's AdamW "
+                f"does not do: go on with torch's, or delete {key!r} from the group, to train on "
+                "without. Nothing was loaded"
+            )
 
 
 def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -267,6 +269,37 @@ def test_torchs_optimizers_have_no_state_of_what_had_no_gradient() -> None:
     ours.load_state_dict(theirs.state_dict())
     assert torch.equal(momentum_of(ours, used), theirs.state[used]["momentum_buffer"])
     assert momentum_of(ours, idle).count_nonzero() == 0  # there, on all ranks, for whoever saves
+
+
+@pytest.mark.parametrize(
+    ("theirs", "key", "what"),
+    [
+        (functools.partial(torch.optim.AdamW, amsgrad=True), "amsgrad", "amsgrad=True"),
+        (
+            functools.partial(torch.optim.Adam, weight_decay=0.1),
+            "decoupled_weight_decay",
+            "a weight decay in the gradient",
+        ),
+    ],
+)
+def test_what_our_adamw_does_not_do_is_not_loaded_without_a_word(
+    theirs: Callable[..., torch.optim.Optimizer], key: str, what: str
+) -> None:
+    p = parameter(4, 4)
+    plain = theirs([p], lr=0.1)
+    set_gradients([p])
+    plain.step()
+    ours = Muon([{"params": [p], "algorithm": "adamw", "lr": 0.5}])
+    state = plain.state_dict()
+    with pytest.raises(ValueError, match=f"{what}.*delete '{key}'"):
+        ours.load_state_dict(state)
+    assert ours.param_groups[0]["lr"] == 0.5
+    del state["param_groups"][0][key]
+    ours.load_state_dict(state)
+    assert torch.equal(ours.state[p]["exp_avg"], plain.state[p]["exp_avg"])
+    plain_adam = torch.optim.Adam([p], lr=0.1)  # no decay: the same in both
+    plain_adam.step()
+    ours.load_state_dict(plain_adam.state_dict())
 
 
 @pytest.mark.parametrize("variant", VARIANTS[1:])
