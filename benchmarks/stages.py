@@ -1,13 +1,14 @@
-"""Rank what stands around Muon: each stage alone, its learning rate and decay swept as plain's.
+"""Rank what stands around Muon: each stage alone, its learning rate and decay tuned as plain's.
 
     python benchmarks/stages.py --ranking gpt --jobs 2
     python benchmarks/stages.py --ranking gpt --times   # on a quiet machine; added to the file
     python benchmarks/stages.py --ranking gpt --quick
     python benchmarks/stages.py --page-only
 
-It runs `muonkit compare` with a sweep for plain MuonW and for each stage, keeps what each found in
-docs/stages/RANKING.json, and writes the block between `<!-- begin: stages -->` and
-`<!-- end: stages -->` of docs/choosing.md from these files. What follows `--` goes to `compare`.
+It runs `muonkit compare` for plain MuonW and for each stage, with a sweep where the ranking has
+one, keeps what each found in docs/stages/RANKING.json, and writes the block between
+`<!-- begin: stages -->` and `<!-- end: stages -->` of docs/choosing.md from these files. What
+follows `--` goes to `compare`.
 Stopped, the same command goes on: a stage that the file has is not run again, on whichever machine.
 Losers stay in the table. `--times` is apart, since what else the machine does then changes no loss:
 whole training steps of all of them in one process, paired (harness.py), one thread.
@@ -26,7 +27,7 @@ from pathlib import Path
 import harness
 import torch
 from curves import Runs
-from evidence import QUICK, compare, machines, merged, outcomes, split
+from evidence import compare, machines, merged, outcomes, split
 from parts import Record, replace_block, spread, table
 
 from muonkit.lab.data import Batch
@@ -36,16 +37,22 @@ from muonkit.lab.results import Figure, figure, p_value, welch
 from muonkit.lab.tasks import TASKS, get_task
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "stages"
 PLAIN = "muonw"
 NAMES = tuple(STAGES)
 # The same grids for all: three rates (more beyond an edge), then three decays, on seed 0.
-SWEEP = ("--sweep", "--sweep-decay", "--sweep-full", "--sweep-points", "3", "--seeds", "3")
+SWEEP = ("--sweep", "--sweep-decay", "--sweep-full", "--sweep-points", "3")
+SEEDS = ("--seeds", "3")
+QUICK = ("--steps", "6", "--seeds", "2", "--evaluations", "2")
 # The task of each ranking, and how long it trains.
 RANKINGS: dict[str, tuple[str, ...]] = {
     "gpt": ("gpt", "--steps", "400"),
     "gpt-long": ("gpt", "--steps", "1600"),
     "cifar10": ("cifar10", "--epochs", "5"),
 }
+# A ranking that sweeps nothing has each stage at the rate and the decay that another one found: a
+# sweep of it would be a hundred runs of ten minutes.
+TUNED_BY = {"gpt-long": "gpt"}
 
 
 def state_bytes(task: str, name: str) -> int:
@@ -59,10 +66,28 @@ def state_bytes(task: str, name: str) -> int:
 
 def kept(ranking: str, options: argparse.Namespace) -> Runs:
     """What the file of a ranking has: for each stage what `muonkit compare` found."""
-    words = [*RANKINGS[ranking], *SWEEP, "--threads", "1"]
+    sweep = () if ranking in TUNED_BY else SWEEP
+    words = [*RANKINGS[ranking], *sweep, *SEEDS, "--threads", "1"]
     words = merged(words, [*(QUICK if options.quick else ()), *options.further])
     setting = {"ranking": ranking, "words": words}
     return Runs(options.results / f"{ranking}.json", "stages", setting, ("stage",))
+
+
+def as_tuned(name: str, ranking: str) -> list[str]:
+    """The words that give a stage what another ranking found; none where this one sweeps.
+
+    Raises:
+        SystemExit: that ranking has not this stage.
+    """
+    if ranking not in TUNED_BY:
+        return []
+    file = FOLDER / f"{TUNED_BY[ranking]}.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else []
+    for each in kept:
+        if each["stage"] == name:
+            (row,) = each["rows"]
+            return ["--lr", repr(row["lr"]), "--weight-decay", repr(row["weight_decay"])]
+    raise SystemExit(f"{ranking} takes rates from {file}, which lacks {name}: run that one first")
 
 
 def run(runs: Runs, options: argparse.Namespace) -> None:
@@ -71,7 +96,8 @@ def run(runs: Runs, options: argparse.Namespace) -> None:
     ranking = runs.record["setting"]["ranking"]
 
     def train(name: str) -> Record:
-        found = compare([task, "--optimizers", name, *words], options.out / ranking / name)
+        tuned = as_tuned(name, ranking)
+        found = compare([task, "--optimizers", name, *words, *tuned], options.out / ranking / name)
         return found | {"state_bytes": state_bytes(task, name)}
 
     runs.fill([(name,) for name in options.optimizers], train, options.jobs)
@@ -142,6 +168,11 @@ def block(record: Record) -> str:
         f"deviation; p against plain. `python benchmarks/stages.py --ranking {ranking}`, "
         f"which is `{stages[PLAIN]['command']}` for each: {machines(stages.values())}."
     )
+    if ranking in TUNED_BY:
+        said += (
+            f" Not swept: each has the learning rate and the decay that `{TUNED_BY[ranking]}` "
+            "found for it."
+        )
     head = ["stage", "lr", "decay", "validation loss", "p", "state, MiB"]
     if "times" in record:
         head += ["ms", "times plain"]
@@ -182,7 +213,7 @@ def main(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     options.further, options.optimizers = further, options.optimizers.split(",")
     options.out = options.out or ROOT / "runs" / ("stages-quick" if options.quick else "stages")
-    options.results = options.out if options.quick else ROOT / "docs" / "stages"
+    options.results = options.out if options.quick else FOLDER
     for ranking in () if options.page_only else options.ranking or RANKINGS:
         runs = kept(ranking, options)
         if options.times:

@@ -70,14 +70,15 @@ def ranked(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call
     monkeypatch.setattr(script, "outcomes", outcomes)
     monkeypatch.setattr(script, "state_bytes", lambda task, name: 2**20)
 
-    def ranked(names: list[str], further: list[str]) -> Any:
+    def ranked(names: list[str], further: list[str], ranking: str = "gpt") -> Any:
         trained.clear()
         options = argparse.Namespace(
             results=tmp_path, out=tmp_path / "runs", optimizers=names, jobs=2, quick=True
         )
         options.further = further
-        script.run(script.kept("gpt", options), options)
-        return sorted(trained), json.loads((tmp_path / "gpt.json").read_text(encoding="utf-8"))
+        script.run(script.kept(ranking, options), options)
+        file = tmp_path / f"{ranking}.json"
+        return sorted(trained), json.loads(file.read_text(encoding="utf-8"))
 
     return ranked
 
@@ -95,3 +96,19 @@ def test_a_stage_that_is_done_is_not_trained_again(script: Any, ranked: Callable
     assert "| 20 |" in script.block(record | {"times": timed})
     with pytest.raises(SystemExit, match="delete it to begin anew"):
         ranked(["muonw"], ["--seeds", "4"])
+
+
+def test_a_ranking_without_a_sweep_has_what_another_found(
+    script: Any, ranked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit, match=r"gpt\.json, which lacks muonw: run that one first"):
+        ranked(["muonw"], [], "gpt-long")
+    ranked(["muonw"], [])
+    trained, record = ranked(["muonw"], [], "gpt-long")
+    assert trained == ["muonw"]
+    assert "--lr 0.01 --weight-decay 0.1" in record["runs"][0]["command"]
+    assert "--sweep" not in record["runs"][0]["command"]
+    assert "Not swept: each has the learning rate and the decay that `gpt` found" in script.block(
+        record
+    )
