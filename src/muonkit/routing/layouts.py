@@ -27,7 +27,7 @@ from muonkit.routing.numbers import (
     number,
     stated,
 )
-from muonkit.routing.places import layer_widths, name_set
+from muonkit.routing.places import is_linear, layer_widths, name_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -358,11 +358,18 @@ def _widths_taken(site: Site, out: int) -> list[int]:
 
 
 def _in_features(module: object) -> int | None:
-    return first_number([module], INPUTS) or (layer_widths(module) or (None, None))[1]
+    return first_number([module], INPUTS) or _linear_widths(module)[1]
 
 
 def _out_features(module: object) -> int | None:
-    return first_number([module], OUTPUTS) or (layer_widths(module) or (None, None))[0]
+    return first_number([module], OUTPUTS) or _linear_widths(module)[0]
+
+
+def _linear_widths(module: object) -> tuple[int | None, int | None]:
+    """Of a linear layer, not of whatever else says what it takes and gives."""
+    if not isinstance(module, nn.Module) or not is_linear(module):
+        return None, None
+    return layer_widths(module) or (None, None)
 
 
 def head_counts(site: Site) -> HeadCounts:

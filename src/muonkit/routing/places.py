@@ -412,13 +412,14 @@ def _own_linear(module: object) -> _OwnLinear | None:
     matrices = [label for label, p in own.items() if p.ndim > 1]
     if len(matrices) != 1 or matrices[0] not in _LINEAR_WEIGHT or own[matrices[0]].ndim != 2:
         return None
-    if EMBEDDING_CLASS.search(kind) or _NO_LINEAR_CLASS.search(kind):
+    is_named = _LINEAR_CLASS.search(kind) is not None
+    if EMBEDDING_CLASS.search(kind) or (_NO_LINEAR_CLASS.search(kind) and not is_named):
         return None
     label = matrices[0]
     rows, cols = own[label].shape
     bias = own.get("bias", own.get("b"))
     if bias is None:
-        return _OwnLinear(label, rows, cols) if _LINEAR_CLASS.search(kind) else None
+        return _OwnLinear(label, rows, cols) if is_named else None
     if bias.numel() not in (rows, cols):
         return None
     outputs, inputs = (rows, cols) if bias.numel() == rows else (cols, rows)
