@@ -189,11 +189,13 @@ def numbers(records: list[Record]) -> str:
     broken = [row for r in others for row in r["laws"] if row["verdict"] == "fail"]
     chosen = sum(bool(row.get("deliberate")) for row in broken)
     ours = sum(_counts(r)[1] for r in records if r["optimizer"] in ("muon", "muonw"))
-    dates = sorted({record["machine"]["date"] for record in records})
+    dates = [record["machine"]["date"] for record in records]
+    ends = sorted({min(dates), max(dates)})
+    where = {f"torch {m['torch']}, {m['cpu']}" for m in (r["machine"] for r in records)}
     return (
         f"{len(LAWS)} laws, {len(records)} implementations; {len(broken)} failures found in "
-        f"others, {chosen} of them on purpose; ours has {ours or 'none'}. {dates[-1]}, torch "
-        f"{records[0]['machine']['torch']}, {records[0]['machine']['cpu']}."
+        f"others, {chosen} of them on purpose; ours has {ours or 'none'}. {' to '.join(ends)}; "
+        f"{' and '.join(sorted(where))}."
     )
 
 

@@ -1,13 +1,15 @@
 """What the scripts share that train several runs: a file that grows run by run, and their picture.
 
-A file holds `kind`, `setting`, `machine` and `runs`; a run is what its `key` names and what came of
-it, with `validation` as [steps, loss] pairs.
+A file holds `kind`, `setting` and `runs`; a run is what its `key` names, the `machine` that it ran
+on, and what came of it, with `validation` as [steps, loss] pairs. The file's own `machine` is that
+of runs which say none.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -47,7 +49,7 @@ class Runs:
     """
 
     def __init__(self, path: Path, kind: str, setting: Record, names: Sequence[str]) -> None:
-        self.path, self.names = path, names
+        self.path, self.names, self._lock = path, names, threading.Lock()
         self.record = begun(path, {"kind": kind, "setting": setting, "runs": []})
 
     def find(self, key: Key) -> Record | None:
@@ -59,11 +61,13 @@ class Runs:
         return self.find(key) or self.add(key, train())
 
     def add(self, key: Key, outcome: Record) -> Record:
-        run = {**dict(zip(self.names, key, strict=True)), **outcome}
-        self.record["runs"].append(run)
-        self.record["runs"].sort(key=self._key)
-        self.record["machine"] = machine.facts()
-        self.keep()
+        facts = machine.facts()
+        run = {**dict(zip(self.names, key, strict=True)), **outcome, "machine": facts}
+        with self._lock:
+            self.record["runs"].append(run)
+            self.record["runs"].sort(key=self._key)
+            self.record.setdefault("machine", facts)
+            self.keep()
         return run
 
     def fill(self, keys: Iterable[Key], train: Callable[..., Record], jobs: int) -> None:
@@ -78,10 +82,9 @@ class Runs:
     def keep(self, **more: Any) -> None:
         """Write the file anew, with what is given beside the runs."""
         self.record |= more
-        # A file that is replaced is whole, whenever this is stopped.
-        part = self.path.with_suffix(".part")
-        harness.write(part, harness.rounded(self.record, 7), indent=None)
-        part.replace(self.path)
+        # A setting is compared with what is asked for, digit by digit.
+        short = {**harness.rounded(self.record, 7), "setting": self.record["setting"]}
+        harness.write(self.path, short, indent=None)
 
     def _key(self, run: Record) -> Key:
         return tuple(run[name] for name in self.names)

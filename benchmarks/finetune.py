@@ -26,19 +26,18 @@ in LoRA's first factor. Quoted are the validation loss on the new text, and that
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import json
+import platform
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import curves
-import harness
-import machine
 import torch
 import transformers
+from curves import Runs
 from lora_muon import LoRAMuon
 from parts import Record, machine_line, replace_block, table
 from peft import LoraConfig, get_peft_model
@@ -165,7 +164,9 @@ def pretrain(method: str, steps: int, folder: Path) -> Path:
         loss = evaluate(model, data)
         if best is None or loss < best["loss"]:
             best = {"loss": loss, "lr": lr, "weights": model.state_dict()}
-    torch.save(best, path)
+    part = path.with_name(f"{path.name}.part")
+    torch.save(best, part)
+    part.replace(path)
     return path
 
 
@@ -180,9 +181,6 @@ def finetune(base: Path, method: str, lr: float, seed: int, steps: int) -> Recor
     old, new = stdlib_text(CONTEXT), headers(CONTEXT)
     losses = train(model, new, method, lr, seed, steps)
     return {
-        "method": method,
-        "lr": lr,
-        "seed": seed,
         "losses": losses,
         "new": evaluate(model, new),
         "old": evaluate(model, old),
@@ -190,60 +188,59 @@ def finetune(base: Path, method: str, lr: float, seed: int, steps: int) -> Recor
     }
 
 
-def tune(base: Path, method: str, seeds: int, steps: int, done: list[Record]) -> list[Record]:
+def tune(seeds: int, loss_of: Callable[[float, int], float], first: float) -> None:
     """The runs of one method: the sweep on seed 0, then its best rate on all seeds."""
-    runs = {(run["lr"], run["seed"]): run for run in done}
 
-    def run(lr: float, seed: int) -> float:
-        lr = float(f"{lr:.3g}")
-        if (lr, seed) not in runs:
-            runs[lr, seed] = finetune(base, method, lr, seed, steps)
-        loss = runs[lr, seed]["new"]
-        return loss if loss == loss else float("inf")
+    def loss(lr: float, seed: int) -> float:
+        found = loss_of(float(f"{lr:.3g}"), seed)
+        return found if found == found else float("inf")
 
-    rates = [RATES[method] * FACTOR**k for k in range(FEWEST)]
+    rates = [first * FACTOR**k for k in range(FEWEST)]
     while True:
-        losses = [run(lr, 0) for lr in rates]
+        losses = [loss(lr, 0) for lr in rates]
         at = losses.index(min(losses))
         if 0 < at < len(rates) - 1 or len(rates) >= 2 * FEWEST:
             break
         rates = [rates[0] / FACTOR, *rates] if at == 0 else [*rates, rates[-1] * FACTOR]
     for seed in range(1, seeds):
-        run(rates[at], seed)
-    return sorted(runs.values(), key=lambda each: (each["lr"], each["seed"]))
+        loss(rates[at], seed)
 
 
 def measure(path: Path, options: argparse.Namespace) -> None:
     setting = {"pretrain": options.pretrain, "steps": options.steps, "seeds": options.seeds}
-    empty = {"kind": "finetune", "setting": setting, "bases": {}, "runs": {}}
-    record = curves.begun(path, empty)
-    record["machine"] = machine.facts()
+    # The texts come with them.
+    setting |= {"torch": torch.__version__, "python": platform.python_version()}
+    runs = Runs(path, "finetune", setting, ("base", "method", "lr", "seed"))
+    torch.set_num_threads(1)  # as every run's; the file says so
     options.folder.mkdir(parents=True, exist_ok=True)
     made = functools.partial(pretrain, steps=options.pretrain, folder=options.folder)
-    with ProcessPoolExecutor(options.jobs) as pool:
-        bases = dict(zip(METHODS, pool.map(made, METHODS), strict=True))
-        for base, file in bases.items():
+    with ProcessPoolExecutor(options.jobs) as pool, ThreadPoolExecutor(options.jobs) as threads:
+        files = dict(zip(METHODS, pool.map(made, METHODS), strict=True))
+        bases = {}
+        for base, file in files.items():
             best = torch.load(file)
             model = new_model()
             model.load_state_dict(best["weights"])
             new = evaluate(model, headers(CONTEXT))
-            record["bases"][base] = {"lr": best["lr"], "old": best["loss"], "new": new}
-        waiting = {
-            f"{base}: {method}": pool.submit(
-                tune,
-                bases[base],
-                method,
-                options.seeds,
-                options.steps,
-                copy.copy(record["runs"].get(f"{base}: {method}", [])),
-            )
-            for base, methods in METHODS.items()
-            for method in methods
-        }
-        for name, future in waiting.items():
-            record["runs"][name] = future.result()
-            harness.write(path, harness.rounded(record), indent=None)
-            print(name, flush=True)
+            bases[base] = {"lr": best["lr"], "old": best["loss"], "new": new}
+        runs.keep(bases=bases)
+
+        def tuned(base: str, method: str) -> str:
+            def loss_of(lr: float, seed: int) -> float:
+                asked = (finetune, files[base], method, lr, seed, options.steps)
+                found = runs.get((base, method, lr, seed), lambda: pool.submit(*asked).result())
+                return float(found["new"])
+
+            tune(options.seeds, loss_of, RATES[method])
+            return f"{base}: {method}"
+
+        ways = [(base, method) for base, methods in METHODS.items() for method in methods]
+        for future in as_completed([threads.submit(tuned, *way) for way in ways]):
+            print(future.result(), flush=True)
+
+
+def runs_of(record: Record, base: str, method: str) -> list[Record]:
+    return [run for run in record["runs"] if (run["base"], run["method"]) == (base, method)]
 
 
 def chosen(runs: list[Record]) -> list[Record]:
@@ -254,13 +251,13 @@ def chosen(runs: list[Record]) -> list[Record]:
 
 
 def block(record: Record) -> str:
-    parts = [f"- {machine_line(record)}"]
+    parts = [machine_line(record)]
     for base, methods in METHODS.items():
         before = record["bases"][base]
-        of_adamw = chosen(record["runs"][f"{base}: adamw"])
+        of_adamw = chosen(runs_of(record, base, "adamw"))
         rows: list[tuple[float, list[object]]] = []
         for method in methods:
-            runs = chosen(record["runs"][f"{base}: {method}"])
+            runs = chosen(runs_of(record, base, method))
             new, old = (figure([run[key] for run in runs]) for key in ("new", "old"))
             assert isinstance(new, Figure)
             assert isinstance(old, Figure)

@@ -12,15 +12,18 @@ tiny sizes, no events and graphs, the kernel replaced by plain products; those f
    the longer of the FLOPs that a symmetric product needs over the best rate of torch's products
    measured here, and the bytes it must move over the rate of a copy measured here.
 3. A step of `muonkit.Muon` over GPT-2 small's 48 hidden matrices and those of 4 layers of Llama 3.2
-   1B, against fused AdamW and torch.optim.Muon, as called and replayed from a CUDA graph, and as
-   called against those other packages (peers.py) that can be imported. The limit is the FLOPs of
-   the cheapest form over the rate of products. Then what a step of ours takes with other options,
-   and how much memory it takes beyond weights, gradients and state.
+   1B, against fused AdamW and torch.optim.Muon, as called and replayed from a CUDA graph. The limit
+   is the FLOPs of the cheapest form over the rate of products. Then how much memory a step takes
+   beyond weights, gradients and state.
 4. A whole training step of GPT-2 small, 16 x 1024 tokens under bfloat16 autocast, with MuonW and
    with fused AdamW.
 5. The step captured in a CUDA graph and replayed: the same weights as steps taken one by one. The
    step compiled by torch.compile, with several options: the same movement in float32 but for
    rounding.
+6. What a step of ours takes with other options; and against those other packages (peers.py) that
+   can be imported, in 16 bits like them, with how far their first step is from ours.
+
+Each part is written when it is done.
 
 The block table of the kernel has a search of its own: kernel_blocks.py.
 
@@ -41,10 +44,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import harness
+import peers
 import torch
 from harness import Spread, column, quartiles
 from machine import facts
-from peers import PEERS, Implementation
+from peers import PEERS, Implementation, Peer
 from sets import SETS, TINY, Entry, cheapest_flops
 from torch import Tensor, nn
 
@@ -260,7 +264,8 @@ def time_product(
 
 ORTHOGONALIZED = [(1, 768, 768), (4, 768, 3072), (2, 2304, 768), (3, 1031, 77), (64, 128, 512)]
 DRY_ORTHOGONALIZED = [(1, 16, 16), (2, 24, 16), (3, 5, 33)]
-# Of the Frobenius norm. In 16 bits docs/performance.md has 0.05 as the worst of all spectra.
+# Of the Frobenius norm, over these matrices of normal numbers and these two schedules:
+# docs/performance.md has worse ones, of other spectra and schedules.
 ALLOWED = {"bf16": 0.06, "fp16": 0.02, "fp32": 1e-4}
 
 
@@ -327,7 +332,8 @@ def time_steps(device: Device, rate: dict[str, float], name: str) -> dict[str, o
     return record
 
 
-# Other packages, in 16 bits as they are shipped.
+# Other packages, in 16 bits as they are shipped, and ours likewise.
+OURS = Peer("muonkit", functools.partial(peers.muonkit, dtype="bfloat16"), views=peers.ALL_VIEWS)
 CARRIED = ("pytorch_optimizer", "gram-newton-schulz", "heavyball", "optimuon", "muonium")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -340,25 +346,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def time_carried(device: Device, name: str) -> dict[str, object]:
-    """Steps as they are called, of ours and of the packages that are here."""
+    """Steps as they are called, of ours and of the packages that are here, and how far their first
+    step is from ours: one that moves nothing is in no race.
+    """
     entries = TINY["tiny"][:4] if device.dry else SETS[name]
-
-    def pairs() -> list[tuple[nn.Parameter, str]]:
-        return [(p, "matrix") for p in parameters(device, entries)]
-
-    tasks: dict[str, Task] = {"muonkit": Implementation(PEERS["muonkit"], pairs()).step}
-    absent = {}
-    for each in CARRIED:
+    tasks: dict[str, Task] = {}
+    absent: dict[str, str] = {}
+    distances: dict[str, float] = {}
+    reference: list[Tensor] = []
+    for peer in (OURS, *(PEERS[each] for each in CARRIED)):
+        weights = parameters(device, entries)
+        before = [p.detach().clone() for p in weights]
         try:
-            tasks[each] = Implementation(PEERS[each], pairs()).step
-            tasks[each]()
+            made = Implementation(peer, [(p, "matrix") for p in weights])
+            made.step()
+            movement = list(torch._foreach_sub([p.detach() for p in weights], before))
+            reference = reference or movement
+            if not any(float(moved.abs().max()) > 0 for moved in movement):
+                raise RuntimeError("its step moves nothing")
+            distances[peer.name] = peers.distance(movement, reference)
         except Exception as error:  # another package's, of whatever kind
-            tasks.pop(each, None)
-            absent[each] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-    seconds = race(device, name, tasks, "muonkit")
+            absent[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        else:
+            tasks[peer.name] = functools.partial(_step_anew, made)
+    seconds = race(device, name, tasks, OURS.name)
+    for each, far in distances.items():
+        print(f"    {each}: its first step is {far:.1e} from ours")
     for each, why in absent.items():
         print(f"    {each} did not run: {why}")
-    return {"seconds": seconds, "absent": absent}
+    return {"seconds": seconds, "absent": absent, "distance_of_first_step": distances}
+
+
+def _step_anew(made: Implementation) -> None:
+    made.give_gradients()  # some drop them in a step
+    made.step()
 
 
 def time_options(device: Device, name: str) -> dict[str, list[float]]:
@@ -542,27 +563,37 @@ def main() -> int:
     record: dict[str, object] = {
         "kind": "gpu", "machine": facts() | {"device": name}, "dry": device.dry,
     }  # fmt: skip
-    record["errors"] = worst = check(device)
-    record["orthogonalizer"] = exact = check_orthogonalizer(device)
-    record["rates"] = rate = rates(device)
+
+    def keep(**found: object) -> None:
+        """What is there when this is killed, or a kernel takes the GPU's context with it."""
+        record.update(found)
+        harness.write(options.json, harness.rounded(record))
+
+    keep(errors=(worst := check(device)))
+    keep(orthogonalizer=(exact := check_orthogonalizer(device)))
+    keep(rates=(rate := rates(device)))
     shown = ", ".join(f"{key} {value / 1e12:.1f}" for key, value in rate.items() if key != "copy")
     print(
         f"2. symmetric products; torch's best: {shown} TFLOP/s; copy {rate['copy'] / 1e9:.0f} GB/s"
     )
-    record["products"] = time_products(device, rate)
+    keep(products=time_products(device, rate))
     print("3. one step over hidden matrices, as it is called and replayed from a CUDA graph")
-    record["steps"] = {name: time_steps(device, rate, name) for name in STEPPED}
-    record["carried"] = {name: time_carried(device, name) for name in STEPPED}
-    record["options"] = {name: time_options(device, name) for name in STEPPED[:1]}
-    record["peak"] = {name: peak_bytes(device, name) for name in STEPPED}
+    keep(steps={name: time_steps(device, rate, name) for name in STEPPED})
+    keep(peak={name: peak_bytes(device, name) for name in STEPPED})
     print("4. a training step of GPT-2 small, 16 x 1024 tokens, bfloat16 autocast")
-    record["training"] = time_training(device)
+    keep(training=time_training(device))
     print("5. the step in a CUDA graph, and compiled")
-    record["graph"] = captured = graph(device)
-    record["compiled"] = traced = compare_compiled(device)
+    keep(graph=(captured := graph(device)))
+    keep(compiled=(traced := compare_compiled(device)))
     checks = [*worst.values(), *exact.values(), *traced.values()]
     good = bool(captured["equal"]) and all(row["good"] for row in checks)
-    harness.write(options.json, harness.rounded(record | {"good": good}))
+    keep(good=good)
+    print("6. with other options; and other packages, last, since their kernels may fail")
+    keep(options={name: time_options(device, name) for name in STEPPED[:1]})
+    carried: dict[str, object] = {}
+    for each in STEPPED:
+        carried[each] = time_carried(device, each)
+        keep(carried=carried)
     print("all checks passed" if good else "A CHECK FAILED: see above")
     return 0 if good else 1
 

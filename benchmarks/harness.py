@@ -109,10 +109,12 @@ def at_least_one(text: str) -> int:
 
 
 def write(path: Path | None, record: object, indent: int | None = 1) -> None:
-    """Write the record where --json says; nothing without it."""
+    """Write the record where --json says; nothing without it. A kill leaves the file as it was."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 def rounded(value: object, digits: int = 5) -> object:

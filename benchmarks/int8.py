@@ -205,11 +205,11 @@ def main(words: Sequence[str]) -> None:
         "losses": lambda task: losses(task, options.out, further),
     }
     for name in [options.set] if options.only == "step" else options.task or LENGTHS:
-        found = harness.rounded(measure[options.only](name))
+        found = {**harness.rounded(measure[options.only](name)), "machine": machine.facts()}
         record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         rows = {**record.get("rows", {}), name: found}
         kind = f"int8-{options.only}"
-        harness.write(file, {"kind": kind, "machine": machine.facts(), "rows": rows})
+        harness.write(file, {"kind": kind, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Each run starts an example with checkpoints, kills a random rank (SIGKILL: no ha
 a machine is lost) at a random moment after its first step, and checks that
 
 - every other rank ends by itself, with an error, within --timeout (and ten seconds to exit);
-  a rank that was killed when the last checkpoint was written already is killed anew, earlier;
+  a rank that was killed when the last checkpoint was written already is killed anew;
 - the last checkpoint that carries the name of a whole one can be read, every tensor of it;
 - the resumed run ends with the parameters and optimizer state of one never interrupted.
 

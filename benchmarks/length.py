@@ -70,7 +70,8 @@ def best_rival(found: dict[str, Record]) -> str | None:
 
 def lead(ours: Record, theirs: Record) -> list[str]:
     """Steps in which MuonW reaches the rival's final loss of the same seed; times fewer than it
-    took; and times fewer seconds, by the mean milliseconds of a step of each.
+    took; and times fewer seconds, by the mean milliseconds of a step of each. A dash where a seed
+    did not reach it.
     """
     ends = {result.seed: result.val_loss for result, _ in outcomes(theirs)}
     reached = []
@@ -79,11 +80,13 @@ def lead(ours: Record, theirs: Record) -> list[str]:
         point = None if end is None else curve.reaches(end)
         reached.append(None if point is None else point[0])
     steps = figure(reached)
-    if steps is None:
-        return ["—", "—", "—"]
+    if steps is None or None in reached:
+        return ["—" if steps is None else steps.text(0), "—", "—"]
     fewer = max(result.steps for result, _ in outcomes(theirs)) / steps.mean
     mine, other = (fmean(r.step_ms for r, _ in outcomes(found)) for found in (ours, theirs))
-    return [steps.text(0), f"{fewer:.2f}", f"{fewer * other / mine:.2f}"]
+    # Times of two kinds of CPU are not to be divided.
+    alike = len({found["environment"]["processor"] for found in (ours, theirs)}) == 1
+    return [steps.text(0), f"{fewer:.2f}", f"{fewer * other / mine:.2f}" if alike else "—"]
 
 
 def said_of(loss: Figure | None) -> str:

@@ -7,8 +7,9 @@ The files are what the scripts write with --json. Between `<!-- begin: NAME -->`
 `<!-- end: NAME -->` everything is replaced; the text around it is written by hand. Several files of
 a kind go into one table; a block whose kind is not among the files stays as it is.
 
-docs/evidence.md, docs/learning-rate.md, docs/mup.md and docs/distributed/layouts.md are written by
-the scripts that make their figures.
+docs/evidence.md, docs/learning-rate.md, docs/mup.md, docs/finetuning.md, docs/qk-clip.md,
+docs/conformance.md, the stages of docs/choosing.md and docs/distributed/layouts.md are written by the
+scripts that make their figures.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def main() -> int:
     if options.plot and steps:
         from step import plot
 
-        plot(performance_page.merged_sets(steps), steps[-1]["machine"], options.plot)
+        dates = {record["machine"]["date"] for record in steps}
+        span = {"date": " to ".join(sorted({min(dates), max(dates)}))}
+        plot(performance_page.merged_sets(steps), steps[-1]["machine"] | span, options.plot)
     return 0
 
 

@@ -16,12 +16,27 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) 
 
 
 def machine_line(record: Record) -> str:
-    m = record["machine"]
+    """The command, and on what, and when, it ran: every machine of a file's runs."""
+    runs = record.get("runs", ())
+    own = [run["machine"] for run in runs if "machine" in run]
+    if len(own) < len(runs) or not runs:
+        own.insert(0, record["machine"])
+    dates: dict[str, list[str]] = {}
+    for each in own:
+        dates.setdefault(_machine(each), []).append(each["date"])
+    on = " and on ".join(
+        f"{name}; {min(found)}" + (f" to {max(found)}" if max(found) != min(found) else "")
+        for name, found in dates.items()
+    )
+    return f"`{own[-1]['command']}` on {on}."
+
+
+def _machine(m: Record) -> str:
     cores = f"{m['cores']} core{'s' if m['cores'] != 1 else ''}"
     threads = f"{m['threads']} thread{'s' if m['threads'] != 1 else ''}"
     return (
-        f"`{m['command']}` on {m['cpu']}, {cores}, {threads}, {m['capability']}, "
-        f"{m['system']}; torch {m['torch']}, Python {m['python']}; {m['date']}."
+        f"{m['cpu']}, {cores}, {threads}, {m['capability']}, {m['system']}; torch {m['torch']}, "
+        f"Python {m['python']}"
     )
 
 

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 LR = 0.02
 DECAY = 0.1
@@ -91,6 +91,13 @@ class Implementation:
                 setattr(module, name, old)
 
 
+def distance(movement: list[Tensor], reference: list[Tensor]) -> float:
+    """Of two movements of all weights, relative to the second (Frobenius)."""
+    difference = torch._foreach_norm(torch._foreach_sub(movement, reference))
+    size = torch._foreach_norm(reference)
+    return float(torch.stack(list(difference)).norm() / torch.stack(list(size)).norm())
+
+
 def recast(function: Callable[..., Any], **changes: str) -> Any:
     """`function` made anew from its source, with pieces of the text replaced and nothing else.
 
@@ -123,10 +130,10 @@ def groups_by_view(given: Given) -> list[dict[str, Any]]:
 # --- ours ------------------------------------------------------------------------------------
 
 
-def muonkit(given: Given, form: str = "auto") -> Any:
+def muonkit(given: Given, form: str = "auto", dtype: str = "float32") -> Any:
     from muonkit import Muon
 
-    return Muon(groups_by_view(given), lr=LR, weight_decay=DECAY, ns_dtype="float32", ns_form=form)
+    return Muon(groups_by_view(given), lr=LR, weight_decay=DECAY, ns_dtype=dtype, ns_form=form)
 
 
 # --- torch -----------------------------------------------------------------------------------

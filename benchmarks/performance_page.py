@@ -308,6 +308,10 @@ def options_block(records: list[Record]) -> str:
     return "\n\n".join(parts)
 
 
+def _of_rows(record: Record) -> str:
+    return machine_line({"runs": list(record["rows"].values())})
+
+
 def int8_errors_block(records: list[Record]) -> str:
     (record,) = records
     keys = ("momentum", "momentum_worst", "update", "update_worst")
@@ -317,7 +321,7 @@ def int8_errors_block(records: list[Record]) -> str:
         for name, row in found["rows"].items()
     ]
     head = ["gradients of", "kept in", "momentum", "worst matrix", "update", "worst matrix"]
-    return "\n\n".join([machine_line(record), table(head, rows, left=2)])
+    return "\n\n".join([_of_rows(record), table(head, rows, left=2)])
 
 
 def int8_step_block(records: list[Record]) -> str:
@@ -335,7 +339,7 @@ def int8_step_block(records: list[Record]) -> str:
             for name, row in found["rows"].items()
         ]
     head = ["momentum_dtype", "× float32's step", "state, MiB", "× float32's"]
-    return "\n\n".join([machine_line(record), table(head, rows)])
+    return "\n\n".join([_of_rows(record), table(head, rows)])
 
 
 def int8_losses_block(records: list[Record]) -> str:
@@ -345,7 +349,7 @@ def int8_losses_block(records: list[Record]) -> str:
         for task, found in record["rows"].items()
     ]
     head = ["task", "length", "validation loss, float32", "int8", "p"]
-    return "\n\n".join([machine_line(record), table(head, rows)])
+    return "\n\n".join([_of_rows(record), table(head, rows)])
 
 
 MONITOR = {"monitor": ("monitor", monitor_block)}

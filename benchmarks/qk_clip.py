@@ -24,14 +24,15 @@ import json
 import math
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import harness
 import machine
 import torch
-from parts import Record, replace_block, spread, table
+from curves import Runs
+from parts import Record, machine_line, replace_block, spread, table
 
 from muonkit import MuonW, QKClip
 from muonkit.lab.data import stdlib_text
@@ -75,8 +76,6 @@ def train(seed: int, tau: float, lr: float, steps: int) -> Record:
         logits.append(max(float(most.max()) for most in qk_clip.latest["max_logits"].values()))
         clipped.append(sum(int((eta < 1).sum()) for eta in qk_clip.latest["eta"].values()))
     return {
-        "seed": seed,
-        "clip": tau < NEVER,
         "loss": losses,
         "max_logit": logits,
         "heads_clipped": clipped,
@@ -87,30 +86,20 @@ def train(seed: int, tau: float, lr: float, steps: int) -> Record:
 def measure(path: Path, options: argparse.Namespace) -> None:
     """The runs that the file has not, each written when it is done."""
     setting = {"lr": options.lr, "steps": options.steps, "tau": options.tau}
-    record = read(path)
-    if record.get("setting") != setting:
-        record = {"kind": "qk-clip", "setting": setting, "runs": []}
-    record["machine"] = machine.facts()
-    done = {(run["seed"], run["clip"]) for run in record["runs"]}
+    runs = Runs(path, "qk-clip", setting, ("clip", "seed"))
+    torch.set_num_threads(1)  # as every run's; the file says so
     with ProcessPoolExecutor(options.jobs) as pool:
-        waiting = [
-            pool.submit(train, seed, tau, options.lr, options.steps)
-            for seed in range(options.seeds)
-            for tau in (NEVER, options.tau)
-            if (seed, tau < NEVER) not in done
-        ]
-        for future in as_completed(waiting):
-            record["runs"].append(future.result())
-            record["runs"].sort(key=lambda run: (run["clip"], run["seed"]))
-            write(path, record)
+
+        def trained(clip: bool, seed: int) -> Record:
+            tau = options.tau if clip else NEVER
+            return pool.submit(train, seed, tau, options.lr, options.steps).result()
+
+        keys = [(clip, seed) for seed in range(options.seeds) for clip in (False, True)]
+        runs.fill(keys, trained, options.jobs)
 
 
 def read(path: Path) -> Record:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write(path: Path, record: Record) -> None:
-    harness.write(path, harness.rounded(record), indent=None)
 
 
 # --- overhead -------------------------------------------------------------------------------------
@@ -183,7 +172,7 @@ def runs_table(record: Record) -> str:
         "training loss, last 10 steps",
         "validation loss",
     )
-    return table(head, rows)
+    return f"{machine_line(record)}\n\n{table(head, rows)}"
 
 
 def overhead_table(record: Record) -> str:
@@ -198,7 +187,8 @@ def overhead_table(record: Record) -> str:
         for each in record["overhead"]
     ]
     head = ("batch × context", "step without", "more with it", "ratio, every step", "every 10th")
-    return table(head, rows)
+    on = machine_line({"machine": record["overhead_machine"]})
+    return f"{on}\n\n{table(head, rows)}"
 
 
 def plot(record: Record) -> Any:
@@ -256,7 +246,9 @@ def main() -> int:
         torch.set_num_threads(options.threads)
         measured = [overhead(options.rounds, context) for context in (128, 1024)]
         # Read after the measurement: the curves may have come meanwhile.
-        write(path, {**read(path), "overhead": measured, "overhead_machine": machine.facts()})
+        # What is there of the curves, whatever they are of.
+        found = {"overhead": measured, "overhead_machine": machine.facts()}
+        harness.write(path, {**read(path), **harness.rounded(found)}, indent=None)
     elif not options.page_only:
         measure(path, options)
     record = read(path)

@@ -25,10 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import harness
+import machine
 import torch
 from curves import Runs
 from evidence import compare, machines, merged, outcomes, split
-from parts import Record, replace_block, spread, table
+from parts import Record, machine_line, replace_block, spread, table
 
 from muonkit.lab.data import Batch
 from muonkit.lab.objective import loss_of
@@ -178,7 +179,7 @@ def block(record: Record) -> str:
         head += ["ms", "times plain"]
         said += (
             " ms: of a whole training step, and times plain's in paired rounds (median and "
-            "quartiles), one thread."
+            f"quartiles), {machine_line({'machine': record['times_machine']})}"
         )
     if left:
         said += f" Not yet run: {', '.join(f'`{name}`' for name in left)}."
@@ -218,7 +219,8 @@ def main(words: Sequence[str]) -> None:
         runs = kept(ranking, options)
         if options.times:
             names = [each["stage"] for each in runs.record["runs"]]
-            runs.keep(times=time_steps(RANKINGS[ranking][0], names, options.rounds))
+            times = time_steps(RANKINGS[ranking][0], names, options.rounds)
+            runs.keep(times=times, times_machine=machine.facts())
         else:
             run(runs, options)
     guide = ROOT / "docs" / "choosing.md"

@@ -37,7 +37,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import harness
 import machine
 import torch
-from peers import PEERS, Implementation, Peer
+from peers import PEERS, Implementation, Peer, distance
 from sets import SETS, TINY, Workload, cheapest_flops, matrices, standard_flops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,13 +114,6 @@ def absence(error: BaseException, peer: Peer) -> str:
         except importlib.metadata.PackageNotFoundError:
             return "not installed (benchmarks/requirements-peers.txt)"
     return f"does not run here: {said}"
-
-
-def distance(movement: list[Tensor], reference: list[Tensor]) -> float:
-    """Of two movements of all weights, relative to the second (Frobenius)."""
-    difference = torch._foreach_norm(torch._foreach_sub(movement, reference))
-    size = torch._foreach_norm(reference)
-    return float(torch.stack(list(difference)).norm() / torch.stack(list(size)).norm())
 
 
 def enter(

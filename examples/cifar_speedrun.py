@@ -374,7 +374,8 @@ class Run:
         """All that the numbers depend on."""
         named = ("optimizer", "epochs", "widths", "bias_lr", "head_lr", "train_images")
         chosen = {name: getattr(self.options, name) for name in named}
-        return {**chosen, "batch_size": self.batch_size, "seed": self.seed}
+        device = "cuda" if self.is_cuda else "cpu"  # autocast, or not
+        return {**chosen, "batch_size": self.batch_size, "seed": self.seed, "device": device}
 
     @property
     def _path(self) -> Path | None:
@@ -405,8 +406,8 @@ class Run:
         state = torch.load(self._path, map_location=self.images.device, weights_only=True)
         if state["identity"] != self._identity():
             raise SystemExit(
-                f"{self._path} is of a run with other options ({state['identity']}): give another "
-                "--checkpoint, or delete it"
+                f"{self._path} is of a run with other options, or on another device "
+                f"({state['identity']}): give another --checkpoint, or delete it"
             )
         self.model.load_state_dict(state["model"])
         for part, kept in zip(self.parts, state["optimizers"], strict=True):

@@ -272,7 +272,7 @@ class Checkpoints:
         part = self.path / f"{name}.part"
         if self.rank == 0:
             self._delete(*self.path.glob("*.part"))
-            part.mkdir(parents=True)
+            part.mkdir(parents=True, exist_ok=True)  # another rank may be here first
         # Returns on rank 0 when every rank has written its part to the disk.
         dcp.save(progress.state_dict(), checkpoint_id=part, no_dist=not dist.is_initialized())
         if self.rank == 0:

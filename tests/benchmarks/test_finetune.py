@@ -72,7 +72,8 @@ def test_the_page_has_what_the_file_says(scripts: Any) -> None:
         pytest.skip("not yet run")
     record = json.loads(finetune.FILE.read_text(encoding="utf-8"))
     assert finetune.block(record) in PAGE.read_text(encoding="utf-8")
-    for runs in record["runs"].values():
+    for base, method in {(run["base"], run["method"]) for run in record["runs"]}:
+        runs = finetune.runs_of(record, base, method)
         rates = sorted({run["lr"] for run in runs})
         best = finetune.chosen(runs)
         assert {run["seed"] for run in best} == set(range(record["setting"]["seeds"]))

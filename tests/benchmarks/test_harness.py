@@ -112,3 +112,45 @@ def test_the_readme_quotes_the_files() -> None:
     evidence = " ".join((ROOT / "docs/evidence.md").read_text(encoding="utf-8").split())
     _, muonw, adamw, ratio = of_mnist
     assert f"takes {muonw} with MuonW and {adamw} with AdamW, {ratio} times as long" in evidence
+
+
+def test_a_file_that_was_measured_on_two_machines_names_both() -> None:
+    import parts
+
+    facts = {"command": "c", "cores": 2, "threads": 1, "capability": "AVX2", "system": "Linux"}
+    facts |= {"torch": "2", "python": "3"}
+    one, later, other = (
+        {**facts, "cpu": cpu, "date": date}
+        for cpu, date in (("A", "2026-01-01"), ("A", "2026-01-03"), ("B", "2026-01-02"))
+    )
+    runs = [{"machine": each} for each in (one, other, later)]
+    said = parts.machine_line({"runs": runs})
+    assert "on A, 2 cores, 1 thread, AVX2, Linux; torch 2, Python 3; 2026-01-01 to 2026" in said
+    assert "-03 and on B, 2 cores, 1 thread, AVX2, Linux; torch 2, Python 3; 2026-01-02." in said
+    # Runs of a file that is older than what they say of themselves have the file's.
+    assert parts.machine_line({"machine": other, "runs": [{}, {"machine": one}]}).count(" on ") == 2
+    assert parts.machine_line({"machine": one}).endswith("Python 3; 2026-01-01.")
+
+
+def test_a_write_that_fails_leaves_the_file(tmp_path: Path) -> None:
+    import harness
+
+    path = tmp_path / "deep" / "x.json"
+    harness.write(path, {"kept": 1})
+    with pytest.raises(TypeError):
+        harness.write(path, {"kept": object()})
+    assert json.loads(path.read_text()) == {"kept": 1}
+
+
+def test_runs_say_where_they_ran_and_a_setting_is_compared_to_the_last_digit(
+    tmp_path: Path,
+) -> None:
+    from curves import Runs
+
+    setting = {"lr": 1 / 7}
+    runs = Runs(tmp_path / "x.json", "x", setting, ("seed",))
+    runs.fill([(0,), (1,)], lambda seed: {"loss": 1 / 3}, jobs=2)
+    again = Runs(tmp_path / "x.json", "x", setting, ("seed",))
+    assert [run["seed"] for run in again.record["runs"]] == [0, 1]
+    assert all("capability" in run["machine"] for run in again.record["runs"])
+    assert again.record["runs"][0]["loss"] == 0.3333333

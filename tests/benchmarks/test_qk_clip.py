@@ -45,7 +45,7 @@ def test_a_stopped_experiment_goes_on(
 
     def train(seed: int, tau: float, lr: float, steps: int) -> dict[str, Any]:
         asked.append((seed, tau))
-        return {"seed": seed, "clip": tau < script.NEVER}
+        return {"validation_loss": 1.0}
 
     class Here:
         """One process is enough for a function that does nothing."""
@@ -68,13 +68,16 @@ def test_a_stopped_experiment_goes_on(
     script.measure(tmp_path / "x.json", options)
     script.measure(tmp_path / "x.json", argparse.Namespace(**{**vars(options), "seeds": 2}))
     assert asked == [(0, script.NEVER), (0, 5.0), (1, script.NEVER), (1, 5.0)]
-    script.measure(tmp_path / "x.json", argparse.Namespace(**{**vars(options), "lr": 0.2}))
+    assert len(script.read(tmp_path / "x.json")["runs"]) == 4
+    other = argparse.Namespace(**{**vars(options), "lr": 0.2})
+    with pytest.raises(SystemExit, match="runs of another setting"):
+        script.measure(tmp_path / "x.json", other)
+    script.measure(tmp_path / "y.json", argparse.Namespace(**{**vars(options), "lr": 1 / 7}))
+    script.measure(tmp_path / "y.json", argparse.Namespace(**{**vars(options), "lr": 1 / 7}))
     assert len(asked) == 6
-    assert len(script.read(tmp_path / "x.json")["runs"]) == 2
 
 
 def test_a_run_has_every_step(script: Any) -> None:
     run = script.train(0, 1e-3, 0.1, 2)
-    assert run["clip"]
     assert len(run["loss"]) == len(run["max_logit"]) == 2
     assert run["heads_clipped"][0] == 16

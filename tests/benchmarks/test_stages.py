@@ -93,7 +93,10 @@ def test_a_stage_that_is_done_is_not_trained_again(script: Any, ranked: Callable
     assert "Not yet run: `adamuon`, " in script.block(record)
     assert "ms" not in script.block(record)
     timed = {"muonw": {"ms": 20.0, "times_plain": [1.0, 1.0, 1.0]}}
-    assert "| 20 |" in script.block(record | {"times": timed})
+    timed_on = record["runs"][0]["machine"] | {"cpu": "another CPU"}
+    with_times = script.block(record | {"times": timed, "times_machine": timed_on})
+    assert "| 20 |" in with_times
+    assert "another CPU" in with_times
     with pytest.raises(SystemExit, match="delete it to begin anew"):
         ranked(["muonw"], ["--seeds", "4"])
 
