@@ -79,8 +79,10 @@ def main() -> int:
     add_model_options(parser)
     parser.add_argument("--pairs", type=harness.at_least_one, default=120)
     parser.add_argument(
-        "--every", type=harness.at_least_one, default=5, help="while it is measured; odd, so that "
-        "samples meet both orders of a pair"
+        "--every",
+        type=harness.at_least_one,
+        default=5,
+        help="while it is measured; odd, so that samples meet both orders of a pair",
     )
     options = parser.parse_args()
     if options.pairs < 2 * options.every:

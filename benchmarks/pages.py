@@ -8,8 +8,8 @@ The files are what the scripts write with --json. Between `<!-- begin: NAME -->`
 a kind go into one table; a block whose kind is not among the files stays as it is.
 
 docs/evidence.md, docs/learning-rate.md, docs/mup.md, docs/finetuning.md, docs/qk-clip.md,
-docs/conformance.md, the stages of docs/choosing.md and docs/distributed/layouts.md are written by the
-scripts that make their figures.
+docs/conformance.md, docs/distributed/layouts.md and the stages of docs/choosing.md are written by
+the scripts that make their figures.
 """
 
 from __future__ import annotations

@@ -3,23 +3,32 @@ module's own widths say. Each class is written anew after the package that it na
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+from muonkit.routing.attention import find_attention
 from muonkit.routing.routes import RoutingError, Rule, route
+from muonkit.routing.survey import survey
 from tests.helpers.routing import Body, D, Holder, by_name, got, raw
 
 ADAMW = ("adamw", None, False)
 MATRIX = ("muon", "matrix", True)
+TRANSPOSED = ("muon", "transpose", True)
+
+
+@functools.cache
+def class_named(cls: str) -> type[nn.Module]:
+    return type(cls, (Holder,), {})
 
 
 def named(cls: str, **attributes: object) -> nn.Module:
-    """A module of a class of this name."""
-    found: nn.Module = type(cls, (Holder,), {})(**attributes)
-    return found
+    """A module of a class of this name, which is the same for all."""
+    return class_named(cls)(**attributes)
 
 
 def part(module: nn.Module, label: str) -> tuple[str, str | None, bool]:
@@ -84,13 +93,166 @@ def test_ones_own_layers_are_routed_as_torchs(layer: str, head: str, per_head: b
     assert [algorithm for algorithm, _, _ in cut].count("adamw") == 3
 
 
-def test_what_holds_a_matrix_and_is_no_linear_layer() -> None:
-    table, gain = raw(16, 8), raw(16)
-    for cls, extra in (("Codebook", {}), ("TokenEmb", {}), ("Embedding", {"bias": raw(8)})):
-        assert part(named(cls, weight=table, **extra), "weight")[0] != "muon" or cls == "Codebook"
-    # A bias of another length than its sides is of something else.
-    scaled = named("Thing", weight=table, bias=raw(5), gain=gain)
-    assert part(scaled, "weight") == MATRIX
+def views(model: nn.Module, *, per_head: bool = False) -> dict[str, str | None]:
+    routes = route(model, per_head=per_head)
+    return {r.name: r.view if r.algorithm == "muon" else None for r in routes if r.param.ndim > 1}
+
+
+TURNED = own_layer("Linear", turned=True)
+
+
+def test_a_class_stores_all_its_matrices_in_one_way() -> None:
+    """One bias, one name, one head or one chain speaks for the layers that say nothing."""
+
+    def attention(layer: Any) -> nn.Module:
+        return Holder(num_heads=4, qkv=layer(32, 96), o_proj=layer(32, 32))
+
+    for other in (
+        {"fc": own_layer("Linear", bias="bias", turned=True)(32, 48)},
+        {"mlp": Holder(up_proj=TURNED(32, 64), down_proj=TURNED(64, 32))},
+        {"mlp": Holder(w1=TURNED(32, 64), w2=TURNED(64, 32), w3=TURNED(32, 64))},
+        {"embed": nn.Embedding(100, 32), "lm_head": TURNED(32, 100)},
+        {"net": nn.Sequential(TURNED(32, 16), nn.ReLU(), TURNED(16, 8), nn.ReLU())},
+    ):
+        found = views(Body(attn=attention(TURNED), **other))
+        assert found["attn.qkv.weight"] == "transpose > split(rows=3)"
+        assert found["attn.o_proj.weight"] == "transpose"
+        by_head = views(Body(attn=attention(TURNED), **other), per_head=True)
+        assert by_head["attn.o_proj.weight"] == "transpose > split(cols=4)"
+
+
+def test_what_may_be_stored_either_way_is_cut_by_its_name_alone() -> None:
+    chain = nn.Sequential(*(m for i in (128, 32, 8) for m in (TURNED(i, i // 4), nn.ReLU())))
+    assert set(views(Body(chain=chain)).values()) == {"transpose", None}
+    # 48 is twice 24, and the other's inputs: were it cut, then along its own.
+    pair = Body(a=TURNED(64, 48), b=Holder(fc2=own_layer("Dense", turned=True)(24, 32)))
+    assert views(pair)["a.weight"] == "matrix"
+    thing = own_layer("Thing", turned=True)
+    cut = views(Body(qkv=thing(32, 96), gate_up_proj=thing(32, 128), fc1=thing(64, 48)))
+    assert cut["qkv.weight"] == "transpose > split(rows=3)"
+    assert cut["gate_up_proj.weight"] == "transpose > split(rows=2)"
+    assert cut["fc1.weight"] == "matrix"
+    with pytest.raises(RoutingError, match="nothing tells whether it is stored"):
+        route(Body(kv=thing(32, 64)))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", ["weight_norm", "old weight_norm", "spectral_norm", "prune"])
+def test_a_head_of_ones_own_class_that_is_normed_or_pruned(norm: str) -> None:
+    head = named("Linear", weight=nn.Parameter(torch.randn(100, 32)))
+    head.forward = lambda x: x @ head.weight.T  # type: ignore[method-assign]
+    wrap: Any = {
+        "weight_norm": nn.utils.parametrizations.weight_norm,
+        "old weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.parametrizations.spectral_norm,
+        "prune": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    }[norm]
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), wrap(head))
+    assert views(model).pop("0.weight") == "matrix"
+    assert {view for name, view in views(model).items() if name != "0.weight"} == {None}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_layer_with_an_empty_place_and_compiled_blocks() -> None:
+    """Children that are None, and such as have no length, are no children to count."""
+    layer = named("Linear", weight=raw(32, 32))
+    layer.register_module("adapter", None)
+    block = torch.compile(Body(fc=nn.Linear(32, 32)))
+    found = views(Holder(layer=layer, blocks=nn.ModuleList([block]), head=nn.Linear(32, 5)))
+    assert found["layer.weight"] == found["blocks.0.fc.weight"] == "matrix"
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "held", "expected"),
+    [
+        ("Lookup", "tok_emb", {"weight": (100, 32), "bias": (32,)}, None),
+        ("Lookup", "pos_emb", {"weight": (100, 32), "bias": (32,)}, None),
+        ("Codebook", "codes", {"weight": (100, 32)}, None),
+        ("VectorQuantizer", "vq", {"weight": (100, 32)}, None),
+        ("Prototypes", "prototypes", {"weight": (100, 32)}, None),
+        ("Vocab", "words", {"weight": (100, 32)}, None),
+        ("PositionProjection", "where", {"weight": (100, 32)}, None),
+        ("Embedder", "embedder", {"weight": (100, 32), "bias": (32,)}, None),
+        ("QuantizedLinear", "fc", {"weight": (100, 32)}, "matrix"),
+        ("PositionwiseDense", "fc", {"weight": (100, 32)}, "matrix"),
+        ("Model", "part", {"codebook_weight": (100, 32)}, None),
+        ("Model", "part", {"pos_weight": (100, 32)}, None),
+        ("Model", "part", {"token_weight": (100, 32)}, None),
+        ("Model", "part", {"query_weight": (32, 32)}, "matrix"),
+    ],
+)
+def test_a_table_is_none_of_muons_whatever_holds_it(
+    cls: str, name: str, held: dict[str, tuple[int, ...]], expected: str | None
+) -> None:
+    module = named(cls, **{label: raw(*shape) for label, shape in held.items()})
+    label = next(iter(held))
+    assert views(Body(**{name: module}))[f"{name}.{label}"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "weight", "bias", "expected"),
+    [
+        ({"kernel_size": 4}, (32, 4), 32, None),
+        ({"num_heads": 8}, (8, 8), 8, None),
+        ({"num_embeddings": 100, "embedding_dim": 32}, (100, 32), 32, None),
+        ({"num_experts": 8}, (128, 32), 128, "split(rows=8)"),
+        ({}, (128, 32), 128, "matrix"),
+    ],
+)
+def test_numbers_that_a_module_states_go_before_its_bias(
+    given: dict[str, int], weight: tuple[int, int], bias: int, expected: str | None
+) -> None:
+    cls = "Experts" if "num_experts" in given else "Thing"
+    part = named(cls, weight=raw(*weight), bias=raw(bias), **given)
+    assert views(Body(part=part))["part.weight"] == expected
+
+
+def test_a_triangular_matrix_with_a_bias_is_no_layer() -> None:
+    weight = nn.Parameter(torch.randn(16, 16).tril())
+    part = named("CausalLinear", weight=weight, bias=raw(16))
+    assert views(Body(part=part))["part.weight"] is None
+
+
+@pytest.mark.parametrize("name", ["head", "output", "policy", "predictor"])
+def test_a_module_of_several_raw_matrices_is_no_head_as_a_whole(name: str) -> None:
+    several = named("RawMLP", w1=raw(64, 32), w2=raw(32, 64), w3=raw(64, 32))
+    found = views(Holder(fc=nn.Linear(32, 32), **{name: several}))
+    assert [found[f"{name}.w{i}"] for i in (1, 2, 3)] == ["matrix"] * 3
+
+
+def test_a_head_that_has_a_norm_or_a_layer_before_it() -> None:
+    head = named("LMHead", norm=nn.LayerNorm(32), dense=nn.Linear(32, 32), weight=raw(100, 32))
+    body = Holder(embed=nn.Embedding(100, 32), fc=nn.Linear(32, 32), lm_head=head)
+    found = views(body)
+    assert found["lm_head.weight"] is None
+    assert found["lm_head.dense.weight"] == "matrix"
+
+
+@pytest.mark.parametrize("label", ["W_out", "head_weight", "classifier", "output_proj"])
+def test_a_raw_head_of_the_root_is_one_and_the_layer_before_it_is_hidden(label: str) -> None:
+    found = views(Holder(embed=nn.Embedding(100, 32), fc=nn.Linear(32, 32), **{label: raw(9, 32)}))
+    assert found[label] is None
+    assert found["fc.weight"] == "matrix"
+
+
+def test_matrices_and_biases_as_d2l_numbers_them() -> None:
+    found = views(Holder(W1=raw(784, 256), b1=raw(256), W2=raw(256, 10), b2=raw(10)))
+    assert found == {"W1": "transpose", "W2": "transpose"}
+
+
+def test_u_and_v_are_layers_beside_a_w_and_else_nobody_knows() -> None:
+    recurrent = named("Cell", U=raw(32, 32), W=raw(32, 32), V=raw(16, 32))
+    assert views(Body(cell=recurrent))["cell.U"] == "matrix"
+    with pytest.raises(RoutingError, match=r"cell\.U"):
+        route(Body(cell=named("Factors", U=raw(90, 8), V=raw(80, 8))))
+
+
+def test_the_bias_of_ones_own_attention_is_found_by_its_name() -> None:
+    layer = own_layer("LinearLayer", "W", bias="b")
+    parts = {name: layer(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    model = Body(attn=Holder(num_heads=4, head_dim=8, **parts))
+    (heads,), _, _ = find_attention(survey(model))
+    assert {part.bias for part in (*heads.q, *heads.k)} == {"attn.q_proj.b", "attn.k_proj.b"}
 
 
 @pytest.mark.parametrize("label", ["W", "w", "weights"])
@@ -192,7 +354,8 @@ def test_a_head_and_embeddings_named_by_letters() -> None:
     whole = Holder(W_E=raw(90, 16), W_pos=raw(8, 16), blocks=blocks(), W_U=raw(16, 90))
     assert got(whole, "W_E") == got(whole, "W_U") == ("adamw", None, True)
     assert got(whole, "W_pos") == ADAMW
-    assert got(whole, "blocks.1.W_in") == MATRIX
+    # Its bias says how a module stores its matrices.
+    assert got(whole, "blocks.1.W_in") == got(whole, "blocks.1.W_out") == TRANSPOSED
 
 
 # -- names are whole words, siblings are trained alike --------------------------------------------

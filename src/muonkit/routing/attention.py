@@ -273,8 +273,25 @@ def _layer(facts: Survey, key: int, sites: list[Site], named: set[str]) -> _Laye
         return None
     transposed = "transpose" in View.parse(view).steps
     rows, cols = param.shape[:2][::-1] if transposed else param.shape[:2]
+    return _Layer(key, site, rows, cols, view, _bias_name(site) in named)
+
+
+def _bias_name(site: Site) -> str | None:
+    """What the bias beside a weight is called, if there is one."""
+    own = site.linears.own(site.owner)
+    if own is not None:
+        path, dot, _ = site.name.rpartition(".")
+        return None if own.bias is None else f"{path}{dot}{own.bias}"
     bias = re.sub(r"weight$", "bias", site.name)
-    return _Layer(key, site, rows, cols, view, bias in named and bias != site.name)
+    return None if bias == site.name else bias
+
+
+_OF_TORCH = {
+    "in_proj_weight": "qkv",
+    "q_proj_weight": "q",
+    "k_proj_weight": "k",
+    "v_proj_weight": "v",
+}
 
 
 def _kind(site: Site, rows: int, cols: int) -> str | None:
@@ -282,8 +299,7 @@ def _kind(site: Site, rows: int, cols: int) -> str | None:
     if is_fused_qkv(site, rows, cols):
         return "qkv"
     if isinstance(site.owner, nn.MultiheadAttention):
-        label = site.label.removesuffix("_weight")
-        return {"in_proj": "qkv", "q_proj": "q", "k_proj": "k", "v_proj": "v"}.get(label)
+        return _OF_TORCH.get(site.label)
     name = site.owner_name
     for kind, pattern in (("q", _Q), ("k", _K), ("v", _V)):
         if pattern.fullmatch(name):
@@ -496,7 +512,7 @@ def _slices(
     step: int | None = None,
     columns: bool = False,
 ) -> _Parts:
-    bias = re.sub(r"weight$", "bias", layer.site.name) if layer.biased and not columns else None
+    bias = _bias_name(layer.site) if layer.biased and not columns else None
     dim = int(layer.transposed != columns)
     starts = [first + i * (step or size) for i in range(count)]
     return tuple(HeadSlice(layer.site.name, dim, a, a + size, bias) for a in starts)

@@ -17,11 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from muonkit._torch import own_parameters
-from muonkit.routing.places import (
-    Models,
-    name_set,
-    weights,
-)
+from muonkit.routing.places import Models, name_set, weights
+from muonkit.routing.verdicts import is_vector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +74,9 @@ _MLPS = name_set("Mlp MLP SwiGLU GatedMLP GEGLU")
 # Raw parameters that are output heads: CLIP's projections beside its embeddings and blocks.
 _RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(ding)?|proj|W_U")
 
+# The same of a root whose other parts are layers.
+_RAW_OUTPUT = re.compile(r"(W_)?(out|head|output|classifier)(_(weight|proj|matrix))?")
+
 # Modules without weights after which a layer gives features, not an output.
 _FEATURES_AFTER = (
     nn.ReLU,
@@ -113,7 +113,7 @@ def find_heads(root: Node) -> tuple[dict[int, str], dict[int, str]]:
     for node in search.named:
         for layer in search.ends(node, named=True):
             _claim(heads, layer, f"named {node.name!r}")
-    heads = dict(search.raw_heads()) | heads
+    heads = search.raw | heads
     doubts: dict[int, str] = {}
     for model in search.models():
         layers = search.ends(model)
@@ -215,6 +215,7 @@ class _Search:
         self.found = {id(node) for node in self.named} | {
             id(node) for node in root.below() if stated.intersection(map(id, weights(node)))
         }
+        self.raw = dict(self._raw_heads())
 
     def models(self) -> list[Node]:
         """The models whose ends are searched: the root, or what it holds where it is a list of
@@ -262,14 +263,25 @@ class _Search:
             branch = above
         return False
 
-    def raw_heads(self) -> Iterator[tuple[int, str]]:
+    def _raw_heads(self) -> Iterator[tuple[int, str]]:
         """(id, why) of the parameters that a module holds itself and that are output heads."""
         for node in self.root.below():
-            for label, param in own_parameters(node.module).items():
+            own = {
+                label: param
+                for label, param in own_parameters(node.module).items()
+                if param is not None and not isinstance(param, nn.parameter.UninitializedParameter)
+            }
+            matrices = [label for label, p in own.items() if not is_vector(p)]
+            # A module that holds one matrix, which is a head whatever it is called.
+            is_strong = _STRONG.fullmatch(node.name) and not node.name.startswith("pre_")
+            holds = is_strong or (not node.kids and id(node) in self.found)
+            held = holds and not node.is_layer and len(matrices) == 1
+            for label in matrices:
+                param = own[label]
                 named = _RAW_HEADS.fullmatch(label) is not None
-                # A module that holds nothing but a head, whatever it calls its weight.
-                held = not node.is_layer and not node.kids and id(node) in self.found
-                if param is None or not (named or held) or len(param.shape) != 2:
+                if _is_output_of_root(node, label) and param.ndim == 2:
+                    yield id(param), f"output head (named {label!r})"
+                if not (named or held) or param.ndim != 2:
                     continue
                 holds_blocks = any(id(each) in self.in_stack for each in node.below())
                 in_a_block = any(id(each) in self.in_stack for each in (node, *node.above()))
@@ -282,6 +294,8 @@ class _Search:
         """The layers whose results leave `node`; `named` where a name calls it a head."""
         if node.is_layer:
             return [node]
+        if any(id(param) in self.raw for param in own_parameters(node.module).values()):
+            return []  # it holds its head itself
         kids = node.main
         if not kids or _gives_hidden(node, named=named):
             return []
@@ -351,6 +365,13 @@ def _features(layer: Node) -> str | None:
 
 
 # -- what a module is -------------------------------------------------------------------------
+
+
+def _is_output_of_root(node: Node, label: str) -> bool:
+    """Whether a root with layers or embeddings holds its output head by this name."""
+    if node.parent is not None or not _RAW_OUTPUT.fullmatch(label):
+        return False
+    return bool(node.main) or any(isinstance(n.module, nn.Embedding) for n in node.below())
 
 
 def _is_encoder(node: Node) -> bool:

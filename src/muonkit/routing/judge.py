@@ -16,16 +16,21 @@ import torch.nn as nn
 from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._torch import FLAT_PARAMETER, own_parameters
 from muonkit.routing.layouts import UnknownLayout, fused_layout
-from muonkit.routing.numbers import number
+from muonkit.routing.numbers import number, widths_of
 from muonkit.routing.places import (
     LORA,
     TRANSPOSED_CONVS,
     is_conv,
     is_depthwise,
-    layer_widths,
     name_set,
 )
-from muonkit.routing.raw import is_learned_tokens, is_position, is_token_or_position, judge_raw
+from muonkit.routing.raw import (
+    is_learned_tokens,
+    is_position,
+    is_token_or_position,
+    is_triangular,
+    judge_raw,
+)
 from muonkit.routing.verdicts import Undecided, Verdict, adamw, is_vector, muon
 from muonkit.views import View
 
@@ -178,12 +183,12 @@ def _vector(site: Site, param: nn.Parameter) -> Verdict | None:
 def _is_weight(site: Site, param: nn.Parameter) -> bool:
     """Whether this is the weight of a layer, which decays however few rows it has."""
     # A weight norm's gain is called a weight too, but does not have the layer's widths.
-    return site.label == "weight" and _has_widths(site.owner, param)
+    return site.label == "weight" and _has_widths(site, param)
 
 
-def _has_widths(owner: nn.Module, param: nn.Parameter) -> bool:
+def _has_widths(site: Site, param: nn.Parameter) -> bool:
     """Whether a parameter begins with its layer's outputs and inputs."""
-    widths, groups = layer_widths(owner), number(owner, "groups") or 1
+    widths, groups = site.linears.widths(site.owner), number(site.owner, "groups") or 1
     if widths is None:
         return False
     out, inputs = widths
@@ -222,18 +227,20 @@ def _layer(site: Site, param: nn.Parameter) -> Verdict | None:
     if isinstance(owner, nn.Bilinear):
         return adamw("bilinear form")
     if isinstance(owner, nn.Linear):
-        return _linear(site, param, stored=(owner.out_features, owner.in_features))
+        return _linear(site, param, (owner.out_features, owner.in_features))
     if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf") and param.ndim == 2:
         return _stored_transposed(site, param, "Hugging Face Conv1D, stored in × out")
     if is_conv(owner):
         return _conv(site)
     if isinstance(owner, TRANSPOSED_CONVS):
         return _conv_transpose(owner)
-    # The linear layers of graph libraries and the like say how wide they are; those of a class of
-    # one's own are known by what they hold.
-    widths = layer_widths(owner)
-    if widths is not None and param.ndim == 2 and _has_widths(owner, param):
-        return _linear(site, param, stored=widths)
+    own = site.linears.own(owner)
+    if own is not None and not is_triangular(param):
+        return _linear(site, param, (own.outputs, own.inputs), turned=own.turned, sure=own.sure)
+    # The linear layers of graph libraries and the like say how wide they are.
+    widths = widths_of(owner)
+    if widths is not None and param.ndim == 2 and _has_widths(site, param):
+        return _linear(site, param, widths)
     return None
 
 
@@ -255,18 +262,27 @@ def _recurrent(site: Site, param: nn.Parameter, owner: nn.Module) -> Verdict | N
     return muon(f"split(rows={gates})", f"recurrent layer: {gates} gates")
 
 
-def _linear(site: Site, param: nn.Parameter, stored: tuple[int, int]) -> Verdict | None:
-    if tuple(param.shape) == stored[::-1] and stored[0] != stored[1]:
+def _linear(
+    site: Site,
+    param: nn.Parameter,
+    widths: tuple[int, int],
+    *,
+    turned: bool = False,
+    sure: bool = True,
+) -> Verdict | None:
+    """A linear layer of these (outputs, inputs); `turned`: stored in × out, as any is whose shape
+    says so; not `sure`: nothing says how."""
+    if tuple(param.shape) == widths[::-1] and (turned or widths[0] != widths[1]):
         return _stored_transposed(site, param, f"{site.owner_class}, stored in × out")
-    if tuple(param.shape) != stored:
+    if tuple(param.shape) != widths:
         return None  # another storage under a Linear's name: judged as a raw parameter
     if is_position(site.owner_name) and site.owner_name.endswith("bias"):
         return adamw("positional bias per head, of one-hot distances", decay=False)
-    fused = fused_layout(site, *stored)
+    fused = fused_layout(site, *widths, sure=sure)
     if fused is not None:
         return muon(*fused)
     # A router gives one number per expert, which a gate of a hidden width does not.
-    narrow_gate = site.owner_name == "gate" and 4 * stored[0] <= stored[1]
+    narrow_gate = site.owner_name == "gate" and 4 * widths[0] <= widths[1]
     if narrow_gate or _ROUTER.search(f"{site.owner_name} {site.owner_class}"):
         return muon("matrix", f"router ({site.owner_class})")
     own = "" if isinstance(site.owner, nn.Linear) else f" ({site.owner_class})"

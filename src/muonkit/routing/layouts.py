@@ -27,7 +27,7 @@ from muonkit.routing.numbers import (
     number,
     stated,
 )
-from muonkit.routing.places import is_linear, layer_widths, name_set
+from muonkit.routing.places import name_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -98,8 +98,11 @@ class HeadCounts:
 # -- 2-D: Linear and Hugging Face's Conv1D -------------------------------------------------------
 
 
-def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
+def fused_layout(site: Site, rows: int, cols: int, *, sure: bool = True) -> tuple[str, str] | None:
     """Where a linear layer of `rows` outputs and `cols` inputs fuses several matrices.
+
+    Args:
+        sure: nothing else may be the outputs; else a name has to say that several are fused.
 
     Returns:
         (split, reason), such as ("split(rows=3)", "fused q, k, v: 3 equal row blocks"), or None
@@ -109,6 +112,8 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
         UnknownLayout: fused by name, but neither shapes nor head counts tell how.
     """
     name = site.owner_name
+    if not sure:
+        return _fused_by_name(site, rows, cols)
     if is_by_head(site):
         return _by_head(site, rows, "fused q, k, v, stored head by head")
     if name in _QKV:
@@ -145,6 +150,23 @@ def fused_layout(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     if rows == 3 * cols and _is_unnamed_attention(site, cols):
         return "split(rows=3)", "fused q, k, v by shape: 3 equal row blocks"
     return _halves(site, rows)
+
+
+def _fused_by_name(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
+    """For a matrix of which nothing says whether it is stored out × in, or in × out."""
+    name = site.owner_name
+    if name in _QKV | _GATE_UP and rows != cols:
+        # These give more than they take.
+        found = fused_layout(site, max(rows, cols), min(rows, cols))
+        if found is None or rows > cols:
+            return found
+        return f"transpose > {found[0]}", f"{found[1]} (stored in × out)"
+    if name in _QKV | _QKV_BY_HEAD | _KV | _GATE_UP:
+        raise UnknownLayout(
+            f"several fused matrices, by the name {name}, but nothing tells whether it is stored "
+            "out × in or in × out"
+        )
+    return None
 
 
 def _qkv(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
@@ -211,10 +233,10 @@ def _kv(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     """k and v, by the layer that makes q beside them; k and v may be one and the same, too."""
     name = "query" if site.owner_name == "key_value" else site.owner_name.replace("kv", "q")
     partner = getattr(site.parent, name, None)
-    q, seen = _out_features(partner), head_counts(site)
+    q, seen = _out_features(site, partner), head_counts(site)
     halves = "split(rows=2)", "fused k, v: 2 equal row blocks"
     if q is not None:
-        for value in _widths_taken(site, _in_features(partner) or cols):
+        for value in _widths_taken(site, _in_features(site, partner) or cols):
             if rows == q + value:
                 return (
                     halves
@@ -305,7 +327,7 @@ def _is_unnamed_attention(site: Site, width: int) -> bool:
 def _halves(site: Site, rows: int) -> tuple[str, str] | None:
     """Gate and up in one: by name unless the next layer takes it all, or as that takes half."""
     name = site.owner_name
-    taken = _in_features(getattr(site.parent, _TAKES_OUTPUT.get(name, ""), None))
+    taken = _in_features(site, getattr(site.parent, _TAKES_OUTPUT.get(name, ""), None))
     if taken is None and isinstance(site.parent, nn.Sequential):
         return _halves_in_sequence(site, rows)
     if rows % 2 or (taken is not None and taken != rows // 2):
@@ -323,7 +345,7 @@ def _is_glu(site: Site) -> bool:
     return (
         parent is not None
         and type(parent).__name__.upper().endswith("GLU")
-        and sum(_in_features(module) is not None for module in parent.modules()) == 1
+        and sum(_in_features(site, module) is not None for module in parent.modules()) == 1
     )
 
 
@@ -332,7 +354,7 @@ def _halves_in_sequence(site: Site, rows: int) -> tuple[str, str] | None:
     beside = iter(own_modules(site.parent).values() if site.parent is not None else ())
     any(module is site.owner for module in beside)  # up to this one
     for module in beside:
-        taken = _in_features(module)
+        taken = _in_features(site, module)
         if taken is not None:
             break
         # What a linear layer gives is not halved where neighbours are pooled, or become positions.
@@ -351,25 +373,24 @@ def _widths_taken(site: Site, out: int) -> list[int]:
     """Input widths of the linear layers beside or below that give `out` features back."""
     widths = []
     for module in site.parent.modules() if site.parent is not None else ():
-        taken, given = _in_features(module), _out_features(module)
+        taken, given = _in_features(site, module), _out_features(site, module)
         if module is not site.owner and taken is not None and given == out:
             widths.append(taken)
     return widths
 
 
-def _in_features(module: object) -> int | None:
-    return first_number([module], INPUTS) or _linear_widths(module)[1]
+def _in_features(site: Site, module: object) -> int | None:
+    return first_number([module], INPUTS) or _linear_widths(site, module)[1]
 
 
-def _out_features(module: object) -> int | None:
-    return first_number([module], OUTPUTS) or _linear_widths(module)[0]
+def _out_features(site: Site, module: object) -> int | None:
+    return first_number([module], OUTPUTS) or _linear_widths(site, module)[0]
 
 
-def _linear_widths(module: object) -> tuple[int | None, int | None]:
+def _linear_widths(site: Site, module: object) -> tuple[int | None, int | None]:
     """Of a linear layer, not of whatever else says what it takes and gives."""
-    if not isinstance(module, nn.Module) or not is_linear(module):
-        return None, None
-    return layer_widths(module) or (None, None)
+    widths = site.linears.widths(module) if module in site.linears else None
+    return widths or (None, None)
 
 
 def head_counts(site: Site) -> HeadCounts:

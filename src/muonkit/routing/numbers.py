@@ -16,6 +16,7 @@ __all__ = [
     "HEADS",
     "HEAD_DIM",
     "INPUTS",
+    "KERNEL_SIZES",
     "KV_HEADS",
     "OUTPUTS",
     "WIDTHS",
@@ -32,6 +33,7 @@ HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nheads", "hea
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "dim_head", "d_head")
 WIDTHS = ("hidden_size", "embed_dim", "n_embd", "d_model", "dim")
+KERNEL_SIZES = ("kernel_size", "conv_kernel_size", "conv_kernel", "d_conv", "filter_size")
 EXPERT_COUNTS = (
     "num_experts",
     "num_local_experts",

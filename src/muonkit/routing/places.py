@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, cast
 import torch.nn as nn
 
 from muonkit._torch import WRAPPERS, own_modules, own_parameters
-from muonkit.routing.numbers import widths_of
+from muonkit.routing.linears import weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from muonkit.routing.linears import Linears
+
 __all__ = [
     "CONVS",
-    "EMBEDDING_CLASS",
     "LORA",
     "TRANSPOSED_CONVS",
     "Models",
@@ -31,8 +32,6 @@ __all__ = [
     "Site",
     "is_conv",
     "is_depthwise",
-    "is_linear",
-    "layer_widths",
     "name_set",
     "sites_of",
     "starred",
@@ -57,12 +56,6 @@ _ADAPTED_COMPONENTS = ("base_layer", "original_module")
 # torch.nn.utils' older weight_norm, spectral_norm and pruning rename the parameter they act on.
 _RENAMED = {"weight_v": "weight", "weight_orig": "weight"}
 
-# Classes of embeddings, and of linear layers, that are not torch's.
-EMBEDDING_CLASS = re.compile(r"Embedding|(?<!Patch)(?<!Un)Emb(ed)?$")
-_LINEAR_CLASS = re.compile(r"linear|dense|proj|fully_?connected|(^|_)fc", re.IGNORECASE)
-_NO_LINEAR_CLASS = re.compile(r"Norm|Position|Pos(Emb|Enc)|Codebook|Quantiz|Prototype|Memory")
-_LINEAR_WEIGHT = ("weight", "weights", "W", "w", "kernel")
-
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 # Parts that serve the others, and give nothing that leaves the model.
@@ -74,7 +67,8 @@ _SIDE = re.compile(
 _HEAD_EMBED = re.compile(r"(class|bbox|box|mask)_embed")
 
 LORA = name_set(
-    "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector "
+    "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector lora_a lora_b "
+    "lora_down lora_up lora_matrix_A lora_matrix_B "
     "hada_w1_a hada_w1_b hada_w2_a hada_w2_b lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a "
     "lokr_w2_b lokr_t2 hada_t1 hada_t2 vera_A vera_B oft_r"
 )
@@ -91,6 +85,7 @@ class Site:
         ancestors: the modules above the owner, from the root; adapters and wrappers left out.
         parts: the names of ancestors and owner below the root, so that
             `parts[-1]` is the owner's name and `len(parts) == len(ancestors)`.
+        linears: the linear layers of the model.
     """
 
     name: str
@@ -98,6 +93,7 @@ class Site:
     owner: nn.Module
     ancestors: tuple[nn.Module, ...]
     parts: tuple[str, ...]
+    linears: Linears
 
     @property
     def parent(self) -> nn.Module | None:
@@ -149,11 +145,13 @@ class Node:
         to_parent: to the node above, which the tree's root keeps: no cycle, so that a model is
             freed when its last user lets go of it. None for the root.
         kids: the nodes below, in registration order.
+        linears: the linear layers of the model.
     """
 
     parts: tuple[str, ...]
     module: nn.Module
     places: list[Place]
+    linears: Linears
     to_parent: weakref.ref[Node] | None = None
     kids: dict[str, Node] = field(default_factory=dict)
 
@@ -190,7 +188,12 @@ class Node:
         """A layer of which one asks what it takes and gives: linear, or a convolution."""
         if self.is_convolution:
             return not is_depthwise(self.module)
-        return is_linear(self.module)
+        return self.is_linear
+
+    @property
+    def is_linear(self) -> bool:
+        """A linear layer."""
+        return self.module in self.linears
 
     @property
     def is_convolution(self) -> bool:
@@ -230,7 +233,7 @@ class Node:
             return module.input_size, module.hidden_size
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return None, module.embedding_dim
-        own = layer_widths(module)
+        own = self.linears.widths(module)
         if own is not None:
             return own[1], own[0]
         kids = [kid.widths for kid in self.kids.values() if not kid.serves]
@@ -316,9 +319,9 @@ def _effective(
     return tuple(modules[:-1]), tuple(names)
 
 
-def tree(places: list[Place]) -> Node:
+def tree(places: list[Place], linears: Linears) -> Node:
     """The places as a tree, without adapters' factors and parametrizations."""
-    root = Node((), places[0].module, [])
+    root = Node((), places[0].module, [], linears)
     nodes: dict[tuple[str, ...], Node] = {(): root}
     for place in places:
         adapter = _adapter(place.parts, (*place.ancestors, place.module))
@@ -327,7 +330,7 @@ def tree(places: list[Place]) -> Node:
         node = nodes.get(place.parts)
         if node is None:
             parent = nodes[place.parts[:-1]]
-            node = Node(place.parts, place.module, [], weakref.ref(parent))
+            node = Node(place.parts, place.module, [], linears, weakref.ref(parent))
             nodes[place.parts] = node
             parent.kids[place.parts[-1]] = node
         node.places.append(place)
@@ -352,27 +355,27 @@ def _adapter(names: Iterable[str], modules: Iterable[nn.Module]) -> str | None:
     return next((name for name in names if name in LORA or name in listed), None)
 
 
-def sites_of(place: Place) -> Iterator[tuple[nn.Parameter, Site]]:
+def sites_of(place: Place, linears: Linears) -> Iterator[tuple[nn.Parameter, Site]]:
     """The parameters that a place's module holds itself, each with its site."""
     for label, param in own_parameters(place.module).items():
         if param is not None:
-            yield param, _site(place, label)
+            yield param, _site(place, label, linears)
 
 
-def _site(place: Place, label: str) -> Site:
+def _site(place: Place, label: str, linears: Linears) -> Site:
     name = f"{place.name}.{label}".lstrip(".")
     owner, ancestors, parts = place.module, place.ancestors, place.parts
     if len(parts) >= 2 and parts[-2] == "parametrizations" and label.startswith("original"):
         # owner.parametrizations.weight.original1 stands for owner.weight.
-        return Site(name, parts[-1], ancestors[-2], ancestors[:-2], parts[:-2])
+        return Site(name, parts[-1], ancestors[-2], ancestors[:-2], parts[:-2], linears)
     if isinstance(owner, nn.ParameterList) and ancestors:
         # A list says nothing itself: its parameters are the owner's, under the list's name.
-        return Site(name, parts[-1], ancestors[-1], ancestors[:-1], parts[:-1])
+        return Site(name, parts[-1], ancestors[-1], ancestors[:-1], parts[:-1], linears)
     if isinstance(owner, nn.ParameterDict) and ancestors:
-        return Site(name, label, ancestors[-1], ancestors[:-1], parts[:-1])
-    if (linear := _own_linear(owner)) is not None and label == linear.label:
-        return Site(name, "weight", owner, ancestors, parts)
-    return Site(name, _RENAMED.get(label, label), owner, ancestors, parts)
+        return Site(name, label, ancestors[-1], ancestors[:-1], parts[:-1], linears)
+    if (linear := linears.own(owner)) is not None and label == linear.label:
+        return Site(name, "weight", owner, ancestors, parts, linears)
+    return Site(name, _RENAMED.get(label, label), owner, ancestors, parts, linears)
 
 
 # -- layers -----------------------------------------------------------------------------------
@@ -389,82 +392,9 @@ def is_depthwise(module: nn.Module) -> bool:
     return bool(groups > 1 and groups == channels)
 
 
-@dataclass(frozen=True)
-class _OwnLinear:
-    """A linear layer of a class that states no widths."""
-
-    label: str
-    outputs: int
-    inputs: int
-
-
-def _own_linear(module: object) -> _OwnLinear | None:
-    """What a module is that holds one matrix and vectors, and nothing else, if a bias of one of the
-    matrix's sides, or the name of its class, says that it is a linear layer. Without a bias the
-    matrix is taken to be stored as torch does, out × in.
-    """
-    if not isinstance(module, nn.Module) or any(own_modules(module).values()):
-        return None
-    kind = type(module).__name__
-    own = {label: p for label, p in own_parameters(module).items() if p is not None}
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own.values()):
-        return None
-    matrices = [label for label, p in own.items() if p.ndim > 1]
-    if len(matrices) != 1 or matrices[0] not in _LINEAR_WEIGHT or own[matrices[0]].ndim != 2:
-        return None
-    is_named = _LINEAR_CLASS.search(kind) is not None
-    if EMBEDDING_CLASS.search(kind) or (_NO_LINEAR_CLASS.search(kind) and not is_named):
-        return None
-    label = matrices[0]
-    rows, cols = own[label].shape
-    bias = own.get("bias", own.get("b"))
-    if bias is None:
-        return _OwnLinear(label, rows, cols) if is_named else None
-    if bias.numel() not in (rows, cols):
-        return None
-    outputs, inputs = (rows, cols) if bias.numel() == rows else (cols, rows)
-    return _OwnLinear(label, outputs, inputs)
-
-
-def layer_widths(module: object) -> tuple[int, int] | None:
-    """(outputs, inputs) of a layer: by its own word, or a linear layer's by its parameters."""
-    widths = widths_of(module)
-    if widths is None and (linear := _own_linear(module)) is not None:
-        return linear.outputs, linear.inputs
-    return widths
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear layer by class or by evidence: a 2-D weight of the widths that the module states, as
-    graph libraries' own linear layers have, or a matrix and its bias alone."""
-    if isinstance(module, nn.Linear) or _own_linear(module) is not None:
-        return True
-    weight = own_parameters(module).get("weight")
-    if not isinstance(weight, nn.Parameter) or isinstance(
-        weight, nn.parameter.UninitializedParameter
-    ):
-        return False
-    widths = widths_of(module)
-    return widths is not None and tuple(weight.shape) in (widths, widths[::-1])
-
-
 def weights(node: Node) -> list[nn.Parameter]:
     """The parameters that hold a layer's weight, one of every copy: of a weight norm's two, the
     direction."""
-    found = (_weight(place.module) for place in node.places)
+    own = ((place.module, node.linears.own(place.module)) for place in node.places)
+    found = (weight_of(module, "weight" if at is None else at.label) for module, at in own)
     return [param for param in found if param is not None]
-
-
-def _weight(module: nn.Module) -> nn.Parameter | None:
-    linear = _own_linear(module)
-    labels = ("weight", "weight_v", "weight_orig") if linear is None else (linear.label,)
-    found = [own_parameters(module).get(label) for label in labels]
-    lists = own_modules(module).get("parametrizations")
-    if isinstance(lists, nn.ModuleDict) and "weight" in lists:
-        found += own_parameters(lists["weight"]).values()
-    return max((p for p in found if p is not None), key=_size, default=None)
-
-
-def _size(param: nn.Parameter) -> int:
-    # A lazy module's weight has no shape yet; routing refuses it later, by name.
-    return 0 if isinstance(param, nn.parameter.UninitializedParameter) else param.numel()

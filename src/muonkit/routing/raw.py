@@ -18,24 +18,32 @@ import torch.nn as nn
 
 from muonkit._torch import own_parameters
 from muonkit.routing.layouts import expert_layout, flat_expert_layout, fused_layout
+from muonkit.routing.linears import EMBEDDING_CLASS
 from muonkit.routing.numbers import (
     CONFIGS,
     EXPERT_COUNTS,
     HEAD_DIM,
     HEADS,
+    KERNEL_SIZES,
     KV_HEADS,
     first_number,
     number,
     stated,
     widths_of,
 )
-from muonkit.routing.places import EMBEDDING_CLASS, name_set
+from muonkit.routing.places import name_set
 from muonkit.routing.verdicts import Undecided, Verdict, adamw, muon
 
 if TYPE_CHECKING:
     from muonkit.routing.places import Site
 
-__all__ = ["is_learned_tokens", "is_position", "is_token_or_position", "judge_raw"]
+__all__ = [
+    "is_learned_tokens",
+    "is_position",
+    "is_token_or_position",
+    "is_triangular",
+    "judge_raw",
+]
 
 # -- words ----------------------------------------------------------------------------------------
 
@@ -51,12 +59,15 @@ _EMBEDDING = name_set("emb embs embed embeds embedding embeddings unembed unembe
 _VOCABULARY = re.compile(
     r"(?!.*patch)(?!.*un)(.*_)?(embed|emb|embeds|embedding|embeddings)(_tokens?|_in)?|wte|vocab"
 )
+_TABLES = name_set("vocab vocabulary table lookup embedder item items user users")
+# Such are projected as often.
+_ASKED = name_set("query queries probe probes rel relative pe")
 # Rows that stand beside those of the input.
 _TOKENS = name_set(
     "token tokens tok cls register registers mem memory memories null latent latents prompt "
     "prompts query queries probe probes slot slots seed seeds inducing anchor anchors prototype "
     "prototypes centroid centroids center centers codebook codebooks codevector codevectors "
-    "codes codewords dictionary landmark landmarks"
+    "codes codewords dictionary landmark landmarks quantizer quantizers"
 )
 # An nn.Embedding may hold such learned tokens too; its vocabulary is called "tokens" as well.
 _LEARNED = name_set(
@@ -88,10 +99,10 @@ _PARTNERS = {
     "v": ("q", "k"),
     "key": ("query", "value"),
     "value": ("query", "key"),
-    "u": ("w", "v"),
+    "u": ("w",),
 }
 
-_POSITION_CLASS = re.compile(r"Position|PosEmb|PosEnc")
+_POSITION_CLASS = re.compile(r"Position(?!-?_?[Ww]ise)|PosEmb|PosEnc")
 _EMBEDDING_LABEL = name_set("weight embedding embeddings table W_E")
 _ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _SPECTRAL_CLASS = re.compile(r"Fourier|Spectral|FNO|FFT|Frequency|GlobalFilter")
@@ -100,7 +111,6 @@ _STATE_SPACE = name_set("A B C D E P Q Lambda log_A A_log B_re B_im C_re C_im")
 
 # How many matrices of its widths a module has, in graph libraries.
 _COUNTS = ("num_types", "num_relations", "num_rels", "num_bases", "num_edge_types", "num_stacks")
-_KERNEL_SIZES = ("kernel_size", "conv_kernel_size", "conv_kernel", "d_conv", "filter_size")
 _HEAD_WIDTHS = (*HEAD_DIM, "block_width", "key_dim", "value_dim", "head_k_dim", "head_v_dim")
 
 
@@ -164,8 +174,14 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
         # What the module is called says what a thing called "weight" is.
         if is_position(site.owner_name):
             return adamw("learned token or position", decay=False)
-        if _VOCABULARY.fullmatch(site.owner_name):
+        if _VOCABULARY.fullmatch(site.owner_name) or not _TABLES.isdisjoint(words_of(owner)):
             return adamw(f"embedding ({owner})")
+        if not (_TOKENS - _ASKED).isdisjoint(words_of(owner)):
+            return adamw("learned token or position", decay=False)
+    if last[:1] in (("weight",), ("w",), ("matrix",)) and len(words) == 2:
+        table = (_TOKENS | _POSITION | _TABLES) - _ASKED
+        if not table.isdisjoint(words) and widths_of(site.owner) is None:
+            return adamw("learned token or position", decay=False)
     tokens = not words.isdisjoint(_TOKENS) and words.isdisjoint(_WEIGHT)
     if positional or embedded or tokens or _POSITION_CLASS.search(owner):
         return adamw("learned token or position", decay=False)
@@ -239,7 +255,7 @@ def _by_shape(site: Site, param: nn.Parameter) -> Verdict | None:
     elif shape[1] == 1:
         return adamw(f"per-channel filters (stored as {stored})")
     sides = tuple(extent for extent in shape if extent != 1)
-    kernels = {number(site.owner, name) for name in _KERNEL_SIZES} - {None}
+    kernels = {number(site.owner, name) for name in KERNEL_SIZES} - {None}
     if len(sides) == 2 and kernels.intersection(sides) and widths_of(site.owner) is None:
         return adamw("per-channel filters (one side is the kernel size)")
     if param.ndim == 2 and max(sides) < 8:
@@ -247,7 +263,7 @@ def _by_shape(site: Site, param: nn.Parameter) -> Verdict | None:
     heads = first_number([site.owner, site.parent], (*HEADS, *KV_HEADS))
     if heads is not None and sides == (heads, heads):
         return adamw("mixes attention heads", decay=False)
-    if _is_triangular(param):
+    if is_triangular(param):
         return adamw("triangular matrix", decay=False)
     return None
 
@@ -262,7 +278,7 @@ def _has_its_own_bias(site: Site, param: nn.Parameter) -> bool:
     )
 
 
-def _is_triangular(param: nn.Parameter) -> bool:
+def is_triangular(param: nn.Parameter) -> bool:
     """Exactly zero on one side of the diagonal, and on that one only."""
     if param.ndim != 2 or param.shape[0] != param.shape[1] or hasattr(param, "device_mesh"):
         return False
@@ -280,17 +296,20 @@ def _matrix(site: Site, param: nn.Parameter, view: str) -> Verdict:
     owner = site.owner_class
     if _ROUTER.search(owner) or _ROUTER.search(site.key):
         return muon(view, f"router ({owner})")
-    turned, how = _by_widths(site, param) or (False, None)
+    turned, how = _by_widths(site, param) or _by_bias(site, param) or (False, None)
     if turned:
         view = "transpose" if view == "matrix" else f"{view} > transpose"
     rows, cols = reversed(param.shape[:2]) if turned else param.shape[:2]
-    fused = fused_layout(site, rows, cols) if site.label == "weight" else None
+    # Where no widths are stated nothing says which side is which.
+    sure = how is not None
+    fused = fused_layout(site, rows, cols, sure=sure) if site.label == "weight" else None
     if fused is not None:
         return muon(fused[0] if view == "matrix" else f"{view} > {fused[0]}", fused[1])
     if how is not None:
         return muon(view, f"matrix of {owner}{how}")
     words = set(words_of(site.label))
-    if not words.isdisjoint(_WEIGHT) or site.label in ("U", "V") or _is_projected(site, param):
+    factors = site.label in ("U", "V") and "W" in own_parameters(site.owner)
+    if not words.isdisjoint(_WEIGHT) or factors or _is_projected(site, param):
         return muon(view, f"matrix of {owner}")
     raise Undecided("nothing says that it is the weight of a layer")
 
@@ -310,6 +329,24 @@ def _by_widths(site: Site, param: nn.Parameter) -> tuple[bool, str] | None:
     if rows == inputs and cols % out == 0:
         return True, ", stored in × out"
     return None
+
+
+def _by_bias(site: Site, param: nn.Parameter) -> tuple[bool, str] | None:
+    """The same by biases: that of a `W1` or `W_in` is `b1` or `b_in`, and a module stores all such
+    in one way."""
+    if site.label[:1] not in ("W", "w") or param.ndim != 2:
+        return None
+    own = {label: p for label, p in own_parameters(site.owner).items() if p is not None}
+    told = {
+        bias.numel() == matrix.shape[1]
+        for label, matrix in own.items()
+        if label[:1] in ("W", "w") and matrix.ndim == 2 and matrix.shape[0] != matrix.shape[1]
+        if (bias := own.get(f"b{label[1:]}")) is not None and bias.numel() in matrix.shape
+    }
+    if len(told) != 1:
+        return None
+    (turned,) = told
+    return turned, f", stored {'in × out' if turned else 'out × in'}"
 
 
 def _stack(site: Site, param: nn.Parameter) -> tuple[str, str] | None:

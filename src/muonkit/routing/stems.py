@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch.nn as nn
 
 from muonkit.routing.heads import TOWER
-from muonkit.routing.places import CONVS, is_depthwise, is_linear, weights
+from muonkit.routing.places import CONVS, is_depthwise, weights
 
 if TYPE_CHECKING:
     from muonkit.routing.places import Node
@@ -41,10 +41,10 @@ def find_stems(root: Node) -> dict[int, str]:
             if not something_before or raw:
                 stems |= {id(w): "first convolution (stem)" for w in weights(node)}
             something_before = True
-        elif is_linear(module) and _is_patch_embedding(node):
+        elif node.is_linear and _is_patch_embedding(node):
             stems |= {id(w): "linear embedding of the input (stem)" for w in weights(node)}
             something_before = True
-        elif is_linear(module) or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        elif node.is_linear or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             something_before = True
     return stems
 
@@ -68,7 +68,7 @@ def _is_patch_embedding(node: Node) -> bool:
     """The first layer of what is named a patch embedding."""
     for each in (node, *node.above()):
         if _PATCHES.fullmatch(each.name):
-            first = next(n for n in each.below() if is_linear(n.module) or _is_conv(n.module))
+            first = next(n for n in each.below() if n.is_linear or _is_conv(n.module))
             return first is node
     return False
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from muonkit.routing.heads import find_heads, given_heads
+from muonkit.routing.linears import Linears, Standing
 from muonkit.routing.places import sites_of, tree, walk
 from muonkit.routing.stems import find_stems
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch.nn as nn
 
-    from muonkit.routing.places import Site
+    from muonkit.routing.places import Place, Site
 
 __all__ = ["Survey", "survey"]
 
@@ -53,15 +54,21 @@ def survey(model: nn.Module, heads: Sequence[str | nn.Module] | None = None) -> 
         ValueError: `heads` has what is no layer of this model.
     """
     places = list(walk(model))
+    linears = Linears([_standing(place) for place in places])
     found = Survey()
     for place in places:
-        for param, site in sites_of(place):
+        for param, site in sites_of(place, linears):
             found.params.setdefault(id(param), param)
             found.sites.setdefault(id(param), []).append(site)
-    root = tree(places)
+    root = tree(places, linears)
     if heads is None:
         found.heads, found.doubts = find_heads(root)
     else:
         found.heads = given_heads(root, heads)
     found.stems = find_stems(root)
     return found
+
+
+def _standing(place: Place) -> Standing:
+    parent = place.ancestors[-1] if place.ancestors else None
+    return Standing(place.module, parent, place.parts[-1] if place.parts else "")

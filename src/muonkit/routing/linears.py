@@ -1,0 +1,265 @@
+"""Which modules are linear layers, and what each takes and gives.
+
+torch's say so by their class, graph libraries' and Megatron's by the widths that they state. What a
+class of one's own holds says it where the class does not: a matrix and its bias, or a matrix alone
+in a class called `Linear`. Such a class stores all its matrices in one way, out × in as torch does
+or in × out; those of its layers that show which it is speak for the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch.nn as nn
+
+from muonkit._torch import own_modules, own_parameters
+from muonkit.routing.numbers import EXPERT_COUNTS, HEADS, KERNEL_SIZES, first_number, widths_of
+from muonkit.routing.verdicts import is_vector
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Sequence
+
+    from torch import Tensor
+
+__all__ = ["EMBEDDING_CLASS", "Linears", "OwnLinear", "Standing", "weight_of"]
+
+EMBEDDING_CLASS = re.compile(r"Embedding|(?<!Patch)(?<!Un)Emb(ed)?$")
+_NAMED = re.compile(r"linear|dense|proj|fully_?connected|(^|_)fc", re.IGNORECASE)
+# Tables, whatever else their class is called; and what is none unless it is called a linear layer.
+_TABLE = re.compile(r"Position(?!-?_?[Ww]ise)|Pos(Emb|Enc)|Codebook|Prototype")
+_UNNAMED = re.compile(r"Norm|Quantiz|Memory|Lookup|Table|Vocab|Embedder")
+# Places of tables: a matrix and a vector of the same width there are an embedding and its bias.
+_TABLE_NAME = re.compile(r"(.*_)?(emb|embed|embedding|pos|wte|wpe)(_tokens?)?|(pos|tok|token)_.*")
+_WEIGHTS = ("weight", "weights", "W", "w", "kernel")
+_STORED = ("weight", "weight_v", "weight_orig")
+_BIASES = ("bias", "b")
+
+# Layers that give more than they take, in every model that has them, and such that give less.
+_WIDENS = re.compile(r"(.*_)?(qkv|gate_up)(_.*)?|up(_proj)?|gate_proj|c_fc|c_attn|w_?up")
+_NARROWS = re.compile(r"down(_proj)?|w_?down")
+
+
+@dataclass(frozen=True)
+class OwnLinear:
+    """A linear layer of a class that states no widths.
+
+    Attributes:
+        label: the name of its matrix.
+        bias: the name of its bias, if it has one.
+        turned: the matrix is stored in × out.
+        sure: something says how it is stored; else it is taken to be as torch's are.
+    """
+
+    label: str
+    bias: str | None
+    outputs: int
+    inputs: int
+    turned: bool
+    sure: bool
+
+
+class Standing(NamedTuple):
+    """A module, the one that holds it, and its name there."""
+
+    module: nn.Module
+    parent: nn.Module | None
+    name: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One such layer, before it is known how its class stores matrices."""
+
+    at: Standing
+    label: str
+    bias: str | None
+    shape: tuple[int, int]
+    width: int | None
+
+    @property
+    def kind(self) -> type:
+        return _class_of(self.at.module)
+
+    @property
+    def by_bias(self) -> bool | None:
+        """Whether its matrix is stored in × out, if its bias says."""
+        rows, cols = self.shape
+        return None if self.width is None or rows == cols else self.width == cols
+
+    @property
+    def by_name(self) -> bool | None:
+        """Whether its matrix is stored in × out, if its name says."""
+        rows, cols = self.shape
+        name, parent = self.at.name, self.at.parent
+        gated = parent is not None and {"w1", "w2", "w3"} <= own_modules(parent).keys()
+        if rows != cols and (_WIDENS.fullmatch(name) or (gated and name in ("w1", "w3"))):
+            return rows < cols
+        narrows = _NARROWS.fullmatch(name) or (gated and name == "w2")
+        return rows > cols if rows != cols and narrows else None
+
+    def by_vocabulary(self, tables: Container[tuple[int, int]]) -> bool | None:
+        """Whether its matrix is stored in × out, if it has the shape of a table: a head."""
+        rows, cols = self.shape
+        if rows == cols or ((rows, cols) in tables) == ((cols, rows) in tables):
+            return None
+        return (cols, rows) in tables
+
+    def before(self, after: _Found) -> bool | None:
+        """Whether its matrix is stored in × out, if the next layer's shape says: with one of the
+        same class, in the same module."""
+        if self.kind is not after.kind or self.at.parent is not after.at.parent:
+            return None
+        as_torch = self.shape[0] == after.shape[1]
+        turned = self.shape[1] == after.shape[0]
+        return turned if as_torch != turned else None
+
+
+class Linears:
+    """The linear layers among a model's modules."""
+
+    def __init__(self, places: Sequence[Standing]) -> None:
+        found: dict[int, _Found] = {}
+        for place in places:
+            if id(place.module) not in found and (one := _find(place)) is not None:
+                found[id(place.module)] = one
+        stored = _storages(list(found.values()), _tables(places))
+        self._own: dict[int, OwnLinear] = {}
+        for key, one in found.items():
+            is_turned = stored.get(one.kind)
+            if is_turned is None and one.label == "kernel":
+                is_turned = True  # as Flax and Keras have it
+            outputs, inputs = one.shape[::-1] if is_turned else one.shape
+            self._own[key] = OwnLinear(
+                one.label, one.bias, outputs, inputs, bool(is_turned), is_turned is not None
+            )
+
+    def own(self, module: object) -> OwnLinear | None:
+        """What a module is, if it is a linear layer that states no widths."""
+        return self._own.get(id(module))
+
+    def widths(self, module: object) -> tuple[int, int] | None:
+        """(outputs, inputs) of a layer: by its own word, or a linear layer's by its parameters."""
+        own = self.own(module)
+        return widths_of(module) if own is None else (own.outputs, own.inputs)
+
+    def __contains__(self, module: object) -> bool:
+        """Whether it is a linear layer."""
+        if isinstance(module, nn.Linear) or self.own(module) is not None:
+            return True
+        if not isinstance(module, nn.Module):
+            return False
+        weight, widths = weight_of(module), widths_of(module)
+        if weight is None or widths is None or not _has_shape(weight):
+            return False
+        return tuple(weight.shape) in (widths, widths[::-1])
+
+
+def weight_of(module: nn.Module, label: str = "weight") -> nn.Parameter | None:
+    """The parameter that holds a layer's weight: of a weight norm's two, the direction."""
+    own = own_parameters(module)
+    found = [own.get(stored) for stored in (label, *_STORED)]
+    lists = own_modules(module).get("parametrizations")
+    if isinstance(lists, nn.ModuleDict) and label in lists:
+        found += own_parameters(lists[label]).values()
+    return max((p for p in found if p is not None), key=_size, default=None)
+
+
+def _size(param: nn.Parameter) -> int:
+    # A lazy module's weight has no shape yet; routing refuses it later, by name.
+    return param.numel() if _has_shape(param) else 0
+
+
+def _has_shape(param: Tensor) -> bool:
+    return not isinstance(param, nn.parameter.UninitializedParameter)
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class; of a parametrized module the one that it had before."""
+    kind = type(module)
+    return kind.__mro__[1] if kind.__name__.startswith("Parametrized") else kind
+
+
+def _find(place: Standing) -> _Found | None:
+    """A module that holds one matrix and vectors, and nothing else, if a bias of one of the
+    matrix's sides, or the name of its class, says that it is a linear layer.
+    """
+    module, kind = place.module, _class_of(place.module).__name__
+    kids = {name for name, kid in own_modules(module).items() if kid is not None}
+    if isinstance(module, (nn.Linear, nn.Embedding)) or kids - {"parametrizations"}:
+        return None
+    if widths_of(module) is not None or _TABLE.search(kind) or EMBEDDING_CLASS.search(kind):
+        return None
+    if first_number([module], ("num_embeddings", *EXPERT_COUNTS, *KERNEL_SIZES)) is not None:
+        return None
+    label = _label(module)
+    weight = None if label is None else weight_of(module, label)
+    if label is None or weight is None or weight.ndim != 2:
+        return None
+    rows, cols = weight.shape
+    if rows == cols == first_number([module, place.parent], HEADS):
+        return None  # it mixes attention heads
+    own = own_parameters(module)
+    bias = next((name for name in _BIASES if own.get(name) is not None), None)
+    width = None if bias is None else _size_of(own[bias])
+    is_named = _NAMED.search(kind) is not None
+    if width is not None and width not in (rows, cols):
+        return None
+    is_table = _UNNAMED.search(kind) or _TABLE_NAME.fullmatch(place.name)
+    if not is_named and (width is None or is_table):
+        return None
+    return _Found(place, label, bias, (rows, cols), width)
+
+
+def _label(module: nn.Module) -> str | None:
+    """The name of the one matrix that a module holds beside vectors."""
+    own = {name: p for name, p in own_parameters(module).items() if p is not None}
+    if not all(map(_has_shape, own.values())):
+        return None
+    lists = own_modules(module).get("parametrizations")
+    names = [name for name, p in own.items() if not is_vector(p)]
+    names += list(own_modules(lists)) if isinstance(lists, nn.ModuleDict) else []
+    if not names:  # a layer with one output or input
+        names = [name for name, p in own.items() if p.ndim == 2 and name in (*_WEIGHTS, *_STORED)]
+    if len(names) != 1:
+        return None
+    label = "weight" if names[0] in _STORED else names[0]
+    return label if label in _WEIGHTS else None
+
+
+def _size_of(param: Tensor | None) -> int | None:
+    return None if param is None else param.numel()
+
+
+def _tables(places: Iterable[Standing]) -> set[tuple[int, int]]:
+    """The shapes of the embeddings: tokens × width."""
+    kinds = ((place.module, type(place.module).__name__) for place in places)
+    tables = (own_parameters(m).get("weight") for m, kind in kinds if EMBEDDING_CLASS.search(kind))
+    return {
+        (table.shape[0], table.shape[1])
+        for table in tables
+        if table is not None and _has_shape(table) and table.ndim == 2
+    }
+
+
+def _storages(found: Sequence[_Found], tables: Container[tuple[int, int]]) -> dict[type, bool]:
+    """By class, whether matrices are stored in × out, where its layers agree: those with a bias are
+    asked first, then names, heads, and layers that stand one after the other.
+    """
+    pairs = list(itertools.pairwise(found))
+    asked = (
+        [(one.kind, one.by_bias) for one in found],
+        [(one.kind, one.by_name) for one in found],
+        [(one.kind, one.by_vocabulary(tables)) for one in found],
+        [(one.kind, one.before(after)) for one, after in pairs],
+    )
+    stored: dict[type, bool] = {}
+    for answers in asked:
+        votes: dict[type, set[bool]] = {}
+        for kind, turned in answers:
+            if turned is not None and kind not in stored:
+                votes.setdefault(kind, set()).add(turned)
+        stored |= {kind: turned.pop() for kind, turned in votes.items() if len(turned) == 1}
+    return stored
