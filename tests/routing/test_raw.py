@@ -235,6 +235,24 @@ def test_a_raw_head_of_the_root_is_one_and_the_layer_before_it_is_hidden(label: 
     assert found["fc.weight"] == "matrix"
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"weight_mu": (9, 32), "weight_sigma": (9, 32)},  # Rainbow's noisy layers
+        {"base_weight": (9, 32), "spline_weight": (9, 32, 5)},  # a layer of splines
+        {"W": (32, 9)},
+    ],
+)
+def test_the_last_layer_of_a_class_that_states_its_widths_is_a_head(
+    held: dict[str, tuple[int, ...]],
+) -> None:
+    weights = {label: raw(*shape) for label, shape in held.items()}
+    layer = named("SplineLayer", in_features=32, out_features=9, **weights)
+    found = views(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), layer))
+    assert found.pop("0.weight") == "matrix"
+    assert set(found.values()) == {None}
+
+
 def test_matrices_and_biases_as_d2l_numbers_them() -> None:
     found = views(Holder(W1=raw(784, 256), b1=raw(256), W2=raw(256, 10), b2=raw(10)))
     assert found == {"W1": "transpose", "W2": "transpose"}

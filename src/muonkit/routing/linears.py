@@ -149,12 +149,26 @@ class Linears:
         """Whether it is a linear layer."""
         if isinstance(module, nn.Linear) or self.own(module) is not None:
             return True
-        if not isinstance(module, nn.Module):
+        widths = widths_of(module)
+        if widths is None or not isinstance(module, nn.Module):
             return False
-        weight, widths = weight_of(module), widths_of(module)
-        if weight is None or widths is None or not _has_shape(weight):
-            return False
-        return tuple(weight.shape) in (widths, widths[::-1])
+        both = (widths, widths[::-1])
+        return any(_has_shape(p) and tuple(p.shape) in both for p in self.weights(module))
+
+    def weights(self, module: nn.Module) -> list[nn.Parameter]:
+        """The weights of a layer: one, unless it says what it takes and gives and holds several of
+        these widths, as a layer of splines or one with noise in its weight does.
+        """
+        own = self.own(module)
+        weight = weight_of(module, "weight" if own is None else own.label)
+        if weight is not None:
+            return [weight]
+        widths = widths_of(module)
+        if widths is None or any(kid is not None for kid in own_modules(module).values()):
+            return []
+        both = (widths, widths[::-1])
+        of = [p for p in own_parameters(module).values() if p is not None and _has_shape(p)]
+        return [p for p in of if tuple(p.shape[:2]) in both and not is_vector(p)]
 
 
 def weight_of(module: nn.Module, label: str = "weight") -> nn.Parameter | None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, cast
 import torch.nn as nn
 
 from muonkit._torch import WRAPPERS, own_modules, own_parameters
-from muonkit.routing.linears import weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -393,8 +392,6 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def weights(node: Node) -> list[nn.Parameter]:
-    """The parameters that hold a layer's weight, one of every copy: of a weight norm's two, the
+    """The parameters that hold a layer's weight, of every copy: of a weight norm's two, the
     direction."""
-    own = ((place.module, node.linears.own(place.module)) for place in node.places)
-    found = (weight_of(module, "weight" if at is None else at.label) for module, at in own)
-    return [param for param in found if param is not None]
+    return [param for place in node.places for param in node.linears.weights(place.module)]
