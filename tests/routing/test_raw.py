@@ -228,7 +228,7 @@ def test_a_head_that_has_a_norm_or_a_layer_before_it() -> None:
     assert found["lm_head.dense.weight"] == "matrix"
 
 
-@pytest.mark.parametrize("label", ["W_out", "head_weight", "classifier", "output_proj"])
+@pytest.mark.parametrize("label", ["W_head", "head_weight", "classifier", "classifier_weight"])
 def test_a_raw_head_of_the_root_is_one_and_the_layer_before_it_is_hidden(label: str) -> None:
     found = views(Holder(embed=nn.Embedding(100, 32), fc=nn.Linear(32, 32), **{label: raw(9, 32)}))
     assert found[label] is None
@@ -253,6 +253,77 @@ def test_the_last_layer_of_a_class_that_states_its_widths_is_a_head(
     assert set(found.values()) == {None}
 
 
+def test_a_named_head_with_layers_is_its_last_layer_unless_it_holds_its_weight() -> None:
+    classifier = Holder(W=raw(32, 32), fc=nn.Linear(32, 10))
+    found = views(Holder(fc=nn.Linear(32, 32), classifier=classifier))
+    assert found["classifier.fc.weight"] is None
+    assert found["classifier.W"] == "matrix"
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "given", "shape"),
+    [
+        ("Conv", "pos_block", {"in_channels": 32, "out_channels": 16}, (16, 32, 3, 3)),
+        ("LatentConv2d", "conv", {"in_channels": 32, "out_channels": 16}, (16, 32, 3, 3)),
+        ("TokenChoiceExperts", "experts", {"num_experts": 4}, (4, 32, 16)),
+        ("TokenMixer", "mixer", {}, (32, 32)),
+        ("UserEncoder", "encoder", {}, (32, 32)),
+        ("MemoryLayer", "layer", {}, (32, 32)),
+        ("TokenRouter", "router", {}, (4, 32)),
+    ],
+)
+def test_a_layer_of_a_class_whose_name_has_a_tables_word_is_a_layer(
+    cls: str, name: str, given: dict[str, int], shape: tuple[int, ...]
+) -> None:
+    found = views(Body(**{name: named(cls, weight=raw(*shape), **given)}))
+    assert found[f"{name}.weight"] is not None
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda layer: {"fc1": layer(16, 48), "fc2": layer(24, 16)},
+        lambda layer: {"net": nn.Sequential(layer(16, 64), nn.GLU(), layer(32, 16), nn.ReLU())},
+        lambda layer: {"q": layer(32, 64), "k": layer(64, 64), "o": layer(64, 32)},
+        lambda layer: {"experts": nn.ModuleList([Holder(up_proj=layer(32, 8))])},
+        lambda layer: {"down": layer(32, 64), "up": layer(64, 32)},
+    ],
+)
+def test_shapes_that_may_deceive_turn_no_class(layers: Any) -> None:
+    found = views(Body(**layers(own_layer("Linear"))))
+    assert not [view for view in found.values() if view and "transpose" in view]
+
+
+def test_gains_and_functions_called_linear_are_no_last_layer() -> None:
+    for last in (
+        named("Affine", weight=raw(1, 10), bias=raw(1, 10)),
+        named("PiecewiseLinearActivation", weight=raw(10, 7)),
+        nn.ParameterDict({"weight": raw(4, 10), "bias": raw(10)}),
+    ):
+        model = Holder(fc=nn.Linear(32, 32), fc2=nn.Linear(32, 10), scale=last)
+        assert views(model)["fc2.weight"] is None
+
+
+def test_several_matrices_of_stated_widths_are_no_one_layer() -> None:
+    cell = named("GRU", in_dim=32, out_dim=32, Wz=raw(32, 32), Wr=raw(32, 32), Wh=raw(32, 32))
+    found = views(Holder(embed=nn.Embedding(9, 32), predictor=cell, joiner=nn.Linear(32, 100)))
+    assert found["joiner.weight"] is None
+    assert found["predictor.Wz"] == "matrix"
+
+
+def test_a_word_that_begins_with_w_is_no_numbered_matrix() -> None:
+    with pytest.raises(RoutingError, match="word_vectors"):
+        route(Body(part=Holder(word_vectors=raw(100, 32), W1=raw(32, 16), b1=raw(16))))
+
+
+def test_a_subclass_and_a_sharded_class_store_as_their_base_does() -> None:
+    zero = type("ZeroLinear", (class_named("Linear"),), {})
+    sharded = type("FSDPLinear", (class_named("Linear"),), {})
+    parts = {"o_proj": zero(weight=raw(32, 32)), "out": sharded(weight=raw(32, 32))}
+    found = views(Body(qkv=TURNED(32, 96), **parts))
+    assert found["o_proj.weight"] == found["out.weight"] == "transpose"
+
+
 def test_matrices_and_biases_as_d2l_numbers_them() -> None:
     found = views(Holder(W1=raw(784, 256), b1=raw(256), W2=raw(256, 10), b2=raw(10)))
     assert found == {"W1": "transpose", "W2": "transpose"}
@@ -269,6 +340,10 @@ def test_the_bias_of_ones_own_attention_is_found_by_its_name() -> None:
     layer = own_layer("LinearLayer", "W", bias="b")
     parts = {name: layer(32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     model = Body(attn=Holder(num_heads=4, head_dim=8, **parts))
+    _, _, unknown = find_attention(survey(model))
+    (why,) = {each.why for each in unknown.values()}
+    assert why == "nothing tells whether LinearLayer stores its matrices out × in or in × out"
+    model = Body(attn=Holder(num_heads=4, head_dim=8, **parts), fc=layer(32, 48))
     (heads,), _, _ = find_attention(survey(model))
     assert {part.bias for part in (*heads.q, *heads.k)} == {"attn.q_proj.b", "attn.k_proj.b"}
 

@@ -157,6 +157,17 @@ class _Found:
         apart = self.q is not None and (self.kv or (self.k and self.v)) is not None
         return self.qkv is not None or latent or apart
 
+    def refuse_unknown_storage(self) -> None:
+        """Raise where nothing says which side of a matrix has the heads."""
+        every = (self.q, self.k, self.v, self.kv, self.qkv, self.q_up, self.kv_up, self.o)
+        for layer in every:
+            own = None if layer is None else layer.site.linears.own(layer.site.owner)
+            if layer is not None and own is not None and not own.sure:
+                raise _Unknown(
+                    f"nothing tells whether {layer.site.owner_class} stores its matrices out × in "
+                    "or in × out"
+                )
+
     def unknown(self, why: str) -> dict[int, UnknownHeads]:
         """The weights that have heads, where it is not known which."""
         layers: list[tuple[_Layer | None, str]]
@@ -201,6 +212,7 @@ def find_attention(
     unknown: dict[int, UnknownHeads] = {}
     for module in _modules(facts):
         try:
+            module.refuse_unknown_storage()
             heads, cuts = _latent(module) if module.kv_up else _plain(module)
         except _Unknown as error:
             unknown |= module.unknown(str(error))

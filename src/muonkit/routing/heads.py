@@ -75,7 +75,7 @@ _MLPS = name_set("Mlp MLP SwiGLU GatedMLP GEGLU")
 _RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(ding)?|proj|W_U")
 
 # The same of a root whose other parts are layers.
-_RAW_OUTPUT = re.compile(r"(W_)?(out|head|output|classifier)(_(weight|proj|matrix))?")
+_RAW_OUTPUT = re.compile(r"(W_)?(head|classifier|logits)(_(weight|proj|matrix))?")
 
 # Modules without weights after which a layer gives features, not an output.
 _FEATURES_AFTER = (
@@ -215,6 +215,7 @@ class _Search:
         self.found = {id(node) for node in self.named} | {
             id(node) for node in root.below() if stated.intersection(map(id, weights(node)))
         }
+        self.holders: set[int] = set()  # the nodes that hold their head themselves
         self.raw = dict(self._raw_heads())
 
     def models(self) -> list[Node]:
@@ -272,14 +273,19 @@ class _Search:
                 if param is not None and not isinstance(param, nn.parameter.UninitializedParameter)
             }
             matrices = [label for label, p in own.items() if not is_vector(p)]
-            # A module that holds one matrix, which is a head whatever it is called.
+            # A module that holds one matrix, which is a head whatever it is called; beside layers,
+            # as a norm and what stands before it, it is called its weight.
             is_strong = _STRONG.fullmatch(node.name) and not node.name.startswith("pre_")
-            holds = is_strong or (not node.kids and id(node) in self.found)
+            alone = not node.main if is_strong else not node.kids and id(node) in self.found
+            holds = alone or (is_strong and matrices == ["weight"])
             held = holds and not node.is_layer and len(matrices) == 1
+            if held:
+                self.holders.add(id(node))
             for label in matrices:
                 param = own[label]
                 named = _RAW_HEADS.fullmatch(label) is not None
                 if _is_output_of_root(node, label) and param.ndim == 2:
+                    self.holders.add(id(node))
                     yield id(param), f"output head (named {label!r})"
                 if not (named or held) or param.ndim != 2:
                     continue
@@ -294,8 +300,8 @@ class _Search:
         """The layers whose results leave `node`; `named` where a name calls it a head."""
         if node.is_layer:
             return [node]
-        if any(id(param) in self.raw for param in own_parameters(node.module).values()):
-            return []  # it holds its head itself
+        if id(node) in self.holders:
+            return []
         kids = node.main
         if not kids or _gives_hidden(node, named=named):
             return []

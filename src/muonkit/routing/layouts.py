@@ -155,12 +155,14 @@ def fused_layout(site: Site, rows: int, cols: int, *, sure: bool = True) -> tupl
 def _fused_by_name(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     """For a matrix of which nothing says whether it is stored out × in, or in × out."""
     name = site.owner_name
-    if name in _QKV | _GATE_UP and rows != cols:
-        # These give more than they take.
-        found = fused_layout(site, max(rows, cols), min(rows, cols))
-        if found is None or rows > cols:
+    below = getattr(site.parent, _TAKES_OUTPUT.get(name, ""), None)
+    if name in _QKV or (name in _GATE_UP and below is None and rows != cols):
+        # q, k and v have more rows than inputs, gate and up have but among many experts.
+        found = fused_layout(site, max(rows, cols), min(rows, cols)) if rows != cols else None
+        if found is not None and rows > cols:
             return found
-        return f"transpose > {found[0]}", f"{found[1]} (stored in × out)"
+        if found is not None:
+            return f"transpose > {found[0]}", f"{found[1]} (stored in × out)"
     if name in _QKV | _QKV_BY_HEAD | _KV | _GATE_UP:
         raise UnknownLayout(
             f"several fused matrices, by the name {name}, but nothing tells whether it is stored "
@@ -359,7 +361,7 @@ def _halves_in_sequence(site: Site, rows: int) -> tuple[str, str] | None:
             break
         # What a linear layer gives is not halved where neighbours are pooled, or become positions.
         if isinstance(module, nn.Unflatten) or (
-            isinstance(site.owner, nn.Linear) and "Pool" in type(module).__name__
+            site.owner in site.linears and "Pool" in type(module).__name__
         ):
             return None
     else:

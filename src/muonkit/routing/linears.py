@@ -27,19 +27,33 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDING_CLASS", "Linears", "OwnLinear", "Standing", "weight_of"]
 
 EMBEDDING_CLASS = re.compile(r"Embedding|(?<!Patch)(?<!Un)Emb(ed)?$")
-_NAMED = re.compile(r"linear|dense|proj|fully_?connected|(^|_)fc", re.IGNORECASE)
+_NAMED = re.compile(
+    r"(?!.*(nonlinear|bilinear|activation))(.*(linear|dense|proj|fully_?connected).*|(.*_)?fc.*)",
+    re.IGNORECASE,
+)
 # Tables, whatever else their class is called; and what is none unless it is called a linear layer.
 _TABLE = re.compile(r"Position(?!-?_?[Ww]ise)|Pos(Emb|Enc)|Codebook|Prototype")
-_UNNAMED = re.compile(r"Norm|Quantiz|Memory|Lookup|Table|Vocab|Embedder")
+_UNNAMED = re.compile(
+    r"Norm|Quantiz|Memory|Lookup|Table|Vocab|Embedder|(User|Item|Token|Anchor|Vector|Code|Center)s?$"
+)
 # Places of tables: a matrix and a vector of the same width there are an embedding and its bias.
-_TABLE_NAME = re.compile(r"(.*_)?(emb|embed|embedding|pos|wte|wpe)(_tokens?)?|(pos|tok|token)_.*")
+_TABLE_NAME = re.compile(
+    r"(.*_)?(emb|embed|embeddings?|pos|positions?|wte|wpe|vocab|memory|codebook|lookup|table)(_tokens?)?"
+    r"|(pos|tok|token)_.*|users?|items?|tokens?|anchors?"
+)
 _WEIGHTS = ("weight", "weights", "W", "w", "kernel")
 _STORED = ("weight", "weight_v", "weight_orig")
 _BIASES = ("bias", "b")
 
+_POSITION_NAME = re.compile(r"pos|wpe")
+# Parts of one weight: of a distribution of it, of a function.
+_PART = re.compile(r"(^|_)(mu|sigma|rho|mean|std|logvar|base|spline)(_|$)")
 # Layers that give more than they take, in every model that has them, and such that give less.
-_WIDENS = re.compile(r"(.*_)?(qkv|gate_up)(_.*)?|up(_proj)?|gate_proj|c_fc|c_attn|w_?up")
-_NARROWS = re.compile(r"down(_proj)?|w_?down")
+_WIDENS = re.compile(r"(.*_)?qkv(_.*)?|up_proj|gate_proj|gate_up_proj|c_fc|c_attn")
+_NARROWS = re.compile(r"down_proj")
+_HEAD = re.compile(
+    r"(.*_)?head|output|unembed(ding)?|decoder|classifier|logits|(fc|proj)_out"
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +76,12 @@ class OwnLinear:
 
 
 class Standing(NamedTuple):
-    """A module, the one that holds it, and its name there."""
+    """A module, the one that holds it, its name there, and whether that is one of many experts."""
 
     module: nn.Module
     parent: nn.Module | None
     name: str
+    among_experts: bool
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,8 @@ class _Found:
         """Whether its matrix is stored in × out, if its name says."""
         rows, cols = self.shape
         name, parent = self.at.name, self.at.parent
+        if self.at.among_experts:  # which may be narrower than the model
+            return None
         gated = parent is not None and {"w1", "w2", "w3"} <= own_modules(parent).keys()
         if rows != cols and (_WIDENS.fullmatch(name) or (gated and name in ("w1", "w3"))):
             return rows < cols
@@ -103,17 +120,22 @@ class _Found:
     def by_vocabulary(self, tables: Container[tuple[int, int]]) -> bool | None:
         """Whether its matrix is stored in × out, if it has the shape of a table: a head."""
         rows, cols = self.shape
-        if rows == cols or ((rows, cols) in tables) == ((cols, rows) in tables):
+        if not _HEAD.fullmatch(self.at.name) or rows == cols:
+            return None
+        if ((rows, cols) in tables) == ((cols, rows) in tables):
             return None
         return (cols, rows) in tables
 
     def before(self, after: _Found) -> bool | None:
-        """Whether its matrix is stored in × out, if the next layer's shape says: with one of the
-        same class, in the same module."""
-        if self.kind is not after.kind or self.at.parent is not after.at.parent:
+        """Whether its matrix is stored in × out, if the next layer of a Sequential says, which
+        takes all or half of what this one gives."""
+        parent = self.at.parent
+        if self.kind is not after.kind or parent is not after.at.parent:
             return None
-        as_torch = self.shape[0] == after.shape[1]
-        turned = self.shape[1] == after.shape[0]
+        if not isinstance(parent, nn.Sequential):
+            return None
+        as_torch = self.shape[0] in (after.shape[1], 2 * after.shape[1])
+        turned = self.shape[1] in (after.shape[0], 2 * after.shape[0])
         return turned if as_torch != turned else None
 
 
@@ -128,7 +150,8 @@ class Linears:
         stored = _storages(list(found.values()), _tables(places))
         self._own: dict[int, OwnLinear] = {}
         for key, one in found.items():
-            is_turned = stored.get(one.kind)
+            # A subclass stores its own as the class does that it extends.
+            is_turned = next((stored[k] for k in one.kind.__mro__ if k in stored), None)
             if is_turned is None and one.label == "kernel":
                 is_turned = True  # as Flax and Keras have it
             outputs, inputs = one.shape[::-1] if is_turned else one.shape
@@ -167,8 +190,13 @@ class Linears:
         if widths is None or any(kid is not None for kid in own_modules(module).values()):
             return []
         both = (widths, widths[::-1])
-        of = [p for p in own_parameters(module).values() if p is not None and _has_shape(p)]
-        return [p for p in of if tuple(p.shape[:2]) in both and not is_vector(p)]
+        own_ones = {
+            label: p
+            for label, p in own_parameters(module).items()
+            if p is not None and _has_shape(p) and tuple(p.shape[:2]) in both and not is_vector(p)
+        }
+        are_one = len(own_ones) == 1 or all(map(_PART.search, own_ones))
+        return list(own_ones.values()) if are_one else []
 
 
 def weight_of(module: nn.Module, label: str = "weight") -> nn.Parameter | None:
@@ -191,9 +219,11 @@ def _has_shape(param: Tensor) -> bool:
 
 
 def _class_of(module: nn.Module) -> type:
-    """The class; of a parametrized module the one that it had before."""
+    """The class; of a parametrized or sharded module the one that it had before."""
     kind = type(module)
-    return kind.__mro__[1] if kind.__name__.startswith("Parametrized") else kind
+    before = kind.__mro__[1]
+    made = (f"{prefix}{before.__name__}" for prefix in ("Parametrized", "FSDP"))
+    return before if kind.__name__ in made else kind
 
 
 def _find(place: Standing) -> _Found | None:
@@ -202,7 +232,9 @@ def _find(place: Standing) -> _Found | None:
     """
     module, kind = place.module, _class_of(place.module).__name__
     kids = {name for name, kid in own_modules(module).items() if kid is not None}
-    if isinstance(module, (nn.Linear, nn.Embedding)) or kids - {"parametrizations"}:
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.ParameterDict)):
+        return None
+    if kids - {"parametrizations"}:
         return None
     if widths_of(module) is not None or _TABLE.search(kind) or EMBEDDING_CLASS.search(kind):
         return None
@@ -218,7 +250,7 @@ def _find(place: Standing) -> _Found | None:
     own = own_parameters(module)
     bias = next((name for name in _BIASES if own.get(name) is not None), None)
     width = None if bias is None else _size_of(own[bias])
-    is_named = _NAMED.search(kind) is not None
+    is_named = _NAMED.fullmatch(kind) is not None
     if width is not None and width not in (rows, cols):
         return None
     is_table = _UNNAMED.search(kind) or _TABLE_NAME.fullmatch(place.name)
@@ -235,7 +267,7 @@ def _label(module: nn.Module) -> str | None:
     lists = own_modules(module).get("parametrizations")
     names = [name for name, p in own.items() if not is_vector(p)]
     names += list(own_modules(lists)) if isinstance(lists, nn.ModuleDict) else []
-    if not names:  # a layer with one output or input
+    if not names and _NAMED.fullmatch(_class_of(module).__name__):  # with one output or input
         names = [name for name, p in own.items() if p.ndim == 2 and name in (*_WEIGHTS, *_STORED)]
     if len(names) != 1:
         return None
@@ -249,8 +281,12 @@ def _size_of(param: Tensor | None) -> int | None:
 
 def _tables(places: Iterable[Standing]) -> set[tuple[int, int]]:
     """The shapes of the embeddings: tokens × width."""
-    kinds = ((place.module, type(place.module).__name__) for place in places)
-    tables = (own_parameters(m).get("weight") for m, kind in kinds if EMBEDDING_CLASS.search(kind))
+    tables = (
+        own_parameters(place.module).get("weight")
+        for place in places
+        if EMBEDDING_CLASS.search(type(place.module).__name__)
+        and not _POSITION_NAME.search(place.name)
+    )
     return {
         (table.shape[0], table.shape[1])
         for table in tables
@@ -260,13 +296,13 @@ def _tables(places: Iterable[Standing]) -> set[tuple[int, int]]:
 
 def _storages(found: Sequence[_Found], tables: Container[tuple[int, int]]) -> dict[type, bool]:
     """By class, whether matrices are stored in × out, where its layers agree: those with a bias are
-    asked first, then names, heads, and layers that stand one after the other.
+    asked first, then heads, names, and layers that stand one after the other.
     """
     pairs = list(itertools.pairwise(found))
     asked = (
         [(one.kind, one.by_bias) for one in found],
-        [(one.kind, one.by_name) for one in found],
         [(one.kind, one.by_vocabulary(tables)) for one in found],
+        [(one.kind, one.by_name) for one in found],
         [(one.kind, one.before(after)) for one, after in pairs],
     )
     stored: dict[type, bool] = {}

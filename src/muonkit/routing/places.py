@@ -67,7 +67,7 @@ _HEAD_EMBED = re.compile(r"(class|bbox|box|mask)_embed")
 
 LORA = name_set(
     "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector lora_a lora_b "
-    "lora_down lora_up lora_matrix_A lora_matrix_B "
+    "lora_down lora_mid lora_up lora_matrix_A lora_matrix_B "
     "hada_w1_a hada_w1_b hada_w2_a hada_w2_b lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a "
     "lokr_w2_b lokr_t2 hada_t1 hada_t2 vera_A vera_B oft_r"
 )

@@ -102,8 +102,9 @@ _PARTNERS = {
     "u": ("w",),
 }
 
+_NUMBERED = re.compile(r"[Ww](\d+|_\w+)?")
 _POSITION_CLASS = re.compile(r"Position(?!-?_?[Ww]ise)|PosEmb|PosEnc")
-_EMBEDDING_LABEL = name_set("weight embedding embeddings table W_E")
+_EMBEDDING_LABEL = name_set("weight weights W w kernel embedding embeddings table W_E")
 _ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _SPECTRAL_CLASS = re.compile(r"Fourier|Spectral|FNO|FFT|Frequency|GlobalFilter")
 _STATE_SPACE_CLASS = re.compile(r"SSM|S4|S5|SSKernel|LRU|StateSpace|Mamba|HiPPO|Hippo")
@@ -170,17 +171,20 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
     elif _is_projected(site, param):
         return None  # its name says what it gives
     embedded = not words.isdisjoint(_EMBEDDING) and _PROJECTION.isdisjoint(last)
-    if label == "weight" and _WEIGHT.isdisjoint(words_of(site.owner_name)[-1:]):
+    kind = words_of(owner)[-1:]
+    unstated = param.ndim == 2 and first_number([site.owner], EXPERT_COUNTS) is None
+    unstated = unstated and widths_of(site.owner) is None
+    if label == "weight" and unstated and _WEIGHT.isdisjoint(words_of(site.owner_name)[-1:]):
         # What the module is called says what a thing called "weight" is.
         if is_position(site.owner_name):
             return adamw("learned token or position", decay=False)
-        if _VOCABULARY.fullmatch(site.owner_name) or not _TABLES.isdisjoint(words_of(owner)):
+        if _VOCABULARY.fullmatch(site.owner_name) or not _TABLES.isdisjoint(kind):
             return adamw(f"embedding ({owner})")
-        if not (_TOKENS - _ASKED).isdisjoint(words_of(owner)):
+        if not (_TOKENS - _ASKED).isdisjoint(kind):
             return adamw("learned token or position", decay=False)
     if last[:1] in (("weight",), ("w",), ("matrix",)) and len(words) == 2:
         table = (_TOKENS | _POSITION | _TABLES) - _ASKED
-        if not table.isdisjoint(words) and widths_of(site.owner) is None:
+        if not table.isdisjoint(words) and unstated:
             return adamw("learned token or position", decay=False)
     tokens = not words.isdisjoint(_TOKENS) and words.isdisjoint(_WEIGHT)
     if positional or embedded or tokens or _POSITION_CLASS.search(owner):
@@ -296,7 +300,7 @@ def _matrix(site: Site, param: nn.Parameter, view: str) -> Verdict:
     owner = site.owner_class
     if _ROUTER.search(owner) or _ROUTER.search(site.key):
         return muon(view, f"router ({owner})")
-    turned, how = _by_widths(site, param) or _by_bias(site, param) or (False, None)
+    turned, how = _by_widths(site, param) or (_by_bias(site, param), None)
     if turned:
         view = "transpose" if view == "matrix" else f"{view} > transpose"
     rows, cols = reversed(param.shape[:2]) if turned else param.shape[:2]
@@ -331,22 +335,19 @@ def _by_widths(site: Site, param: nn.Parameter) -> tuple[bool, str] | None:
     return None
 
 
-def _by_bias(site: Site, param: nn.Parameter) -> tuple[bool, str] | None:
-    """The same by biases: that of a `W1` or `W_in` is `b1` or `b_in`, and a module stores all such
-    in one way."""
-    if site.label[:1] not in ("W", "w") or param.ndim != 2:
-        return None
+def _by_bias(site: Site, param: nn.Parameter) -> bool:
+    """Whether it is stored in × out by biases: that of a `W1` or `W_in` is `b1` or `b_in`, and a
+    module stores all such in one way."""
+    if not _NUMBERED.fullmatch(site.label) or param.ndim != 2:
+        return False
     own = {label: p for label, p in own_parameters(site.owner).items() if p is not None}
     told = {
         bias.numel() == matrix.shape[1]
         for label, matrix in own.items()
-        if label[:1] in ("W", "w") and matrix.ndim == 2 and matrix.shape[0] != matrix.shape[1]
+        if _NUMBERED.fullmatch(label) and matrix.ndim == 2 and matrix.shape[0] != matrix.shape[1]
         if (bias := own.get(f"b{label[1:]}")) is not None and bias.numel() in matrix.shape
     }
-    if len(told) != 1:
-        return None
-    (turned,) = told
-    return turned, f", stored {'in × out' if turned else 'out × in'}"
+    return told == {True}
 
 
 def _stack(site: Site, param: nn.Parameter) -> tuple[str, str] | None:

@@ -71,4 +71,6 @@ def survey(model: nn.Module, heads: Sequence[str | nn.Module] | None = None) -> 
 
 def _standing(place: Place) -> Standing:
     parent = place.ancestors[-1] if place.ancestors else None
-    return Standing(place.module, parent, place.parts[-1] if place.parts else "")
+    among = (*place.parts, *(type(module).__name__ for module in place.ancestors))
+    among_experts = any("expert" in name.lower() for name in among)
+    return Standing(place.module, parent, place.parts[-1] if place.parts else "", among_experts)
