@@ -51,9 +51,7 @@ _PART = re.compile(r"(^|_)(mu|sigma|rho|mean|std|logvar|base|spline)(_|$)")
 # Layers that give more than they take, in every model that has them, and such that give less.
 _WIDENS = re.compile(r"(.*_)?qkv(_.*)?|up_proj|gate_proj|gate_up_proj|c_fc|c_attn")
 _NARROWS = re.compile(r"down_proj")
-_HEAD = re.compile(
-    r"(.*_)?head|output|unembed(ding)?|decoder|classifier|logits|(fc|proj)_out"
-)
+_HEAD = re.compile(r"(.*_)?head|output|unembed(ding)?|decoder|classifier|logits|(fc|proj)_out")
 
 
 @dataclass(frozen=True)
