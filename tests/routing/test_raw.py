@@ -318,10 +318,58 @@ def test_a_word_that_begins_with_w_is_no_numbered_matrix() -> None:
 
 def test_a_subclass_and_a_sharded_class_store_as_their_base_does() -> None:
     zero = type("ZeroLinear", (class_named("Linear"),), {})
-    sharded = type("FSDPLinear", (class_named("Linear"),), {})
+    # As fully_shard makes them.
+    sharded = type("FSDPLinear", (type("FSDPModule", (), {}), class_named("Linear")), {})
     parts = {"o_proj": zero(weight=raw(32, 32)), "out": sharded(weight=raw(32, 32))}
     found = views(Body(qkv=TURNED(32, 96), **parts))
     assert found["o_proj.weight"] == found["out.weight"] == "transpose"
+
+
+def test_widths_that_are_not_sure_make_no_head_of_a_hidden_layer() -> None:
+    chain = Holder(layers=nn.ModuleList([TURNED(8, 16), TURNED(16, 16), TURNED(16, 4)]))
+    assert list(views(chain).values()) == ["transpose", "transpose", None]
+    rnn = Holder(i2h=TURNED(8, 32), h2h=TURNED(32, 32), h2o=TURNED(32, 8))
+    assert views(rnn)["h2h.weight"] == "matrix"
+
+
+def test_a_layer_with_one_output_of_any_class_is_the_last() -> None:
+    layer = own_layer("Layer", bias="bias", turned=True)
+    found = views(Holder(l1=layer(8, 32), l2=layer(32, 32), l3=layer(32, 1)))
+    assert found["l2.weight"] == "transpose"
+
+
+def test_a_raw_logits_that_takes_nothing_is_no_head() -> None:
+    model = Holder(fc=nn.Linear(8, 16), logits=raw(12, 10), fc2=nn.Linear(16, 3))
+    with pytest.raises(RoutingError, match="logits"):
+        route(model)
+    assert (
+        views(Holder(fc=nn.Linear(8, 16), W_head=raw(9, 9), fc2=nn.Linear(16, 3)))["fc2.weight"]
+        is None
+    )
+
+
+def test_gates_of_a_cell_and_a_hidden_weight_of_a_classifier_are_no_heads() -> None:
+    cell = Holder(input=named("Gate", W=raw(48, 32)), output=named("Gate", W=raw(48, 32)))
+    found = views(Holder(emb=nn.Embedding(50, 32), cell=cell, fc=nn.Linear(32, 50)))
+    assert found["cell.output.W"] == "matrix"
+    head = Holder(weight=raw(16, 16), bias=raw(16), out=nn.Linear(16, 5))
+    found = views(Holder(fc=nn.Linear(16, 16), classifier=head))
+    assert found["classifier.weight"] == "matrix"
+    assert found["classifier.out.weight"] is None
+
+
+def test_places_whose_names_speak_of_time_or_mix_positions_hold_layers() -> None:
+    embed = named("Layer", weight=raw(32, 16), bias=raw(32))
+    mixer = named("Mixer", weight=raw(20, 20))
+    found = views(Body(time_embed=embed, position_mix=mixer, part=Holder(latent_w=raw(9, 9))))
+    assert found["time_embed.weight"] == found["position_mix.weight"] == "matrix"
+    assert found["part.latent_w"] == "matrix"
+
+
+def test_a_spectral_norm_on_a_weight_of_another_name() -> None:
+    attention = Holder(num_heads=4, qkv=named("Linear", W=nn.Parameter(torch.randn(96, 32))))
+    nn.utils.parametrizations.spectral_norm(attention.qkv, "W")
+    assert "split(rows=3)" in views(Body(attn=attention)).values()
 
 
 def test_matrices_and_biases_as_d2l_numbers_them() -> None:

@@ -277,7 +277,10 @@ class _Search:
             # as a norm and what stands before it, it is called its weight.
             is_strong = _STRONG.fullmatch(node.name) and not node.name.startswith("pre_")
             alone = not node.main if is_strong else not node.kids and id(node) in self.found
-            holds = alone or (is_strong and matrices == ["weight"])
+            alone = alone and not _has_twin(node)
+            holds = alone or (
+                is_strong and matrices == ["weight"] and _ends_in(own["weight"], node)
+            )
             held = holds and not node.is_layer and len(matrices) == 1
             if held:
                 self.holders.add(id(node))
@@ -377,7 +380,25 @@ def _is_output_of_root(node: Node, label: str) -> bool:
     """Whether a root with layers or embeddings holds its output head by this name."""
     if node.parent is not None or not _RAW_OUTPUT.fullmatch(label):
         return False
-    return bool(node.main) or any(isinstance(n.module, nn.Embedding) for n in node.below())
+    # It takes what the last layer gives.
+    given = node.main[-1].gives if node.main else None
+    tables = (n.module for n in node.below() if isinstance(n.module, nn.Embedding))
+    widths = {given} if node.main else {table.embedding_dim for table in tables}
+    param = own_parameters(node.module)[label]
+    return param is not None and not widths.isdisjoint(param.shape)
+
+
+def _has_twin(node: Node) -> bool:
+    """Whether one of its kind stands beside it, as the gates of a cell do."""
+    beside = node.parent.kids.values() if node.parent is not None else ()
+    return any(type(kid.module) is type(node.module) for kid in beside if kid is not node)
+
+
+def _ends_in(weight: nn.Parameter, node: Node) -> bool:
+    """Whether a module that holds a weight beside layers ends in it, not in one of them: a head
+    gives more or less than it takes."""
+    square = weight.shape[0] == weight.shape[1]
+    return not square or all(kid.gives == kid.takes for kid in node.main)
 
 
 def _is_encoder(node: Node) -> bool:

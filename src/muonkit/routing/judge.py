@@ -143,7 +143,7 @@ def _adapter(site: Site, param: nn.Parameter) -> Verdict | None:
     if adapter == "lora_magnitude_vector":
         return adamw("DoRA magnitude", decay=False)
     if adapter in LORA:
-        return adamw(f"low-rank adapter factor ({adapter})")
+        return adamw(f"low-rank adapter factor ({adapter})", decay=param.ndim > 1)
     if adapter is None or is_vector(param):
         return None
     return adamw(f"adapter ({adapter})")

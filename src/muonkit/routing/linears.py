@@ -34,11 +34,11 @@ _NAMED = re.compile(
 # Tables, whatever else their class is called; and what is none unless it is called a linear layer.
 _TABLE = re.compile(r"Position(?!-?_?[Ww]ise)|Pos(Emb|Enc)|Codebook|Prototype")
 _UNNAMED = re.compile(
-    r"Norm|Quantiz|Memory|Lookup|Table|Vocab|Embedder|(User|Item|Token|Anchor|Vector|Code|Center)s?$"
+    r"Norm|Quantiz|Memory|Lookup|Table|Vocab|Embedder|Transition|CRF|(User|Item|Token|Anchor|Vector|Code|Center)s?$"
 )
 # Places of tables: a matrix and a vector of the same width there are an embedding and its bias.
 _TABLE_NAME = re.compile(
-    r"(.*_)?(emb|embed|embeddings?|pos|positions?|wte|wpe|vocab|memory|codebook|lookup|table)(_tokens?)?"
+    r"(?!(time|timesteps?|t)_)(.*_)?(emb|embed|embeddings?|pos|positions?|wte|wpe|vocab|memory|codebook|lookup|table)(_tokens?)?"
     r"|(pos|tok|token)_.*|users?|items?|tokens?|anchors?"
 )
 _WEIGHTS = ("weight", "weights", "W", "w", "kernel")
@@ -125,12 +125,12 @@ class _Found:
         return (cols, rows) in tables
 
     def before(self, after: _Found) -> bool | None:
-        """Whether its matrix is stored in × out, if the next layer of a Sequential says, which
-        takes all or half of what this one gives."""
+        """Whether its matrix is stored in × out, if the next layer of a list says, which takes all
+        or half of what this one gives."""
         parent = self.at.parent
         if self.kind is not after.kind or parent is not after.at.parent:
             return None
-        if not isinstance(parent, nn.Sequential):
+        if not isinstance(parent, (nn.Sequential, nn.ModuleList)):
             return None
         as_torch = self.shape[0] in (after.shape[1], 2 * after.shape[1])
         turned = self.shape[1] in (after.shape[0], 2 * after.shape[0])
@@ -165,6 +165,11 @@ class Linears:
         """(outputs, inputs) of a layer: by its own word, or a linear layer's by its parameters."""
         own = self.own(module)
         return widths_of(module) if own is None else (own.outputs, own.inputs)
+
+    def is_sure(self, module: object) -> bool:
+        """Whether it is known which of the widths of a layer is which."""
+        own = self.own(module)
+        return own is None or own.sure or own.outputs == own.inputs
 
     def __contains__(self, module: object) -> bool:
         """Whether it is a linear layer."""
@@ -219,9 +224,10 @@ def _has_shape(param: Tensor) -> bool:
 def _class_of(module: nn.Module) -> type:
     """The class; of a parametrized or sharded module the one that it had before."""
     kind = type(module)
-    before = kind.__mro__[1]
-    made = (f"{prefix}{before.__name__}" for prefix in ("Parametrized", "FSDP"))
-    return before if kind.__name__ in made else kind
+    for before in kind.__mro__[1:]:
+        if kind.__name__ in (f"Parametrized{before.__name__}", f"FSDP{before.__name__}"):
+            kind = before
+    return kind
 
 
 def _find(place: Standing) -> _Found | None:
@@ -267,6 +273,9 @@ def _label(module: nn.Module) -> str | None:
     names += list(own_modules(lists)) if isinstance(lists, nn.ModuleDict) else []
     if not names and _NAMED.fullmatch(_class_of(module).__name__):  # with one output or input
         names = [name for name, p in own.items() if p.ndim == 2 and name in (*_WEIGHTS, *_STORED)]
+    elif not names and any(own[name].numel() == 1 for name in _BIASES if name in own):
+        # A gain has a bias of its own length, a layer with one output has one of one entry.
+        names = [name for name, p in own.items() if p.ndim == 2 and p.numel() > 1]
     if len(names) != 1:
         return None
     label = "weight" if names[0] in _STORED else names[0]

@@ -232,6 +232,8 @@ class Node:
             return module.input_size, module.hidden_size
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             return None, module.embedding_dim
+        if not self.linears.is_sure(module):
+            return None, None
         own = self.linears.widths(module)
         if own is not None:
             return own[1], own[0]
@@ -366,7 +368,9 @@ def _site(place: Place, label: str, linears: Linears) -> Site:
     owner, ancestors, parts = place.module, place.ancestors, place.parts
     if len(parts) >= 2 and parts[-2] == "parametrizations" and label.startswith("original"):
         # owner.parametrizations.weight.original1 stands for owner.weight.
-        return Site(name, parts[-1], ancestors[-2], ancestors[:-2], parts[:-2], linears)
+        own = linears.own(ancestors[-2])
+        stood_for = "weight" if own is not None and own.label == parts[-1] else parts[-1]
+        return Site(name, stood_for, ancestors[-2], ancestors[:-2], parts[:-2], linears)
     if isinstance(owner, nn.ParameterList) and ancestors:
         # A list says nothing itself: its parameters are the owner's, under the list's name.
         return Site(name, parts[-1], ancestors[-1], ancestors[:-1], parts[:-1], linears)

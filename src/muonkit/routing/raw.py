@@ -57,9 +57,13 @@ _POSITION = name_set(
 _EMBEDDING = name_set("emb embs embed embeds embedding embeddings unembed unembedding vocab")
 # Modules that hold an embedding, of a class whose name does not say so.
 _VOCABULARY = re.compile(
-    r"(?!.*patch)(?!.*un)(.*_)?(embed|emb|embeds|embedding|embeddings)(_tokens?|_in)?|wte|vocab"
+    r"(?!.*patch)(?!.*un)(?!(time|timesteps?|t)_)(.*_)?(embed|emb|embeds|embedding|embeddings)(_tokens?|_in)?|wte|vocab"
 )
 _TABLES = name_set("vocab vocabulary table lookup embedder item items user users")
+_SURELY_TABLES = _TABLES | name_set(
+    "token tokens tok codebook codebooks codevector codevectors prototype prototypes centroid "
+    "centroids center centers dictionary pos position positions positional"
+)
 # Such are projected as often.
 _ASKED = name_set("query queries probe probes rel relative pe")
 # Rows that stand beside those of the input.
@@ -176,16 +180,16 @@ def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
     unstated = unstated and widths_of(site.owner) is None
     if label == "weight" and unstated and _WEIGHT.isdisjoint(words_of(site.owner_name)[-1:]):
         # What the module is called says what a thing called "weight" is.
-        if is_position(site.owner_name):
+        place = words_of(site.owner_name)[-1:]
+        if is_position(site.owner_name) and not (_POSITION | _EMBEDDING).isdisjoint(place):
             return adamw("learned token or position", decay=False)
         if _VOCABULARY.fullmatch(site.owner_name) or not _TABLES.isdisjoint(kind):
             return adamw(f"embedding ({owner})")
         if not (_TOKENS - _ASKED).isdisjoint(kind):
             return adamw("learned token or position", decay=False)
-    if last[:1] in (("weight",), ("w",), ("matrix",)) and len(words) == 2:
-        table = (_TOKENS | _POSITION | _TABLES) - _ASKED
-        if not table.isdisjoint(words) and unstated:
-            return adamw("learned token or position", decay=False)
+    is_weight = last in (("weight",), ("w",), ("matrix",)) and len(words) == 2
+    if is_weight and unstated and not _SURELY_TABLES.isdisjoint(words):
+        return adamw("learned token or position", decay=False)
     tokens = not words.isdisjoint(_TOKENS) and words.isdisjoint(_WEIGHT)
     if positional or embedded or tokens or _POSITION_CLASS.search(owner):
         return adamw("learned token or position", decay=False)
