@@ -32,6 +32,7 @@ __all__ = [
     "cpu_capabilities",
     "default_store",
     "dispatch_mode",
+    "held_parameters",
     "is_unsharded",
     "is_watched_by_func",
     "local_box",
@@ -145,6 +146,11 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """
     own: Any = module._parameters
     return own if isinstance(own, dict) else dict(own.items())  # TorchScript's has no more of one
+
+
+def held_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The same, without the names that have none."""
+    return {name: p for name, p in own_parameters(module).items() if p is not None}
 
 
 def own_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:

@@ -372,6 +372,14 @@ def test_a_spectral_norm_on_a_weight_of_another_name() -> None:
     assert "split(rows=3)" in views(Body(attn=attention)).values()
 
 
+@pytest.mark.parametrize("prefix", ["", "FSDP", "Parametrized"])
+def test_a_class_is_known_by_its_own_name_when_a_layer_is_sharded_by_itself(prefix: str) -> None:
+    conv = class_named("Conv1D")  # Hugging Face's, in × out; a square one is told by its class only
+    kind = type(f"{prefix}Conv1D", (type("FSDPModule", (), {}), conv), {}) if prefix else conv
+    part = kind(nx=32, nf=32, weight=raw(32, 32), bias=raw(32))
+    assert views(Body(part=part))["part.weight"] == "transpose"
+
+
 def test_matrices_and_biases_as_d2l_numbers_them() -> None:
     found = views(Holder(W1=raw(784, 256), b1=raw(256), W2=raw(256, 10), b2=raw(10)))
     assert found == {"W1": "transpose", "W2": "transpose"}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
-from muonkit._torch import own_parameters
+from muonkit._torch import held_parameters, own_parameters
 from muonkit.routing.places import Models, name_set, weights
 from muonkit.routing.verdicts import is_vector
 
@@ -269,8 +269,8 @@ class _Search:
         for node in self.root.below():
             own = {
                 label: param
-                for label, param in own_parameters(node.module).items()
-                if param is not None and not isinstance(param, nn.parameter.UninitializedParameter)
+                for label, param in held_parameters(node.module).items()
+                if not isinstance(param, nn.parameter.UninitializedParameter)
             }
             matrices = [label for label, p in own.items() if not is_vector(p)]
             # A module that holds one matrix, which is a head whatever it is called; beside layers,

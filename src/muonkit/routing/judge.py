@@ -228,7 +228,7 @@ def _layer(site: Site, param: nn.Parameter) -> Verdict | None:
         return adamw("bilinear form")
     if isinstance(owner, nn.Linear):
         return _linear(site, param, (owner.out_features, owner.in_features))
-    if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf") and param.ndim == 2:
+    if site.owner_class == "Conv1D" and hasattr(owner, "nf") and param.ndim == 2:
         return _stored_transposed(site, param, "Hugging Face Conv1D, stored in × out")
     if is_conv(owner):
         return _conv(site)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn as nn
 
-from muonkit._torch import own_modules, own_parameters
+from muonkit._torch import held_parameters, own_modules, own_parameters
 from muonkit.routing.numbers import EXPERT_COUNTS, HEADS, KERNEL_SIZES, first_number, widths_of
 from muonkit.routing.verdicts import is_vector
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["EMBEDDING_CLASS", "Linears", "OwnLinear", "Standing", "weight_of"]
+__all__ = ["EMBEDDING_CLASS", "Linears", "OwnLinear", "Standing", "class_of"]
 
 EMBEDDING_CLASS = re.compile(r"Embedding|(?<!Patch)(?<!Un)Emb(ed)?$")
 _NAMED = re.compile(
@@ -94,7 +94,7 @@ class _Found:
 
     @property
     def kind(self) -> type:
-        return _class_of(self.at.module)
+        return class_of(self.at.module)
 
     @property
     def by_bias(self) -> bool | None:
@@ -186,7 +186,7 @@ class Linears:
         these widths, as a layer of splines or one with noise in its weight does.
         """
         own = self.own(module)
-        weight = weight_of(module, "weight" if own is None else own.label)
+        weight = _weight_of(module, "weight" if own is None else own.label)
         if weight is not None:
             return [weight]
         widths = widths_of(module)
@@ -195,14 +195,14 @@ class Linears:
         both = (widths, widths[::-1])
         own_ones = {
             label: p
-            for label, p in own_parameters(module).items()
-            if p is not None and _has_shape(p) and tuple(p.shape[:2]) in both and not is_vector(p)
+            for label, p in held_parameters(module).items()
+            if _has_shape(p) and tuple(p.shape[:2]) in both and not is_vector(p)
         }
         are_one = len(own_ones) == 1 or all(map(_PART.search, own_ones))
         return list(own_ones.values()) if are_one else []
 
 
-def weight_of(module: nn.Module, label: str = "weight") -> nn.Parameter | None:
+def _weight_of(module: nn.Module, label: str = "weight") -> nn.Parameter | None:
     """The parameter that holds a layer's weight: of a weight norm's two, the direction."""
     own = own_parameters(module)
     found = [own.get(stored) for stored in (label, *_STORED)]
@@ -221,7 +221,7 @@ def _has_shape(param: Tensor) -> bool:
     return not isinstance(param, nn.parameter.UninitializedParameter)
 
 
-def _class_of(module: nn.Module) -> type:
+def class_of(module: nn.Module) -> type:
     """The class; of a parametrized or sharded module the one that it had before."""
     kind = type(module)
     for before in kind.__mro__[1:]:
@@ -234,7 +234,7 @@ def _find(place: Standing) -> _Found | None:
     """A module that holds one matrix and vectors, and nothing else, if a bias of one of the
     matrix's sides, or the name of its class, says that it is a linear layer.
     """
-    module, kind = place.module, _class_of(place.module).__name__
+    module, kind = place.module, class_of(place.module).__name__
     kids = {name for name, kid in own_modules(module).items() if kid is not None}
     if isinstance(module, (nn.Linear, nn.Embedding, nn.ParameterDict)):
         return None
@@ -245,15 +245,15 @@ def _find(place: Standing) -> _Found | None:
     if first_number([module], ("num_embeddings", *EXPERT_COUNTS, *KERNEL_SIZES)) is not None:
         return None
     label = _label(module)
-    weight = None if label is None else weight_of(module, label)
+    weight = None if label is None else _weight_of(module, label)
     if label is None or weight is None or weight.ndim != 2:
         return None
     rows, cols = weight.shape
     if rows == cols == first_number([module, place.parent], HEADS):
         return None  # it mixes attention heads
-    own = own_parameters(module)
-    bias = next((name for name in _BIASES if own.get(name) is not None), None)
-    width = None if bias is None else _size_of(own[bias])
+    own = held_parameters(module)
+    bias = next((name for name in _BIASES if name in own), None)
+    width = None if bias is None else own[bias].numel()
     is_named = _NAMED.fullmatch(kind) is not None
     if width is not None and width not in (rows, cols):
         return None
@@ -265,13 +265,13 @@ def _find(place: Standing) -> _Found | None:
 
 def _label(module: nn.Module) -> str | None:
     """The name of the one matrix that a module holds beside vectors."""
-    own = {name: p for name, p in own_parameters(module).items() if p is not None}
+    own = held_parameters(module)
     if not all(map(_has_shape, own.values())):
         return None
     lists = own_modules(module).get("parametrizations")
     names = [name for name, p in own.items() if not is_vector(p)]
     names += list(own_modules(lists)) if isinstance(lists, nn.ModuleDict) else []
-    if not names and _NAMED.fullmatch(_class_of(module).__name__):  # with one output or input
+    if not names and _NAMED.fullmatch(class_of(module).__name__):  # with one output or input
         names = [name for name, p in own.items() if p.ndim == 2 and name in (*_WEIGHTS, *_STORED)]
     elif not names and any(own[name].numel() == 1 for name in _BIASES if name in own):
         # A gain has a bias of its own length, a layer with one output has one of one entry.
@@ -282,16 +282,12 @@ def _label(module: nn.Module) -> str | None:
     return label if label in _WEIGHTS else None
 
 
-def _size_of(param: Tensor | None) -> int | None:
-    return None if param is None else param.numel()
-
-
 def _tables(places: Iterable[Standing]) -> set[tuple[int, int]]:
     """The shapes of the embeddings: tokens × width."""
     tables = (
         own_parameters(place.module).get("weight")
         for place in places
-        if EMBEDDING_CLASS.search(type(place.module).__name__)
+        if EMBEDDING_CLASS.search(class_of(place.module).__name__)
         and not _POSITION_NAME.search(place.name)
     )
     return {

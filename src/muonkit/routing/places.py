@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch.nn as nn
 
 from muonkit._torch import WRAPPERS, own_modules, own_parameters
+from muonkit.routing.linears import class_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -106,8 +107,8 @@ class Site:
 
     @property
     def owner_class(self) -> str:
-        """The class of the owner, for messages: without the prefix that parametrize adds."""
-        return type(self.owner).__name__.removeprefix("Parametrized")
+        """The name of the owner's class, without the prefix that parametrize or FSDP2 adds."""
+        return class_of(self.owner).__name__
 
     @property
     def adapter(self) -> str | None:

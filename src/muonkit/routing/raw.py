@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
-from muonkit._torch import own_parameters
+from muonkit._torch import held_parameters, own_parameters
 from muonkit.routing.layouts import expert_layout, flat_expert_layout, fused_layout
 from muonkit.routing.linears import EMBEDDING_CLASS
 from muonkit.routing.numbers import (
@@ -344,7 +344,7 @@ def _by_bias(site: Site, param: nn.Parameter) -> bool:
     module stores all such in one way."""
     if not _NUMBERED.fullmatch(site.label) or param.ndim != 2:
         return False
-    own = {label: p for label, p in own_parameters(site.owner).items() if p is not None}
+    own = held_parameters(site.owner)
     told = {
         bias.numel() == matrix.shape[1]
         for label, matrix in own.items()
