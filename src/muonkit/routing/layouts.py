@@ -102,7 +102,8 @@ def fused_layout(site: Site, rows: int, cols: int, *, sure: bool = True) -> tupl
     """Where a linear layer of `rows` outputs and `cols` inputs fuses several matrices.
 
     Args:
-        sure: nothing else may be the outputs; else a name has to say that several are fused.
+        sure: whether it is known that the outputs are the matrix's rows; where not, a layer is
+            cut only if its name says that it fuses several.
 
     Returns:
         (split, reason), such as ("split(rows=3)", "fused q, k, v: 3 equal row blocks"), or None
@@ -157,7 +158,7 @@ def _fused_by_name(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     name = site.owner_name
     below = getattr(site.parent, _TAKES_OUTPUT.get(name, ""), None)
     if name in _QKV or (name in _GATE_UP and below is None and rows != cols):
-        # q, k and v have more rows than inputs, gate and up have but among many experts.
+        # q, k and v together have more outputs than inputs; gate and up too, but in small experts.
         found = fused_layout(site, max(rows, cols), min(rows, cols)) if rows != cols else None
         if found is not None and rows > cols:
             return found
