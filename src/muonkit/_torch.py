@@ -32,6 +32,7 @@ __all__ = [
     "cpu_capabilities",
     "default_store",
     "dispatch_mode",
+    "has_float64",
     "held_parameters",
     "is_unsharded",
     "is_watched_by_func",
@@ -88,6 +89,13 @@ def never_begin_a_graph(function: Callable[..., object]) -> None:
         return
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether this device has float64: Apple's GPUs have not, nor have some of Intel's."""
+    if device.type != "xpu":
+        return device.type != "mps"
+    return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+
+
 # Asked here: torch 2.11 cannot compile the question.
 _MACHINE = platform.machine().lower()
 
@@ -127,8 +135,9 @@ def is_watched_by_func(tensor: Tensor) -> bool:
 
 
 def is_unsharded(module: nn.Module) -> bool:
-    """Whether FSDP2 has whole parameters in the place of a module's shards, as it has between
-    forward and backward, and for the root after every forward.
+    """Whether FSDP2 has other tensors in the place of a module's shards: whole parameters, as
+    between forward and backward, and for the root after every forward; or shards on fewer ranks, as
+    after a forward where `reshard_after_forward` is a number.
     """
     ask = getattr(module, "_get_fsdp_state", None)
     if ask is None:
@@ -137,7 +146,7 @@ def is_unsharded(module: nn.Module) -> bool:
     groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; before it there is one
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-    return any(group.is_unsharded for group in groups)
+    return any(not group.is_sharded for group in groups)
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:

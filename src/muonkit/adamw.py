@@ -80,8 +80,12 @@ def _update_(entries: Sequence[Any], group: dict[str, Any], fused: bool) -> None
         [state["step"] for _, _, state in entries],
         fused=fused,
         foreach=None if fused else compiling or not isinstance(group["lr"], Tensor),
-        # When compiling, the step count is a tensor of the graph like the others.
-        capturable=compiling,
+        # When compiling, the step count is a tensor of the graph like the others; on a GPU, where
+        # the fused kernel has made it, reading it would wait for the GPU.
+        capturable=compiling
+        or all(
+            p.device.type == "cuda" and state["step"].device == p.device for p, _, state in entries
+        ),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

@@ -18,6 +18,7 @@ from tests.helpers import internals
 from tests.helpers.kernels import DTYPES, allowed, cases, compiled, interpreted
 
 NO_TRITON = importlib.util.find_spec("triton") is None
+KERNEL = "muonkit.newton_schulz.triton.symmetric_kernel"
 needs_triton = pytest.mark.skipif(NO_TRITON, reason="Triton is not installed (Linux only)")
 
 
@@ -144,6 +145,7 @@ def test_the_kernel_needs_an_ampere_gpu(
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda index: asked.append(index) or capability
     )
+    monkeypatch.setattr(f"{KERNEL}.start_driver", lambda: None)
     # The answer is remembered: an index for each.
     device = torch.device("cuda", capability[0])
     try:
@@ -151,6 +153,27 @@ def test_the_kernel_needs_an_ampere_gpu(
     finally:
         internals.forget_gpus()
     assert asked == [capability[0]]
+
+
+@needs_triton
+def test_a_triton_that_cannot_launch_is_told_of_once_and_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In an image without a C compiler the first launch raises: in the middle of a step."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+
+    def without_a_compiler() -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(f"{KERNEL}.start_driver", without_a_compiler)
+    internals.forget_gpus()
+    try:
+        with pytest.warns(UserWarning, match=r"Failed to find C compiler.*gcc") as told:
+            found = [kernels.pays(768, torch.bfloat16, torch.device("cuda", n)) for n in (0, 1, 0)]
+    finally:
+        internals.forget_gpus()
+    assert found == [False] * 3
+    assert len(told) == 1
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:

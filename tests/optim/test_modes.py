@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map
 
 from muonkit import Monitor, Muon, MuonW
 from muonkit.monitor import spectra as measured
+from muonkit.mup import coordinates
 from muonkit.newton_schulz.scratch import scratch
+from muonkit.newton_schulz.symmetric import symmetric_product
 from tests.helpers import internals
 from tests.helpers.optim import mlp, parameter, set_gradients, train
 
@@ -197,12 +199,18 @@ class OnMps(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         assert "eig" not in str(func), "aten::_linalg_eigh is not implemented for mps"
+        if "baddbmm" in str(
+            func
+        ):  # up to torch 2.13 it adds 0 x what is there, and that may be NaN
+            assert kwargs.get("beta") != 0, "mps reads what beta=0 multiplies"
         leaves = kwargs.pop("device", None)
         if leaves is not None and torch.device(leaves).type == "mps":
             leaves = None
         args, kwargs = tree_map(lambda t: t.inside if isinstance(t, OnMps) else t, (args, kwargs))
         result = func(*args, **kwargs)
         if leaves is not None:
+            kept = {t.dtype for t in args if isinstance(t, torch.Tensor)}
+            assert kept == {result.dtype} or result.dtype != torch.float64, "mps refuses this copy"
             return result
 
         def wrapped(t: Any) -> Any:
@@ -229,3 +237,30 @@ def test_what_apples_gpus_lack_is_measured_on_the_cpu() -> None:
     for got, expected in zip(measured.norms(odd), measured.norms(A), strict=True):
         assert torch.equal(got, expected)
     assert torch.equal(internals.square(odd), internals.square(A))
+
+    class Layer(nn.Module):
+        def forward(self) -> torch.Tensor:
+            return odd
+
+    assert coordinates(Layer()) == {"": pytest.approx(float(A.square().mean().sqrt()))}
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_apples_gpus_multiply_into_memory_that_holds_anything(
+    monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    def unwritten(_: str, shape: Any, dtype: torch.dtype, device: torch.device) -> OnMps:
+        assert device.type == "mps"
+        return OnMps(torch.full(shape, torch.nan, dtype=dtype))
+
+    def copy_(self: OnMps, source: OnMps) -> OnMps:  # torch's asks for a build with mps
+        self.inside.copy_(source.inside)
+        return self
+
+    monkeypatch.setattr("muonkit.newton_schulz.symmetric.scratch", unwritten)
+    monkeypatch.setattr(OnMps, "copy_", copy_)
+    A = parameter(1, 16, 8).detach()
+    odd = OnMps(A)
+    found = symmetric_product(odd, odd, alpha=2.0, blocks=blocks, name="A")
+    assert isinstance(found, OnMps)
+    torch.testing.assert_close(found.inside, 2 * A @ A.mT)

@@ -93,6 +93,8 @@ def test_a_bias_that_hides_nothing_is_not_counted() -> None:
 def test_float16_logits_above_its_range_are_measured() -> None:
     q = torch.full((1, 1, 2, 64), 200.0, dtype=torch.float16)
     assert max_logits(q, q, scale=1.0).item() == pytest.approx(64 * 200.0**2)
+    with torch.autocast("cpu", torch.float16):
+        assert max_logits(q, q, scale=1.0).item() == pytest.approx(64 * 200.0**2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

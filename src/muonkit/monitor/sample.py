@@ -177,7 +177,7 @@ class Sampler:
             update = _adamw_update(first, second, float(state["step"]), group)
             tensors = grad, first, update, layouts.part(p, local(p))
             squares = [_square(t) for t in tensors[:3]]
-            broken = [(~t.isfinite()).sum() for t in tensors]
+            broken = [(~measurable(t).isfinite()).sum() for t in tensors]
             _, weight = self._weights.get(id(p), (p, squares[0].new_tensor(math.nan)))
             numbers = torch.stack([t.to(weight) for t in (*squares, weight, *broken)])
             self._measured.append(([Key(*key, 0)], "adamw", numbers[None] / self._copies(p)))

@@ -12,7 +12,8 @@ For a matrix A of m x n with m <= n, singular values σ_1 <= ... <= σ_m and p_i
 
 The σ are the square roots of the eigenvalues of AA^T. In float64 those below 1e-8 of the largest
 are rounding, which is less than float32 entries themselves leave of them. Apple's GPUs (mps) have
-neither float64 nor eigenvalues: their matrices are measured on the CPU.
+neither float64 nor eigenvalues, and some of Intel's (xpu) no float64: their matrices are measured
+on the CPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+
+from muonkit._torch import has_float64
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,13 +42,9 @@ SPECTRUM = ("min", "max", "entropy", "stable_rank", "effective_rank")
 CHUNK_BYTES = 2**26
 
 
-# Device types without float64, so without what is measured in it.
-WITHOUT_FLOAT64 = frozenset({"mps"})
-
-
 def measurable(A: Tensor) -> Tensor:
     """The tensor where it can be measured: itself, or its copy on the CPU."""
-    return A.cpu() if A.device.type in WITHOUT_FLOAT64 else A
+    return A if has_float64(A.device) else A.cpu()
 
 
 def norms(A: Tensor) -> tuple[Tensor, Tensor]:

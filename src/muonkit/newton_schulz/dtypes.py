@@ -18,8 +18,9 @@ it promises:
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,8 @@ from muonkit._text import unknown
 from muonkit._torch import cpu_capabilities
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from muonkit.newton_schulz.coefficients import Iterations
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "fastest_dtype",
     "products_dtype",
     "resolve_dtype",
+    "without_autocast",
 ]
 
 NS_DTYPES: dict[str, torch.dtype] = {
@@ -131,12 +135,20 @@ def fastest_dtype(device_type: str, index: int | None) -> Fastest:
         return _fastest_on_cpu()
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
-        if major >= 8:  # also true of every ROCm GPU with bf16 MFMA
+        if major >= 8 and not _is_old_amd(index):
             return Fastest(torch.bfloat16, "this GPU multiplies bfloat16 natively")
         return Fastest(torch.float32, f"this GPU ({major}.{minor}) emulates bfloat16")
     if device_type == "xpu":
         return Fastest(torch.bfloat16, "this GPU multiplies bfloat16 natively")
     return Fastest(torch.float32, f"nothing is known of bfloat16 products on {device_type!r}")
+
+
+def _is_old_amd(index: int | None) -> bool:
+    """Whether this is a GPU of AMD's without matrix units for bf16: older than CDNA and RDNA 3."""
+    if torch.version.hip is None:
+        return False
+    name = str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    return name in ("gfx900", "gfx906") or name.startswith("gfx10")
 
 
 def _fastest_on_cpu() -> Fastest:
@@ -152,3 +164,14 @@ def _fastest_on_cpu() -> Fastest:
     if have["avx512_bf16"]:
         return Fastest(torch.float32, "this CPU has avx512_bf16 but no AMX: bfloat16 is slower")
     return Fastest(torch.float32, "this CPU has no units for bfloat16")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products are in the dtype that was asked for, also where autocast would lower it."""
+    kind = device.type
+    amp: Any = torch.amp  # untyped in torch 2.9
+    if torch.compiler.is_compiling() or not amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)

@@ -7,10 +7,9 @@ parameters or ranks.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +17,19 @@ from torch import Tensor
 from muonkit._compile import constant_result
 from muonkit._torch import is_watched_by_func
 from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, Triple, resolve
-from muonkit.newton_schulz.dtypes import NS_DTYPES, dtype_reason, products_dtype, resolve_dtype
+from muonkit.newton_schulz.dtypes import (
+    NS_DTYPES,
+    dtype_reason,
+    products_dtype,
+    resolve_dtype,
+    without_autocast,
+)
 from muonkit.newton_schulz.forms import check_form, choose_form, product_flops, segments
 from muonkit.newton_schulz.scratch import is_kept, scratch
 from muonkit.newton_schulz.symmetric import block_count, general_product, method, symmetric_product
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
 
     from muonkit.newton_schulz.coefficients import Coefficients
 
@@ -93,7 +97,7 @@ def orthogonalize(
     exact, triples, margin, dtype, balanced = _constants(*options, G.dtype, G.device)
     if G.numel() == 0:
         return G.clone()
-    with _without_autocast(G.device):
+    with without_autocast(G.device):
         X = _normalize(G.reshape(-1, rows, cols), margin, dtype, differentiable=True)
         if exact:
             O = _exact(X)
@@ -112,17 +116,6 @@ def _is_transformed(G: Tensor) -> bool:
         return False
     dual = torch.autograd.forward_ad.unpack_dual(G)  # type: ignore[no-untyped-call]
     return is_watched_by_func(G) or dual.tangent is not None
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products are in the dtype that was asked for, also where autocast would lower it."""
-    kind = device.type
-    amp: Any = torch.amp  # untyped in torch 2.9
-    if torch.compiler.is_compiling() or not amp.is_autocast_available(kind):
-        return contextlib.nullcontext()
-    if not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def orthogonalize_(
@@ -144,7 +137,7 @@ def orthogonalize_(
     if X.numel():
         batch = X if X.ndim == 3 else X.view(-1, rows, cols)
         if exact:
-            with _without_autocast(X.device):
+            with without_autocast(X.device):
                 batch.copy_(_exact(_normalize(batch, margin, dtype)))
         else:
             flat = [number for triple in triples for number in triple]
@@ -406,7 +399,8 @@ def _by_iteration(X: Tensor, triples: tuple[Triple, ...], tall: bool, out: Tenso
             torch.mul(A, b, out=P)
         diagonal.add_(a)
         target = out if number == len(triples) else None
-        X = _apply(torch.bmm, (), P, X, tall, target)
+        factors = (X, P) if tall else (P, X)
+        X = torch.bmm(*factors) if target is None else torch.bmm(*factors, out=target)
     return X
 
 
@@ -486,7 +480,7 @@ def _newton_schulz_(
     count, rows, cols = G.shape
     looks = G.device.type == "cpu"
     together = _together(count, rows, cols, dtype) if looks else count
-    with _without_autocast(G.device):
+    with without_autocast(G.device):
         for some in (G,) if together >= count else torch.split(G, together):
             out = some if dtype == G.dtype and some.is_contiguous() else None
             X = _normalize(some, margin, dtype, looks=looks)

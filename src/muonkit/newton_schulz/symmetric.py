@@ -118,8 +118,10 @@ def general_product(
     right = L.mT if R is L else R
     if name is not None:
         C = _empty(name, (L.shape[0], L.shape[1], right.shape[2]), L)
-        # beta = 0: what C holds is not read.
-        torch.baddbmm(C if D is None else D, L, right, beta=beta, alpha=alpha, out=C)
+        if D is None:
+            _multiply(L, right, alpha, C)
+        else:
+            torch.baddbmm(D, L, right, beta=beta, alpha=alpha, out=C)
     elif D is not None:
         C = torch.baddbmm(D, L, right, beta=beta, alpha=alpha)
     else:
@@ -170,7 +172,7 @@ def _products(L: Tensor, R: Tensor, alpha: float, h: int, step: int, row: int, c
     count = B * J
     if B == 1 or (L.stride(0) == m * L.stride(1) and R.stride(0) == m * R.stride(1)):
         # A contiguous result: torch hands all of the batch to BLAS at once, which spreads it over
-        # the threads. beta = 0: what T holds is not read.
+        # the threads.
         T = _empty("block", (count, h, h), L)
         _, rows, cols = L.stride()
         lower = L.as_strided(
@@ -180,13 +182,21 @@ def _products(L: Tensor, R: Tensor, alpha: float, h: int, step: int, row: int, c
         upper = R.as_strided(
             (count, k, h), (step * rows, cols, rows), R.storage_offset() + col * rows
         )
-        torch.baddbmm(T, lower, upper, beta=0, alpha=alpha, out=T)
+        _multiply(lower, upper, alpha, T)
         return T.view(B, J, h, h)
     T = _empty("block", (B, J, h, h), L)
     for j in range(0, m, step):
         lower, upper = L[:, row + j : row + j + h], R[:, col + j : col + j + h]
         T[:, j // step] = torch.bmm(lower, upper.mT).mul_(alpha)
     return T
+
+
+def _multiply(L: Tensor, R: Tensor, alpha: float, out: Tensor) -> None:
+    """alpha L R, in memory whose contents do not matter."""
+    if out.device.type == "mps":  # its baddbmm adds 0 x NaN, up to torch 2.13 (pytorch#187521)
+        torch.bmm(L, R, out=out).mul_(alpha)
+    else:
+        torch.baddbmm(out, L, R, beta=0, alpha=alpha, out=out)
 
 
 def _store(C: Tensor, T: Tensor, D: Tensor | None, beta: float, step: int, row: int) -> Tensor:

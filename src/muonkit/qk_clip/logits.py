@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from muonkit.distributed.layout import is_dtensor, local
+from muonkit.newton_schulz.dtypes import without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,21 @@ def max_logits(
             sequence (context parallelism).
     """
     query, key, attn_mask, offset = _plain(query, key, attn_mask, is_causal)
+    with without_autocast(query.device):  # float16 has no logit above 65,504
+        return _max_logits(query, key, attn_mask, offset, scale, block)
+
+
+def _max_logits(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    offset: int | None,
+    scale: float | None,
+    block: int | None,
+) -> Tensor:
+    """`max_logits` of plain tensors; `offset` is how many more columns than its number a row sees,
+    None for all.
+    """
     width, cols = query.shape[-1], key.shape[-2]
     heads, kv_heads = query.shape[-3], key.shape[-3]
     if kv_heads == 0 or heads % kv_heads:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from muonkit.newton_schulz.triton.blocks import FEWEST_ROWS, choose, kind_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["DTYPES", "available", "pays", "precision", "row_blocks", "symmetric_product"]
 
@@ -24,7 +29,8 @@ def available(device: torch.device) -> bool:
     """Whether `symmetric_product` can run for tensors on this device. Never raises; cached.
 
     True on NVIDIA GPUs from Ampere on (before it, bf16 is not multiplied natively) and on ROCm,
-    where Triton can be imported.
+    where Triton can be imported and can launch kernels. A Triton that cannot, for want of a C
+    compiler as in some small container images, is warned of once.
     """
     return device.type == "cuda" and _gpu_available(device.index)
 
@@ -34,9 +40,25 @@ def _gpu_available(index: int | None) -> bool:
     try:
         if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
             return False
-        importlib.import_module("muonkit.newton_schulz.triton.symmetric_kernel")
+        kernel = importlib.import_module("muonkit.newton_schulz.triton.symmetric_kernel")
     except Exception:
         # Whatever a broken driver or installation raises: there is no kernel then.
+        return False
+    return _can_launch(kernel.start_driver)
+
+
+@functools.cache
+def _can_launch(start_driver: Callable[[], None]) -> bool:
+    """Asked before anything is computed: at the first launch a step would be half done."""
+    try:
+        start_driver()
+    except Exception as error:
+        warnings.warn(
+            f"Triton cannot launch kernels here ({type(error).__name__}: {error}): muonkit takes "
+            "torch's own products, which are slower. Triton needs a C compiler (gcc or clang) and "
+            "Python's headers.",
+            stacklevel=2,
+        )
         return False
     return True
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from muonkit.newton_schulz.triton.blocks import choose, kind_of, tile_count
 
-__all__ = ["GROUP", "kernel", "launch", "tile_of"]
+__all__ = ["GROUP", "kernel", "launch", "start_driver", "tile_of"]
 
 # Rows of tiles that are walked together: programs that run at the same time then share their slices
 # of L and R in the L2 cache. 8 is the value of Triton's own matrix product tutorial.
@@ -172,6 +172,15 @@ def kernel(
         exists = (cols[:, None] < m) & (rows[None, :] < m)
         tl.store(C + cols[:, None] * m + rows[None, :], mirrored, mask=exists)
     tl.store(C + rows[:, None] * m + cols[None, :], value, mask=inside)
+
+
+def start_driver() -> None:
+    """Load what Triton launches kernels with; it compiles a part of that, in C, the first time.
+
+    Raises:
+        RuntimeError and others of Triton's: it cannot.
+    """
+    triton.runtime.driver.active.get_current_target()
 
 
 def launch(
