@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from muonkit import routing
 from muonkit._text import unknown
+from muonkit._torch import has_float64
 from muonkit.routing.judge import Undecided, is_vector, judge
-from muonkit.routing.places import unwrap
+from muonkit.routing.places import EMBEDDINGS, unwrap
 from muonkit.routing.routes import Routes, RoutingError
 from muonkit.routing.survey import survey
 from muonkit.views import blocks_of
@@ -225,7 +226,7 @@ def _padding_rows(model: nn.Module) -> dict[int, list[int]]:
     """Rows of embeddings that have no gradient and are zero, by the parameter's id."""
     rows: dict[int, list[int]] = {}
     for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+        if isinstance(module, EMBEDDINGS) and module.padding_idx is not None:
             rows.setdefault(id(module.weight), []).append(module.padding_idx)
     return rows
 
@@ -292,7 +293,7 @@ def _role(r: Route, facts: Survey, tied: str) -> str:
             )
         return "hidden"
     key, sites = id(r.param), facts.sites[id(r.param)]
-    looked_up = any(isinstance(site.owner, nn.Embedding | nn.EmbeddingBag) for site in sites)
+    looked_up = any(isinstance(site.owner, EMBEDDINGS) for site in sites)
     if key in facts.heads:
         if looked_up and tied == "refuse":
             raise RoutingError(
@@ -383,7 +384,8 @@ def coordinates(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, fl
         def note(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
                 total = squares.setdefault(name, [0.0, 0.0])
-                total[0] += output.double().square().sum().item()
+                wide = output.detach() if has_float64(output.device) else output.detach().cpu()
+                total[0] += wide.double().square().sum().item()
                 total[1] += output.numel()
 
         return note

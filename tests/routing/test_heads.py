@@ -319,6 +319,53 @@ def test_pitfall_39_no_layer_of_a_block_is_a_head(case: str) -> None:
     assert all(r.algorithm == "muon" for r in route(PARTS[case]) if r.param.ndim == 2)
 
 
+@pytest.mark.parametrize(
+    "names",
+    ["wq wk wv", "q_lin k_lin v_lin", "query_proj key_proj value_proj", "Wqkv", "query_key_value"],
+)
+def test_the_last_layer_of_an_attention_is_hidden_however_q_k_and_v_are_named(names: str) -> None:
+    each = names.split()
+    mixer = Holder(**{name: nn.Linear(D, 3 * D // len(each)) for name in each}, out=nn.Linear(D, D))
+    mixer.head_dim = D
+    model = Holder(embed=nn.Embedding(10, D), mixer=mixer, norm=nn.LayerNorm(D), fc=nn.Linear(D, 2))
+    assert heads(model) == {"fc"}
+
+
+def test_a_second_name_of_a_part_is_not_where_the_model_ends() -> None:
+    """grad-cam's target layer, transfer learning's features, the encoder of an autoencoder."""
+
+    def mlp() -> nn.Sequential:
+        sizes = (4, D, D)
+        hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*hidden, nn.Linear(D, 3))
+
+    target, cut, renamed = mlp(), mlp(), mlp()
+    assert heads(Holder(model=target, target_layer=target[2])) == {"model.4"}
+    assert heads(Holder(model=cut, features=nn.Sequential(*cut[:-1]))) == {"model.4"}
+    assert heads(Holder(features=nn.Sequential(*renamed[:-1]), model=renamed)) == {"model.4"}
+    auto = Holder(
+        encoder=nn.Sequential(nn.Linear(20, D), nn.ReLU(), nn.Linear(D, 3)),
+        decoder=nn.Sequential(nn.Linear(3, D), nn.ReLU(), nn.Linear(D, 20)),
+    )
+    expected = {f"ae.{name}" for name in heads(auto)}
+    assert heads(Holder(ae=auto, encoder=auto.encoder)) == expected
+    generator, critic = mlp(), nn.Sequential(nn.Linear(3, D), nn.ReLU(), nn.Linear(D, 1))
+    gan = Holder(G=generator, D=critic, gan=nn.Sequential(generator, critic))
+    assert heads(gan) == {"G.4", "D.2"}
+
+
+def test_policy_and_value_are_heads_where_nothing_attends() -> None:
+    model = Holder(body=nn.Linear(4, D), fc_policy=nn.Linear(D, 3), fc_value=nn.Linear(D, 1))
+    assert heads(model) == {"fc_policy", "fc_value"}
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_raw_head_beside_nothing_but_embeddings(kind: type[nn.Module]) -> None:
+    model = Holder(embed=kind(50, D))
+    model.head = raw(D, 50)
+    assert by_name(model)["head"].reason.startswith("output head")
+
+
 def test_the_table_says_why_a_blocks_last_layer_is_hidden_and_that_a_guess_is_one() -> None:
     assert "last layer of a block" in by_name(Block())["down.weight"].reason
 

@@ -98,6 +98,8 @@ def test_a_width_of_three_inputs_beside_a_value_projection_is_no_fused_qkv() -> 
     # Deformable attention's offsets: two coordinates by heads, levels and points.
     offsets = attention("offsets", 3 * D, num_heads=2, value_proj=nn.Linear(D, D))
     assert got(offsets, "a.offsets.weight")[1] == "matrix"
+    offsets = attention("offsets", 3 * D, num_heads=2, wq=nn.Linear(D, D))
+    assert got(offsets, "a.offsets.weight")[1] == "matrix"
 
 
 def test_fused_gate_and_up() -> None:

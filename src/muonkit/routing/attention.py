@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from muonkit.routing.judge import Undecided, judge
 from muonkit.routing.layouts import HeadCounts, head_counts, is_by_head, is_fused_qkv
+from muonkit.routing.names import makes
 from muonkit.routing.numbers import CONFIGS, HEADS, first_number, number, stated
 from muonkit.routing.places import Site, name_set, unwrap
 from muonkit.routing.rules import RoutingError
@@ -34,9 +35,6 @@ __all__ = [
     "find_attention",
 ]
 
-_AFFIXES = r"(?:(?:to|proj|linear|lin|fc|w|W)_?)?(?:{})(?:_?(?:proj|lin|linear|layer|attn))?"
-_Q, _K, _V = (re.compile(_AFFIXES.format(names)) for names in ("q|query", "k|key", "v|value"))
-_KV = name_set("kv to_kv kv_proj proj_kv Wkv wkv W_kv w_kv kv_linear linear_kv lin_kv kv_layer")
 _O = name_set(
     "o o_proj out out_proj proj c_proj dense to_out wo Wo w_o W_o lin_o out_lin out_linear o_lin "
     "linear_out linear_o output_proj proj_out output linear_proj attn_out att_out attn_proj fc_o"
@@ -313,10 +311,10 @@ def _kind(site: Site, rows: int, cols: int) -> str | None:
     if isinstance(site.owner, nn.MultiheadAttention):
         return _OF_TORCH.get(site.label)
     name = site.owner_name
-    for kind, pattern in (("q", _Q), ("k", _K), ("v", _V)):
-        if pattern.fullmatch(name):
-            return kind
-    for kind, names in (("kv", _KV), ("q_up", _Q_UP), ("kv_up", _KV_UP), ("kv_down", _KV_DOWN)):
+    made = makes(name)
+    if made and made != "qkv":
+        return made
+    for kind, names in (("q_up", _Q_UP), ("kv_up", _KV_UP), ("kv_down", _KV_DOWN)):
         if name in names:
             return kind
     in_output = name == "0" and len(site.parts) > 1 and site.parts[-2] in _O  # to_out.0

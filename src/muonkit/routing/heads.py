@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from muonkit._torch import held_parameters, own_parameters
-from muonkit.routing.places import Models, name_set, weights
+from muonkit.routing.names import makes
+from muonkit.routing.places import EMBEDDINGS, Models, name_set, weights
 from muonkit.routing.verdicts import is_vector
 
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ TOWER = re.compile(
 _ENCODER = re.compile(r"(.*_)?enc(oder)?s?(_.*)?|backbone|features?|trunk|body|stem")
 
 
-# A composite with these inside attends: what it gives is hidden.
-_ATTENTION = name_set("q k v qkv query key value q_proj k_proj v_proj to_q to_k to_v to_kv to_qkv")
 # Below these nothing is an output: attention, what prepares the input, what chooses experts.
 _HIDDEN_ABOVE = re.compile(r".*(attn|attention)(_.*)?|(.*_)?(pre_?net|router|gate)")
 
@@ -155,7 +154,8 @@ def given_heads(root: Node, heads: Iterable[str | nn.Module]) -> dict[int, str]:
             have = ", ".join(repr(n.path) for n in root.below() if n.is_layer)
             raise ValueError(
                 f"heads has {what}, which {'has no layer' if nodes else 'is no module'} of this "
-                f"model; the layers are {have[:300]}"
+                f"model; the layers are {have[:300] or 'none'}. What is none is given to AdamW by "
+                "a Rule(name, algorithm='adamw')"
             )
         for layer in layers:
             _claim(found, layer, "given in heads")
@@ -238,7 +238,7 @@ class _Search:
             return False
         if _STRONG.fullmatch(name):
             return not name.startswith("pre_")
-        if not _WEAK.fullmatch(name) or (name in _ATTENTION and _attends(node.parent)):
+        if not _WEAK.fullmatch(name) or (makes(name) and _attends(node.parent)):
             return False
         # A model that names its output itself may call a hidden transform "head" (ModernBERT does).
         if any(
@@ -329,7 +329,7 @@ class _Search:
         return [end for kid in kids if not _is_fed_on(kid, kids) for end in self.ends(kid)]
 
     def _ends_of_module(self, node: Node, kids: list[Node]) -> list[Node]:
-        main = [kid for kid in kids if not kid.serves]
+        main = [kid for kid in kids if not kid.serves and not self._is_second_name(kid, kids)]
         if not main:
             return []
         last = main[-1]
@@ -346,6 +346,19 @@ class _Search:
             if tower or any(_is_parallel(kid, other, main) for other in beside):
                 ends += self.ends(kid)
         return ends
+
+    def _is_second_name(self, kid: Node, kids: Sequence[Node]) -> bool:
+        """Whether it only names a part of what stands beside it: `features` beside the whole
+        `model`. What leaves it goes on in that.
+        """
+        own = _layers_of(kid)
+        if not own or TOWER.fullmatch(kid.name) or any(id(n) in self.found for n in kid.below()):
+            return False
+        return any(own < _layers_of(other) for other in kids)
+
+
+def _layers_of(node: Node) -> frozenset[nn.Module]:
+    return frozenset(each.module for each in node.below() if each.is_layer)
 
 
 _GUESS = "a guess"
@@ -382,7 +395,7 @@ def _is_output_of_root(node: Node, label: str) -> bool:
         return False
     # It takes what the last layer gives.
     given = node.main[-1].gives if node.main else None
-    tables = (n.module for n in node.below() if isinstance(n.module, nn.Embedding))
+    tables = (n.module for n in node.below() if isinstance(n.module, EMBEDDINGS))
     widths = {given} if node.main else {table.embedding_dim for table in tables}
     param = own_parameters(node.module)[label]
     return param is not None and not widths.isdisjoint(param.shape)
@@ -406,13 +419,13 @@ def _is_encoder(node: Node) -> bool:
 
 
 def _attends(node: Node | None) -> bool:
+    """Whether a composite has layers that make two of q, k and v: what it gives is hidden."""
     if node is None:
         return False
     if isinstance(node.module, nn.MultiheadAttention):
         return True
-    return len(_ATTENTION & node.kids.keys()) >= 2 or bool(
-        {"qkv", "to_qkv", "to_kv", "q_proj"} & node.kids.keys()
-    )
+    made = {each for name in node.kids for each in makes(name)}
+    return len(made) >= 2 or "q_proj" in node.kids
 
 
 def _gives_hidden(node: Node, *, named: bool) -> bool:
@@ -491,7 +504,7 @@ def _takes(later: Node, earlier: Node) -> bool:
 def _is_parallel(kid: Node, head: Node, siblings: Sequence[Node]) -> bool:
     """Whether `kid` gives an output beside `head`: it is of the same kind, takes the same width or
     gives the same, stands beside it, and nothing later takes what it gives."""
-    if kid is head or kid.name in _ATTENTION or kid.is_layer != head.is_layer:
+    if kid is head or (makes(kid.name) and _attends(kid.parent)) or kid.is_layer != head.is_layer:
         return False
     if kid.is_layer and type(kid.module) is not type(head.module):
         return False

@@ -18,6 +18,7 @@ from muonkit._torch import FLAT_PARAMETER, own_parameters
 from muonkit.routing.layouts import UnknownLayout, fused_layout
 from muonkit.routing.numbers import number, widths_of
 from muonkit.routing.places import (
+    EMBEDDINGS,
     LORA,
     TRANSPOSED_CONVS,
     is_conv,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Undecided", "Verdict", "is_vector", "judge"]
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 _ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _GAINS = name_set("weight scale gamma g gain")
@@ -65,7 +65,7 @@ def judge(
     # A tied tensor is an embedding, whatever else it is (docs/pitfalls.md, 16).
     for site in sites:
         _refuse_shards(site, param)
-        if isinstance(site.owner, _EMBEDDINGS) and site.label == "weight":
+        if isinstance(site.owner, EMBEDDINGS) and site.label == "weight":
             return _embedding(site, param, id(param) in facts.heads)
     site = sites[0]
     if param.is_complex():
@@ -107,7 +107,7 @@ def _refuse_shards(site: Site, param: nn.Parameter) -> None:
     """A matrix seen as a 1-D shard would go to AdamW unnoticed (docs/pitfalls.md, 18)."""
     if (shard := unplaced_shard(param)) is not None:
         raise Undecided(f"is {shard}", final=True)
-    matrix_layer = isinstance(site.owner, (nn.Linear, *_EMBEDDINGS)) or is_conv(site.owner)
+    matrix_layer = isinstance(site.owner, (nn.Linear, *EMBEDDINGS)) or is_conv(site.owner)
     # A part of a parametrized weight, as weight norm's gain, is none of the layer's own.
     matrix_layer = matrix_layer and own_parameters(site.owner).get(site.label) is param
     flat = None

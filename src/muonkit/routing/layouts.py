@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch.nn as nn
 
 from muonkit._torch import own_modules, own_parameters
+from muonkit.routing.names import KV, QKV, QKV_BY_HEAD, makes
 from muonkit.routing.numbers import (
     CONFIGS,
     EXPERT_COUNTS,
@@ -32,7 +33,8 @@ from muonkit.routing.places import name_set
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from muonkit.routing.places import Site
+    from muonkit.routing.names import KV, QKV, QKV_BY_HEAD, makes
+from muonkit.routing.places import Site
 
 __all__ = [
     "HeadCounts",
@@ -45,19 +47,10 @@ __all__ = [
     "is_fused_qkv",
 ]
 
-# Surely fused q, k, v.
-_QKV = name_set(
-    "qkv qkv_proj proj_qkv wqkv Wqkv W_qkv w_qkv to_qkv attn_qkv qkv_linear qkv_layer "
-    "in_proj_qkv qkv_projection"
-)
-# Stored head by head (Megatron's order: GPT-NeoX, Bloom, Falcon, Persimmon, Qwen3-Next).
-_QKV_BY_HEAD = name_set("query_key_value linear_qkv in_proj_qkvz")
 # Fused q, k, v in some models and something else in others: only if the shape says so too.
 _QKV_PERHAPS = name_set("c_attn in_proj att_proj attn_proj attn_in_proj")
+# In whatever name ("to_q_mlp"): see where it is used.
 _ONE_OF_QKV = re.compile(r"(^|_)(q|k|v|query|key|value)(_|$)")
-_KV = name_set(
-    "kv to_kv kv_proj proj_kv Wkv wkv W_kv w_kv kv_linear linear_kv lin_kv kv_layer key_value"
-)
 _GATE_UP = name_set("gate_up_proj gate_up up_gate_proj gate_and_up_proj w13 w12 w1_w3")
 # A layer and the one that takes its output. Where the second takes half of what the first gives,
 # the first fuses two matrices (gate and up of a GLU; x and z of a Mamba block).
@@ -117,7 +110,7 @@ def fused_layout(site: Site, rows: int, cols: int, *, sure: bool = True) -> tupl
         return _fused_by_name(site, rows, cols)
     if is_by_head(site):
         return _by_head(site, rows, "fused q, k, v, stored head by head")
-    if name in _QKV:
+    if name in QKV:
         found = (
             _qkv_of_unequal_heads(site, rows)
             or _qkv_of_unequal_parts(site, rows, cols)
@@ -136,7 +129,7 @@ def fused_layout(site: Site, rows: int, cols: int, *, sure: bool = True) -> tupl
             # LFM's gated convolution fuses three other matrices; they are cut the same way.
             found = found[0], "three fused matrices: row blocks"
         return found or _halves(site, rows)
-    if name in _KV:
+    if name in KV:
         return _kv(site, rows, cols)
     # A shared q and k, as Reformer's, has no more rows than one of them.
     if name in ("qk", "to_qk", "qk_proj") and rows == 2 * cols:
@@ -157,14 +150,14 @@ def _fused_by_name(site: Site, rows: int, cols: int) -> tuple[str, str] | None:
     """For a matrix of which nothing says whether it is stored out × in, or in × out."""
     name = site.owner_name
     below = getattr(site.parent, _TAKES_OUTPUT.get(name, ""), None)
-    if name in _QKV or (name in _GATE_UP and below is None and rows != cols):
+    if name in QKV or (name in _GATE_UP and below is None and rows != cols):
         # q, k and v together have more outputs than inputs; gate and up too, but in small experts.
         found = fused_layout(site, max(rows, cols), min(rows, cols)) if rows != cols else None
         if found is not None and rows > cols:
             return found
         if found is not None:
             return f"transpose > {found[0]}", f"{found[1]} (stored in × out)"
-    if name in _QKV | _QKV_BY_HEAD | _KV | _GATE_UP:
+    if name in QKV | QKV_BY_HEAD | KV | _GATE_UP:
         raise UnknownLayout(
             f"several fused matrices, by the name {name}, but nothing tells whether it is stored "
             "out × in or in × out"
@@ -297,9 +290,9 @@ def is_by_head(site: Site) -> bool:
     """Whether a layer that fuses q, k and v has a group of heads after the other: Megatron's order
     by its names, and plain names over it: GPT-BigCode's multi-head form, and CodeGen.
     """
-    if site.owner_name in _QKV_BY_HEAD:
+    if site.owner_name in QKV_BY_HEAD:
         return True
-    if site.owner_name not in _QKV | _QKV_PERHAPS:
+    if site.owner_name not in QKV | _QKV_PERHAPS:
         return False
     parent = site.parent
     codegen = type(parent).__name__.startswith("CodeGen")
@@ -310,7 +303,7 @@ def is_by_head(site: Site) -> bool:
 def is_fused_qkv(site: Site, rows: int, cols: int) -> bool:
     """Whether a linear layer surely makes the q, k and v of softmax attention."""
     name = site.owner_name
-    if name in _QKV or (name in _QKV_BY_HEAD and name != "in_proj_qkvz"):
+    if name in QKV or (name in QKV_BY_HEAD and name != "in_proj_qkvz"):
         return True
     if name in _QKV_PERHAPS:
         in_attention = site.parent is not None and "ttention" in type(site.parent).__name__
@@ -319,9 +312,11 @@ def is_fused_qkv(site: Site, rows: int, cols: int) -> bool:
 
 
 def _is_unnamed_attention(site: Site, width: int) -> bool:
+    if site.parent is None:
+        return False
     # Where q, k or v has a layer of its own too, this layer is no fused one: the offsets of
     # deformable attention have three times the width by chance.
-    if site.parent is None or any(_ONE_OF_QKV.search(name) for name in own_modules(site.parent)):
+    if any(makes(name) or _ONE_OF_QKV.search(name) for name in own_modules(site.parent)):
         return False
     counts = any(number(site.parent, name) for name in HEADS)
     return counts and any(taken == width for taken in _widths_taken(site, width))

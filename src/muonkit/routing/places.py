@@ -47,6 +47,7 @@ def name_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -231,7 +232,7 @@ class Node:
             return module.embed_dim, module.embed_dim
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             return module.input_size, module.hidden_size
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if isinstance(module, EMBEDDINGS):
             return None, module.embedding_dim
         if not self.linears.is_sure(module):
             return None, None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch.nn as nn
 
 from muonkit.routing.heads import TOWER
-from muonkit.routing.places import CONVS, is_depthwise, weights
+from muonkit.routing.places import CONVS, EMBEDDINGS, is_depthwise, weights
 
 if TYPE_CHECKING:
     from muonkit.routing.places import Node
@@ -44,7 +44,7 @@ def find_stems(root: Node) -> dict[int, str]:
         elif node.is_linear and _is_patch_embedding(node):
             stems |= {id(w): "linear embedding of the input (stem)" for w in weights(node)}
             something_before = True
-        elif node.is_linear or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        elif node.is_linear or isinstance(module, EMBEDDINGS):
             something_before = True
     return stems
 
