@@ -20,7 +20,7 @@ from rich.console import Console
 from muonkit.lab import data, plots, report
 from muonkit.lab.cli import main
 from muonkit.lab.compare import Chosen, Comparison, Session, comparison
-from muonkit.lab.errors import LabError
+from muonkit.lab.errors import Interrupted, LabError, TaskError
 from muonkit.lab.optimizers import OPTIMIZERS
 from muonkit.lab.progress import Lines
 from muonkit.lab.report import caveat, notes
@@ -54,6 +54,9 @@ class Recording:
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return self.digits.steps_per_epoch(batch_size)
+
+    def go_to(self, seed: int, step: int) -> None:
+        self.digits.go_to(seed, step)
 
     def batch(self, seed: int, step: int, size: int) -> data.Batch:
         x, y = self.digits.batch(seed, step, size)
@@ -225,6 +228,43 @@ def test_every_optimizer_resumes_exactly(tmp_path: Path, optimizer: str) -> None
     resumed = again.train()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert (resumed.train_loss, resumed.val_loss) == (whole.train_loss, whole.val_loss)
+
+
+class Streamed(Recording):
+    """Notes where it was told to go; fails at one step, as a loader whose workers have ended."""
+
+    def __init__(self, stop: StopRequest | None = None) -> None:
+        super().__init__()
+        self.stop, self.asked = stop, 0
+        self.gone_to: list[tuple[int, int]] = []
+
+    def go_to(self, seed: int, step: int) -> None:
+        self.gone_to.append((seed, step))
+        self.asked = 0
+
+    def batch(self, seed: int, step: int, size: int) -> data.Batch:
+        if self.stop is not None and step == 3:
+            self.stop.received = True
+            raise TaskError("a worker exited")
+        self.asked += 1
+        return super().batch(seed, step, size)
+
+
+def test_a_loader_that_ctrl_c_has_ended_leaves_a_checkpoint_which_is_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    stop, run = StopRequest(), Run("muonw", 1e-2, 0)
+    setting = Setting(TASKS["digits"], Streamed(stop), 6, 32)
+    with pytest.raises(Interrupted, match="stopped at step 3"):
+        train(run, setting, tmp_path, stop, Silent())
+    streamed = Streamed()
+    again = Trainer(
+        run, Setting(TASKS["digits"], streamed, 6, 32), tmp_path, StopRequest(), Silent()
+    )
+    assert again.step == 3
+    again.train()
+    assert streamed.gone_to == [(0, 3)]  # before the first step that is timed
+    assert streamed.asked == 3
 
 
 # --- divergence, sweep ---
@@ -442,9 +482,23 @@ def _slowed(outcome: Outcome, times: float) -> Outcome:
             ],
             [
                 "MuonW reached AdamW's final loss with 1 of 2 seeds in 10 of 20 steps, 1.0 of 2.0 "
-                "s; mean of 2 seeds; the final losses may differ by chance (p = 0.937).",
+                "s; with that one; the final losses may differ by chance (p = 0.937).",
                 "SGD did not reach AdamW's final loss in 20 steps: it ended at 3.0000 nats, AdamW "
-                "at 2.1000; mean of 2 seeds.",
+                "at 2.1000; mean of 2 seeds; the final losses may differ by chance (p = 0.070).",
+            ],
+        ),
+        (  # AdamW overfits: whatever comes to its final loss is no better for it
+            [_outcome("adamw", 0, [4, 2, 1, 3.5, 4]), _outcome("muonw", 0, [4, 3, 2.5, 5, 6])],
+            [
+                "MuonW's lowest validation loss was 2.5000 nats, AdamW's 1.0000; one seed. AdamW's "
+                "rose again, to 4.0000 at the end (as MuonW's may: 6.0000): train for fewer steps."
+            ],
+        ),
+        (  # MuonW does
+            [_outcome("adamw", 0, [4, 3, 2]), _outcome("muonw", 0, [4, 1, 3])],
+            [
+                "MuonW reached AdamW's final loss in 7 of 20 steps, 0.7 of 2.0 s; one seed; then "
+                "it rose: it ended at 3.0000 nats, AdamW at 2.0000."
             ],
         ),
         (
@@ -464,6 +518,19 @@ def test_the_verdict_of_runs_that_diverged() -> None:
     lost = (_result("muonw", 0, None), Curve([0], [0], [1.0]))
     assert verdicts([lost]) == ["Every run diverged."]
     assert verdicts([lost, _outcome("adamw", 0, [4, 3])]) == ["MuonW diverged; one seed."]
+    # With some seeds: they are no silent part of a mean, nor is AdamW's where it is left out.
+    lost = (_result("muonw", 0, None), Curve([0], [0], [4.0]))
+    others = [_outcome("muonw", 1, [4, 2, 1]), _outcome("adamw", 0, [4, 3, 2])]
+    assert verdicts([lost, *others, _outcome("adamw", 1, [4, 3, 2])]) == [
+        "MuonW reached AdamW's final loss with 1 of 2 seeds in 10 of 100 steps, 1.0 of 2.0 s; with "
+        "that one. MuonW diverged with 1 of 2 seeds."
+    ]
+    gone = (_result("adamw", 1, None), Curve([0], [0], [1.0]))
+    sound = [_outcome("muonw", 0, [4, 3]), _outcome("muonw", 1, [4, 3])]
+    assert verdicts([*sound, _outcome("adamw", 0, [4, 1]), gone]) == [
+        "MuonW ended at the lowest validation loss, 3.0000 nats; mean of 2 seeds. AdamW diverged "
+        "with 1 of 2 seeds."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -837,6 +837,18 @@ def test_a_loader_that_is_shorter_than_it_says() -> None:
         data.batch(0, 2, 0)
 
 
+def test_a_validation_set_that_is_longer_than_it_says() -> None:
+    class Lies:
+        def __iter__(self) -> Iterator[Any]:
+            return itertools.repeat(torch.ones(2))
+
+        def __len__(self) -> int:
+            return 2
+
+    with pytest.raises(TaskError, match="have a length of 2 and more batches"):
+        OwnData([torch.ones(2)], Lies(), "t")
+
+
 def test_a_validation_set_that_changes(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.py").write_text(
         HEAD + "calls = []\n"

@@ -318,7 +318,26 @@ def _outcome(
         (
             [_outcome("muonw", [4, 3], 0.1, diverged=True), _outcome("adamw", [4, 3, 2], 0.1)],
             "adamw",
-            "Nothing else was compared, or it diverged.",
+            "MuonW diverged with 1 of 1 seeds.",
+        ),
+        ([_outcome("adamw", [4, 3, 2], 0.1)], "adamw", "Nothing else was compared."),
+        (
+            [_outcome("muonw", [4, 3, 1], 0.1), _outcome("adamw", [4, 2], 0.1, diverged=True)],
+            "muonw",
+            "It ended at the lowest validation loss, of those without a run that diverged. AdamW "
+            "diverged with 1 of 1 seeds.",
+        ),
+        (
+            [_outcome("muonw", [4, 2, 3, 5], 0.1), _outcome("adamw", [4, 1, 3, 4], 0.1)],
+            "adamw",
+            "It had the lowest validation loss, 1.0000, but AdamW's at least rose again: train for "
+            "fewer steps.",
+        ),
+        (
+            [_outcome("muonw", [4, 1, 3], 0.1), _outcome("adamw", [4, 3, 2], 0.1)],
+            "muonw",
+            "It came to AdamW's final loss in the fewest seconds. Its loss rose after that: stop "
+            "it there, or train for fewer steps.",
         ),
         (
             [_outcome("muonw", [4, 3, 1], 0.1), _outcome("sgd", [4, 3, 2], 0.1)],

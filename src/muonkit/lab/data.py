@@ -45,6 +45,11 @@ class Data(Protocol):
     def batch(self, seed: int, step: int, size: int) -> Any:
         """What the loss takes at one step (counted from 0): (inputs, targets), if it is ours."""
 
+    def go_to(self, seed: int, step: int) -> None:
+        """Be ready for this step: what takes time only where a run is taken up, which its measured
+        seconds are not to have.
+        """
+
     def validation(self) -> Iterator[Any]:
         """The fixed validation set, in batches."""
 
@@ -88,6 +93,9 @@ class ImageData:
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return _whole_batches(len(self.train_x), batch_size)
+
+    def go_to(self, seed: int, step: int) -> None:
+        """Every step is at hand."""
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch(size))
@@ -141,6 +149,9 @@ class TextData:
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return _whole_batches(len(self.train) // self.context, batch_size)
+
+    def go_to(self, seed: int, step: int) -> None:
+        """Every step is at hand."""
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         last = len(self.train) - self.context - 1

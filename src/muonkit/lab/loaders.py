@@ -76,7 +76,7 @@ class Source:
     def empty(self) -> TaskError:
         hint = ", and drop_last=True leaves out the only one" if _drops(self.given) else ""
         return TaskError(
-            f"{self.name} has no batches{hint}: give it more examples, or smaller ones"
+            f"{self.name} has no batches{hint}: give it more examples, or smaller batches of them"
         )
 
     def begin(self, *key: object) -> Iterator[Batch]:
@@ -294,20 +294,23 @@ class OwnData:
     # --- training ---
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
-        if (seed, step) != (self._seed, self._step):
-            self._rewind(seed, step)
+        self.go_to(seed, step)
         batch = self._next(step)
         self._step = step + 1
         return batch
 
-    def _rewind(self, seed: int, step: int) -> None:
+    def go_to(self, seed: int, step: int) -> None:
         """Begin the pass that has this step, and go through what lies before it."""
+        if (seed, step) == (self._seed, self._step):
+            return
         length = self._train.length
+        self._step = -1  # nowhere, until this is done
         self._seed, epoch = seed, step // length if length else 0
         begun = epoch * length if length else 0
         self._begin(epoch, begun)
         for earlier in range(begun, step):
             self._next(earlier)
+        self._step = step
 
     def _begin(self, epoch: int, step: int) -> None:
         self._epoch, self._batches = epoch, iter(())
@@ -357,10 +360,13 @@ class OwnData:
             except StopIteration:
                 break
             count += 1
-            if source.length is None and count > ENDLESS:
+            if count > (source.length or ENDLESS):
                 raise TaskError(
-                    f"{source.name} did not end after {ENDLESS:,} batches: give them an end, as "
-                    "itertools.islice does, or a length"
+                    f"{source.name} have a length of {source.length} and more batches: give them "
+                    "the length they have, or none"
+                    if source.length
+                    else f"{source.name} did not end after {ENDLESS:,} batches: give them an end, "
+                    "as itertools.islice does, or a length"
                 )
             add_to(digest, batch)
             if count == 1:

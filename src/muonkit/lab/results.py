@@ -98,7 +98,8 @@ class Curve:
 class Row:
     """One optimizer in the table. None: there is no such figure.
 
-    ``val_loss_p`` and ``accuracy_p`` are the p-values against AdamW.
+    ``val_loss_p`` and ``accuracy_p`` are the p-values against AdamW. ``reference_seconds`` are of
+    AdamW's whole runs, of the seeds that came to its final loss.
     """
 
     optimizer: str
@@ -117,6 +118,8 @@ class Row:
     val_loss_p: float | None
     accuracy_p: float | None
     embedding_lr: float | None = None
+    lowest_val_loss: Figure | None = None
+    reference_seconds: Figure | None = None
 
 
 Outcome = tuple[Result, Curve]
@@ -127,6 +130,8 @@ def _row(outcomes: Sequence[Outcome], reference: Sequence[Result]) -> Row:
     first = results[0]
     ends = {result.seed: result.val_loss for result in reference if result.val_loss is not None}
     reached = [curve.reaches(ends.get(result.seed, -math.inf)) for result, curve in outcomes]
+    took = {result.seed: result.seconds for result in reference}
+    came = [result.seed for result, point in zip(results, reached, strict=True) if point]
     against = reference if first.optimizer != REFERENCE else []
     decay = first.weight_decay
     return Row(
@@ -146,6 +151,8 @@ def _row(outcomes: Sequence[Outcome], reference: Sequence[Result]) -> Row:
         val_loss_p=welch([r.val_loss for r in results], [r.val_loss for r in against]),
         accuracy_p=welch([r.accuracy for r in results], [r.accuracy for r in against]),
         embedding_lr=first.embedding_lr,
+        lowest_val_loss=figure([min(c.losses, default=None) for _, c in outcomes]),
+        reference_seconds=figure([took[seed] for seed in came]),
     )
 
 
@@ -178,50 +185,103 @@ def verdicts(outcomes: Sequence[Outcome], unit: str = "nats") -> list[str]:
         return [_lowest(lines, unit)]
     others = [row for row in lines if row is not reference]
     others.sort(key=lambda row: row.optimizer != "muonw")
-    return [_verdict(row, reference, steps, unit) for row in others] or [_lowest(lines, unit)]
+    said = _risen_verdict if _rises(outcomes) else _verdict
+    return [said(row, reference, steps, unit) for row in others] or [_lowest(lines, unit)]
 
 
-def _seeds(row: Row) -> str:
-    return "one seed" if row.seeds == 1 else f"mean of {row.seeds} seeds"
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"mean of {count} seeds"
+
+
+def _is_sound(row: Row) -> bool:
+    """Whether no run of it diverged."""
+    return row.val_loss is not None and not row.diverged
+
+
+def _diverged(row: Row) -> str:
+    """Of a row in which some runs diverged."""
+    return f"{title_of(row.optimizer)} diverged with {row.diverged} of {row.seeds} seeds"
+
+
+def _rises(outcomes: Sequence[Outcome]) -> bool:
+    """Whether AdamW's curve was at its final loss long before its end: it has risen again, and what
+    reaches that loss is no better for it.
+    """
+    shares = []
+    for result, curve in outcomes:
+        if result.optimizer == REFERENCE and result.val_loss is not None:
+            point = curve.reaches(result.val_loss)
+            if point is not None and result.steps:
+                shares.append(point[0] / result.steps)
+    return bool(shares) and statistics.fmean(shares) < _LONG_BEFORE
+
+
+# Of the steps. A curve that falls with some noise comes to its final loss later.
+_LONG_BEFORE = 0.75
 
 
 def _lowest(lines: Sequence[Row], unit: str) -> str:
     """Where there is no AdamW to be compared with."""
-    sound = [row for row in lines if row.val_loss is not None]
-    if not sound:
+    there = [row for row in lines if row.val_loss is not None]
+    if not there:
         return "Every run diverged."
-    best = min(sound, key=lambda row: row.val_loss.mean if row.val_loss else math.inf)
-    assert best.val_loss is not None
-    loss = f"{best.val_loss.mean:.{_decimals(best.val_loss.mean)}f}"
+    best = min(there, key=lambda row: (not _is_sound(row), _mean(row.val_loss)))
+    loss = _shown_loss(_mean(best.val_loss))
     lowest = "ended at" if len(lines) == 1 else "ended at the lowest validation loss,"
-    return f"{title_of(best.optimizer)} {lowest} {loss}{unit}; {_seeds(best)}."
+    said = f"{title_of(best.optimizer)} {lowest} {loss}{unit}; {_seeds(best.seeds - best.diverged)}"
+    lost = [_diverged(row) for row in lines if not _is_sound(row)]
+    return f"{said}. {'; '.join(lost)}." if lost else f"{said}."
+
+
+def _risen_verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
+    """Where AdamW's final loss is no measure: by the lowest losses."""
+    name = title_of(row.optimizer)
+    ours, theirs = row.lowest_val_loss, reference.lowest_val_loss
+    if ours is None or theirs is None or row.val_loss is None:
+        return f"{name} diverged; {_seeds(row.seeds)}."
+    lost = f" {_diverged(row)}." if row.diverged else ""
+    return (
+        f"{name}'s lowest validation loss was {_shown_loss(ours.mean)}{unit}, AdamW's "
+        f"{_shown_loss(theirs.mean)}; {_seeds(row.seeds)}.{lost} AdamW's rose again, to "
+        f"{_shown_loss(_mean(reference.val_loss))} at the end (as {name}'s may: "
+        f"{_shown_loss(row.val_loss.mean)}): train for fewer steps."
+    )
 
 
 def _verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
     name, theirs = title_of(row.optimizer), reference.val_loss
     assert theirs is not None
     if row.val_loss is None:
-        return f"{name} diverged; {_seeds(row)}."
+        return f"{name} diverged; {_seeds(row.seeds)}."
     digits = _decimals(min(row.val_loss.mean, theirs.mean))
     ours = f"{row.val_loss.mean:.{digits}f}{unit}"
     ends = f"it ended at {ours}, AdamW at {theirs.mean:.{digits}f}"
-    reached, took, whole = row.steps_to_reference, row.seconds_to_reference, reference.seconds
+    lost = f". {_diverged(row)}" if row.diverged else ""
+    chance = ""
+    if row.val_loss_p is not None and row.val_loss_p >= 0.05:
+        chance = f"; the final losses may differ by chance (p = {p_value(row.val_loss_p)})"
+    reached, took, whole = row.steps_to_reference, row.seconds_to_reference, row.reference_seconds
     if reached is None or took is None or whole is None:
-        return f"{name} did not reach AdamW's final loss in {steps:,} steps: {ends}; {_seeds(row)}."
+        count = _seeds(row.seeds - row.diverged)
+        said = f"{name} did not reach AdamW's final loss in {steps:,} steps: {ends}"
+        return f"{said}; {count}{chance}{lost}."
+    if row.val_loss.mean > theirs.mean:
+        rose = "then it rose: " if reached.of == reached.runs else ""
+        chance = f"; {rose}{ends}{chance}"
     digits = 1 if whole.mean >= 1 else 3
     if took.mean <= whole.mean:
         time = f"{took.mean:,.{digits}f} of {whole.mean:,.{digits}f} s"
     else:
         time = f"but {took.mean:,.{digits}f} s where AdamW took {whole.mean:,.{digits}f} s in all"
-    apart = _uneven(row, reference)
-    some = "" if reached.of == reached.runs else f" with {reached.of} of {reached.runs} seeds"
+    some, count = "", _seeds(reached.of)
+    if reached.of < reached.runs:
+        some = f" with {reached.of} of {reached.runs} seeds"
+        count = "with that one" if reached.of == 1 else f"mean of these {reached.of}"
     said = f"{name} reached AdamW's final loss{some} in {reached.mean:,.0f} of {steps:,} steps"
-    chance = ""
-    if row.val_loss_p is not None and row.val_loss_p >= 0.05:
-        chance = f"; the final losses may differ by chance (p = {p_value(row.val_loss_p)})"
+    apart = _uneven(row, reference)
     if apart:
-        return f"{said}; {_seeds(row)}{chance}. {apart}"
-    return f"{said}, {time}; {_seeds(row)}{chance}."
+        return f"{said}; {count}{chance}{lost}. {apart}"
+    return f"{said}, {time}; {count}{chance}{lost}."
 
 
 def _uneven(row: Row, reference: Row) -> str:
@@ -238,6 +298,10 @@ def _uneven(row: Row, reference: Row) -> str:
         f"The seconds do not compare: forward and backward took {ours:,.0f} ms a step in its runs "
         f"and {theirs:,.0f} ms in AdamW's, so something else used this machine."
     )
+
+
+def _shown_loss(loss: float) -> str:
+    return f"{loss:.{_decimals(loss)}f}"
 
 
 def _decimals(loss: float) -> int:
@@ -259,18 +323,27 @@ class Advice:
 
 
 def advice(outcomes: Sequence[Outcome]) -> Advice | None:
-    """What to train with; None where every run of every optimizer diverged."""
+    """What to train with; None where every optimizer had a run that diverged."""
     lines = rows(outcomes)
-    sound = [row for row in lines if row.val_loss is not None and not row.diverged]
+    sound = list(filter(_is_sound, lines))
+    lost = "; ".join(_diverged(row) for row in lines if not _is_sound(row))
     reference = next((row for row in sound if row.optimizer == REFERENCE), None)
+    if not sound:
+        return None
     if reference is None:
-        if not sound:
-            return None
         best = min(sound, key=lambda row: _mean(row.val_loss))
-        return Advice(best.optimizer, "It ended at the lowest validation loss.")
+        left = f", of those without a run that diverged. {lost}" if lost else ""
+        return Advice(best.optimizer, f"It ended at the lowest validation loss{left}.")
     others = [row for row in sound if row is not reference]
     if not others:
-        return Advice(REFERENCE, "Nothing else was compared, or it diverged.")
+        return Advice(REFERENCE, f"{lost}." if lost else "Nothing else was compared.")
+    if _rises(outcomes):
+        best = min(sound, key=lambda row: _mean(row.lowest_val_loss))
+        return Advice(
+            best.optimizer,
+            f"It had the lowest validation loss, {_shown_loss(_mean(best.lowest_val_loss))}, but "
+            "AdamW's at least rose again: train for fewer steps.",
+        )
     there = [row for row in others if _reached(row)]
     if not there:
         return Advice(REFERENCE, _never_reached(others))
@@ -283,7 +356,10 @@ def advice(outcomes: Sequence[Outcome]) -> Advice | None:
         )
     best = min(there, key=_seconds)
     if _seconds(best) < _mean(reference.seconds):
-        return Advice(best.optimizer, "It came to AdamW's final loss in the fewest seconds.")
+        said = "It came to AdamW's final loss in the fewest seconds."
+        if _mean(best.val_loss) > _mean(reference.val_loss):
+            said += " Its loss rose after that: stop it there, or train for fewer steps."
+        return Advice(best.optimizer, said)
     return Advice(
         REFERENCE,
         f"{title_of(best.optimizer)} does not pay in seconds here: to AdamW's final loss it needed "

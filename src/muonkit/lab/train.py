@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -380,20 +381,31 @@ class Trainer:
         diverged = False
         if not self.records:
             diverged = not self._evaluate()
+        if self.step:
+            self.setting.data.go_to(self.run.seed, self.step)
         saved = time.monotonic()
         while self.step < self.setting.steps and not diverged:
-            diverged = not self._one_step()
+            try:
+                diverged = not self._one_step()
+            except TaskError:
+                # Ctrl-C ends the workers of a loader too, unless they were forked.
+                if self.stop.received:
+                    self._interrupt()
+                raise
             if self.step in self.setting.evaluation_steps and not diverged:
                 diverged = not self._evaluate()
             if diverged:
                 break  # no checkpoint: it would not know, and the run would go on from NaN
             if self.stop.received:
-                self.save()
-                raise Interrupted(f"stopped at step {self.step} of {self.run.title}")
+                self._interrupt()
             if time.monotonic() - saved >= self.setting.checkpoint_seconds:
                 self.save()
                 saved = time.monotonic()
         return self._finish(diverged)
+
+    def _interrupt(self) -> NoReturn:
+        self.save()
+        raise Interrupted(f"stopped at step {self.step} of {self.run.title}")
 
     def _one_step(self) -> bool:
         """One step of training; False when its loss is not finite."""
