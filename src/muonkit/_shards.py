@@ -72,13 +72,13 @@ def flat_model(model: Any) -> str | None:
 
 
 def unsharded_part(model: Any) -> str | None:
-    """Says in which module FSDP2 has whole parameters for now, and what to do; None where it has
-    none. It trains the shards, which an optimizer that is made now would not hold.
+    """Says in which module FSDP2 has no shards for now, and what to do; None where it has them
+    everywhere. It trains the shards, which an optimizer that is made now would not hold.
     """
     for name, part in model.named_modules():
         if is_unsharded(part):
             return (
-                "FSDP2 has put whole parameters in the place of the shards of "
+                "FSDP2 has put other tensors in the place of the shards of "
                 f"{name or 'the model itself'}, as it leaves them after a forward, but trains the "
                 "shards: make the optimizer before the first forward, or call reshard() of every "
                 "FSDPModule in model.modules() first"

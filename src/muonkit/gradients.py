@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from muonkit.distributed.exchange import together
+from muonkit._torch import has_float64
+from muonkit.distributed.exchange import check_ranks_agree
 from muonkit.distributed.layout import is_dtensor, local
 from muonkit.groups import name_of, parameter_names
 
@@ -62,8 +63,9 @@ def warn_if_idle(work: Work) -> None:
     if not any(params for _, params in work):
         warnings.warn(
             "no parameter of the optimizer has a gradient: nothing is trained. step() comes after "
-            "backward(). fully_shard, parallelize_module and the like put other parameters in "
-            "place of those that an optimizer was given before: make it after them, or put the "
+            "backward(). fully_shard, parallelize_module, to_empty() of a model on meta, "
+            "load_state_dict(assign=True) and the like put other parameters in place of those that "
+            "an optimizer was given before: make it after them, or put the "
             'new ones into its groups ("params") in their place',
             UserWarning,
             stacklevel=4,
@@ -201,8 +203,14 @@ def forget_scaler(optimizer: Any) -> None:
         vars(optimizer).pop(name, None)
 
 
+_CLIPPED = "all ranks clip alike, and none has been clipped: give the same arguments on all"
+
+
 def clip_gradients_(
-    params: Sequence[Any], layouts: Layouts, max_norm: float, error_if_nonfinite: bool
+    named: Sequence[tuple[str, Any]],
+    layouts: Layouts,
+    max_norm: float,
+    error_if_nonfinite: bool,
 ) -> Tensor:
     """Scale the gradients so that their norm over all ranks is at most `max_norm`.
 
@@ -210,8 +218,18 @@ def clip_gradients_(
     """
     domain = layouts.domain
     if domain is not None:
-        together(domain, "clip_grad_norm_")
-    params = [p for p in params if p.grad is not None]
+        asked = [
+            ("max_norm", repr(float(max_norm))),
+            ("error_if_nonfinite", f"{error_if_nonfinite}"),
+        ]
+        # To redistribute a gradient takes all ranks of its mesh.
+        asked += [
+            (f"the gradient of {name}", f"{p.grad.placements}")
+            for name, p in named
+            if lies_elsewhere(p)
+        ]
+        check_ranks_agree(domain, asked, {"": _CLIPPED}, call="clip_grad_norm_")
+    params = [p for _, p in named if p.grad is not None]
     by_copies: dict[int, list[Tensor]] = {}
     for p in params:
         if lies_elsewhere(p):
@@ -221,9 +239,9 @@ def clip_gradients_(
     grads = [grad for some in by_copies.values() for grad in some]
     where = torch.device("cpu") if not grads else grads[0].device
     where = where if domain is None else domain.device
-    # A gradient's dtype may not hold the square of its entries: 256² is beyond float16. (MPS has
-    # no float64.)
-    wide = torch.float32 if where.type == "mps" else torch.float64
+    # A gradient's dtype may not hold the square of its entries: 256² is beyond float16.
+    devices = {where, *(grad.device for grad in grads)}
+    wide = torch.float64 if all(map(has_float64, devices)) else torch.float32
     square = torch.zeros((), dtype=wide, device=where)
     for copies, some in by_copies.items():
         square += _square(some, wide).to(where) / copies

@@ -456,7 +456,7 @@ def check_names(group: Mapping[str, Any]) -> None:
 
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of `Muon.describe` for one group; frozen parameters are not counted."""
-    params = [p for p in group["params"] if p.requires_grad]
+    params = list(filter(is_trained, group["params"]))
     if group["algorithm"] == "adamw":
         return [{"group": number, "algorithm": "adamw", "parameters": len(params)}]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}

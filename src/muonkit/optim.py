@@ -51,6 +51,7 @@ from muonkit.groups import (
     complete_group,
     describe_group,
     drop_foreign_keys,
+    parameter_names,
     refuse_half_named,
     refuse_held,
     separate_lr,
@@ -67,7 +68,7 @@ from muonkit.settle import is_settled, known_of, predecessors, trained_of
 from muonkit.stages import kept_state, listed
 from muonkit.state import adopt_state, carried_state, check_parts, check_scales, ensure_state
 from muonkit.step import muon_step
-from muonkit.validate import refuse_zero_weights, validate_defaults, validate_group
+from muonkit.validate import holds_zeros, refuse_zero_weights, validate_defaults, validate_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -301,6 +302,16 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
         separate_lr(self.param_groups)
         self._settle_all(layouts, {})
+        self._refuse_zero_weights(self.param_groups, "construction")
+
+    def _refuse_zero_weights(self, groups: Sequence[dict[str, Any]], call: str) -> None:
+        """`refuse_zero_weights` of groups that all ranks have, once they are seen to be here."""
+        if self._layouts.domain is not None:
+            holding = sorted({name for group in groups for name in holds_zeros(group)})
+            told = [("constraint", ", ".join(holding))]
+            check_ranks_agree(self._layouts.domain, told, {"": _DISAGREE}, call=call)
+        for group in groups:
+            refuse_zero_weights(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys. Nothing is added when it raises."""
@@ -313,7 +324,6 @@ class Muon(Optimizer):
         added = self.param_groups.pop()
         drop_foreign_keys(added)
         validate_group(added)
-        refuse_zero_weights(added)
         separate_lr([added], self.param_groups)
         added["name"] = unused_name(added, self.param_groups)
         if added["algorithm"] == "muon":
@@ -322,6 +332,7 @@ class Muon(Optimizer):
         if "_layouts" in self.__dict__:  # else the constructor does it, for all groups together
             layouts = self._layouts.with_more(trained_of([added]))
             _refuse_unfit([added], layouts)
+            self._refuse_zero_weights([added], "add_param_group")
             self._go_by(layouts)
             self._make_state([added])
         self.param_groups.append(added)
@@ -634,10 +645,10 @@ class Muon(Optimizer):
         warn_if_idle(work)
         if not self._takes_place(verdict, vote):
             return
+        if scaled is not None:  # before gradients of partial sums are redistributed: into copies
+            scaled.unscale_(work)
         own, shared = self._batches(work, planned)
         adamw = self._adamw(work)
-        if scaled is not None:
-            scaled.unscale_(work)
         self._count_(work)
         count_(self.param_groups)
         for group, entries in adamw:
@@ -709,8 +720,12 @@ class Muon(Optimizer):
         with self._telling("clip_grad_norm_"):
             self._settle()
             refuse_sparse(with_gradients(self.param_groups))
-        params = [p for group in self.param_groups for p in group["params"]]
-        return clip_gradients_(params, self._layouts, max_norm, error_if_nonfinite)
+        named = [
+            (name, p)
+            for group in self.param_groups
+            for name, p in zip(parameter_names(group), group["params"], strict=True)
+        ]
+        return clip_gradients_(named, self._layouts, max_norm, error_if_nonfinite)
 
     def _agree(self, planned: PlannedStep, vote: int, scaled: Scaled | None) -> int:
         """The largest vote of all ranks, once they are seen to be about to do the same."""
@@ -760,8 +775,10 @@ class Muon(Optimizer):
         """This rank's part of a parameter that Muon trains."""
         state = self.state[p]
         ensure_state(state, p, group, self._layouts)
-        grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         layout = self._layouts.get(p)
+        if layout is None and VARIANCE not in state and SCALE not in state:
+            return LocalParam(p, local_gradient(p), state[MOMENTUM])  # no DTensor has no layout
+        grad, momentum = self._layouts.part(p, local_gradient(p)), local(state[MOMENTUM])
         copies = () if layout is None else layout.param_placement.copies()
         variance = steps = scale = None
         if kept_state(group) != "none":
@@ -795,7 +812,9 @@ class Muon(Optimizer):
             before, after and constraint (names, or "none"), selected (rows and columns of what is
             orthogonalized of each), period, scale, lr (after the scale).
         """
-        self._settle()
+        # No layouts are needed, and to find some may take all ranks: one alone may ask.
+        adopt_momentum(self.param_groups)
+        adopt_other_names(self.param_groups)
         return [
             row for n, group in enumerate(self.param_groups) for row in describe_group(n, group)
         ]

@@ -428,11 +428,11 @@ def whole_state(
     position, size = (0, 1) if domain is None else (domain.position, domain.size)
     if domain is None and dist.is_available() and dist.is_initialized():
         position, size = dist.get_rank(), dist.get_world_size()
-    if not 0 <= to < size:
-        raise ValueError(f"consolidate_state_dict(to={to}): there are ranks 0 to {size - 1}")
     if domain is not None:
         compared = [("the rank with the whole state", str(to)), *_to_compare(groups, state)]
         check_ranks_agree(domain, compared, _OTHERS, call="consolidate_state_dict")
+    if not 0 <= to < size:
+        raise ValueError(f"consolidate_state_dict(to={to}): there are ranks 0 to {size - 1}")
     if not any(is_dtensor(value) for entry in state.values() for value in entry.values()):
         return None
     whole: dict[Any, dict[str, Any]] = {}
@@ -450,8 +450,14 @@ _OTHERS = {"": "all ranks call consolidate_state_dict together, with the same st
 def _to_compare(
     groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
+    def said(entry: Mapping[str, Any] | None) -> str:
+        if entry is None:
+            return "none"
+        parts = {key: entry[key].placements for key in entry if is_a_part(entry[key])}
+        return ", ".join(f"{key} {parts.get(key, '')}".strip() for key in sorted(entry))
+
     return [
-        (f"the state of {name}", ", ".join(sorted(state[p])) if p in state else "none")
+        (f"the state of {name}", said(state.get(p)))
         for group in groups
         for name, p in zip(parameter_names(group), group["params"], strict=True)
     ]

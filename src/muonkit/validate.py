@@ -25,7 +25,15 @@ from muonkit.views import blocks_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["refuse_zero_weights", "validate_defaults", "validate_group", "validate_options"]
+__all__ = [
+    "OF_PARAMETERS",
+    "holds_zeros",
+    "refuse_zero_weights",
+    "validate_defaults",
+    "validate_group",
+    "validate_options",
+    "validate_parameters",
+]
 
 
 def validate_defaults(defaults: dict[str, Any]) -> None:
@@ -49,6 +57,19 @@ def validate_group(group: dict[str, Any]) -> None:
         ValueError, TypeError, RuntimeError: as documented in `Muon`.
     """
     validate_options(group)
+    validate_parameters(group)
+
+
+# The options by which `validate_parameters` judges.
+OF_PARAMETERS = ("algorithm", "view", "momentum_dtype", "adjust_lr_fn", "constraint")
+
+
+def validate_parameters(group: dict[str, Any]) -> None:
+    """Refuse parameters that the algorithm of the group cannot train with its options.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: there is one.
+    """
     for name, p in zip(parameter_names(group), group["params"], strict=True):
         _validate_parameter(name, p, group)
 
@@ -114,6 +135,13 @@ def validate_options(group: dict[str, Any]) -> None:
         raise ValueError(f"bytes_in_flight should be at least 1 but is: {cap}")
 
 
+def holds_zeros(group: Mapping[str, Any]) -> list[str]:
+    """The constraints of a group that keep a matrix of zeros as it is."""
+    if group["algorithm"] != "muon":
+        return []
+    return [c.name for c in stages_of(group).constraint if c.holds_zero()]
+
+
 @torch.no_grad()
 def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None:
     """Refuse matrices of zeros where a constraint would keep them so; frozen ones may be zero.
@@ -125,9 +153,7 @@ def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None
     Raises:
         ValueError: there is one.
     """
-    if group["algorithm"] != "muon":
-        return
-    holding = [c.name for c in stages_of(group).constraint if c.holds_zero()]
+    holding = holds_zeros(group)
     if not holding:
         return
     by_mesh: dict[Any, list[tuple[str, Tensor]]] = {}

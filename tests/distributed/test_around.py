@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -173,6 +174,67 @@ def a_scaler_changes_nothing_but_the_scale(layout: str) -> None:
         found.append(bits(model, optimizer))
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
+
+
+@CASES.on(2)
+def unscales_gradients_of_partial_sums() -> None:
+    """As norms under sequence parallelism have them: redistributed, they are copies."""
+    mesh = init_device_mesh("cpu", (2,))
+    kept = []
+    for scale in (1.0, 1024.0):
+        matrix, bias = (
+            nn.Parameter(distribute_tensor(t, mesh, [Replicate()]))
+            for t in (torch.ones(4, 4) + torch.eye(4), torch.ones(4))
+        )
+        optimizer = Muon(
+            [{"params": [matrix]}, {"params": [bias], "algorithm": "adamw", "lr": 0.1}], lr=0.02
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.ones(()))  # makes its scale
+        for p in (matrix, bias):
+            half = torch.eye(4) / 2 if p.ndim == 2 else torch.ones(4) / 2
+            p.grad = DTensor.from_local(scale * half, mesh, [Partial()])
+        scaler.step(optimizer)
+        states = optimizer.state[matrix], optimizer.state[bias]
+        kept.append((states[0]["momentum_buffer"].to_local(), states[1]["exp_avg"].to_local()))
+    torch.testing.assert_close(kept[1], kept[0], rtol=EXACT, atol=0)
+
+
+@CASES.on(4, constraint=["hyperball", "relative_update", "radial_brake"])
+def a_constraint_goes_by_each_copy_that_is_trained_by_itself(constraint: str) -> None:
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "shards"))
+    copy = grid.get_local_rank("apart")
+    drawn = torch.Generator().manual_seed(copy)
+    weight = (1 + 9 * copy) * torch.randn(8, 8, generator=drawn, dtype=torch.float64)
+    alone = nn.Parameter(weight.clone())
+    lies = {"device_mesh": grid["shards"], "placements": [Shard(0)], "src_data_rank": None}
+    one = nn.Parameter(distribute_tensor(weight, **lies))
+    other = torch.eye(8, dtype=torch.float64)
+    shared = nn.Parameter(distribute_tensor(other, grid, [Replicate(), Shard(0)]))
+    options: dict[str, Any] = {"lr": 0.1, "constraint": constraint, "ns_dtype": "float64"}
+    optimizer, reference = Muon([one, shared], **options), Muon([alone], **options)
+    for _ in range(3):
+        alone.grad = torch.randn(8, 8, generator=drawn, dtype=torch.float64)
+        one.grad = distribute_tensor(alone.grad.clone(), **lies)
+        shared.grad = distribute_tensor(other.clone(), grid, [Replicate(), Shard(0)])
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(one.detach().full_tensor(), alone.detach(), rtol=1e-12, atol=0)
+
+
+@CASES.on(2)
+def clips_alike_or_not_at_all() -> None:
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
+    optimizer = Muon([p])
+    p.grad = distribute_tensor(torch.ones(4, 4), mesh, [Replicate()])
+    with pytest.raises(RuntimeError, match=r"max_norm: 1\.0 on rank 0, but max_norm: 2\.0"):
+        optimizer.clip_grad_norm_(1.0 + rank)
+    if rank:
+        p.grad = DTensor.from_local(torch.ones(4, 4) / 2, mesh, [Partial()])
+    with pytest.raises(RuntimeError, match=r"the gradient of parameter 0"):
+        optimizer.clip_grad_norm_(1.0)
 
 
 @CASES.on(2, layout=["zero1", "fsdp2"], unscaled_before=[False, True])
@@ -537,6 +599,12 @@ def the_hook_leaves_gradients_where_the_state_lives() -> None:
     norms = [float(optimizer.clip_grad_norm_(1.0)) for _, optimizer, _ in runs]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(1.0, rel=1e-5)
+    watching = [len(p._backward_hooks) for p in model.parameters()]
+    for _ in range(2):
+        optimizer.reset_state()
+        model.zero_grad()
+        _accumulate(runs[1][2], runs[1][2].no_sync, 0)
+    assert [len(p._backward_hooks) for p in model.parameters()] == watching
 
 
 @CASES.on(2)
@@ -580,7 +648,10 @@ def the_hook_reads_no_result_that_is_only_queued() -> None:
         reduce_scatter(result, source, group).wait()
         return _Queued(out, result)
 
-    def reduced(tensor: Tensor, group: Any, async_op: bool) -> _Queued:
+    def reduced(tensor: Tensor, *rest: Any, async_op: bool = False, **named: Any) -> Any:
+        if not async_op:
+            return all_reduce(tensor, *rest, **named)
+        group = named["group"]
         result = tensor.clone()
         all_reduce(result, group=group)
         return _Queued(tensor, result)

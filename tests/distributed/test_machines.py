@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from muonkit import Muon, MuonW
+from muonkit.distributed.meshes import make_domain
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 from tests.helpers import internals
 from tests.helpers.ranks import Cases, Ranks, run, shared_folder
@@ -174,6 +175,24 @@ def _plays_a_rank() -> None:
 
 def test_a_process_that_plays_a_rank_of_many_steps() -> None:
     run(1, [_plays_a_rank], init=False)["_plays_a_rank"].check()
+
+
+def _has_other_devices() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    # DDP wants no `torch.cuda.set_device`: the current device is another rank's then.
+    own = torch.device("cuda", 1)
+    assert make_domain(dist.group.WORLD, [0, 1], "cuda", own).device == own
+    params = [nn.Parameter(torch.ones(9, 2, device=device)) for device in ("cpu", "meta")]
+    with pytest.raises(ValueError, match=r"several devices.* on cpu.* on meta.*an optimizer for"):
+        Muon(params, lr=0.1, process_group=dist.group.WORLD)
+    assert Muon(params, lr=0.1).plan().ranks == 1
+    dist.destroy_process_group()
+
+
+def test_buffers_are_where_the_parameters_are_and_these_on_one_device() -> None:
+    run(1, [_has_other_devices], init=False)["_has_other_devices"].check()
 
 
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())

@@ -399,6 +399,41 @@ def refuses_whole_parameters_in_the_place_of_shards() -> None:
         route(model)
 
 
+@CASES.on(4)
+def refuses_the_smaller_mesh_that_a_forward_leaves() -> None:
+    """`reshard_after_forward` as a number: shards on fewer ranks until the backward pass."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4))
+    for part in model:
+        fully_shard(part, reshard_after_forward=2)
+    fully_shard(model, reshard_after_forward=2)
+    with torch.no_grad():
+        model(torch.ones(2, 4))
+    with pytest.raises(RoutingError, match=r"other tensors in the place of the shards of 0"):
+        MuonW(model, lr=0.1)
+
+
+@CASES.on(2)
+def ranks_that_differ_in_what_they_ask_for_are_told() -> None:
+    """None waits for another: these decide what is exchanged."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    p = _sharded(init_device_mesh("cpu", (2,)), Shard(0), 4, 6)
+    torch.nn.init.ones_(p)
+    with pytest.raises(
+        RuntimeError, match=r"constraint:  on rank 0, but constraint: hyperball on rank 1"
+    ):
+        Muon([p], constraint="hyperball" if rank else ())
+    optimizer = Muon([p])
+    with pytest.raises(ValueError, match="there are ranks 0 to 1"):
+        optimizer.consolidate_state_dict(to=5)
+    with pytest.raises(RuntimeError, match="the rank with the whole state"):
+        optimizer.consolidate_state_dict(to=rank)
+    frozen = nn.Parameter(torch.ones(4, 4), requires_grad=rank == 0)
+    frozen.grad = None if rank else torch.ones(4, 4)
+    uneven = Muon([frozen], process_group=world)
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        uneven.step()
+
+
 @CASES.on(2, algorithm=["muon", "adamw"])
 def refuses_parameters_of_other_ranks(algorithm: str) -> None:
     parts = [_sharded(DeviceMesh("cpu", [rank]), Shard(0), 4, 6) for rank in (0, 1)]

@@ -88,6 +88,7 @@ class Layouts:
         """For other parameters, with what was asked for here."""
         other = Layouts(self.group, self.zero)
         other._asked, other.scattered = self._asked, self.scattered
+        other.averaged = self.averaged  # the hook goes on
         return other
 
     def with_more(self, groups: Sequence[Mapping[str, Any]]) -> Layouts:
@@ -138,6 +139,11 @@ class Layouts:
         for _, p, _ in named:  # these may lie on the DTensors' mesh
             if not is_dtensor(p):
                 self._keep(p, _of_plain(self, p))
+        if self.domain is None and self.group is not None and self.mesh is None:
+            # The others wait for this rank, whatever it has to train.
+            ranks = torch.distributed.get_process_group_ranks(self.group)
+            self.enter("process_group", self.group, ranks, "cpu", torch.device("cpu"))
+        self._check_devices([(name, p) for name, p, g in named if g["algorithm"] == "muon"])
         if self.zero and self.domain is None and not self._asked and other_ranks():
             raise ValueError(
                 "zero=1 shards the state over the ranks that have copies of a parameter, but "
@@ -145,16 +151,43 @@ class Layouts:
                 "ranks of DDP), or shard the model with fully_shard, which shards the state too"
             )
 
+    def _check_devices(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Refuse what other ranks share and this rank has on several devices: what arrives for
+        matrices that travel together lies on one.
+        """
+        first: dict[torch.device, str] = {}
+        for name, p in named:
+            layout = self.get(p)
+            if layout is not None and not layout.alone:
+                first.setdefault(local(p).device, name)
+        if len(first) > 1:
+            got = ", ".join(f"{name} on {device}" for device, name in first.items())
+            raise ValueError(
+                f"this rank has Muon's parameters on several devices ({got}), and other ranks "
+                "share them: keep those of one optimizer on one device, or make an optimizer for "
+                "each device"
+            )
+
     def _keep(self, p: Tensor, layout: Layout | None) -> None:
         if layout is not None:
             self._layouts[p] = layout
 
     def enter(
-        self, name: str, group: ProcessGroup | None, ranks: Sequence[int], device: str
+        self,
+        name: str,
+        group: ProcessGroup | None,
+        ranks: Sequence[int],
+        kind: str,
+        device: torch.device,
     ) -> None:
-        """Make these the optimizer's ranks, or see that they are."""
+        """Make these the optimizer's ranks, or see that they are.
+
+        Args:
+            kind: of the devices of the parameter's mesh.
+            device: where this rank's part of it is.
+        """
         if self.domain is None:
-            self.domain = make_domain(group, ranks, device)
+            self.domain = make_domain(group, ranks, kind, device)
             self._ranks = sorted(ranks)
         elif sorted(ranks) != self._ranks:
             raise ValueError(
@@ -271,8 +304,9 @@ def _of_dtensor(layouts: Layouts, name: str, p: Any, group: Mapping[str, Any]) -
         ):
             return _alone(name, p, axes)
         full = own
+    ranks, device = ranks_of(full), local(p).device
     layouts.enter(
-        name, full.get_group() if full.ndim == 1 else None, ranks_of(full), full.device_type
+        name, full.get_group() if full.ndim == 1 else None, ranks, full.device_type, device
     )
     axis = axis_of_group(full, layouts.group)
     given = () if axis is None or axes[axis].dim is not None else (axis,)
@@ -330,7 +364,7 @@ def _of_plain(layouts: Layouts, p: Tensor) -> Layout | None:
         placement = Placement(sizes, (Axis(None),) * len(sizes), layouts.positions(mesh))
         implied = tuple(i for i in range(len(sizes)) if i != axis)
     else:
-        layouts.enter("a plain tensor", group, ranks, p.device.type)
+        layouts.enter("a plain tensor", group, ranks, p.device.type, p.device)
         placement, axis, mesh = replicated(len(ranks)), 0, None
     assert layouts.domain is not None
     at = layouts.domain.position

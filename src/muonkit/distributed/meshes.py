@@ -163,24 +163,32 @@ def mesh_of_group(group: ProcessGroup, device: str) -> DeviceMesh:
 _groups: dict[tuple[Any, ...], ProcessGroup] = {}
 
 
-def make_domain(group: ProcessGroup | None, ranks: Sequence[int], device: str) -> Domain:
-    """The ranks that exchange: those of the group if it has exactly these, else of a new group."""
+def make_domain(
+    group: ProcessGroup | None, ranks: Sequence[int], kind: str, device: torch.device
+) -> Domain:
+    """The ranks that exchange: those of the group if it has exactly these, else of a new group.
+
+    Args:
+        kind: of the devices that they exchange on, unless the group's backend says otherwise.
+        device: where this rank has its parameters. It need not be the current device: DDP asks for
+            `device_ids` and not for `set_device`.
+    """
     dist = torch.distributed
     if group is None or dist.get_process_group_ranks(group) != sorted(ranks):
         group = _new_group(sorted(ranks))
     backend = dist.get_backend(group)
     # gloo moves tensors of other devices for some collectives only.
-    device = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else device
+    kind = "cpu" if backend == "gloo" else "cuda" if backend == "nccl" else kind
     # A rank that skips a step would meet DDP's or FSDP's own collectives in the group that these
     # use, and gloo ends a process that receives what it does not expect. Backends that only
     # pretend have no others to meet.
     control = group
     if backend not in _PRETENDING and dist.is_gloo_available():
         control = _new_group(sorted(ranks), "gloo", timeout_of(group))
-    where = torch.device(device)
-    if device != "cpu":
-        where = torch.device(device, torch.accelerator.current_device_index())
-    return Domain(group, group.rank(), group.size(), where, control, _ranks_per_node(control))
+    if device.type != kind:  # parameters that are kept on the CPU
+        index = None if kind == "cpu" else torch.accelerator.current_device_index()
+        device = torch.device(kind) if index is None else torch.device(kind, index)
+    return Domain(group, group.rank(), group.size(), device, control, _ranks_per_node(control))
 
 
 # torch's backends for tests: one process that stands for many, or threads.
@@ -198,7 +206,7 @@ def _ranks_per_node(control: ProcessGroup) -> int:
     unfroze) is for `check_ranks_agree` to tell.
     """
     if control not in _nodes:
-        node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)))
+        node = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", sys.maxsize)), device="cpu")
         torch.distributed.broadcast(node, group=control, group_src=0)
         _nodes[control] = int(node)
     return _nodes[control]

@@ -121,6 +121,16 @@ class Plan(NamedTuple):
     def assignments(self) -> Iterable[Assignment]:
         return (assignment for bucket in self.buckets for assignment in bucket)
 
+    def apart(self, matrix: int, me: int) -> tuple[int, int]:
+        """How many copies of a matrix are trained each by itself, and which one is this rank's."""
+        tensor = self.tensors[self.matrices[matrix].tensor]
+        placement = tensor.param_placement
+        copies, mine = 1, 0
+        for axis, at in placement.where(me, tensor.repeat):
+            copies *= placement.mesh[axis]
+            mine = mine * placement.mesh[axis] + at
+        return copies, mine
+
     def inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
         """Momentum, from the ranks that store it to the owners."""
         return self._transfers_of(bucket, me, inward=True)

@@ -73,7 +73,7 @@ class BucketLines:
         for matrix in matrices:
             lines = lines_of(plan, matrix)
             count = lines.cells[-1][1]
-            copies, mine = self._copies(matrix)
+            copies, mine = plan.apart(matrix, domain.position)
             self._first[matrix] = self.total + mine * count
             self.total += copies * count
             alike.setdefault(lines.cells, []).append(matrix)
@@ -83,16 +83,6 @@ class BucketLines:
             for cells, some in alike.items()
         ]
         self.pieces = [self._pieces(stack) for stack in stacks]
-
-    def _copies(self, matrix: int) -> tuple[int, int]:
-        """How many independent copies there are, and which one is this rank's."""
-        tensor, me = self.plan.tensors[self.plan.matrices[matrix].tensor], self.domain.position
-        placement = tensor.state_placement
-        copies, mine = 1, 0
-        for axis, at in placement.where(me, tensor.repeat):
-            copies *= placement.mesh[axis]
-            mine = mine * placement.mesh[axis] + at
-        return copies, mine
 
     def _numbers(self, matrices: Sequence[int], count: int) -> Tensor:
         first = torch.tensor([self._first[matrix] for matrix in matrices], device="cpu")

@@ -142,7 +142,7 @@ class _Bucket:
         }
         self.numbers = {each.matrix: number for number, each in enumerate(assignments)}
         self.indices: dict[tuple[int, ...], Tensor] = {}
-        self.copies: Tensor | None = None  # ranks that store each part of `param_shards`
+        self.norms: _Norms | None = None
         self.lines: BucketLines | None = None
         if selects(sharded.group):
             self.lines = BucketLines(
@@ -176,6 +176,47 @@ class _Bucket:
             )
             for batch in make_batches(tuple(items), sharded.group["bytes_in_flight"])
         ]
+
+
+class _Norms(NamedTuple):
+    """Where the ranks add up the squares of a bucket's weights.
+
+    Copies that are trained apart have places of their own: each is a weight by itself.
+
+    Attributes:
+        size: how many places there are.
+        places: of this rank's copy of each matrix.
+        copies: ranks that store each part of `param_shards`, of one such copy.
+    """
+
+    size: int
+    places: Tensor
+    copies: Tensor
+
+    @classmethod
+    def of(
+        cls, sharded: ShardedGroup, assignments: Sequence[Assignment], matrices: Sequence[int]
+    ) -> _Norms:
+        size, places = 0, []
+        for assignment in assignments:
+            apart, mine = sharded.plan.apart(assignment.matrix, sharded.domain.position)
+            places.append(size + mine)
+            size += apart
+        copies = []
+        for tensor in map(sharded.tensor, matrices):
+            mesh = tensor.param_placement.mesh
+            together = set(tensor.param_placement.copies()).difference(tensor.repeat)
+            copies.append(math.prod(mesh[axis] for axis in together))
+        device = sharded.domain.device
+        return cls(
+            size,
+            torch.tensor(places, device=device),
+            torch.tensor(copies, dtype=sharded.stage_dtype, device=device),
+        )
+
+
+def _squares(weights: list[Tensor], like: Tensor) -> Tensor:
+    return norms_of(weights).to(like).square_()
 
 
 class ShardedGroup:
@@ -595,21 +636,26 @@ class ShardedBatch:
     def weight_norms(self) -> Pending[Tensor]:
         domain, bucket = self.sharded.domain, self.bucket
         weights, matrices = self._weights()
-        dtype = self.sharded.stage_dtype
-        squares = torch.zeros(len(bucket.assignments), dtype=dtype, device=domain.device)
+        dtype, count = self.sharded.stage_dtype, len(bucket.assignments)
+        if self.sharded.in_blocks:  # a block is whole wherever it is stored
+            squares = torch.zeros(count, dtype=dtype, device=domain.device)
+            if weights:
+                squares.index_add_(0, self._numbers(matrices), _squares(weights, squares))
+            return Pending(squares.sqrt_())
+        if bucket.norms is None:
+            bucket.norms = _Norms.of(self.sharded, bucket.assignments, matrices)
+        norms = bucket.norms
+        squares = torch.zeros(norms.size, dtype=dtype, device=domain.device)
         if weights:
             # A part that several ranks store is in the sum as often.
-            if bucket.copies is None and not self.sharded.in_blocks:
-                placements = [self.sharded.tensor(matrix).param_placement for matrix in matrices]
-                copies = [math.prod(p.mesh[axis] for axis in p.copies()) for p in placements]
-                bucket.copies = torch.tensor(copies, dtype=dtype, device=domain.device)
-            mine = norms_of(weights).to(squares).square_()
-            if bucket.copies is not None:
-                mine = mine / bucket.copies
-            squares.index_add_(0, self._numbers(matrices), mine)
-        if self.sharded.in_blocks:  # a block is whole wherever it is stored
-            return Pending(squares.sqrt_())
-        return Pending(squares, [add_up(domain, squares)], torch.Tensor.sqrt_)
+            mine = _squares(weights, squares) / norms.copies
+            squares.index_add_(0, norms.places[self._numbers(matrices)], mine)
+        found = squares.new_empty(count)
+
+        def take(found: Tensor) -> None:
+            torch.sqrt(squares[norms.places], out=found)
+
+        return Pending(found, [add_up(domain, squares)], take)
 
     def scale_weights_(self, factors: Tensor) -> None:
         weights, matrices = self._weights()

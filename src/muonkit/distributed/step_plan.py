@@ -18,7 +18,7 @@ from muonkit.distributed.plan_batches import cap_of
 from muonkit.distributed.planner import GroupToPlan, ParamToPlan, check_blocks, plan_step
 from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, stage_dtype
 from muonkit.gradients import lies_elsewhere
-from muonkit.groups import flops_of, parameter_names, products_of
+from muonkit.groups import flops_of, is_trained, parameter_names, products_of
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
 from muonkit.period import PERIOD_STEP, has_period
 from muonkit.selection import selected_shape
@@ -63,7 +63,7 @@ def present_gradients(groups: Sequence[Mapping[str, Any]], all_of_them: bool = F
     """The gradients that are there now; or one in its parameter's dtype for all that is trained."""
     if all_of_them:
         return [
-            {i: Gradient(p.dtype) for i, p in enumerate(group["params"]) if p.requires_grad}
+            {i: Gradient(p.dtype) for i, p in enumerate(group["params"]) if is_trained(p)}
             for group in groups
         ]
     return [
