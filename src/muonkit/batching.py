@@ -7,6 +7,7 @@ parameters that are whole on this rank, where nothing is sent; `distributed.shar
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,15 @@ from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.int8 import MomentumScale, Scales, dequantized, scale_region
 from muonkit.newton_schulz.scratch import scratch
-from muonkit.selection import by_rows, largest, line_norms, put, selected_shape, selects, take
+from muonkit.selection import (
+    by_rows,
+    largest,
+    line_norms,
+    put,
+    selected_shape,
+    shape_of_fraction,
+    take,
+)
 from muonkit.stages import kept_state
 from muonkit.views import Block, blocks_of, row_blocks
 
@@ -366,33 +375,50 @@ def place(whole: Tensor, rows: int, cols: int) -> Tensor:
     return whole[:, :cols, :rows].mT if rows > cols else whole[:, :rows, :cols]
 
 
+_Batches = list[tuple[int, int, list[tuple[int, Block, Block]]]]
+
+
 def planned(
     params: Sequence[Tensor], group: dict[str, Any], copies: Sequence[tuple[int, ...]] | None = None
-) -> list[tuple[int, int, list[tuple[int, Block, Block]]]]:
+) -> _Batches:
     """Rows, columns, and (index of the parameter, block, block of the stage's state) of every
     batch: rows and columns of what is orthogonalized.
     """
     # Plain loops: torch.compile cannot trace comprehensions that nest.
+    kinds = []
+    for index, p in enumerate(params):
+        kinds.append((tuple(p.shape), p.dtype, p.device, copies[index] if copies else ()))
+    plan = _planned if torch.compiler.is_compiling() else _kept_plan
+    asked = group["view"], kept_state(group), group["fraction"], group["bytes_in_flight"]
+    return plan(tuple(kinds), *asked)
+
+
+def _planned(
+    params: tuple[tuple[tuple[int, ...], torch.dtype, torch.device, tuple[int, ...]], ...],
+    view: str,
+    stage_state: str,
+    fraction: float,
+    cap: int | None,
+) -> _Batches:
     items: list[Item] = []
     blocks: list[tuple[int, Block, Block]] = []
-    by_rows, some = kept_state(group) == "rows", selects(group)
-    for index, p in enumerate(params):
-        shape = tuple(p.shape)
-        whole = blocks_of(group["view"], shape)
-        of_state = row_blocks(group["view"], shape) if by_rows else whole
+    for index, (shape, dtype, device, copies) in enumerate(params):
+        whole = blocks_of(view, shape)
+        of_state = row_blocks(view, shape) if stage_state == "rows" else whole
         for block, rows in zip(whole, of_state, strict=True):
             if block.batch * block.rows * block.cols:
-                key = (p.dtype, p.device, copies[index] if copies else ())
-                size = block.rows, block.cols
-                if some:
-                    size = selected_shape(group, *size)
+                size = shape_of_fraction(fraction, stage_state, block.rows, block.cols)
                 # The cap is on whole matrices, from which lines are taken.
-                whole_size = block.rows * block.cols * p.element_size()
+                whole_size = block.rows * block.cols * dtype.itemsize
                 itemsize = -(-whole_size // (size[0] * size[1]))
-                items.append(Item(key, p.device.type, block.batch, *size, itemsize))
+                key = dtype, device, copies
+                items.append(Item(key, device.type, block.batch, *size, itemsize))
                 blocks.append((index, block, rows))
-    batches = make_batches(tuple(items), group["bytes_in_flight"])
+    batches = make_batches(tuple(items), cap)
     return [(b.rows, b.cols, [blocks[i] for i in b.positions]) for b in batches]
+
+
+_kept_plan = functools.lru_cache(maxsize=256)(_planned)  # nobody writes to what it returns
 
 
 def make(entries: Sequence[LocalParam], group: dict[str, Any]) -> list[LocalBatch]:

@@ -4,7 +4,8 @@ tensors that do not fit each other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,7 +19,12 @@ from muonkit.groups import (
 )
 from muonkit.options import OPTION_KEYS
 from muonkit.stages import kept_state
-from muonkit.validate import refuse_zero_weights, validate_group, validate_options
+from muonkit.validate import (
+    OF_PARAMETERS,
+    refuse_zero_weights,
+    validate_options,
+    validate_parameters,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +46,7 @@ class SeenOptions:
     """The options of every group as they were last seen to make sense."""
 
     def __init__(self) -> None:
-        self._seen: list[dict[str, Any]] = []
+        self._seen: list[_Seen] = []
 
     def check(self, groups: Sequence[dict[str, Any]]) -> None:
         """Look at the groups whose options have changed; a tensor counts as the object it is.
@@ -54,18 +60,70 @@ class SeenOptions:
             for group in groups:
                 validate_options({**group, **_unread(group)})
             return
-        now = [{key: _held(group[key]) for key in OPTION_KEYS if key in group} for group in groups]
-        for number, (group, options) in enumerate(zip(groups, now, strict=True)):
-            before = self._seen[number] if number < len(self._seen) else None
+        if len(groups) == len(self._seen) and all(map(_Seen.is_of, self._seen, groups)):
+            return
+        now = [_Seen.of(group) for group in groups]
+        for number, (group, (options, _, _)) in enumerate(zip(groups, now, strict=True)):
+            before = self._seen[number].options if number < len(self._seen) else None
             if before is None or not _same(before, options):
                 try:
-                    validate_group({**group, **_unread(options)})
-                    if before is not None and before.get("constraint") != options.get("constraint"):
-                        refuse_zero_weights(group, together=False)
+                    _validate_again(group, before, options)
                 except (ValueError, TypeError, RuntimeError) as error:
                     told = f"{group.get('name', f'group {number}')}: {error}; nothing was changed"
                     raise type(error)(told) from error
         self._seen = now
+
+
+def _validate_again(
+    group: dict[str, Any], before: Mapping[str, Any] | None, now: Mapping[str, Any]
+) -> None:
+    """Refuse a group whose options make no sense, or not for its parameters. (A scheduler sets an
+    lr before each step: the parameters are looked at only where they may have become unfit.)
+    """
+    validate_options({**group, **_unread(now)})
+    if before is None:
+        validate_parameters(group)
+        return
+    changed = {key for key in OF_PARAMETERS if not _same_value(before.get(key), now.get(key))}
+    if changed:
+        validate_parameters(group)
+    if "constraint" in changed:
+        refuse_zero_weights(group, together=False)
+
+
+class _Seen(NamedTuple):
+    """A group as it was last seen.
+
+    Attributes:
+        options: its options, lists as tuples.
+        keys, values: all that it holds, as it holds it; no values where an option is a list, which
+            may be edited in place.
+    """
+
+    options: dict[str, Any]
+    keys: list[str]
+    values: list[Any] | None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> _Seen:
+        options = {key: group[key] for key in OPTION_KEYS if key in group}
+        fixed = all(map(_is_fixed, options.values()))
+        held = {key: _held(value) for key, value in options.items()}
+        return cls(held, list(group), list(group.values()) if fixed else None)
+
+    def is_of(self, group: Mapping[str, Any]) -> bool:
+        """Whether the group holds the same objects. Numbers, words and tuples do not change."""
+        return (
+            self.values is not None
+            and list(group) == self.keys
+            and all(map(operator.is_, group.values(), self.values))
+        )
+
+
+def _is_fixed(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return not isinstance(value, list)
 
 
 def _held(value: Any) -> Any:
@@ -90,13 +148,13 @@ def _unread(options: Mapping[str, Any]) -> dict[str, Any]:
 def _same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     if before.keys() != now.keys():
         return False
-    for key, value in now.items():
-        have = before[key]
-        if have is not value and (
-            isinstance(value, torch.Tensor) or type(have) is not type(value) or have != value
-        ):
-            return False
-    return True
+    return all(_same_value(before[key], value) for key, value in now.items())
+
+
+def _same_value(before: Any, now: Any) -> bool:
+    if before is now:
+        return True
+    return not isinstance(now, torch.Tensor) and type(before) is type(now) and before == now
 
 
 def check_gradients(
@@ -113,6 +171,8 @@ def check_gradients(
     for group in groups:
         check_names(group)
         dtypes = _dtypes(group)
+        muon = group["algorithm"] == "muon"
+        plain = muon and kept_state(group) == "none" and not keeps_int8(group)
         for p in group["params"]:
             grad = p.grad
             if grad is None:
@@ -124,15 +184,20 @@ def check_gradients(
                 and grad.dtype in dtypes
                 and p.dtype in dtypes
                 and (anywhere or not p.is_inference())
-                and _fits(state.get(p, {}), p, shape, group)
+                and _fits(state.get(p, {}), p, shape, None if plain else group)
             ):
                 _refuse(name_of(p, group), p, group, state)
 
 
-def _fits(state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any]) -> bool:
-    """Whether what there is of the state has its shape; what is missing is made."""
-    plain = group["algorithm"] == "muon" and kept_state(group) == "none"
-    if plain and not keeps_int8(group):
+def _fits(
+    state: Mapping[str, Any], p: Tensor, shape: torch.Size, group: Mapping[str, Any] | None
+) -> bool:
+    """Whether what there is of the state has its shape; what is missing is made.
+
+    Args:
+        group: None where a plain momentum is all that its parameters have.
+    """
+    if group is None:
         return MOMENTUM not in state or _shape(state[MOMENTUM]) == shape
     for key, wanted in state_shapes(p, group).items():
         # (torch 2.11 cannot compile that two shapes are *not* equal.)

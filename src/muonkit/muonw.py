@@ -168,6 +168,19 @@ class MuonW(Muon):
 _OF_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
 
 
+# What others call it.
+_OF_OTHERS = {
+    "learning_rate": "lr",
+    "muon_lr": "lr",
+    "wd": "weight_decay",
+    "mu": "momentum",
+    "beta": "momentum",
+    "beta1": "adamw_betas",
+    "beta2": "adamw_betas",
+    "epsilon": "adamw_eps",
+}
+
+
 def _refuse_unknown(options: dict[str, Any]) -> None:
     """Refuse keyword arguments that nobody has, with the name that AdamW's have here.
 
@@ -181,6 +194,10 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
             remedy = f"AdamW's is called {FILLS[name]}"
         elif name in _OF_TORCH:
             remedy = "nothing stands for it here, leave it out"
+        elif name in _OF_OTHERS:
+            remedy = f"it is called {_OF_OTHERS[name]}"
+        elif name == "params":
+            remedy = _no_module(options[name]).removeprefix("MuonW got ")
         else:
             hint = meant(name, has)
             it = f"{hint} It" if hint else "it"
@@ -207,7 +224,12 @@ def _routes(
     else:
         routes = route(model, rules, scale=scale or ROUTED, **asked)
     if not any(r.algorithm == "muon" for r in routes):
-        matrices = [r.name for r in routes if r.algorithm == "adamw" and len(r.shape) == 2]
+        matrices = [
+            r.name
+            for r in routes
+            if r.algorithm == "adamw" and len(r.shape) == 2 and min(r.shape) > 1
+            if "embedding" not in r.reason
+        ]
         line = f": rules=[Rule({matrices[0]!r}, view='matrix')], say" if matrices else ""
         warnings.warn(
             "MuonW found no hidden matrix in the model: AdamW trains all of it. "
@@ -233,8 +255,9 @@ def _no_module(given: Any) -> str:
     return (
         f"MuonW got {what}, which cannot be routed: routing reads modules. Write MuonW(model); "
         "where a framework makes the optimizer of params, give it one that has the model: "
-        "lambda params: MuonW(model). For a split by hand add adamw_params= with what "
-        "AdamW trains; for hidden matrices alone use Muon"
+        "lambda params: MuonW(model); transformers' Trainer takes optimizer_cls_and_kwargs="
+        "muonkit.integrations.transformers.muonw(args). For a split by hand add adamw_params= with "
+        "what AdamW trains; for hidden matrices alone use Muon"
     )
 
 

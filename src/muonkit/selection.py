@@ -51,6 +51,7 @@ __all__ = [
     "put",
     "selected_shape",
     "selects",
+    "shape_of_fraction",
     "sums_of_magnitudes",
     "take",
 ]
@@ -69,7 +70,7 @@ def by_rows(group: Mapping[str, Any], rows: int, cols: int) -> bool:
 
 
 def lines_are_rows(rows: int, cols: int, stage_state: str) -> bool:
-    """The same, by what a stage keeps of a matrix."""
+    """Whether the lines of a matrix are rows, given what a stage keeps of it."""
     return rows <= cols or stage_state == "rows"
 
 
@@ -84,11 +85,16 @@ def count_of(fraction: float, lines: int) -> int:
 
 def selected_shape(group: Mapping[str, Any], rows: int, cols: int) -> tuple[int, int]:
     """The shape of what is orthogonalized of a matrix that is selected from as a whole."""
-    if not selects(group):
+    return shape_of_fraction(group["fraction"], kept_state(group), rows, cols)
+
+
+def shape_of_fraction(fraction: float, stage_state: str, rows: int, cols: int) -> tuple[int, int]:
+    """`selected_shape` of a group with this fraction whose stages keep this."""
+    if fraction >= 1:
         return rows, cols
-    if by_rows(group, rows, cols):
-        return count_of(group["fraction"], rows), cols
-    return rows, count_of(group["fraction"], cols)
+    if lines_are_rows(rows, cols, stage_state):
+        return count_of(fraction, rows), cols
+    return rows, count_of(fraction, cols)
 
 
 def line_norms(matrices: Tensor, rows: bool) -> Tensor:

@@ -361,12 +361,13 @@ def kept_state(group: Mapping[str, Any]) -> str:
 
 def sets_the_size(group: Mapping[str, Any]) -> bool:
     """Whether a constraint says how large an update is, and no scale applies."""
-    return any(constraint.update is not None for constraint in stages_of(group).constraint)
+    constraints = _looked_up(group["constraint"], CONSTRAINTS)
+    return any([constraint.update is not None for constraint in constraints])
 
 
 def decays(group: Mapping[str, Any]) -> bool:
     """Whether weight decay has a place beside the constraints."""
-    return all(constraint.decays for constraint in stages_of(group).constraint)
+    return all([constraint.decays for constraint in _looked_up(group["constraint"], CONSTRAINTS)])
 
 
 def kept_shape(state: str, view: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from muonkit import Muon, step
+from muonkit import Muon, batching, step, validate
 from muonkit.distributed import meshes, plan_batches, rank_dtypes
 from muonkit.monitor.sample import _square as square
 from muonkit.monitor.sinks import JsonLines
@@ -76,8 +76,20 @@ def cpu_has(patch: pytest.MonkeyPatch, features: dict[str, bool]) -> None:
     patch.setattr(dtypes, "cpu_capabilities", lambda: features)
 
 
+def spy_on_validation(patch: pytest.MonkeyPatch, looked_at: list[str]) -> None:
+    """Note the name of every parameter that is held against its group's options."""
+    original = validate._validate_parameter
+
+    def noting(name: str, p: Tensor, group: dict[str, Any]) -> None:
+        looked_at.append(name)
+        original(name, p, group)
+
+    patch.setattr(validate, "_validate_parameter", noting)
+
+
 def forget_gpus() -> None:
     triton._gpu_available.cache_clear()
+    triton._can_launch.cache_clear()
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -87,9 +99,14 @@ def forget_gpus() -> None:
 def free_launches(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """A launch costs nothing: no matrix is padded to be computed with others."""
     patch.setitem(plan_batches._FLOPS_OF_A_LAUNCH, "cpu", 0)
-    plan_batches._cached.cache_clear()
+    _forget_batches()
     yield
+    _forget_batches()
+
+
+def _forget_batches() -> None:
     plan_batches._cached.cache_clear()
+    batching._kept_plan.cache_clear()
 
 
 @contextlib.contextmanager

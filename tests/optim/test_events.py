@@ -371,6 +371,18 @@ def test_pitfall_43_a_layer_that_is_unfrozen_later_is_trained() -> None:
     assert_equal(everything(optimizer), everything(expected))
 
 
+def test_a_frozen_parameter_that_has_a_gradient_is_trained_and_said_to_be() -> None:
+    frozen, other = parameter(4, 4), parameter(4, 6)
+    frozen.requires_grad_(False)
+    set_gradients([frozen, other])
+    before = frozen.clone()
+    optimizer = Muon([frozen, other])
+    optimizer.step()
+    assert not torch.equal(frozen, before)
+    assert sum(row["matrices"] for row in optimizer.describe()) == 2
+    assert sum(optimizer.plan().traffic().matrices) == 2
+
+
 def test_a_layer_may_be_frozen_and_unfrozen_again() -> None:
     model = mlp()
     optimizer = MuonW(model, **FP32)

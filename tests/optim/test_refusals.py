@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from muonkit import Muon, MuonW, RoutingError
+from tests.helpers import internals
 from tests.helpers.optim import mlp, parameter, set_gradients
 
 # --- what is refused ---------------------------------------------------------------------------
@@ -131,8 +132,14 @@ def test_adamws_arguments_are_checked_before_there_is_a_group() -> None:
         MuonW(mlp(), betas=(0.9, 0.95))
     with pytest.raises(TypeError, match=r"no argument 'fused'; nothing stands .* leave it out"):
         MuonW(mlp(), fused=True)
-    with pytest.raises(TypeError, match=r"no argument 'wd'; it has lr, weight_decay, .*ns_form"):
+    with pytest.raises(TypeError, match=r"no argument 'muon_lr'; it is called lr"):
+        MuonW(mlp(), muon_lr=0.1)
+    with pytest.raises(TypeError, match=r"no argument 'params'; .*Write MuonW.*muonw\(args"):
+        MuonW(mlp(), params=mlp().parameters())
+    with pytest.raises(TypeError, match=r"no argument 'wd'; it is called weight_decay"):
         MuonW(mlp(), wd=0.1)
+    with pytest.raises(TypeError, match=r"no argument 'wdd'; it has lr, weight_decay, .*ns_form"):
+        MuonW(mlp(), wdd=0.1)
     with pytest.raises(TypeError, match="a dict with 'params'"):
         Muon([parameter(3, 3)]).add_param_group({"lr": 1.0})
 
@@ -174,6 +181,27 @@ def test_a_list_in_a_list_of_options_is_looked_at_again() -> None:
     with pytest.raises(ValueError, match="nothing was changed"):
         optimizer.step()
     assert torch.equal(p, before)
+
+
+def test_a_scheduled_lr_has_no_parameter_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+    internals.spy_on_validation(monkeypatch, looked_at)
+    params = [parameter(6, 4), parameter(4, 4)]
+    optimizer = Muon(params)
+    assert len(looked_at) == 2
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+        scheduler.step()
+    optimizer.param_groups[0]["adjust_lr_fn"] = "spectral"
+    settled = len(looked_at)
+    optimizer.step()
+    assert len(looked_at) == settled + 2
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="nothing was changed"):
+        optimizer.step()
+    assert len(looked_at) == settled + 2
 
 
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw", "spectral", "unit_rms"])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.tensor import DTensor
-
+from muonkit.distributed.layout import is_dtensor
 from muonkit.optim import Muon
 
 __all__ = ["consolidate", "rank_0_has_a_part", "unwrapped"]
@@ -34,9 +33,9 @@ def rank_0_has_a_part(optimizer: Muon) -> bool:
     Not so where the parameters are sharded too (FSDP2, TP): there a trainer puts the parts of all
     ranks together by itself, and a whole state on one of them would be of another kind.
     """
-    if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+    if any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"]):
         return False
-    return any(isinstance(t, DTensor) for entry in optimizer.state.values() for t in entry.values())
+    return any(is_dtensor(t) for entry in optimizer.state.values() for t in entry.values())
 
 
 def consolidate(optimizer: Any) -> None:

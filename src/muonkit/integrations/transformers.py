@@ -50,7 +50,17 @@ class MuonWFactory:
 
 def muonw(training_args: Any, **options: Any) -> tuple[type[MuonWFactory], dict[str, Any]]:
     """A Trainer's `optimizer_cls_and_kwargs`: MuonW with these options, and with the lr, weight
-    decay, betas and epsilon of the TrainingArguments where the options do not say them."""
+    decay, betas and epsilon of the TrainingArguments where the options do not say them.
+
+    Raises:
+        TypeError: they are no TrainingArguments.
+    """
+    if not hasattr(training_args, "learning_rate"):
+        raise TypeError(
+            f"muonw() takes the Trainer's TrainingArguments, got {type(training_args).__name__}: "
+            "write Trainer(model, args, optimizer_cls_and_kwargs=muonw(args)); the Trainer gives "
+            "the model itself"
+        )
     return MuonWFactory, {"training_args": training_args, **options}
 
 
