@@ -48,7 +48,8 @@ __all__ = [
     "whole_tensor",
 ]
 
-# The attribute that `torch.compiler.assume_constant_result` sets on a function; `_compile` too.
+# The attribute that `torch.compiler.assume_constant_result` sets on a function, as
+# `_compile.constant_result` does.
 CONSTANT_MARK = "_dynamo_marked_constant"
 
 # torch.compile's, FSDP1's and activation checkpointing's wrappers put these into every name below
@@ -158,7 +159,7 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
 
 
 def held_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The same, without the names that have none."""
+    """The module's own parameters, without the names that have none."""
     return {name: p for name, p in own_parameters(module).items() if p is not None}
 
 

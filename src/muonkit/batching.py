@@ -80,7 +80,7 @@ class MatrixRef(NamedTuple):
     """Which matrix one of a stack is.
 
     Attributes:
-        param: that it is of: the optimizer's, or this rank's part of it (`LocalParam.param`).
+        param: that holds the matrix: the optimizer's, or this rank's part (`LocalParam.param`).
         box: where it lies in that.
         rows, cols: of the matrix; in the stack it may be padded.
         computed: rows and columns of what is orthogonalized of it (`muonkit.selection`).
@@ -132,7 +132,7 @@ class MatrixStack(NamedTuple):
 
     Attributes:
         matrices: `(N, rows, cols)`, a view without padding.
-        numbers: theirs among the batch's matrices, in the order of `weight_norms`.
+        numbers: the matrices' numbers in the batch, in the order of `weight_norms`.
         variance: `(N, rows, 1)`, `(N, rows, cols)` or None, written to in place.
         steps: `(N, 1, 1)` or None.
     """

@@ -203,6 +203,11 @@ def forget_scaler(optimizer: Any) -> None:
         vars(optimizer).pop(name, None)
 
 
+def _is_alone(layouts: Layouts, p: Tensor) -> bool:
+    layout = layouts.get(p)
+    return layout is not None and layout.alone
+
+
 _CLIPPED = "all ranks clip alike, and none has been clipped: give the same arguments on all"
 
 
@@ -219,14 +224,14 @@ def clip_gradients_(
     domain = layouts.domain
     if domain is not None:
         asked = [
-            ("max_norm", repr(float(max_norm))),
+            ("max_norm", repr(max_norm)),
             ("error_if_nonfinite", f"{error_if_nonfinite}"),
         ]
         # To redistribute a gradient takes all ranks of its mesh.
         asked += [
             (f"the gradient of {name}", f"{p.grad.placements}")
             for name, p in named
-            if lies_elsewhere(p)
+            if lies_elsewhere(p) and not _is_alone(layouts, p)  # those ask their own mesh only
         ]
         check_ranks_agree(domain, asked, {"": _CLIPPED}, call="clip_grad_norm_")
     params = [p for _, p in named if p.grad is not None]

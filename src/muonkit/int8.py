@@ -175,7 +175,7 @@ def scale_cut(cut: Sequence[slice], block: Sequence[int]) -> tuple[slice, ...]:
 
 
 def scale_region(block: Block, scale: MomentumScale) -> MomentumScale:
-    """What `Block.region` cuts out of a momentum, of its scales."""
+    """The scales of the region that `Block.region` cuts out of a momentum."""
     tensor, extents = scale
     if block.pieces is not None:
         dim, length = block.pieces

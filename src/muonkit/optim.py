@@ -95,7 +95,7 @@ _SCALES = (
     "dist.all_reduce(scale, dist.ReduceOp.MIN); scaler.update(scale.item())"
 )
 
-# Schedules that are kept: one for each set of parameters that had gradients lately.
+# How many planned steps are kept: one for each set of parameters that had gradients lately.
 _MOST_PLANS = 8
 
 _PRODUCTS = (
@@ -718,6 +718,7 @@ class Muon(Optimizer):
             RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
         """
         with self._telling("clip_grad_norm_"):
+            max_norm = float(max_norm)
             self._settle()
             refuse_sparse(with_gradients(self.param_groups))
         named = [

@@ -182,8 +182,8 @@ def refuse_zero_weights(group: Mapping[str, Any], together: bool = True) -> None
 
 
 def _filled(name: str, p: Tensor, view: str) -> Tensor:
-    """Of each matrix of a weight, whether what this rank has of it has an entry that is not zero.
-    (NaN is none.) On the CPU.
+    """For each matrix of a weight, whether this rank's part of it has an entry that is not zero
+    (NaN is one), on the CPU.
     """
     shape, own = tuple(p.shape), local(p)
     blocks = blocks_of(view, shape)

@@ -188,6 +188,9 @@ def _has_other_devices() -> None:
     with pytest.raises(ValueError, match=r"several devices.* on cpu.* on meta.*an optimizer for"):
         Muon(params, lr=0.1, process_group=dist.group.WORLD)
     assert Muon(params, lr=0.1).plan().ranks == 1
+    optimizer = Muon(params[:1], lr=0.1, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="several devices"):
+        optimizer.add_param_group({"params": params[1:]})
     dist.destroy_process_group()
 
 

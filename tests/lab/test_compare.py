@@ -494,6 +494,13 @@ def _slowed(outcome: Outcome, times: float) -> Outcome:
                 "rose again, to 4.0000 at the end (as MuonW's may: 6.0000): train for fewer steps."
             ],
         ),
+        (  # AdamW is where it ends long before it does, and stays: no rise
+            [
+                _outcome("adamw", 0, [2, 1, 0.5, 0.49, 0.51, 0.495, 0.505]),
+                _outcome("muonw", 0, [2, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4]),
+            ],
+            ["MuonW reached AdamW's final loss in 10 of 60 steps, 1.0 of 6.0 s; one seed."],
+        ),
         (  # MuonW does
             [_outcome("adamw", 0, [4, 3, 2]), _outcome("muonw", 0, [4, 1, 3])],
             [

@@ -349,14 +349,32 @@ def test_a_second_name_of_a_part_is_not_where_the_model_ends() -> None:
     )
     expected = {f"ae.{name}" for name in heads(auto)}
     assert heads(Holder(ae=auto, encoder=auto.encoder)) == expected
+    blocks = nn.ModuleList([nn.Linear(4, D), Block(), Block(), nn.Linear(D, 3)])
+    assert len(heads(Holder(layers=blocks, top=blocks[-1]))) == 1
+    net = mlp()
+    assert heads(Holder(net=net, loss=Holder(model=net, proj=nn.Linear(3, 4)))) == {
+        "net.4",
+        "loss.proj",
+    }
     generator, critic = mlp(), nn.Sequential(nn.Linear(3, D), nn.ReLU(), nn.Linear(D, 1))
     gan = Holder(G=generator, D=critic, gan=nn.Sequential(generator, critic))
     assert heads(gan) == {"G.4", "D.2"}
 
 
-def test_policy_and_value_are_heads_where_nothing_attends() -> None:
-    model = Holder(body=nn.Linear(4, D), fc_policy=nn.Linear(D, 3), fc_value=nn.Linear(D, 1))
-    assert heads(model) == {"fc_policy", "fc_value"}
+@pytest.mark.parametrize(
+    ("body", "ends"),
+    [
+        ("fc1", {"fc_policy": 3, "fc_value": 1}),
+        ("fc1", {"fc_q": 4, "fc_v": 1}),
+        ("fc1", {"q_layer": 4, "v_layer": 1, "policy_layer": 4}),
+        ("encoder", {"query_proj": 2, "key_proj": 2}),
+    ],
+)
+def test_names_of_q_k_and_v_are_heads_where_nothing_attends(
+    body: str, ends: dict[str, int]
+) -> None:
+    layers = {name: nn.Linear(D, width) for name, width in ends.items()}
+    assert heads(Holder(**{body: nn.Linear(4, D)}, **layers)) == set(ends)
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])

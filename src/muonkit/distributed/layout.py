@@ -80,6 +80,8 @@ class Layouts:
         self.averaged: dict[int, Any] = {}
         self.mesh: DeviceMesh | None = None  # the mesh of which all DTensors' meshes are part
         self._layouts: dict[Tensor, Layout] = {}
+        # Where the parts of Muon's parameters are that other ranks share, and a name for each.
+        self._devices: dict[torch.device, str] = {}
         self._parts: dict[Tensor, tuple[slice, ...]] = {}
         # For a parameter and what its stages keep, see `state.check_parts`.
         self.state_shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
@@ -155,7 +157,7 @@ class Layouts:
         """Refuse what other ranks share and this rank has on several devices: what arrives for
         matrices that travel together lies on one.
         """
-        first: dict[torch.device, str] = {}
+        first = dict(self._devices)
         for name, p in named:
             layout = self.get(p)
             if layout is not None and not layout.alone:
@@ -167,6 +169,7 @@ class Layouts:
                 "share them: keep those of one optimizer on one device, or make an optimizer for "
                 "each device"
             )
+        self._devices = first
 
     def _keep(self, p: Tensor, layout: Layout | None) -> None:
         if layout is not None:

@@ -19,7 +19,6 @@ __all__ = [
     "Layout",
     "computed_in_place",
     "cuts_experts_only",
-    "is_whole",
     "scale_placement",
     "stage_placement",
     "with_state",
@@ -124,14 +123,9 @@ def cuts_experts_only(axes: Sequence[Axis], ndim: int, view: str) -> bool:
     return not cut or (View.parse(view).steps[0] == "experts" and max(cut) < ndim - 2)
 
 
-def is_whole(layout: Layout, shape: Sequence[int]) -> bool:
-    """Whether every rank stores all of a tensor of this shape, and its state."""
-    placements = {layout.param_placement, layout.state_placement}
-    return all(_is_whole(placement, tuple(shape)) for placement in placements)
-
-
 @functools.lru_cache(maxsize=1024)
 def _is_whole(placement: Placement, shape: tuple[int, ...]) -> bool:
+    """Whether every rank stores all of a tensor of this shape."""
     return all(placement.local_shape(shape, at) == shape for at in placement.positions)
 
 
@@ -153,7 +147,7 @@ def computed_in_place(
     if any(axis in layout.given for axis in copies):
         return False
     if not cuts_experts_only(layout.param_placement.axes, len(shape), view):
-        return is_whole(layout, shape)
+        return _is_whole(layout.param_placement, shape)
     # Copies along mesh axes: each computes the same, or the plan divides the work among them.
     others = [axis for axis in copies if axis not in layout.implied]
     return not others or replicas == "recompute"

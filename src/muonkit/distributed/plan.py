@@ -178,7 +178,7 @@ class Plan(NamedTuple):
     def _back(
         self, bucket: Sequence[Assignment], me: int, late: bool, state: bool = False
     ) -> Transfers:
-        """Of what owners send back, what goes from them, or `late` from relays, at once."""
+        """The transfers of the way back: from owners, or with `late` from relays."""
         if not self.several_nodes:
             return Transfers((), ()) if late else self._transfers_of(bucket, me, False, state)
         sends: list[Transfer] = []

@@ -150,7 +150,7 @@ class SelectedLines:
             torch._foreach_mul_(list(some), list(factors.unbind()))
 
     def take(self, stacks: Sequence[Tensor]) -> list[Tensor]:
-        """Of stacks of this rank's pieces what travels of them."""
+        """The selected lines of each stack; the whole stack where whole matrices travel."""
         taken = []
         for stack, pieces in zip(stacks, self._bucket.pieces, strict=False):
             along = lines_of(self._plan, pieces.matrices[0]).sent

@@ -400,7 +400,7 @@ class ShardedBatch:
         return whole
 
     def _take_lines(self, parts: dict[int, Tensor], whole: Sequence[Tensor]) -> None:
-        """Of matrices that arrived whole."""
+        """Copy the selected lines of matrices that arrived whole into their places."""
         assert self.lines is not None
         for matrix, computed in self._places(whole).items():
             if self.sharded.is_sent_whole(matrix):
@@ -541,7 +541,7 @@ class ShardedBatch:
         return block.to_matrices(self._variances[matrix])[0]
 
     def _taken_stage_state(self, matrix: int) -> Tensor:
-        """What it keeps of the lines that were taken; these are rows."""
+        """The stage's state of the selected rows of a matrix."""
         state = self._logical_stage_state(matrix)
         return state if self.lines is None else state[self.lines.of(matrix).to(state.device)]
 

@@ -360,13 +360,11 @@ class OwnData:
             except StopIteration:
                 break
             count += 1
-            if count > (source.length or ENDLESS):
+            most = max(source.length or 0, ENDLESS)  # a DataLoader's length may be an estimate
+            if count > most:
                 raise TaskError(
-                    f"{source.name} have a length of {source.length} and more batches: give them "
-                    "the length they have, or none"
-                    if source.length
-                    else f"{source.name} did not end after {ENDLESS:,} batches: give them an end, "
-                    "as itertools.islice does, or a length"
+                    f"{source.name} did not end after {most:,} batches: give them an end, as "
+                    "itertools.islice does, or the length that they have"
                 )
             add_to(digest, batch)
             if count == 1:

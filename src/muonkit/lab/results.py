@@ -151,7 +151,9 @@ def _row(outcomes: Sequence[Outcome], reference: Sequence[Result]) -> Row:
         val_loss_p=welch([r.val_loss for r in results], [r.val_loss for r in against]),
         accuracy_p=welch([r.accuracy for r in results], [r.accuracy for r in against]),
         embedding_lr=first.embedding_lr,
-        lowest_val_loss=figure([min(c.losses, default=None) for _, c in outcomes]),
+        lowest_val_loss=figure(
+            [None if r.val_loss is None else min(c.losses, default=None) for r, c in outcomes]
+        ),
         reference_seconds=figure([took[seed] for seed in came]),
     )
 
@@ -204,20 +206,23 @@ def _diverged(row: Row) -> str:
 
 
 def _rises(outcomes: Sequence[Outcome]) -> bool:
-    """Whether AdamW's curve was at its final loss long before its end: it has risen again, and what
+    """Whether AdamW's curve was at its final loss long before its end, and lower between: what
     reaches that loss is no better for it.
     """
-    shares = []
+    shares, rises = [], []
     for result, curve in outcomes:
-        if result.optimizer == REFERENCE and result.val_loss is not None:
+        if result.optimizer == REFERENCE and result.val_loss is not None and curve.losses:
             point = curve.reaches(result.val_loss)
             if point is not None and result.steps:
                 shares.append(point[0] / result.steps)
-    return bool(shares) and statistics.fmean(shares) < _LONG_BEFORE
+                lowest = min(curve.losses)
+                fell = max(curve.losses[0] - lowest, 0.0)
+                rises.append(result.val_loss - lowest > _NOISE * fell)
+    return bool(shares) and statistics.fmean(shares) < _LONG_BEFORE and sum(rises) * 2 > len(rises)
 
 
-# Of the steps. A curve that falls with some noise comes to its final loss later.
-_LONG_BEFORE = 0.75
+_LONG_BEFORE = 0.75  # of the steps
+_NOISE = 0.05  # of what a curve fell, by which it may rise
 
 
 def _lowest(lines: Sequence[Row], unit: str) -> str:

@@ -89,7 +89,6 @@ class Sampler:
         self._names: _Names | None = None
         self._measured: list[tuple[list[Key], str, Tensor]] = []
         self._batch: tuple[list[list[MatrixRef]], dict[str, Any], list[Tensor]] | None = None
-        self._rates: dict[int, tuple[float, float]] = {}  # lr and decay of every group
         # By the parameter, which stays itself where groups change; it is kept, as is its id.
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
 

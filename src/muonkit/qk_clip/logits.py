@@ -86,8 +86,9 @@ def _max_logits(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key heads")
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if query.device.type == "cpu" or query.dtype == torch.float16:
-        query, key = query.to(exact), key.to(exact)
+    wide = torch.promote_types(query.dtype, key.dtype)  # autocast takes two dtypes too
+    wide = exact if query.device.type == "cpu" or wide == torch.float16 else wide
+    query, key = query.to(wide), key.to(wide)
     broadcast: Any = torch.broadcast_shapes  # untyped
     batch = broadcast(query.shape[:-3], key.shape[:-3])
     q = query.expand(*batch, *query.shape[-3:]).reshape(-1, *query.shape[-3:])

@@ -374,7 +374,7 @@ def _apart(
 def _keys_and_values(
     layer: _Layer, counts: HeadCounts, heads: int, head_dim: int
 ) -> tuple[_Parts, _Parts, int]:
-    """Of one tensor, the keys before the values."""
+    """Slices of one tensor that holds all keys, then all values."""
     kv_heads = heads if layer.rows == 2 * head_dim * heads else counts.kv_heads or heads
     value_dim = _divided(layer, kv_heads, "heads of keys and values") - head_dim
     if value_dim < 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from muonkit._torch import held_parameters, own_parameters
-from muonkit.routing.names import makes
+from muonkit.routing.names import SURELY, makes
 from muonkit.routing.places import EMBEDDINGS, Models, name_set, weights
 from muonkit.routing.verdicts import is_vector
 
@@ -73,7 +73,7 @@ _MLPS = name_set("Mlp MLP SwiGLU GatedMLP GEGLU")
 # Raw parameters that are output heads: CLIP's projections beside its embeddings and blocks.
 _RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(ding)?|proj|W_U")
 
-# The same of a root whose other parts are layers.
+# Raw output heads of a root module whose other parts are layers.
 _RAW_OUTPUT = re.compile(r"(W_)?(head|classifier|logits)(_(weight|proj|matrix))?")
 
 # Modules without weights after which a layer gives features, not an output.
@@ -329,7 +329,8 @@ class _Search:
         return [end for kid in kids if not _is_fed_on(kid, kids) for end in self.ends(kid)]
 
     def _ends_of_module(self, node: Node, kids: list[Node]) -> list[Node]:
-        main = [kid for kid in kids if not kid.serves and not self._is_second_name(kid, kids)]
+        second = self._second_names(kids)
+        main = [kid for kid in kids if not kid.serves and kid not in second]
         if not main:
             return []
         last = main[-1]
@@ -347,14 +348,23 @@ class _Search:
                 ends += self.ends(kid)
         return ends
 
-    def _is_second_name(self, kid: Node, kids: Sequence[Node]) -> bool:
-        """Whether it only names a part of what stands beside it: `features` beside the whole
-        `model`. What leaves it goes on in that.
+    def _second_names(self, kids: Sequence[Node]) -> list[Node]:
+        """The kids that only name a part of what stands before them: `features` beside the whole
+        `model`. What leaves them goes on in that.
         """
-        own = _layers_of(kid)
-        if not own or TOWER.fullmatch(kid.name) or any(id(n) in self.found for n in kid.below()):
-            return False
-        return any(own < _layers_of(other) for other in kids)
+        layers = [_layers_of(kid) for kid in kids]
+        second = []
+        for i, (kid, own) in enumerate(zip(kids, layers, strict=True)):
+            if TOWER.fullmatch(kid.name) or any(id(n) in self.found for n in kid.below()):
+                continue
+            wholes = [other for other, its in zip(kids[:i], layers[:i], strict=True) if own < its]
+            if any(self._goes_on_in(kid, whole) for whole in wholes):
+                second.append(kid)
+        return second
+
+    def _goes_on_in(self, kid: Node, whole: Node) -> bool:
+        ends = {end.module for end in self.ends(whole)}
+        return bool(ends) and ends.isdisjoint(end.module for end in self.ends(kid))
 
 
 def _layers_of(node: Node) -> frozenset[nn.Module]:
@@ -419,13 +429,20 @@ def _is_encoder(node: Node) -> bool:
 
 
 def _attends(node: Node | None) -> bool:
-    """Whether a composite has layers that make two of q, k and v: what it gives is hidden."""
+    """Whether a composite has layers that make q, k and v: what it gives is hidden."""
     if node is None:
         return False
     if isinstance(node.module, nn.MultiheadAttention):
         return True
-    made = {each for name in node.kids for each in makes(name)}
-    return len(made) >= 2 or "q_proj" in node.kids
+    if len(SURELY.intersection(node.kids)) >= 2 or not {
+        "qkv",
+        "to_qkv",
+        "to_kv",
+        "q_proj",
+    }.isdisjoint(node.kids):
+        return True
+    # A critic has an "fc_q" and an "fc_v", a retriever a "query_proj" and a "key_proj".
+    return set("qkv") == {each for kid in node.main if kid.is_layer for each in makes(kid.name)}
 
 
 def _gives_hidden(node: Node, *, named: bool) -> bool:

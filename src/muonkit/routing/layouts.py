@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
-from muonkit._torch import own_modules, own_parameters
+from muonkit._torch import held_parameters, own_modules, own_parameters
 from muonkit.routing.names import KV, QKV, QKV_BY_HEAD, makes
 from muonkit.routing.numbers import (
     CONFIGS,
@@ -33,8 +33,7 @@ from muonkit.routing.places import name_set
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from muonkit.routing.names import KV, QKV, QKV_BY_HEAD, makes
-from muonkit.routing.places import Site
+    from muonkit.routing.places import Site
 
 __all__ = [
     "HeadCounts",
@@ -386,7 +385,7 @@ def _out_features(site: Site, module: object) -> int | None:
 
 
 def _linear_widths(site: Site, module: object) -> tuple[int | None, int | None]:
-    """Of a linear layer, not of whatever else says what it takes and gives."""
+    """(outputs, inputs) of a linear layer, else (None, None)."""
     widths = site.linears.widths(module) if module in site.linears else None
     return widths or (None, None)
 
@@ -487,18 +486,10 @@ def _is_transposed(site: Site, shape: Sequence[int]) -> tuple[bool | None, str]:
 
 def _partners(site: Site) -> tuple[Sequence[int] | None, Sequence[int] | None]:
     """The expert shapes of the owner's up (or gate-and-up) and down stacks, as stored."""
-    shapes = {
-        k: p.shape[1:]
-        for k, p in own_parameters(site.owner).items()
-        if p is not None and _is_stack(p)
-    }
+    shapes = {k: p.shape[1:] for k, p in held_parameters(site.owner).items() if p.ndim == 3}
     up = _one(shape for key, shape in shapes.items() if _UP.search(key))
     down = _one(shape for key, shape in shapes.items() if _DOWN.search(key))
     return up, down
-
-
-def _is_stack(param: nn.Parameter | None) -> bool:
-    return param is not None and param.ndim == 3
 
 
 def _fuses_gate_and_up(site: Site, shape: Sequence[int], transposed: bool | None) -> bool:

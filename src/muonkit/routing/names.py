@@ -7,7 +7,10 @@ import re
 
 from muonkit.routing.places import name_set
 
-__all__ = ["KV", "QKV", "QKV_BY_HEAD", "makes"]
+__all__ = ["KV", "QKV", "QKV_BY_HEAD", "SURELY", "makes"]
+
+# Two of these in one module are an attention's.
+SURELY = name_set("q k v qkv query key value q_proj k_proj v_proj to_q to_k to_v to_kv to_qkv")
 
 # Surely q, k and v in one.
 QKV = name_set(

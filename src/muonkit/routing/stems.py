@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import torch.nn as nn
-
 from muonkit.routing.heads import TOWER
-from muonkit.routing.places import CONVS, EMBEDDINGS, is_depthwise, weights
+from muonkit.routing.places import CONVS, EMBEDDINGS, is_conv, is_depthwise, weights
 
 if TYPE_CHECKING:
     from muonkit.routing.places import Node
@@ -68,10 +66,6 @@ def _is_patch_embedding(node: Node) -> bool:
     """The first layer of what is named a patch embedding."""
     for each in (node, *node.above()):
         if _PATCHES.fullmatch(each.name):
-            first = next(n for n in each.below() if n.is_linear or _is_conv(n.module))
+            first = next(n for n in each.below() if n.is_linear or is_conv(n.module))
             return first is node
     return False
-
-
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, CONVS)
