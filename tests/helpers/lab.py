@@ -14,6 +14,7 @@ from muonkit.lab.monitor_plots import _spread as spread
 from muonkit.lab.plots import _limits as limits
 from muonkit.lab.plots import _smoothed as smoothed
 from muonkit.lab.progress import Lines
+from muonkit.lab.report import _side_by_side as side_by_side
 from muonkit.lab.store import Record, parse_lines
 from muonkit.lab.sweep import Search
 from muonkit.lab.train import Trainer
@@ -28,6 +29,7 @@ __all__ = [
     "norm",
     "read_records",
     "searched",
+    "side_by_side",
     "smoothed",
     "spread",
     "write_cifar",

@@ -43,6 +43,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ("compare digits --optimizers ,", "unknown optimizer ''"),
         ("compare digits --lr fast", "'fast' is no positive number; write --lr 1e-3"),
         ("compare digits --lr adamw=-1", "'-1' is no positive number"),
+        ("compare digits --lr adamw=1,adamw=2", "two values for adamw; write --lr 1e-3"),
+        ("compare digits --lr 1e-3,2e-3", "two values for all optimizers"),
         ("compare digits --lr nan", "'nan' is no positive number"),
         ("compare digits --lr sgd=0.1", "--lr names 'sgd', which is not compared"),
         ("compare digits --weight-decay sgd=0.1", "--weight-decay names 'sgd', which is not"),

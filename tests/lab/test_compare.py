@@ -521,6 +521,16 @@ def test_the_verdict_is_a_sentence_for_each_optimizer(
     assert verdicts(outcomes) == said
 
 
+def test_no_figure_is_cut_however_many_optimizers_and_narrow_the_console() -> None:
+    first, columns = ["", "val loss"], [[name, "1.2345 ± 0.0012"] for name in "abcdef"]
+    for width in (30, 60, 80, 200):
+        tables = lab.side_by_side(first, columns, width)
+        assert [column for some in tables for column in some] == columns
+        taken = [len("val loss") + 4 + sum(len(cells[1]) + 3 for cells in some) for some in tables]
+        assert all(each <= width for each in taken)
+    assert len(tables) == 1
+
+
 def test_the_verdict_of_runs_that_diverged() -> None:
     lost = (_result("muonw", 0, None), Curve([0], [0], [1.0]))
     assert verdicts([lost]) == ["Every run diverged."]

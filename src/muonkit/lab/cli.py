@@ -165,7 +165,13 @@ def _rates(
                 f"{option} {text}: {value!r} is {expected}; write {option} 1e-3, or "
                 f"{option} muonw=2e-3,adamw=1e-3"
             )
-        rates[name.strip() if equals else None] = rate
+        of = name.strip() if equals else None
+        if of in rates:
+            raise LabError(
+                f"{option} {text}: two values for {of or 'all optimizers'}; write {option} 1e-3, "
+                f"or {option} muonw=2e-3,adamw=1e-3"
+            )
+        rates[of] = rate
     return rates
 
 

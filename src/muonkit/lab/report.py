@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -140,19 +141,24 @@ def caveat(config: Record, task: Task) -> str:
 
 
 def show(console: Console, material: Material) -> None:
-    """Print the verdict and the table of results: a column per optimizer, to fit 80 characters."""
+    """Print the verdict and the results: a column per optimizer, in as many tables as the width of
+    the console asks for.
+    """
     outcomes = material.outcomes
     for said in (*verdicts(outcomes, material.unit), *material.caveats):
         console.print(said, highlight=False, markup=False)
     headings, lines = transposed(rows(outcomes))
-    # Cells are `Text`, since rich reads plain strings in a table as markup.
-    filled = Table(title=Text(f"muonkit compare {shown(material.config['task'])}"))
-    filled.add_column(Text(headings[0]), no_wrap=True)
-    for heading in headings[1:]:
-        filled.add_column(Text(shown(heading)), justify="right", no_wrap=True)
-    for name, *cells in lines:
-        filled.add_row(Text(name), *(Text(shown(cell)) for cell in cells))
-    console.print(filled)
+    first, *columns = [list(map(shown, column)) for column in zip(headings, *lines, strict=True)]
+    title = f"muonkit compare {shown(material.config['task'])}"
+    for some in _side_by_side(first, columns, console.width):
+        # Cells are `Text`, since rich reads plain strings in a table as markup.
+        filled = Table(title=Text(title))
+        filled.add_column(Text(first[0]), no_wrap=True)
+        for column in some:
+            filled.add_column(Text(column[0]), justify="right", no_wrap=True)
+        for cells in list(zip(first, *some, strict=True))[1:]:
+            filled.add_row(*map(Text, cells))
+        console.print(filled)
     console.print(notes(material.config, material.unit), highlight=False, markup=False)
     for each in material.spent:
         console.print(shown(each), highlight=False, markup=False)
@@ -162,6 +168,25 @@ def show(console: Console, material: Material) -> None:
         console.print(f"\n{advised}\n", highlight=False, markup=False)
         code = in_script(material, found.optimizer)
         console.print(code, highlight=False, markup=False, soft_wrap=True)
+
+
+def _side_by_side(
+    first: Sequence[str], columns: Sequence[list[str]], width: int
+) -> list[list[list[str]]]:
+    """The columns in tables that fit a width, each after the first; rich would cut figures."""
+
+    def taken(column: Sequence[str]) -> int:
+        return max(map(cell_len, column)) + 3  # a space on each side, and a line
+
+    tables: list[list[list[str]]] = []
+    left = 0
+    for column in columns:
+        if not tables or taken(column) > left:
+            tables.append([])
+            left = width - 1 - taken(first)
+        tables[-1].append(column)
+        left -= taken(column)
+    return tables
 
 
 def _point(result: Result) -> tuple[str, float, float, float, int]:
