@@ -413,6 +413,21 @@ def refuses_the_smaller_mesh_that_a_forward_leaves() -> None:
 
 
 @CASES.on(2)
+def one_rank_alone_may_describe_what_was_sharded_since() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4))
+    optimizer = MuonW(model, lr=0.1)
+    rows = optimizer.describe()
+    fully_shard(model)
+    new = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [new[name] for name in group["param_names"]]
+    if dist.get_rank() == 0:
+        assert optimizer.describe() == rows
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
+@CASES.on(2)
 def ranks_that_differ_in_what_they_ask_for_are_told() -> None:
     """None waits for another: these decide what is exchanged."""
     rank, world = dist.get_rank(), dist.group.WORLD

@@ -81,7 +81,6 @@ def test_pitfall_34_replaced_parameters_go_on_with_their_state(variant: str) -> 
     [
         lambda o: o.state_dict(),
         lambda o: o.plan(),
-        lambda o: o.describe(),
         lambda o: o.clip_grad_norm_(1.0),
         lambda o: o.load_state_dict(o.state_dict()),
         lambda o: o.add_param_group({"params": [("more", parameter(4, 4))], "algorithm": "muon"}),
@@ -98,6 +97,16 @@ def test_whatever_is_called_first_settles_and_lets_go_of_what_is_gone(
     assert {p for p in optimizer.state if isinstance(p, Tensor)} >= set(model.parameters())
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(gone)
+
+
+def test_what_the_groups_hold_now_is_described_without_settling() -> None:
+    """To settle may take all ranks, and one alone may ask for this."""
+    model = mlp()
+    optimizer = MuonW(model, **FP32)
+    kept, rows = dict(optimizer.state), optimizer.describe()
+    swap(optimizer, replaced(model))
+    assert optimizer.describe() == rows
+    assert optimizer.state.keys() == kept.keys()
 
 
 def test_reordered_and_removed_parameters_keep_their_own_state() -> None:
