@@ -38,6 +38,7 @@ __all__ = [
     "is_watched_by_func",
     "local_box",
     "local_tensor",
+    "measurable",
     "never_begin_a_graph",
     "own_modules",
     "own_parameters",
@@ -95,6 +96,11 @@ def has_float64(device: torch.device) -> bool:
     if device.type != "xpu":
         return device.type != "mps"
     return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+
+
+def measurable(tensor: Tensor) -> Tensor:
+    """The tensor where it can be measured in float64: itself, or its copy on the CPU."""
+    return tensor if has_float64(tensor.device) else tensor.cpu()
 
 
 # Asked here: torch 2.11 cannot compile the question.

@@ -197,7 +197,7 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
         elif name in _OF_OTHERS:
             remedy = f"it is called {_OF_OTHERS[name]}"
         elif name == "params":
-            remedy = _no_module(options[name]).removeprefix("MuonW got ")
+            remedy = f"routing reads modules, and not parameters. {_INSTEAD}"
         else:
             hint = meant(name, has)
             it = f"{hint} It" if hint else "it"
@@ -240,6 +240,14 @@ def _routes(
     return routes
 
 
+_INSTEAD = (
+    "Write MuonW(model); where a framework makes the optimizer of params, give it one that has the "
+    "model: lambda params: MuonW(model); transformers' Trainer takes optimizer_cls_and_kwargs="
+    "muonkit.integrations.transformers.muonw(args). For a split by hand add adamw_params= with "
+    "what AdamW trains; for hidden matrices alone use Muon"
+)
+
+
 def _no_module(given: Any) -> str:
     """Why MuonW cannot route what is no module, and the lines that do."""
     what = type(given).__name__
@@ -252,13 +260,7 @@ def _no_module(given: Any) -> str:
         )
     elif isinstance(given, dict | list | tuple | set | frozenset) or hasattr(given, "__next__"):
         what = f"parameters ({what})"
-    return (
-        f"MuonW got {what}, which cannot be routed: routing reads modules. Write MuonW(model); "
-        "where a framework makes the optimizer of params, give it one that has the model: "
-        "lambda params: MuonW(model); transformers' Trainer takes optimizer_cls_and_kwargs="
-        "muonkit.integrations.transformers.muonw(args). For a split by hand add adamw_params= with "
-        "what AdamW trains; for hidden matrices alone use Muon"
-    )
+    return f"MuonW got {what}, which cannot be routed: routing reads modules. {_INSTEAD}"
 
 
 def _hand_groups(params: Any, algorithm: str) -> list[dict[str, Any]]:

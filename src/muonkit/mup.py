@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from muonkit import routing
 from muonkit._text import unknown
-from muonkit._torch import has_float64
+from muonkit._torch import measurable
 from muonkit.routing.judge import Undecided, is_vector, judge
 from muonkit.routing.places import EMBEDDINGS, unwrap
 from muonkit.routing.routes import Routes, RoutingError
@@ -384,8 +384,7 @@ def coordinates(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, fl
         def note(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
                 total = squares.setdefault(name, [0.0, 0.0])
-                wide = output.detach() if has_float64(output.device) else output.detach().cpu()
-                total[0] += wide.double().square().sum().item()
+                total[0] += measurable(output.detach()).double().square().sum().item()
                 total[1] += output.numel()
 
         return note

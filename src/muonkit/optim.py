@@ -715,7 +715,8 @@ class Muon(Optimizer):
             The norm before, over all ranks: a scalar tensor.
 
         Raises:
-            RuntimeError: it is not finite, and `error_if_nonfinite`; nothing is clipped.
+            RuntimeError: it is not finite, and `error_if_nonfinite`; or, on every rank, ranks that
+                differ in these arguments or in how gradients lie. Nothing is clipped.
         """
         with self._telling("clip_grad_norm_"):
             max_norm = float(max_norm)

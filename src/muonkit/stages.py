@@ -59,6 +59,7 @@ __all__ = [
     "Stage",
     "Stages",
     "check_stages",
+    "constraints_of",
     "decays",
     "kept_by",
     "kept_shape",
@@ -325,8 +326,13 @@ def stages_of(group: Mapping[str, Any]) -> Stages:
     return Stages(
         _looked_up(group["before"], BEFORE),
         _looked_up(group["after"], AFTER),
-        _looked_up(group["constraint"], CONSTRAINTS),
+        constraints_of(group),
     )
+
+
+def constraints_of(group: Mapping[str, Any]) -> tuple[Constraint, ...]:
+    """The constraints of a group, whose options were checked."""
+    return _looked_up(group["constraint"], CONSTRAINTS)
 
 
 def _looked_up(choice: Any, table: Mapping[str, S]) -> tuple[S, ...]:
@@ -361,13 +367,12 @@ def kept_state(group: Mapping[str, Any]) -> str:
 
 def sets_the_size(group: Mapping[str, Any]) -> bool:
     """Whether a constraint says how large an update is, and no scale applies."""
-    constraints = _looked_up(group["constraint"], CONSTRAINTS)
-    return any([constraint.update is not None for constraint in constraints])
+    return any([constraint.update is not None for constraint in constraints_of(group)])
 
 
 def decays(group: Mapping[str, Any]) -> bool:
     """Whether weight decay has a place beside the constraints."""
-    return all([constraint.decays for constraint in _looked_up(group["constraint"], CONSTRAINTS)])
+    return all([constraint.decays for constraint in constraints_of(group)])
 
 
 def kept_shape(state: str, view: str, shape: Sequence[int]) -> tuple[int, ...]:

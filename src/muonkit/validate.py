@@ -19,7 +19,7 @@ from muonkit.newton_schulz.orthogonalizer import check_choice
 from muonkit.options import CHOICES, FILLS, OF_ALGORITHM
 from muonkit.scale import check_scale
 from muonkit.selection import check_selection
-from muonkit.stages import check_stages, stages_of
+from muonkit.stages import check_stages, constraints_of
 from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def holds_zeros(group: Mapping[str, Any]) -> list[str]:
     """The constraints of a group that keep a matrix of zeros as it is."""
     if group["algorithm"] != "muon":
         return []
-    return [c.name for c in stages_of(group).constraint if c.holds_zero()]
+    return [c.name for c in constraints_of(group) if c.holds_zero()]
 
 
 @torch.no_grad()
@@ -302,7 +302,7 @@ def _validate_parameter(name: str, p: Tensor, group: dict[str, Any]) -> None:
         except ValueError as error:
             hint = f"; if it is a flat shard (FSDP1, DeepSpeed's ZeRO): {WHOLE}" * (p.ndim < 2)
             raise ValueError(f"{name}: {error}{hint}") from None
-        holding = [c.name for c in stages_of(group).constraint if c.target is not None]
+        holding = [c.name for c in constraints_of(group) if c.target is not None]
         if holding and p.dtype.itemsize == 2:
             raise ValueError(
                 f"{name} {shape} is {p.dtype}, which constraint={holding[0]!r} cannot hold to a "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from muonkit import Muon, batching, step, validate
 from muonkit.distributed import meshes, plan_batches, rank_dtypes
+from muonkit.monitor.sample import _not_finite as not_finite
 from muonkit.monitor.sample import _square as square
 from muonkit.monitor.sinks import JsonLines
 from muonkit.newton_schulz import dtypes, scratch, symmetric, triton
@@ -35,10 +36,12 @@ __all__ = [
     "keep_no_scratch",
     "newton_schulz_",
     "normalize",
+    "not_finite",
     "observer_of",
     "requests_counted",
     "size_of",
     "smallest_block",
+    "spy_on_validation",
     "square",
     "step_hooks",
 ]

@@ -542,6 +542,10 @@ def test_the_verdict_of_runs_that_diverged() -> None:
         "MuonW reached AdamW's final loss with 1 of 2 seeds in 10 of 100 steps, 1.0 of 2.0 s; with "
         "that one. MuonW diverged with 1 of 2 seeds."
     ]
+    risen = [_outcome("adamw", seed, [4, 2, 1, 3.5, 4]) for seed in (0, 1)]
+    assert verdicts([lost, _outcome("muonw", 1, [4, 3, 2, 3, 3.5]), *risen])[0].startswith(
+        "MuonW's lowest validation loss was 2.0000 nats, AdamW's 1.0000; one seed. MuonW diverged"
+    )
     gone = (_result("adamw", 1, None), Curve([0], [0], [1.0]))
     sound = [_outcome("muonw", 0, [4, 3]), _outcome("muonw", 1, [4, 3])]
     assert verdicts([*sound, _outcome("adamw", 0, [4, 1]), gone]) == [

@@ -237,6 +237,7 @@ def test_what_apples_gpus_lack_is_measured_on_the_cpu() -> None:
     for got, expected in zip(measured.norms(odd), measured.norms(A), strict=True):
         assert torch.equal(got, expected)
     assert torch.equal(internals.square(odd), internals.square(A))
+    assert internals.not_finite(odd).to(internals.square(odd)) == 0  # they are stacked
 
     class Layer(nn.Module):
         def forward(self) -> torch.Tensor:

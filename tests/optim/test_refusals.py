@@ -194,6 +194,7 @@ def test_a_scheduled_lr_has_no_parameter_looked_at_again(monkeypatch: pytest.Mon
         set_gradients(params, step)
         optimizer.step()
         scheduler.step()
+        assert len(looked_at) == 4  # once more at the first step
     optimizer.param_groups[0]["adjust_lr_fn"] = "spectral"
     settled = len(looked_at)
     optimizer.step()

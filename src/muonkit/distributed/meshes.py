@@ -186,8 +186,9 @@ def make_domain(
     if backend not in _PRETENDING and dist.is_gloo_available():
         control = _new_group(sorted(ranks), "gloo", timeout_of(group))
     if device.type != kind:  # parameters that are kept on the CPU
-        index = None if kind == "cpu" else torch.accelerator.current_device_index()
-        device = torch.device(kind) if index is None else torch.device(kind, index)
+        device = torch.device(kind)
+        if kind != "cpu":
+            device = torch.device(kind, torch.accelerator.current_device_index())
     return Domain(group, group.rank(), group.size(), device, control, _ranks_per_node(control))
 
 

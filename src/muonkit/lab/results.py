@@ -187,8 +187,11 @@ def verdicts(outcomes: Sequence[Outcome], unit: str = "nats") -> list[str]:
         return [_lowest(lines, unit)]
     others = [row for row in lines if row is not reference]
     others.sort(key=lambda row: row.optimizer != "muonw")
-    said = _risen_verdict if _rises(outcomes) else _verdict
-    return [said(row, reference, steps, unit) for row in others] or [_lowest(lines, unit)]
+    if not others:
+        return [_lowest(lines, unit)]
+    if _rises(outcomes):
+        return [_risen_verdict(row, reference, unit) for row in others]
+    return [_verdict(row, reference, steps, unit) for row in others]
 
 
 def _seeds(count: int) -> str:
@@ -238,7 +241,7 @@ def _lowest(lines: Sequence[Row], unit: str) -> str:
     return f"{said}. {'; '.join(lost)}." if lost else f"{said}."
 
 
-def _risen_verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
+def _risen_verdict(row: Row, reference: Row, unit: str) -> str:
     """Where AdamW's final loss is no measure: by the lowest losses."""
     name = title_of(row.optimizer)
     ours, theirs = row.lowest_val_loss, reference.lowest_val_loss
@@ -247,7 +250,7 @@ def _risen_verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
     lost = f" {_diverged(row)}." if row.diverged else ""
     return (
         f"{name}'s lowest validation loss was {_shown_loss(ours.mean)}{unit}, AdamW's "
-        f"{_shown_loss(theirs.mean)}; {_seeds(row.seeds)}.{lost} AdamW's rose again, to "
+        f"{_shown_loss(theirs.mean)}; {_seeds(ours.of)}.{lost} AdamW's rose again, to "
         f"{_shown_loss(_mean(reference.val_loss))} at the end (as {name}'s may: "
         f"{_shown_loss(row.val_loss.mean)}): train for fewer steps."
     )

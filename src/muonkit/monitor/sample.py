@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from muonkit._torch import measurable
 from muonkit.batching import place
 from muonkit.distributed.exchange import together
 from muonkit.distributed.layout import is_dtensor, local
 from muonkit.gradients import local_gradient
 from muonkit.groups import scale_of
-from muonkit.monitor.spectra import measurable, norms, orthogonality_error, spectra
+from muonkit.monitor.spectra import norms, orthogonality_error, spectra
 from muonkit.stages import decays
 from muonkit.views import blocks_of
 
@@ -176,7 +177,7 @@ class Sampler:
             update = _adamw_update(first, second, float(state["step"]), group)
             tensors = grad, first, update, layouts.part(p, local(p))
             squares = [_square(t) for t in tensors[:3]]
-            broken = [(~measurable(t).isfinite()).sum() for t in tensors]
+            broken = [_not_finite(t) for t in tensors]
             _, weight = self._weights.get(id(p), (p, squares[0].new_tensor(math.nan)))
             numbers = torch.stack([t.to(weight) for t in (*squares, weight, *broken)])
             self._measured.append(([Key(*key, 0)], "adamw", numbers[None] / self._copies(p)))
@@ -220,6 +221,10 @@ def _square(t: Tensor) -> Tensor:
     t = torch.view_as_real(t) if t.is_complex() else t
     norm: Tensor = torch.linalg.vector_norm(measurable(t), dtype=torch.float64)
     return norm.square()
+
+
+def _not_finite(t: Tensor) -> Tensor:
+    return (~measurable(t).isfinite()).sum()
 
 
 def _adamw_update(m: Tensor, v: Tensor, step: float, group: Mapping[str, Any]) -> Tensor:

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from muonkit._torch import has_float64
+from muonkit._torch import measurable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-__all__ = ["LEVELS", "SPECTRUM", "measurable", "norms", "orthogonality_error", "spectra"]
+__all__ = ["LEVELS", "SPECTRUM", "norms", "orthogonality_error", "spectra"]
 
 # Quantiles of the singular values: the smallest, every sixteenth of them, the largest.
 LEVELS = 17
@@ -40,11 +40,6 @@ SPECTRUM = ("min", "max", "entropy", "stable_rank", "effective_rank")
 
 # Bytes of the matrices that are taken together, in float64.
 CHUNK_BYTES = 2**26
-
-
-def measurable(A: Tensor) -> Tensor:
-    """The tensor where it can be measured: itself, or its copy on the CPU."""
-    return A if has_float64(A.device) else A.cpu()
 
 
 def norms(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from muonkit._torch import held_parameters, own_parameters
-from muonkit.routing.names import SURELY, makes
+from muonkit.routing.names import ONE_ATTENDS, TWO_ATTEND, makes
 from muonkit.routing.places import EMBEDDINGS, Models, name_set, weights
 from muonkit.routing.verdicts import is_vector
 
@@ -434,12 +434,7 @@ def _attends(node: Node | None) -> bool:
         return False
     if isinstance(node.module, nn.MultiheadAttention):
         return True
-    if len(SURELY.intersection(node.kids)) >= 2 or not {
-        "qkv",
-        "to_qkv",
-        "to_kv",
-        "q_proj",
-    }.isdisjoint(node.kids):
+    if not ONE_ATTENDS.isdisjoint(node.kids) or len(TWO_ATTEND.intersection(node.kids)) >= 2:
         return True
     # A critic has an "fc_q" and an "fc_v", a retriever a "query_proj" and a "key_proj".
     return set("qkv") == {each for kid in node.main if kid.is_layer for each in makes(kid.name)}

@@ -7,10 +7,11 @@ import re
 
 from muonkit.routing.places import name_set
 
-__all__ = ["KV", "QKV", "QKV_BY_HEAD", "SURELY", "makes"]
+__all__ = ["KV", "ONE_ATTENDS", "QKV", "QKV_BY_HEAD", "TWO_ATTEND", "makes"]
 
-# Two of these in one module are an attention's.
-SURELY = name_set("q k v qkv query key value q_proj k_proj v_proj to_q to_k to_v to_kv to_qkv")
+# A module with one of the first, or with two of the second, attends.
+ONE_ATTENDS = name_set("qkv to_qkv to_kv q_proj")
+TWO_ATTEND = name_set("q k v query key value k_proj v_proj to_q to_k to_v")
 
 # Surely q, k and v in one.
 QKV = name_set(
