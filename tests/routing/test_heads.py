@@ -252,6 +252,62 @@ def test_an_adaptive_softmax_has_a_head_for_every_cluster_of_classes() -> None:
     assert heads(softmax) == {"head", "tail.0.1", "tail.1.1"}
 
 
+def named(name: str, **own: object) -> nn.Module:
+    """A module of a class of this name that holds these tensors, parts and numbers."""
+    kind = type(name, (Holder,), {})
+    module: nn.Module = kind(
+        **{label: raw(*v) if isinstance(v, tuple) else v for label, v in own.items()}
+    )
+    return module
+
+
+MARGINS = {
+    "ArcFace, classes first": named("ArcFaceLoss", weight=(60, D)),
+    "ArcFace, classes last": named("ArcFace", kernel=(D, 60)),
+    "sub-centers": named("SubCenterArcFace", weight=(60, 3, D)),
+    "a layer that states its widths": named(
+        "ArcMarginProduct", weight=(60, D), in_features=D, out_features=60
+    ),
+    "speakers, beside a cross entropy": named(
+        "aamsoftmax", weight=(60, D), ce=nn.CrossEntropyLoss()
+    ),
+    "a loss of any name": named("LossFunction", W=(60, D)),
+    "proxies": named("Proxy_Anchor", proxies=(60, D)),
+    "a count of classes": named("Angles", num_classes=60, weight=(60, D)),
+}
+
+
+@pytest.mark.parametrize("case", MARGINS)
+@pytest.mark.parametrize("first", [True, False], ids=["the loss first", "the model first"])
+def test_class_weights_of_a_loss_are_the_head_and_what_it_is_given_is_hidden(
+    case: str, first: bool
+) -> None:
+    loss = MARGINS[case]
+    ((label, _),) = [(n, p) for n, p in loss.named_parameters() if p.ndim > 1]
+    head = f"second.{label}".removesuffix(".weight")
+    parts = {"net": mlp(20, 16, D), "second": loss}
+    model = Holder(**dict(reversed(parts.items()) if first else parts.items()))
+    assert heads(model) == {head}
+    assert by_name(model)["net.2.weight"].algorithm == "muon"
+    assert heads(parts) == {head}  # type: ignore[arg-type]
+    # A caller who names the heads of the model has not made hidden layers of the loss's.
+    given = by_name(model, heads=["net.2"])
+    assert given[f"second.{label}"].algorithm == given["net.2.weight"].algorithm == "adamw"
+
+
+def test_what_only_looks_like_class_weights_of_a_loss_is_none() -> None:
+    centers = named("CenterLoss", centers=(60, D))
+    model = Holder(net=mlp(20, 16, D), loss=centers)
+    assert heads(model) == {"net.2"}  # the centers take no part in what is classified
+    assert by_name(model)["loss.centers"].algorithm == "adamw"
+    wrapped = named("ModelWithLoss", weight=(16, 20), fc=nn.Linear(16, 3))
+    assert by_name(wrapped)["weight"].algorithm == "muon"
+    other = Holder(net=mlp(20, 16, D + 1), loss=named("ArcFaceLoss", weight=(60, D)))
+    assert heads(other) == {"net.2", "loss"}  # it is given something else
+    square = named("Square", num_classes=D, weight=(D, D))
+    assert by_name(Holder(a=square, fc=nn.Linear(D, 3)))["a.weight"].algorithm == "muon"
+
+
 def test_two_siblings_of_a_kind_are_not_yet_blocks() -> None:
     class Net(Holder):
         pass

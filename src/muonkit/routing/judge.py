@@ -16,6 +16,7 @@ import torch.nn as nn
 from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._torch import FLAT_PARAMETER, own_parameters
 from muonkit.routing.layouts import UnknownLayout, fused_layout
+from muonkit.routing.losses import class_weights
 from muonkit.routing.numbers import number, widths_of
 from muonkit.routing.places import (
     EMBEDDINGS,
@@ -79,6 +80,7 @@ def judge(
             _adapter(site, param)
             or _vector(site, param)
             or _without_class(site)
+            or _of_loss(site, param)
             or _norm(site)
             or _layer(site, param)
             or judge_raw(site, param),
@@ -132,6 +134,13 @@ def _without_class(site: Site) -> Verdict | None:
         f"{maker} has dropped the class of its module; route the model as it was before, which "
         "has the same parameters"
     )
+
+
+def _of_loss(site: Site, param: nn.Parameter) -> Verdict | None:
+    """The weights of classes that a loss holds, an output head wherever it stands."""
+    if all(param is not each for each in class_weights(site.owner, site.owner_name).values()):
+        return None
+    return adamw(f"output head (class weights of {site.owner_class})")
 
 
 def _is_exported(module: nn.Module) -> bool:
