@@ -1,4 +1,4 @@
-"""Param groups: completed with defaults, named, described; `validate` has what they may say."""
+"""Param groups: completed with defaults, named; `validate` has what they may say."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from muonkit._text import shown, unknown
-from muonkit.batching import planned
 from muonkit.int8 import block_extents, scale_shape
 from muonkit.newton_schulz.coefficients import Schedule
-from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose
+from muonkit.newton_schulz.orthogonalizer import NS_DTYPES
 from muonkit.options import (
     ADAMW,
     DEFAULTS,
@@ -24,14 +23,12 @@ from muonkit.options import (
     take_other_names_,
 )
 from muonkit.scale import ADAMW_UNITS, SCALES, scale_factor
-from muonkit.selection import selected_shape
 from muonkit.stages import STAGES, kept_shape, kept_state, listed, sets_the_size
 from muonkit.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from muonkit.newton_schulz.orthogonalizer import Choice
     from muonkit.stages import Stage
 
 __all__ = [
@@ -47,16 +44,13 @@ __all__ = [
     "check_names",
     "complete_group",
     "computed_dtype",
-    "describe_group",
     "drop_foreign_keys",
-    "flops_of",
     "is_trained",
     "keeps_int8",
     "momentum_dtype",
     "name_of",
     "own_names",
     "parameter_names",
-    "products_of",
     "refuse_eps",
     "refuse_half_named",
     "refuse_held",
@@ -67,6 +61,7 @@ __all__ = [
     "stage_names",
     "state_shapes",
     "unused_name",
+    "update_dtype",
     "warn_of_eps",
 ]
 
@@ -333,31 +328,6 @@ def refuse_eps(eps: Any) -> None:
         )
 
 
-def _choose(
-    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
-) -> Choice:
-    coefficients, steps, form, ns_dtype = (group[key] for key in NS_OPTIONS)
-    return choose(coefficients, steps, form, ns_dtype, dtype, device, rows, cols)
-
-
-def flops_of(
-    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """FLOPs of one matrix of this shape."""
-    m, n = sorted((rows, cols))
-    # The exact factor has no product of ours; an SVD takes about 20 times m^2 n.
-    return _choose(group, rows, cols, dtype, device).flops or 20 * m * m * n
-
-
-def products_of(
-    group: dict[str, Any], rows: int, cols: int, dtype: torch.dtype, device: torch.device
-) -> str:
-    """The products of matrices of this shape in words, every "auto" replaced."""
-    choice = _choose(group, rows, cols, dtype, device)
-    blocks = f" in {choice.blocks} blocks" if choice.blocks > 1 else ""
-    return f"{choice.form} in {str(choice.dtype).removeprefix('torch.')}{blocks}"
-
-
 def beta2_of(group: Mapping[str, Any], stage: Stage) -> float:
     """The weight of the past in what a stage averages."""
     given: float | None = group["stage_beta2"]
@@ -415,6 +385,14 @@ def computed_dtype(grad: torch.dtype, momentum: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def update_dtype(computed: torch.dtype, param: torch.dtype) -> torch.dtype:
+    """The dtype of the update of a parameter whose momentum is computed in another: no wider one,
+    beyond float32, where a momentum or a gradient is kept in float64.
+    """
+    most = torch.promote_types(param, torch.float32)
+    return most if computed.itemsize > most.itemsize else computed
+
+
 def parameter_names(group: Mapping[str, Any]) -> list[str]:
     """A name for every parameter of the group, to be shown: see `muonkit._text`.
 
@@ -452,43 +430,3 @@ def check_names(group: Mapping[str, Any]) -> None:
             "'param_names' (and the optimizer's state) together, or leave them and set the "
             "parameter's requires_grad_(False) and grad = None"
         )
-
-
-def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `Muon.describe` for one group; frozen parameters are not counted."""
-    params = list(filter(is_trained, group["params"]))
-    if group["algorithm"] == "adamw":
-        return [{"group": number, "algorithm": "adamw", "parameters": len(params)}]
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for batch_rows, batch_cols, blocks in planned(params, group):
-        for index, block, _ in blocks:
-            p = params[index]
-            choice = _choose(group, batch_rows, batch_cols, p.dtype, p.device)
-            scale = scale_of(group, block.rows, block.cols)
-            row = rows.setdefault(
-                (block.rows, block.cols, p.dtype, p.device, batch_rows, batch_cols),
-                {
-                    "group": number,
-                    "algorithm": "muon",
-                    "view": group["view"],
-                    "matrices": 0,
-                    "rows": block.rows,
-                    "cols": block.cols,
-                    "computed_as": (batch_rows, batch_cols),
-                    "ns_steps": "svd" if choice.exact else len(choice.triples),
-                    "ns_form": choice.form,
-                    "restarts": choice.restarts,
-                    "blocks": choice.blocks,
-                    "gflop": choice.flops / 1e9,
-                    "ns_dtype": str(choice.dtype),
-                    "ns_dtype_reason": choice.dtype_reason,
-                    "momentum_dtype": str(momentum_dtype(group, p)),
-                    **stage_names(group),
-                    "selected": selected_shape(group, block.rows, block.cols),
-                    "period": group["period"],
-                    "scale": scale,
-                    "lr": float(group["lr"]) * scale,
-                },
-            )
-            row["matrices"] += block.batch
-    return list(rows.values())

@@ -18,6 +18,7 @@ from muonkit._compile import graph_or_eager, outside_graphs
 from muonkit.adamw import adamw_step_
 from muonkit.batching import LocalParam, make
 from muonkit.checks import SeenOptions, check_gradients
+from muonkit.describe import describe_group
 from muonkit.distributed.exchange import announce, check_ranks_agree, run_overlapped
 from muonkit.distributed.layout import Layouts, local
 from muonkit.distributed.rank_dtypes import look_at_others, post
@@ -49,7 +50,6 @@ from muonkit.groups import (
     adopt_momentum,
     adopt_other_names,
     complete_group,
-    describe_group,
     drop_foreign_keys,
     parameter_names,
     refuse_half_named,

@@ -11,7 +11,7 @@ from muonkit import int8
 from muonkit._compile import copy_each_, scheduled
 from muonkit.batching import stacked
 from muonkit.distributed.exchange import Pending
-from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype, scale_of
+from muonkit.groups import NS_OPTIONS, beta2_of, computed_dtype, scale_of, update_dtype
 from muonkit.newton_schulz.orthogonalizer import orthogonalize_
 from muonkit.selection import selects
 from muonkit.stages import NO_NORM, decays, kept_state, stages_of
@@ -126,7 +126,7 @@ def _momentum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any])
             _store_(momenta, M)
             U = U.lerp_(M, kept) if nesterov else M
         if not only_kept:
-            stacks.append(_narrowed(U, dtype))
+            stacks.append(U.to(update_dtype(U.dtype, dtype)))
     return stacks
 
 
@@ -156,7 +156,7 @@ def _sum_(momentum_shards: Sequence[MomentumShards], group: dict[str, Any]) -> l
             U = torch.stack(momenta).to(wide).add_(torch.stack(grads), alpha=sign)
             _store_(momenta, U)
         if not only_kept:
-            stacks.append(_narrowed(U, dtype))
+            stacks.append(U.to(update_dtype(U.dtype, dtype)))
     return stacks
 
 
@@ -166,12 +166,6 @@ def _store_(momenta: list[Tensor], M: Tensor) -> None:
         largest = torch.finfo(torch.float16).max
         M = M.clamp(-largest, largest)
     copy_each_(momenta, M.unbind())
-
-
-def _narrowed(U: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nothing is computed in float64 for a momentum or gradient that is kept in it."""
-    most = torch.promote_types(dtype, torch.float32)
-    return U.to(most) if U.dtype.itemsize > most.itemsize else U
 
 
 def _run_(stages: Sequence[Stage], stacks: Sequence[MatrixStack], group: dict[str, Any]) -> None:

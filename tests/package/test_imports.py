@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("optim",),
     ("distributed.step_plan", "distributed.rank_dtypes", "state", "settle", "saved", "checks"),
     ("distributed.sharded", "gradients", "step"),
-    ("distributed.layout", "validate"),
+    ("distributed.layout", "validate", "describe"),
     ("groups",),
     ("routing", "batching", "adamw", "distributed.planner"),
     ("distributed.owners", "distributed.meshes"),
@@ -68,7 +68,7 @@ ALONE = {"newton_schulz": frozenset({"newton_schulz", "_compile", "_text", "_tor
 
 # torch alone loads about two thousand modules; ours are a few dozen at most, standard library's
 # included, which is what keeps `import muonkit` under a tenth of a second on top of it.
-MOST_NEW_MODULES = 69
+MOST_NEW_MODULES = 71
 
 Sources = Mapping[str, str]
 
@@ -202,6 +202,26 @@ def test_imports_point_one_way() -> None:
 
 
 PACKAGE = {"muonkit": "", "muonkit.views": "import torch", "muonkit.lab": "", "muonkit.lab.cli": ""}
+
+
+def _row(rooms: tuple[str, ...]) -> str:
+    """A layer as docs/design.md writes it: a folder's name is left out behind a file of it."""
+    shown: list[str] = []
+    inside = False
+    for room in rooms:
+        folder, dot, file = room.partition(".")
+        shown.append(f".{file}" if dot and inside else room)
+        inside = folder in BY_FILE and bool(dot)
+    return "  ".join(shown)
+
+
+def test_the_page_shows_every_layer_and_every_room() -> None:
+    page = (DOCS / "design.md").read_text(encoding="utf-8")
+    public = [tuple(room for room in rooms if room[0] != "_") for rooms in LAYERS]
+    assert "\n  ↓\n".join(_row(rooms) for rooms in public if rooms) in page
+    house = page[page.index("## The house") :].split("```")[1]
+    rooms = {path.name for path in SOURCE.iterdir() if path.name[0] not in "_."} - {"py.typed"}
+    assert {room for room in rooms if room not in house} == set()
 
 
 @pytest.mark.parametrize(

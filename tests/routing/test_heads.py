@@ -308,6 +308,28 @@ def test_what_only_looks_like_class_weights_of_a_loss_is_none() -> None:
     assert by_name(Holder(a=square, fc=nn.Linear(D, 3)))["a.weight"].algorithm == "muon"
 
 
+class Ensemble(Holder):
+    """As many linear layers side by side, as critics and models of dynamics have them."""
+
+    def __init__(self, inputs: int, outputs: int, turned: bool = True) -> None:
+        sides = (inputs, outputs) if turned else (outputs, inputs)
+        super().__init__(in_features=inputs, out_features=outputs, weight=raw(5, *sides))
+        self.bias = raw(5, 1, outputs)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("turned", [True, False], ids=["in × out", "out × in"])
+def test_the_last_layer_of_an_ensemble_is_a_head(outputs: int, turned: bool) -> None:
+    layers = [Ensemble(20, D, turned), nn.ReLU(), Ensemble(D, outputs, turned)]
+    assert heads(Holder(critic=nn.Sequential(*layers))) == {"critic.2"}
+    model = Holder(nn1=layers[0], nn2=layers[2])
+    assert heads(model) == heads(model, heads=["nn2"]) == {"nn2"}
+    assert by_name(model)["nn1.weight"].view == ("experts > transpose" if turned else "experts")
+    # A relational layer has a matrix beside its stack, and both are trained alike.
+    both = by_name(Holder(in_channels=D, out_channels=9, weight=raw(4, D, 9), root=raw(D, 9)))
+    assert both["weight"].algorithm == both["root"].algorithm
+
+
 def test_two_siblings_of_a_kind_are_not_yet_blocks() -> None:
     class Net(Holder):
         pass

@@ -24,7 +24,7 @@ from muonkit.distributed.placement import Box, Placement, box_size, slices
 from muonkit.distributed.plan import Assignment, Transfer, Transfers
 from muonkit.distributed.plan_batches import Item, cap_of, make_batches
 from muonkit.distributed.selected import BucketLines, SelectedLines, lines_of
-from muonkit.groups import computed_dtype, momentum_dtype, scaled_block
+from muonkit.groups import computed_dtype, momentum_dtype, scaled_block, update_dtype
 from muonkit.int8 import Scales, scale_cut
 from muonkit.selection import put, selects, take
 
@@ -38,20 +38,17 @@ if TYPE_CHECKING:
     from muonkit.distributed.planner import PlannedParams
     from muonkit.distributed.transfers import PlannedTensor
 
-__all__ = ["ShardedGroup", "exchange_dtype", "stage_dtype", "update_dtype"]
-
-
-def update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
-    """The dtype in which the update of a parameter is computed, and by default exchanged."""
-    most = torch.promote_types(p.dtype, torch.float32)
-    dtype = computed_dtype(grad_dtype, momentum_dtype(group, p))
-    return most if dtype.itemsize > most.itemsize else dtype
+__all__ = ["ShardedGroup", "exchange_dtype", "stage_dtype"]
 
 
 def exchange_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which the update of a parameter is exchanged."""
     chosen = group["exchange_dtype"]
-    return update_dtype(p, grad_dtype, group) if chosen == "auto" else getattr(torch, chosen)
+    return _update_dtype(p, grad_dtype, group) if chosen == "auto" else getattr(torch, chosen)
+
+
+def _update_dtype(p: Tensor, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
+    return update_dtype(computed_dtype(grad_dtype, momentum_dtype(group, p)), p.dtype)
 
 
 def stage_dtype(p: Tensor) -> torch.dtype:
@@ -243,7 +240,7 @@ class ShardedGroup:
         p, grad_dtype = self.params[first], grads[first]
         # Of a momentum in int8, the extents of its blocks; pieces of one stack have equal ones.
         self.scaled_blocks = {i: scaled_block(p, group) for i, p in self.params.items()}
-        self.dtype = update_dtype(p, grad_dtype, group)
+        self.dtype = _update_dtype(p, grad_dtype, group)
         self.comm_dtype = exchange_dtype(p, grad_dtype, group)
         self.stage_dtype = stage_dtype(p)
         self.cap: int = cap_of(domain.device.type, group["bytes_in_flight"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from muonkit.describe import flops_of, products_of
 from muonkit.distributed.layout import local
 from muonkit.distributed.machines import machine
 from muonkit.distributed.outbound import Outbound
@@ -18,7 +19,7 @@ from muonkit.distributed.plan_batches import cap_of
 from muonkit.distributed.planner import GroupToPlan, ParamToPlan, check_blocks, plan_step
 from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, stage_dtype
 from muonkit.gradients import lies_elsewhere
-from muonkit.groups import flops_of, is_trained, parameter_names, products_of
+from muonkit.groups import is_trained, parameter_names
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
 from muonkit.period import PERIOD_STEP, has_period
 from muonkit.selection import selected_shape

@@ -102,8 +102,8 @@ def find_heads(root: Node) -> tuple[dict[int, str], dict[int, str]]:
     """
     heads: dict[int, str] = {}
     for node in root.below():
-        for param in class_weights(node.module, node.name).values():
-            heads[id(param)] = f"output head (class weights of {type(node.module).__name__})"
+        for weight in class_weights(node.module, node.name).values():
+            heads[id(weight)] = f"output head (class weights of {type(node.module).__name__})"
         for why, modules in (
             ("get_output_embeddings", _output_embeddings(node.module)),
             ("adaptive softmax", _of_adaptive_softmax(node.module)),

@@ -17,6 +17,7 @@ from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._torch import FLAT_PARAMETER, own_parameters
 from muonkit.routing.layouts import UnknownLayout, fused_layout
 from muonkit.routing.losses import class_weights
+from muonkit.routing.names import ROUTER
 from muonkit.routing.numbers import number, widths_of
 from muonkit.routing.places import (
     EMBEDDINGS,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Undecided", "Verdict", "is_vector", "judge"]
 
 
-_ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _GAINS = name_set("weight scale gamma g gain")
 _NORM_CLASS = re.compile(r"Norm(alization)?(\dd)?$")
 _RNN_WEIGHT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
@@ -292,7 +292,7 @@ def _linear(
         return muon(*fused)
     # A router gives one number per expert, which a gate of a hidden width does not.
     narrow_gate = site.owner_name == "gate" and 4 * widths[0] <= widths[1]
-    if narrow_gate or _ROUTER.search(f"{site.owner_name} {site.owner_class}"):
+    if narrow_gate or ROUTER.search(f"{site.owner_name} {site.owner_class}"):
         return muon("matrix", f"router ({site.owner_class})")
     own = "" if isinstance(site.owner, nn.Linear) else f" ({site.owner_class})"
     return muon("matrix", f"hidden linear layer{own}")

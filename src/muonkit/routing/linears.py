@@ -179,7 +179,8 @@ class Linears:
         if widths is None or not isinstance(module, nn.Module):
             return False
         both = (widths, widths[::-1])
-        return any(_has_shape(p) and tuple(p.shape) in both for p in self.weights(module))
+        weights = [p for p in self.weights(module) if _has_shape(p)]
+        return any(tuple(p.shape) in both for p in weights) or _stack_of(module) is not None
 
     def weights(self, module: nn.Module) -> list[nn.Parameter]:
         """The weights of a layer: one, unless it says what it takes and gives and holds several of
@@ -187,6 +188,7 @@ class Linears:
         """
         own = self.own(module)
         weight = _weight_of(module, "weight" if own is None else own.label)
+        weight = _stack_of(module) if weight is None else weight
         if weight is not None:
             return [weight]
         widths = widths_of(module)
@@ -210,6 +212,18 @@ def _weight_of(module: nn.Module, label: str = "weight") -> nn.Parameter | None:
     if isinstance(lists, nn.ModuleDict) and label in lists:
         found += own_parameters(lists[label]).values()
     return max((p for p in found if p is not None), key=_size, default=None)
+
+
+def _stack_of(module: nn.Module) -> nn.Parameter | None:
+    """The weight of an ensemble's layers, a stack of as many matrices: the only one that a module
+    without other parts has of the widths that it states.
+    """
+    widths = widths_of(module)
+    if widths is None or any(kid is not None for kid in own_modules(module).values()):
+        return None
+    both = (widths, widths[::-1])
+    found = [p for p in held_parameters(module).values() if _has_shape(p) and p.shape[-2:] in both]
+    return found[0] if len(found) == 1 and found[0].ndim == 3 else None
 
 
 def _size(param: nn.Parameter) -> int:

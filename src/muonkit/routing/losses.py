@@ -17,7 +17,8 @@ from muonkit.routing.verdicts import is_vector
 
 __all__ = ["class_weights"]
 
-# Such classes and the names of such parts. (A model "WithLoss" holds what a model holds. nGPT's hidden layers are called NormLinear.)
+# Classes and parts of a model that classify. (A model "WithLoss" holds what a model holds; nGPT's
+# hidden layers are called NormLinear.)
 _NAMED = re.compile(
     r"(?!.*with_?loss).*(loss(_?(function|func|fn|layer))?|criterion|softmax)|metric_fc"
     r"|(arc|cos|sphere|ada|mag|curricular|elastic|norm|uni|combined|sub_?cent(er|re)_?arc)_?face.*"

@@ -1,4 +1,6 @@
-"""The names that public code gives to the layers which make q, k and v of an attention."""
+"""The names that public code gives to the layers which make q, k and v of an attention, and to what
+chooses experts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import re
 
 from muonkit.routing.places import name_set
 
-__all__ = ["KV", "ONE_ATTENDS", "QKV", "QKV_BY_HEAD", "TWO_ATTEND", "makes"]
+__all__ = ["KV", "ONE_ATTENDS", "QKV", "QKV_BY_HEAD", "ROUTER", "TWO_ATTEND", "makes"]
 
 # A module with one of the first, or with two of the second, attends.
 ONE_ATTENDS = name_set("qkv to_qkv to_kv q_proj")
@@ -23,6 +25,9 @@ QKV_BY_HEAD = name_set("query_key_value linear_qkv in_proj_qkvz")
 KV = name_set(
     "kv to_kv kv_proj proj_kv Wkv wkv W_kv w_kv kv_linear linear_kv lin_kv kv_layer key_value"
 )
+
+# The layer, or the class of the layer, that scores experts.
+ROUTER = re.compile(r"[Rr]outer|TopKGate")
 
 _AFFIXES = r"(?:(?:to|proj|linear|lin|fc|w|W)_?)?(?:{})(?:_?(?:proj|lin|linear|layer|attn))?"
 _ONE = {

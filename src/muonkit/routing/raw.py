@@ -19,6 +19,7 @@ import torch.nn as nn
 from muonkit._torch import held_parameters, own_parameters
 from muonkit.routing.layouts import expert_layout, flat_expert_layout, fused_layout
 from muonkit.routing.linears import EMBEDDING_CLASS
+from muonkit.routing.names import ROUTER
 from muonkit.routing.numbers import (
     CONFIGS,
     EXPERT_COUNTS,
@@ -109,7 +110,6 @@ _PARTNERS = {
 _NUMBERED = re.compile(r"[Ww](\d+|_\w+)?")
 _POSITION_CLASS = re.compile(r"Position(?!-?_?[Ww]ise)|PosEmb|PosEnc")
 _EMBEDDING_LABEL = name_set("weight weights W w kernel embedding embeddings table W_E")
-_ROUTER = re.compile(r"[Rr]outer|TopKGate")
 _SPECTRAL_CLASS = re.compile(r"Fourier|Spectral|FNO|FFT|Frequency|GlobalFilter")
 _STATE_SPACE_CLASS = re.compile(r"SSM|S4|S5|SSKernel|LRU|StateSpace|Mamba|HiPPO|Hippo")
 _STATE_SPACE = name_set("A B C D E P Q Lambda log_A A_log B_re B_im C_re C_im")
@@ -302,7 +302,7 @@ def _matrix(site: Site, param: nn.Parameter, view: str) -> Verdict:
     """A raw parameter of two sides: a layer if its module's widths, its name or its siblings say
     so."""
     owner = site.owner_class
-    if _ROUTER.search(owner) or _ROUTER.search(site.key):
+    if ROUTER.search(owner) or ROUTER.search(site.key):
         return muon(view, f"router ({owner})")
     turned, how = _by_widths(site, param) or (_by_bias(site, param), None)
     if turned:
