@@ -51,8 +51,7 @@ class Outbound:
         own: bool = False,
         mine: Sequence[Assignment] | None = None,
     ) -> None:
-        find = plan.stage_outbound if state else plan.outbound
-        first = find(bucket if mine is None else mine, me)
+        first = plan.outbound(bucket if mine is None else mine, me, state=state)
         self.gathered = plan.gathers(bucket, state)
         self.moves = plan.moves(bucket, False, state)
         self.sends, recvs = first
@@ -65,7 +64,7 @@ class Outbound:
         self._late: Transfers | None = None
         self._chunks = [1 if cap is None else plan.chunks(bucket, cap, state)]
         if plan.relays(bucket, state):
-            self._late = find(bucket, me, late=True)
+            self._late = plan.outbound(bucket, me, late=True, state=state)
             self.rounds.append(self._late.recvs)
             self._chunks.append(1 if cap is None else plan.chunks(bucket, cap, state, late=True))
 

@@ -131,54 +131,18 @@ class Plan(NamedTuple):
             mine = mine * placement.mesh[axis] + at
         return copies, mine
 
-    def inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
-        """Momentum, from the ranks that store it to the owners."""
-        return self._transfers_of(bucket, me, inward=True)
-
-    def outbound(self, bucket: Sequence[Assignment], me: int, late: bool = False) -> Transfers:
-        """Results, from the owners to the ranks that store the parameters; `late`: from relays."""
-        return self._back(bucket, me, late)
-
-    def stage_inbound(self, bucket: Sequence[Assignment], me: int) -> Transfers:
-        """The stage's state, to the owners; boxes are in the state's coordinates."""
-        return self._transfers_of(bucket, me, inward=True, state=True)
-
-    def stage_outbound(
-        self, bucket: Sequence[Assignment], me: int, late: bool = False
-    ) -> Transfers:
-        """The stage's state, from the owners to all ranks that store it; `late`: from relays."""
-        return self._back(bucket, me, late, state=True)
-
-    def rank_transfers(
-        self, bucket: Sequence[Assignment], me: int
-    ) -> Iterator[tuple[str, Transfers, int]]:
-        """The exchanges of a bucket in which each pair of ranks has its own message: "to_owners" or
-        "to_params", this rank's part of it, and bytes per element.
+    def inbound(self, bucket: Sequence[Assignment], me: int, *, state: bool = False) -> Transfers:
+        """Momentum, from the ranks that store it to the owners; or a stage's `state`, whose boxes
+        are in the state's coordinates.
         """
-        for state, itemsize in self._travelling():
-            if self.inward:
-                inbound = self.stage_inbound if state else self.inbound
-                yield "to_owners", self._taken(inbound(bucket, me), state), itemsize
-            if not self.gathers(bucket, state):
-                outbound = self.stage_outbound if state else self.outbound
-                for late in (False, True):
-                    back = outbound(bucket, me, late=late)
-                    yield "to_params", self._taken(back, state), itemsize
+        return self._transfers_of(bucket, me, inward=True, state=state)
 
-    def gathered_bytes(self, bucket: Sequence[Assignment]) -> int:
-        """What each rank puts into the bucket's all-gathers: every other rank gets all of it."""
-        return sum(self.gathers(bucket, state) * size for state, size in self._travelling())
-
-    def _travelling(self) -> Iterator[tuple[bool, int]]:
-        """Whether it is the stage's state, and bytes per element, of what goes to and fro."""
-        yield False, self.itemsize
-        if self.has_stage_state:
-            yield True, self.stage_itemsize
-
-    def _back(
-        self, bucket: Sequence[Assignment], me: int, late: bool, state: bool = False
+    def outbound(
+        self, bucket: Sequence[Assignment], me: int, *, late: bool = False, state: bool = False
     ) -> Transfers:
-        """The transfers of the way back: from owners, or with `late` from relays."""
+        """Results, from the owners to the ranks that store the parameters, or a stage's `state` to
+        those that store it. Between nodes it takes two rounds: `late` from relays.
+        """
         if not self.several_nodes:
             return Transfers((), ()) if late else self._transfers_of(bucket, me, False, state)
         sends: list[Transfer] = []
@@ -192,6 +156,31 @@ class Plan(NamedTuple):
                     if second == late and to == me:
                         recvs.append(Transfer(source, matrix, box))
         return _in_order(sends, recvs)
+
+    def rank_transfers(
+        self, bucket: Sequence[Assignment], me: int
+    ) -> Iterator[tuple[str, Transfers, int]]:
+        """The exchanges of a bucket in which each pair of ranks has its own message: "to_owners" or
+        "to_params", this rank's part of it, and bytes per element.
+        """
+        for state, itemsize in self._travelling():
+            if self.inward:
+                there = self.inbound(bucket, me, state=state)
+                yield "to_owners", self._taken(there, state), itemsize
+            if not self.gathers(bucket, state):
+                for late in (False, True):
+                    back = self.outbound(bucket, me, late=late, state=state)
+                    yield "to_params", self._taken(back, state), itemsize
+
+    def gathered_bytes(self, bucket: Sequence[Assignment]) -> int:
+        """What each rank puts into the bucket's all-gathers: every other rank gets all of it."""
+        return sum(self.gathers(bucket, state) * size for state, size in self._travelling())
+
+    def _travelling(self) -> Iterator[tuple[bool, int]]:
+        """Whether it is the stage's state, and bytes per element, of what goes to and fro."""
+        yield False, self.itemsize
+        if self.has_stage_state:
+            yield True, self.stage_itemsize
 
     def _taken(self, transfers: Transfers, state: bool) -> Transfers:
         """The boxes that travel, where some lines do; the state of a stage travels whole."""

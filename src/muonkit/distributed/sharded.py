@@ -92,7 +92,7 @@ class _Bucket:
         self.outbound = Outbound(plan, every, me, sharded.cap, mine=assignments)
         self.stage_inbound: Transfers | None = None
         if plan.has_stage_state:
-            self.stage_inbound = plan.stage_inbound(assignments, me)
+            self.stage_inbound = plan.inbound(assignments, me, state=True)
             self.stage_moves = plan.moves(every, inward=True, state=True)
             self.stage_outbound = Outbound(
                 plan, every, me, sharded.cap, state=True, own=True, mine=assignments
