@@ -263,7 +263,7 @@ def named(name: str, **own: object) -> nn.Module:
 
 MARGINS = {
     "ArcFace, classes first": named("ArcFaceLoss", weight=(60, D)),
-    "ArcFace, classes last": named("ArcFace", kernel=(D, 60)),
+    "ArcFace, classes last": named("ElasticArcFace", kernel=(D, 60)),
     "sub-centers": named("SubCenterArcFace", weight=(60, 3, D)),
     "a layer that states its widths": named(
         "ArcMarginProduct", weight=(60, D), in_features=D, out_features=60
@@ -273,42 +273,50 @@ MARGINS = {
     ),
     "a loss of any name": named("LossFunction", W=(60, D)),
     "proxies": named("Proxy_Anchor", proxies=(60, D)),
+    "a class that extends one": type("Speakers", (type(named("ArcFace")),), {})(w=raw(D, 60)),
     "a count of classes": named("Angles", num_classes=60, weight=(60, D)),
 }
 
 
 @pytest.mark.parametrize("case", MARGINS)
 @pytest.mark.parametrize("first", [True, False], ids=["the loss first", "the model first"])
-def test_class_weights_of_a_loss_are_the_head_and_what_it_is_given_is_hidden(
+def test_class_weights_of_a_loss_are_a_head_and_change_no_other_layer(
     case: str, first: bool
 ) -> None:
     loss = MARGINS[case]
     ((label, _),) = [(n, p) for n, p in loss.named_parameters() if p.ndim > 1]
-    head = f"second.{label}".removesuffix(".weight")
-    parts = {"net": mlp(20, 16, D), "second": loss}
-    model = Holder(**dict(reversed(parts.items()) if first else parts.items()))
-    assert heads(model) == {head}
-    assert by_name(model)["net.2.weight"].algorithm == "muon"
-    assert heads(parts) == {head}  # type: ignore[arg-type]
-    # A caller who names the heads of the model has not made hidden layers of the loss's.
-    given = by_name(model, heads=["net.2"])
-    assert given[f"second.{label}"].algorithm == given["net.2.weight"].algorithm == "adamw"
+    net = {"fc1": nn.Linear(20, 16), "net": mlp(16, 16, D)}
+    parts = {"second": loss, **net} if first else {**net, "second": loss}
+    for model in (
+        Holder(**parts),
+        nn.Sequential(*net.values(), loss),
+        {"net": nn.Sequential(*net.values()), "second": loss},
+    ):
+        found = by_name(model)  # type: ignore[arg-type]
+        place = "2" if isinstance(model, nn.Sequential) else "second"
+        own = found[f"{place}.{label}"].reason
+        as_layer = hasattr(loss, "in_features") and own == "output head (last layer of the model)"
+        assert as_layer or own == f"output head (classes of {type(loss).__name__})"
+        hidden = [r.algorithm for r in found.values() if r.shape in ((16, 20), (16, 16))]
+        assert hidden == ["muon", "muon"]
 
 
 def test_what_only_looks_like_class_weights_of_a_loss_is_none() -> None:
-    centers = named("CenterLoss", centers=(60, D))
-    model = Holder(net=mlp(20, 16, D), loss=centers)
-    assert heads(model) == {"net.2"}  # the centers take no part in what is classified
-    assert by_name(model)["loss.centers"].algorithm == "adamw"
+    centers = by_name(named("CenterLoss", centers=(60, D), log_vars=(60, D)))
+    assert not any(r.reason.startswith("output head") or r.decay for r in centers.values())
     wrapped = named("ModelWithLoss", weight=(16, 20), fc=nn.Linear(16, 3))
     assert by_name(wrapped)["weight"].algorithm == "muon"
-    other = Holder(net=mlp(20, 16, D + 1), loss=named("ArcFaceLoss", weight=(60, D)))
-    assert heads(other) == {"net.2", "loss"}  # it is given something else
     square = named("Square", num_classes=D, weight=(D, D))
     assert by_name(Holder(a=square, fc=nn.Linear(D, 3)))["a.weight"].algorithm == "muon"
+    # Layers of torch's are judged as such, whatever they are called.
+    called = Holder(pre_softmax=nn.Linear(D, D), type_loss=nn.Linear(D, D), fc=nn.Linear(D, 3))
+    assert heads(called) == {"fc"}
+    assert by_name(named("ClassEmbedding", num_classes=60, weight=(60, D)))["weight"].reason == (
+        "embedding (ClassEmbedding)"
+    )
 
 
-class Ensemble(Holder):
+class EnsembleLinear(Holder):
     """As many linear layers side by side, as critics and models of dynamics have them."""
 
     def __init__(self, inputs: int, outputs: int, turned: bool = True) -> None:
@@ -320,7 +328,7 @@ class Ensemble(Holder):
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("turned", [True, False], ids=["in × out", "out × in"])
 def test_the_last_layer_of_an_ensemble_is_a_head(outputs: int, turned: bool) -> None:
-    layers = [Ensemble(20, D, turned), nn.ReLU(), Ensemble(D, outputs, turned)]
+    layers = [EnsembleLinear(20, D, turned), nn.ReLU(), EnsembleLinear(D, outputs, turned)]
     assert heads(Holder(critic=nn.Sequential(*layers))) == {"critic.2"}
     model = Holder(nn1=layers[0], nn2=layers[2])
     assert heads(model) == heads(model, heads=["nn2"]) == {"nn2"}

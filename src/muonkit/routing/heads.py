@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from muonkit._torch import held_parameters, own_parameters
-from muonkit.routing.losses import class_weights
 from muonkit.routing.names import ONE_ATTENDS, TWO_ATTEND, makes
 from muonkit.routing.places import EMBEDDINGS, Models, name_set, weights
 from muonkit.routing.verdicts import is_vector
@@ -102,8 +101,6 @@ def find_heads(root: Node) -> tuple[dict[int, str], dict[int, str]]:
     """
     heads: dict[int, str] = {}
     for node in root.below():
-        for weight in class_weights(node.module, node.name).values():
-            heads[id(weight)] = f"output head (class weights of {type(node.module).__name__})"
         for why, modules in (
             ("get_output_embeddings", _output_embeddings(node.module)),
             ("adaptive softmax", _of_adaptive_softmax(node.module)),
@@ -215,15 +212,9 @@ class _Search:
         self.root = root
         self.in_stack = {id(kid) for node in root.below() for kid in _blocks(node)}
         self.named = [node for node in root.below() if self._is_named(node)]
-        # The shapes of the weights that a node has for classes, as a loss does.
-        self.of_classes = {
-            id(node): [tuple(p.shape) for p in class_weights(node.module, node.name).values()]
-            for node in root.below()
-        }
         self.found = {id(node) for node in self.named} | {
             id(node) for node in root.below() if stated.intersection(map(id, weights(node)))
         }
-        self.found |= {key for key, shapes in self.of_classes.items() if shapes}
         self.holders: set[int] = set()  # the nodes that hold their head themselves
         self.raw = dict(self._raw_heads())
 
@@ -231,7 +222,7 @@ class _Search:
         """The models whose ends are searched: the root, or what it holds where it is a list of
         models."""
         root = self.root
-        kids = self._unclassified(root.main)
+        kids = root.main
         lists = isinstance(root.module, (Models, *_LISTS))
         composite = kids and not any(kid.is_layer for kid in kids)
         if not lists or not composite or any(id(kid) in self.in_stack for kid in kids):
@@ -314,7 +305,7 @@ class _Search:
             return [node]
         if id(node) in self.holders:
             return []
-        kids = self._unclassified(node.main)
+        kids = node.main
         if not kids or _gives_hidden(node, named=named):
             return []
         if isinstance(node.module, _LISTS):
@@ -322,20 +313,6 @@ class _Search:
         if isinstance(node.module, nn.Sequential):
             return [] if _ends_in_features(node) or self._hides(kids[-1]) else self.ends(kids[-1])
         return self._ends_of_module(node, kids)
-
-    def _unclassified(self, kids: Sequence[Node]) -> list[Node]:
-        """Those of which no part beside them makes classes, by weights of its own."""
-        return [kid for kid in kids if not self._is_classified(kid)]
-
-    def _is_classified(self, kid: Node) -> bool:
-        beside = kid.parent.kids.values() if kid.parent is not None else ()
-        return any(
-            kid.gives in shape
-            for other in beside
-            if other is not kid
-            for each in other.below()
-            for shape in self.of_classes.get(id(each), ())
-        )
 
     def _hides(self, kid: Node) -> bool:
         return id(kid) in self.in_stack

@@ -16,7 +16,6 @@ import torch.nn as nn
 from muonkit._shards import WHOLE, unplaced_shard
 from muonkit._torch import FLAT_PARAMETER, own_parameters
 from muonkit.routing.layouts import UnknownLayout, fused_layout
-from muonkit.routing.losses import class_weights
 from muonkit.routing.names import ROUTER
 from muonkit.routing.numbers import number, widths_of
 from muonkit.routing.places import (
@@ -32,6 +31,7 @@ from muonkit.routing.raw import (
     is_position,
     is_token_or_position,
     is_triangular,
+    judge_classes,
     judge_raw,
 )
 from muonkit.routing.verdicts import Undecided, Verdict, adamw, is_vector, muon
@@ -80,8 +80,8 @@ def judge(
             _adapter(site, param)
             or _vector(site, param)
             or _without_class(site)
-            or _of_loss(site, param)
             or _norm(site)
+            or judge_classes(site, param)
             or _layer(site, param)
             or judge_raw(site, param),
             param,
@@ -134,13 +134,6 @@ def _without_class(site: Site) -> Verdict | None:
         f"{maker} has dropped the class of its module; route the model as it was before, which "
         "has the same parameters"
     )
-
-
-def _of_loss(site: Site, param: nn.Parameter) -> Verdict | None:
-    """The weights of classes that a loss holds, an output head wherever it stands."""
-    if all(param is not each for each in class_weights(site.owner, site.owner_name).values()):
-        return None
-    return adamw(f"output head (class weights of {site.owner_class})")
 
 
 def _is_exported(module: nn.Module) -> bool:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch.nn as nn
 
 from muonkit._torch import held_parameters, own_modules, own_parameters
-from muonkit.routing.numbers import EXPERT_COUNTS, HEADS, KERNEL_SIZES, first_number, widths_of
+from muonkit.routing.numbers import (
+    ENSEMBLES,
+    EXPERT_COUNTS,
+    HEADS,
+    KERNEL_SIZES,
+    first_number,
+    widths_of,
+)
 from muonkit.routing.verdicts import is_vector
 
 if TYPE_CHECKING:
@@ -46,6 +53,8 @@ _STORED = ("weight", "weight_v", "weight_orig")
 _BIASES = ("bias", "b")
 
 _POSITION_NAME = re.compile(r"pos|wpe")
+# Layers of the same widths side by side, each with an input of its own.
+_ENSEMBLE = re.compile(r"ensemble|(vectorized|parallel(ized)?|batch(ed)?)_?(linear|layer|fc)", re.I)
 # Parts of one weight: of a distribution of it, of a function.
 _PART = re.compile(r"(^|_)(mu|sigma|rho|mean|std|logvar|base|spline)(_|$)")
 # Layers that give more than they take, in every model that has them, and such that give less.
@@ -188,7 +197,8 @@ class Linears:
         """
         own = self.own(module)
         weight = _weight_of(module, "weight" if own is None else own.label)
-        weight = _stack_of(module) if weight is None else weight
+        if weight is None:
+            weight = _stack_of(module)
         if weight is not None:
             return [weight]
         widths = widths_of(module)
@@ -215,15 +225,14 @@ def _weight_of(module: nn.Module, label: str = "weight") -> nn.Parameter | None:
 
 
 def _stack_of(module: nn.Module) -> nn.Parameter | None:
-    """The weight of an ensemble's layers, a stack of as many matrices: the only one that a module
-    without other parts has of the widths that it states.
-    """
-    widths = widths_of(module)
-    if widths is None or any(kid is not None for kid in own_modules(module).values()):
+    """The weight of an ensemble of linear layers, E × in × out or E × out × in."""
+    if not (_ENSEMBLE.search(class_of(module).__name__) or first_number([module], ENSEMBLES)):
         return None
-    both = (widths, widths[::-1])
-    found = [p for p in held_parameters(module).values() if _has_shape(p) and p.shape[-2:] in both]
-    return found[0] if len(found) == 1 and found[0].ndim == 3 else None
+    weight = next((w for label in _WEIGHTS if (w := _weight_of(module, label)) is not None), None)
+    widths = widths_of(module)
+    if weight is None or widths is None or not _has_shape(weight) or weight.ndim != 3:
+        return None
+    return weight if weight.shape[1:] in (widths, widths[::-1]) else None
 
 
 def _size(param: nn.Parameter) -> int:

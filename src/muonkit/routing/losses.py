@@ -1,67 +1,64 @@
 """Class weights that a loss, or a classifier with a margin, holds itself: ArcFace's, AM-softmax's,
-proxies. They are an output head, and what a model gives to them is hidden.
+proxies.
 """
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
 from muonkit._torch import held_parameters
 from muonkit.routing.linears import class_of
-from muonkit.routing.numbers import first_number
-from muonkit.routing.places import name_set
-from muonkit.routing.raw import is_token_or_position
+from muonkit.routing.numbers import CLASSES, first_number
+from muonkit.routing.places import CONVS, EMBEDDINGS, TRANSPOSED_CONVS, name_set
 from muonkit.routing.verdicts import is_vector
 
-__all__ = ["class_weights"]
+if TYPE_CHECKING:
+    from muonkit.routing.places import Site
 
-# Classes and parts of a model that classify. (A model "WithLoss" holds what a model holds; nGPT's
-# hidden layers are called NormLinear.)
-_NAMED = re.compile(
-    r"(?!.*with_?loss).*(loss(_?(function|func|fn|layer))?|criterion|softmax)|metric_fc"
-    r"|(arc|cos|sphere|ada|mag|curricular|elastic|norm|uni|combined|sub_?cent(er|re)_?arc)_?face.*"
-    r"|(arc|am|aam|add|additive|angular|sphere|cos|cosine|large|sub_?cent(er|re)_?arc)_?margin.*"
-    r"|sphere_?product|ada_?cos|arc_?net|angle_?linear|mag_?linear|partial_?fc.*|proxy_?(anchor|nca).*",
-    re.IGNORECASE,
+__all__ = ["counts_classes", "gives_loss"]
+
+_LAYERS = (nn.Linear, nn.Bilinear, *EMBEDDINGS, *CONVS, *TRANSPOSED_CONVS)
+_LABELS = name_set("weight W w kernel")
+
+_LOSS = r".*loss(_?(function|func|fn|layer))?|.*criterion"
+_MARGIN = (
+    r"(elastic_?|sub_?cent(er|re)_?)?(arc|cos|sphere|ada|mag|curricular|elastic|norm|uni|npc)"
+    r"(_?neg)?_?face.*"
+    r"|(arc|am|aam|add|additive|angular|sphere|cos|cosine|large)_?margin.*"
+    r"|(a|l|am|aam|mv|norm|cosine|(additive_?|angular_?)*margin)?_?softmax(_?proto(type)?)?"
+    r"|sphere_?product|ada_?cos|arc_?net|angle_?linear|mag_?linear|partial_?fc.*"
+    r"|proxy_?(anchor|nca|gml).*|soft_?triple|cosine_?classifier"
 )
-_COUNTS = (
-    "num_classes",
-    "num_class",
-    "n_classes",
-    "n_class",
-    "nclasses",
-    "nb_classes",
-    "number_classes",
-    "class_num",
-    "classnum",
-    "cls_num",
-)
-_LABELS = name_set("weight weights W w kernel")
+# (A "ModelWithLoss" holds what a model holds.)
+_CLASS = re.compile(rf"(?!.*with_?loss)({_LOSS}|{_MARGIN})", re.IGNORECASE)
+_PLACE = re.compile(_LOSS)
 
 
-def class_weights(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The parameters with a row or column for each class, by label, of a module that holds them
-    beside no other part: its class, its name in the model, or the number of classes that it states
-    says so.
+def gives_loss(site: Site) -> bool:
+    """Whether a module is a loss or a classifier with a margin: by its class, or one that this
+    extends, or by its name in the model, if its class is none of torch's.
     """
-    own = {label: p for label, p in held_parameters(module).items() if _is_matrix(p)}
-    named = any(map(_NAMED.fullmatch, (class_of(module).__name__, name)))
-    count = first_number([module], _COUNTS)
-    found = {
-        label: p
-        for label, p in own.items()
-        if not is_token_or_position(label)
-        and (named or (len(own) == 1 and label in _LABELS and _counts(p, count)))
-    }
-    return {} if any(True for kid in module.children() for _ in kid.parameters()) else found
+    classes = class_of(site.owner).__mro__
+    if any(_CLASS.fullmatch(kind.__name__) for kind in classes):
+        return True
+    return _PLACE.fullmatch(site.owner_name) is not None and not isinstance(site.owner, _LAYERS)
 
 
-def _is_matrix(param: nn.Parameter) -> bool:
-    return not isinstance(param, nn.parameter.UninitializedParameter) and not is_vector(param)
+def counts_classes(site: Site, param: nn.Parameter) -> bool:
+    """Whether a module's only matrix has a row or column for each class of which it states how many
+    there are.
+    """
+    count = first_number([site.owner], CLASSES)
+    if count is None or site.label not in _LABELS or isinstance(site.owner, _LAYERS):
+        return False
+    own = held_parameters(site.owner).values()
+    others = [p for p in own if p is not param and not _is_lazy(p) and not is_vector(p)]
+    is_one_side = [extent == count for extent in param.shape].count(True) == 1
+    return param.ndim == 2 and is_one_side and not others
 
 
-def _counts(param: nn.Parameter, count: int | None) -> bool:
-    """Whether one side is the number of classes, and not both."""
-    return param.ndim == 2 and [extent == count for extent in param.shape].count(True) == 1
+def _is_lazy(param: nn.Parameter) -> bool:
+    return isinstance(param, nn.parameter.UninitializedParameter)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "CLASSES",
     "CONFIGS",
+    "ENSEMBLES",
     "EXPERT_COUNTS",
     "HEADS",
     "HEAD_DIM",
@@ -41,6 +43,19 @@ EXPERT_COUNTS = (
     "moe_num_experts",
     "n_routed_experts",
 )
+CLASSES = (
+    "num_classes",
+    "num_class",
+    "n_classes",
+    "n_class",
+    "nb_classes",
+    "number_classes",
+    "class_num",
+    "classnum",
+    "cls_num",
+    "num_speakers",
+)
+ENSEMBLES = ("ensemble_size", "num_ensemble", "num_ensembles", "n_ensemble", "num_nets")
 
 # The attributes with a layer's inputs and outputs: torch's and Hugging Face's, convolutions',
 # graph libraries' (PyG, DGL), Megatron's, and those of small public packages.

@@ -19,6 +19,7 @@ import torch.nn as nn
 from muonkit._torch import held_parameters, own_parameters
 from muonkit.routing.layouts import expert_layout, flat_expert_layout, fused_layout
 from muonkit.routing.linears import EMBEDDING_CLASS
+from muonkit.routing.losses import counts_classes, gives_loss
 from muonkit.routing.names import ROUTER
 from muonkit.routing.numbers import (
     CONFIGS,
@@ -43,6 +44,7 @@ __all__ = [
     "is_position",
     "is_token_or_position",
     "is_triangular",
+    "judge_classes",
     "judge_raw",
 ]
 
@@ -161,6 +163,15 @@ def judge_raw(site: Site, param: nn.Parameter) -> Verdict:
     if layout is None:
         raise Undecided("which of its dimensions form a matrix does not follow from its module")
     return muon(*layout)
+
+
+def judge_classes(site: Site, param: nn.Parameter) -> Verdict | None:
+    """The verdict on the matrices of a loss or of a classifier with a margin: an output head, where
+    their names say nothing else. None for those of other modules.
+    """
+    if not gives_loss(site) and not counts_classes(site, param):
+        return None
+    return _by_name(site, param) or adamw(f"output head (classes of {site.owner_class})")
 
 
 def _by_name(site: Site, param: nn.Parameter) -> Verdict | None:
