@@ -490,9 +490,10 @@ class Muon(Optimizer):
 
         Hyperparameters that it lacks keep their value here. Names and structure (algorithm, view)
         are always the model's own: where both sides have the parameters' names, the state goes by
-        name, in whatever order it was saved; else by position. The name of a stage or scale
-        stands for the object of that name in this optimizer's group, else for muonkit's own.
-        For the way back: torch's Muon loads ours, and can step if `ns_coefficients` is one triple.
+        name, in whatever order groups and parameters were saved; else by position. The name of a
+        stage or scale stands for the object of that name in this optimizer's group, else for
+        muonkit's own. For the way back: torch's Muon loads ours, and steps as ours does where its
+        own arguments say all: `muonkit.convert.from_muonkit` is for the rest.
 
         Raises:
             ValueError: other groups, names, algorithms or shapes than here, options that the

@@ -89,7 +89,7 @@ def merge_saved(
     missing = {"state", "param_groups"} - set(state_dict)
     if missing:
         raise ValueError(f"no optimizer state dict: it lacks {sorted(missing)}")
-    saved_groups = state_dict["param_groups"]
+    saved_groups = _by_names(groups, state_dict["param_groups"])
     for number, (own, saved) in enumerate(zip(groups, saved_groups, strict=False)):
         if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
             raise ValueError(
@@ -103,6 +103,7 @@ def merge_saved(
         )
     merged = []
     for number, (own, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        _refuse_foreign(number, own, saved)
         _refuse_other_adam(number, saved)
         keys = _in_our_order(number, own, saved)
         if len(keys) != len(own["params"]):
@@ -128,6 +129,41 @@ def merge_saved(
                 _check_parts(name, kinds, entry, state.get(p) or {})
         merged.append({**group, "params": keys})
     return {**state_dict, "param_groups": merged}
+
+
+def _by_names(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    """The saved groups in the order of ours, where each has the names of one of ours: groups are
+    made in the order in which a model registers its parts.
+    """
+
+    def names(group: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset(without_wrappers(group.get("param_names") or ()))
+
+    saved = {names(group): group for group in saved_groups}
+    ours = [names(group) for group in groups]
+    if len(saved) == len(saved_groups) == len(ours) and saved.keys() == set(ours):
+        return [saved[each] for each in ours]
+    return saved_groups
+
+
+# What other optimizers have in a group, and neither Muon nor AdamW has.
+_FOREIGN = ("dampening", "momentum_decay", "alpha", "rho", "lr_decay", "lambd", "etas", "wd")
+
+
+def _refuse_foreign(number: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse a group that another optimizer saved, whose state has names that ours has too."""
+    if "algorithm" in saved or "use_muon" in saved:
+        return
+    foreign = (*_FOREIGN, "betas") if own["algorithm"] == "muon" else _FOREIGN
+    found = [key for key in foreign if key in saved]
+    if found:
+        raise ValueError(
+            f"group {number} of the state dict has {found[0]!r}, which no group of "
+            f"{own['algorithm']} has: it was saved by another optimizer. muonkit.convert knows "
+            "those of other Muons; else begin without its state. Nothing was loaded"
+        )
 
 
 def _refuse_other_adam(number: int, saved: Mapping[str, Any]) -> None:
@@ -177,11 +213,15 @@ def _in_our_order(number: int, own: Mapping[str, Any], saved: Mapping[str, Any])
         )
     lacks = [name for name in here if name not in set(theirs)]
     other = [name for name in theirs if name not in set(here)]
+    remedy = (
+        "If they are the same parameters in the same order under other names, delete 'param_names' "
+        "from the groups of the state dict: it is then loaded by position"
+        if len(theirs) == len(here)
+        else _OTHER_GROUPS
+    )
     raise ValueError(
         f"group {number} of the state dict was saved from parameters of other names: it has "
-        f"{_listed(other)} that this model has not, and lacks {_listed(lacks)}. If they are the "
-        "same parameters in the same order under other names, delete 'param_names' from the groups "
-        "of the state dict: it is then loaded by position"
+        f"{_listed(other)} that this group has not, and lacks {_listed(lacks)}. {remedy}"
     )
 
 

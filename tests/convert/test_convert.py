@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from muonkit import Muon, MuonW, convert
 from tests.helpers import other_muons
@@ -212,6 +213,139 @@ def test_a_schedule_goes_on() -> None:
     assert_went_on(model, ours, start)
 
 
+def test_a_schedule_goes_on_in_one_of_ours_that_is_given() -> None:
+    model = Model()
+    theirs: list[Any] = [
+        torch.optim.Muon(model.parts()[0], lr=0.02),
+        AdamW(model.parts()[1], lr=3e-4),
+    ]
+    schedules = [LambdaLR(each, lambda epoch: 1 - epoch / 10) for each in theirs]
+    for t in range(5):
+        train(model, theirs, t, t + 1)
+        for schedule in schedules:
+            schedule.step()
+    ours = copy.deepcopy(model)
+    states, params = saved(theirs), names_in(model, theirs)
+    given = MuonW(ours, lr=2e-3)
+    for optimizer in (
+        convert.to_muonkit("torch", states, ours, params, optimizer=given).optimizer,
+        convert.to_muonkit("torch", states, ours, params).optimizer,
+    ):
+        going_on = LambdaLR(optimizer, lambda epoch: 1 - epoch / 10, schedules[0].last_epoch - 1)
+        for left in (5, 4):  # tenths
+            for group in optimizer.param_groups:
+                first = 0.02 if group["algorithm"] == "muon" else 3e-4
+                assert group["lr"] == pytest.approx(first * left / 10)
+            train(ours, [optimizer], 5, 6)
+            going_on.step()
+
+
+@pytest.mark.parametrize("form", ["torch", "keller", "moonlight"])
+def test_a_view_that_theirs_have_not_keeps_the_size_of_an_update(form: str) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.attn = nn.MultiheadAttention(32, 4, bias=False)
+            self.up, self.head = nn.Linear(32, 32, bias=False), nn.Linear(32, 5, bias=False)
+
+    model = Attends()
+    options = {"ns_dtype": "float32", "ns_coefficients": "svd"}
+    scale = "match_rms_adamw"  # Moonlight's one learning rate is for AdamW's part too
+    ours = MuonW(model, lr=2e-3, weight_decay=0.0, adjust_lr_fn=scale, **options)
+    train(model, [ours], 0, 3)
+    back = copy.deepcopy(model)
+    exported = convert.from_muonkit(form, ours)
+    assert "the view 'matrix > split(rows=3)', which is 'matrix' there" in str(exported)
+    # Read again, it is ours with their views and learning rates.
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    names = [
+        [name_of[id(p)] for group in groups for p in group["params"]]
+        for groups in exported.param_groups
+    ]
+    states = list(exported.state_dicts)
+    again = convert.to_muonkit(form, states, back, names, ns_dtype="float32").optimizer
+    for group in again.param_groups:
+        if group["algorithm"] == "muon":
+            group["ns_coefficients"] = "svd"
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, [ours], 3, 4)
+    train(back, [again], 3, 4)
+    for (name, p), q in zip(model.named_parameters(), back.parameters(), strict=True):
+        mine, theirs = ((each.detach() - before[name]).square().mean().sqrt() for each in (p, q))
+        # An orthogonal factor has the same mean square in any direction; the head is AdamW's.
+        assert float(theirs / mine) == pytest.approx(1, rel=2e-3), name
+
+
+def test_the_momentum_of_a_fraction_is_a_sum() -> None:
+    """Of gradients that do not change, the average is one of them, and the sum 1 / (1 - mu)."""
+    mu = 0.9
+    for form, times in (("torch", 1), ("dion", 1 / (1 - mu))):
+        model = Model()
+        ours = Muon(
+            [(n, p) for n, p in model.named_parameters() if n == "square.weight"],
+            fraction=0.5,
+            momentum=mu,
+        )
+        grad = torch.randn(16, 16)
+        ours.state[model.square.weight]["momentum_buffer"].copy_(grad / (1 - mu))
+        (state,) = convert.from_muonkit(form, ours).state_dicts
+        key = "momentum" if form == "dion" else "momentum_buffer"
+        torch.testing.assert_close(state["state"][0][key], grad * times)
+        part = {"square.weight": model.square.weight}
+        back = convert.to_muonkit(form, state, part, list(part), fraction=0.25).optimizer
+        summed = back.state[model.square.weight]["momentum_buffer"]
+        torch.testing.assert_close(summed, grad / (1 - mu))
+        whole = convert.to_muonkit(form, state, part, list(part)).optimizer
+        torch.testing.assert_close(whole.state[model.square.weight]["momentum_buffer"], grad)
+
+
+def test_a_part_that_is_called_as_a_wrapper_is_keeps_its_own_state() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.ModuleDict({"proj": nn.Linear(16, 16, bias=False)})
+            self.proj = nn.Linear(16, 16, bias=False)
+
+    model = Backbone()
+    theirs = torch.optim.Muon(model.parameters())
+    train(model, [theirs], 0, 2)
+    ours = copy.deepcopy(model)
+    optimizer = convert.to_muonkit("torch", theirs.state_dict(), ours, model_names(ours)).optimizer
+    for p, q in zip(model.parameters(), ours.parameters(), strict=True):
+        here, there = optimizer.state[q]["momentum_buffer"], theirs.state[p]["momentum_buffer"]
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+
+
+def model_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def test_params_that_contradict_the_names_in_a_state_are_refused() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    theirs = torch.optim.Muon(model.named_parameters())
+    train(model, [theirs], 0, 2)
+    names = model_names(model)
+    with pytest.raises(
+        ValueError, match=r"params has 2\.weight where the state dict has the name 0"
+    ):
+        convert.to_muonkit("torch", theirs.state_dict(), model, names[::-1])
+    convert.to_muonkit("torch", theirs.state_dict(), model, names)
+    renamed = theirs.state_dict()
+    renamed["param_groups"][0]["param_names"] = ["a", "b", "c"]  # another model's
+    convert.to_muonkit("torch", renamed, model, names)
+
+
+def test_how_their_step_is_computed_stays_theirs() -> None:
+    model = Model()
+    hidden, rest = model.parts()
+    theirs: list[Any] = [torch.optim.Muon(hidden), AdamW(rest, foreach=False)]
+    ours = MuonW(model, adjust_lr_fn="original", lr=0.02, adamw_lr=3e-4)
+    exported = convert.from_muonkit("torch", ours, theirs=theirs)
+    theirs[1].load_state_dict(exported.state_dicts[1])
+    assert theirs[1].param_groups[0]["foreach"] is False
+
+
 def test_ranks_that_saved_their_own_matrices_are_one_state() -> None:
     """Keller Jordan's for several ranks sorts a group by size, and rank r of N keeps the state of
     every N-th matrix from the r-th.
@@ -387,6 +521,8 @@ def test_arguments_that_do_not_go_together_are_refused() -> None:
         convert.to_muonkit("Torch", theirs, model)
     with pytest.raises(TypeError, match="lr come from the states"):
         convert.to_muonkit("torch", theirs, model, lr=0.1)
+    with pytest.raises(TypeError, match="adamw_wd come from the states"):
+        convert.to_muonkit("torch", theirs, model, adamw_wd=0.1)
     with pytest.raises(TypeError, match="an optimizer, and ns_dtype beside it"):
         convert.to_muonkit("torch", theirs, model, optimizer=MuonW(model), ns_dtype="float32")
 

@@ -114,6 +114,54 @@ def test_layers_in_another_order_are_matched_by_name() -> None:
     assert_same_state(its_optimizer, other, optimizer, model)
 
 
+def test_parts_that_are_registered_in_another_order_are_matched_by_name() -> None:
+    """Groups are made in the order of the parts; two of one algorithm change places too."""
+
+    def model(first: bool) -> nn.Module:
+        torch.manual_seed(0)
+        parts: dict[str, nn.Module] = {
+            "emb": nn.Embedding(7, 6),
+            "up": nn.Linear(6, 8),
+            "norm": nn.LayerNorm(8),
+            "down": nn.Linear(8, 6),
+            "head": nn.Linear(6, 7),
+        }
+        return nn.ModuleDict(parts if first else dict(reversed(parts.items())))
+
+    one, other = model(True), model(False)
+    heads = {"heads": ["head"], "lr": 1e-3}
+    saved, loaded = MuonW(one, **heads), MuonW(other, **heads)
+    for p in one.parameters():
+        p.grad = torch.randn_like(p)
+    saved.step()
+    assert [g["name"] for g in saved.param_groups] != [g["name"] for g in loaded.param_groups]
+    loaded.load_state_dict(saved.state_dict())
+    there = dict(other.named_parameters())
+    for name, p in one.named_parameters():
+        for key, value in saved.state[p].items():
+            torch.testing.assert_close(loaded.state[there[name]][key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("foreign", ["SGD", "AdamW", "Moonlight's"])
+def test_what_another_optimizer_saved_is_no_state_of_muons(foreign: str) -> None:
+    p = parameter(6, 4)
+    if foreign == "SGD":
+        other: Any = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    else:
+        other = torch.optim.AdamW([p], lr=0.1) if foreign == "AdamW" else torch.optim.Muon([p])
+    if foreign != "AdamW":  # which has no state before its first step
+        p.grad = torch.randn_like(p)
+        other.step()
+    saved = other.state_dict()
+    if foreign == "Moonlight's":
+        saved["param_groups"][0]["wd"] = 0.1
+    ours = Muon([p], lr=0.02)
+    with pytest.raises(ValueError, match="it was saved by another optimizer") as raised:
+        ours.load_state_dict(saved)
+    assert "Nothing was loaded" in str(raised.value)
+    assert ours.param_groups[0]["lr"] == 0.02
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_wrappers_are_no_part_of_a_name(wrapped: bool) -> None:
     def spelled(optimizer: Muon, wrap: bool) -> dict[str, Any]:

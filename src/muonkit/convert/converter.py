@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from muonkit._text import unknown
 from muonkit.convert.formats import FORMATS, Format
 from muonkit.convert.match import Parameter, named_of, positions_of, read_all, refuse
-from muonkit.convert.values import same, written_parameter
-from muonkit.groups import parameter_names
+from muonkit.convert.values import is_summed, over_average, same, times, written_parameter
+from muonkit.groups import MOMENTUM, parameter_names
 from muonkit.optim import Muon
 from muonkit.options import OF_ALGORITHM, STRUCTURE, take_other_names_, unspelled
 from muonkit.views import blocks_of
@@ -24,7 +24,10 @@ __all__ = ["FORMATS", "Exported", "Imported", "from_muonkit", "joined", "to_muon
 Source: TypeAlias = Optimizer | Mapping[str, Any]
 
 # What comes from the states, group by group.
-_THEIRS = ("lr", "weight_decay", "eps", "adjust_lr_fn", "adamw_lr", "adamw_betas", "adamw_eps")
+_THEIRS = (
+    *("lr", "weight_decay", "eps", "adjust_lr_fn"),
+    *("adamw_lr", "adamw_betas", "adamw_eps", "adamw_wd"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def to_muonkit(
             and parameter, names, or param groups; in that order. State dicts hold positions. Not
             needed where optimizers are given, or the state dicts have names.
         optimizer: one of ours that takes the state, made as you like (`MuonW(model)`). None makes
-            a `Muon` with their groups, in their order, so that their schedulers' states fit too.
+            a `Muon` with their groups, in their order. A scheduler on it goes on where it is made
+            with theirs' `last_epoch - 1` for its own: `LambdaLR(ours, f, theirs.last_epoch - 1)`.
             A group is split where its parameters need different views or learning rates here
             (where their scale of a shape is not ours, the learning rate makes up for it).
         hyperparameters: take these over into `optimizer` too; False leaves those that it has.
@@ -152,11 +156,16 @@ def from_muonkit(
                 continue
             found.append(Parameter(name, p, group["algorithm"], read, place))
     refuse(problems, f"cannot be converted to {target!r}")
-    layout = _own_layout(form, found) if theirs is None else _layout_of(form, theirs, found)
+    optimizers = [] if theirs is None else [theirs] if isinstance(theirs, Optimizer) else [*theirs]
+    layout = _layout_of(form, optimizers, found) if optimizers else _own_layout(form, found)
     notes = [(note, each.name) for each in found for note in each.read.notes]
     made, dicts = [], []
-    for part in layout:
+    for number, part in enumerate(layout):
         merged = [{**form.filled, **_merged(members, notes)} for members in part]
+        if optimizers:  # what says nothing of the training stays theirs (fused, foreach)
+            for options, group in zip(merged, optimizers[number].param_groups, strict=True):
+                ignored = {key for side in form.sides.values() for key in side.ignored}
+                options |= {k: group[k] for k in ignored if k in group and k not in options}
         dicts.append(_their_state(part, merged))
         pairs = zip(merged, part, strict=True)
         made.append([{**options, "params": [e.param for e in each]} for options, each in pairs])
@@ -275,11 +284,15 @@ def _filled(optimizer: Muon, found: Sequence[Parameter], hyperparameters: bool) 
             before = state.get(key) or {}
             zeros = {kind: torch.zeros_like(value) for kind, value in before.items()}
             filled = each.read.state or zeros
+            if MOMENTUM in filled and is_summed(group):  # read as an average
+                factor = over_average(each.read.options)
+                filled = {**filled, MOMENTUM: times(filled[MOMENTUM], factor)}
             if filled:
                 state[key] = filled
         if hyperparameters:
             conflicts: list[tuple[str, str]] = []
             kept = {**kept, **_merged([each for each, _ in members], conflicts, rates=False)}
+            kept |= members[0][0].read.schedule if members else {}
             problems += [f"group {kept['name']!r}: {line}" for line in _grouped(conflicts)]
         groups.append(kept)
     remedy = "has several values where the optimizer has one group: leave optimizer= out, which "
@@ -310,14 +323,13 @@ def _own_layout(form: Format, found: Sequence[Parameter]) -> list[list[list[Para
 
 
 def _layout_of(
-    form: Format, theirs: Optimizer | Sequence[Optimizer], found: Sequence[Parameter]
+    form: Format, optimizers: Sequence[Optimizer], found: Sequence[Parameter]
 ) -> list[list[list[Parameter]]]:
     """Our parameters as optimizers of theirs hold them.
 
     Raises:
         ValueError: they hold other parameters, or train one by another algorithm.
     """
-    optimizers = [theirs] if isinstance(theirs, Optimizer) else list(theirs)
     here = {id(each.param): each for each in found}
     problems, layout = [], []
     for optimizer in optimizers:

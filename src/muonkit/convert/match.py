@@ -39,11 +39,18 @@ class Named:
     def __init__(self, items: Iterable[tuple[str, Tensor]]) -> None:
         self.by_name: dict[str, Tensor] = {}
         self.name_of: dict[int, str] = {}
-        for name, p in items:  # a shared parameter has several names, and the first is its own
+        own = list(items)
+        for name, p in own:  # a shared parameter has several names, and the first is its own
             self.name_of.setdefault(id(p), name)
-            (plain,) = without_wrappers([name])
             self.by_name.setdefault(name, p)
+        for name, p in own:  # a part may be called as a wrapper is: names come before plain ones
+            (plain,) = without_wrappers([name])
             self.by_name.setdefault(plain, p)
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter of this name, with or without wrappers'."""
+        (plain,) = without_wrappers([name])
+        return name in self.by_name or plain in self.by_name
 
     def find(self, item: Any) -> str:
         """The model's name of an entry in a list of parameters (a tensor or a name).
@@ -90,19 +97,30 @@ def positions_of(
             continue
         lacks = {"state", "param_groups"} - set(source)
         if lacks:
-            raise ValueError(f"no optimizer state dict: it lacks {sorted(lacks)}")
-        pairs.append((source, _in_order(source, items)))
+            flat = any(str(key).startswith(("state.", "param_groups.")) for key in source)
+            remedy = (
+                ": it is flattened; load it into an optimizer of theirs with "
+                "set_optimizer_state_dict, and give that"
+                if flat
+                else ""
+            )
+            raise ValueError(f"no optimizer state dict: it lacks {sorted(lacks)}{remedy}")
+        pairs.append((source, _in_order(source, items, named)))
     return pairs
 
 
-def _in_order(saved: Mapping[str, Any], items: Any) -> list[Any]:
-    """The parameters that the keys in a state dict's groups stand for, one for each key."""
+def _in_order(saved: Mapping[str, Any], items: Any, named: Named) -> list[Any]:
+    """The parameters that the keys in a state dict's groups stand for, one for each key.
+
+    Raises:
+        ValueError: they cannot be told, or `items` says other than the names in the state dict.
+    """
     groups = saved["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     if keys and all(isinstance(key, str) for key in keys):
         return keys
+    names = [name for group in groups for name in group.get("param_names") or ()]
     if items is None:
-        names = [name for group in groups for name in group.get("param_names") or ()]
         if len(names) == len(keys):
             return names
         raise ValueError(
@@ -116,6 +134,13 @@ def _in_order(saved: Mapping[str, Any], items: Any) -> list[Any]:
             f"params has {len(listed)} parameters, and the state dict {len(keys)} in "
             f"{len(groups)} groups: give all that the optimizer was made with, in its order"
         )
+    if len(names) == len(keys):
+        for name, item in zip(names, listed, strict=True):
+            if named.has(name) and named.find(name) != (other := named.find(item)):
+                raise ValueError(
+                    f"params has {other} where the state dict has the name {name}: leave params= "
+                    "out, and its names decide; or delete 'param_names' from its groups"
+                )
     return listed
 
 
@@ -154,7 +179,10 @@ def read_all(
     trained = [name for name in named.name_of.values() if named.by_name[name].requires_grad]
     missing = [name for name in trained if name not in seen]
     if missing:
-        problems.append(f"the model trains {', '.join(missing)}, and theirs has no such parameter")
+        problems.append(
+            f"the model trains {', '.join(missing)}, and theirs has no such parameter: for a part "
+            "of a model, give as the model a dict of the parameters (by name) that theirs has"
+        )
     refuse(problems, "cannot be converted")
     return list(found.values())
 

@@ -26,8 +26,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from muonkit.convert.formats import Format, Side
+    from muonkit.views import Block
 
-__all__ = ["SCHEDULERS", "Read", "read_parameter", "same", "written_parameter"]
+__all__ = [
+    "SCHEDULERS",
+    "Read",
+    "is_summed",
+    "over_average",
+    "read_parameter",
+    "same",
+    "times",
+    "written_parameter",
+]
 
 # Keys that torch's schedulers leave in a group: learning rates, and values of other options.
 _RATES = ("initial_lr", "max_lr", "min_lr", "base_lr")
@@ -106,7 +116,8 @@ def read_parameter(
         shape = tuple(p.shape)
         view = form.view(group, shape)
         theirs = None if form.scale_key is None else group[form.scale_key]
-        factor = 1 / _lr_factor(form, theirs, options["adjust_lr_fn"], shape, view, notes)
+        ours = options["adjust_lr_fn"]
+        factor = 1 / _lr_factor(form, theirs, ours, shape, view, view, notes)
         _rescale(options, factor)
     schedule = {key: group[key] for key in SCHEDULERS if key in group}
     schedule |= {key: schedule[key] * factor for key in _RATES if key in schedule}
@@ -157,18 +168,27 @@ def _lr_factor(
     theirs: Any,
     ours: str,
     shape: tuple[int, ...],
+    own: str,
     view: str,
     notes: list[str],
 ) -> float:
-    """muonkit's scale of a parameter over the format's; for its first block, if blocks differ."""
+    """muonkit's scale of a parameter, in our view of it, over the format's in theirs (`view`): for
+    the first block, if blocks differ. Where the views do, that of the root mean squares, which is
+    1 / sqrt(max(rows, cols)) of an orthogonal block.
+    """
     given, named = form.scale(theirs, shape), form.scales[theirs]
-    if given is None and named == ours:
+    here, there = blocks_of(own, shape), blocks_of(view, shape)
+    if given is None and named == ours and here == there:
         return 1.0
-    factors = [
-        scale_factor(ours, b.rows, b.cols)
-        / (scale_factor(named, b.rows, b.cols) if given is None else given)
-        for b in blocks_of(view, shape)
-    ]
+
+    def their_scale(block: Block) -> float:
+        return scale_factor(named, block.rows, block.cols) if given is None else given
+
+    if here != there:
+        (one, *_), (other, *_) = here, there
+        wider = math.sqrt(max(other.rows, other.cols) / max(one.rows, one.cols))
+        return scale_factor(ours, one.rows, one.cols) / their_scale(other) * wider
+    factors = [scale_factor(ours, b.rows, b.cols) / their_scale(b) for b in here]
     if max(factors) - min(factors) > 1e-9 * max(factors):
         notes.append(f"the scale of its blocks, which is {theirs!r} there and {ours!r} here")
     return 1.0 if abs(factors[0] - 1) < 1e-9 else factors[0]
@@ -220,7 +240,7 @@ def _read_state(
         value = _fitting(theirs, entry[theirs], shapes[key])
         state[key] = value.detach().clone()
         if key == MOMENTUM and side.summed:
-            state[key] = _times(value, 1 - ours["momentum"])
+            state[key] = times(value, 1 / over_average(ours))
         if key in _MOMENTS and value.dtype != p.dtype:
             notes.append(f"the dtype of {_MOMENTS[key]}: {value.dtype} there, {p.dtype} here")
         if key == MOMENTUM and str(value.dtype).removeprefix("torch.") not in NS_DTYPES:
@@ -243,7 +263,8 @@ def _fitting(key: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     raise ValueError(f"its {key} has shape {tuple(value.shape)}, and {shape} is wanted")
 
 
-def _times(tensor: Tensor, factor: float) -> Tensor:
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """The product, in a dtype that holds it on the way, as it is kept."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return (tensor.detach().to(wide) * factor).to(tensor.dtype)
 
@@ -270,10 +291,10 @@ def written_parameter(
         view = form.view(keys, shape)
         scale = group["adjust_lr_fn"] or "original"
         theirs = _their_scale(form, scale, shape)
-        if blocks_of(view, shape) == blocks_of(own, shape):
-            factor = _lr_factor(form, theirs, scale, shape, own, notes)
-        else:
-            notes.append(f"the view {own!r}, which is {view!r} there")
+        factor = _lr_factor(form, theirs, scale, shape, own, view, notes)
+        if blocks_of(view, shape) != blocks_of(own, shape):
+            what = "(the learning rate keeps an update's root mean square)"
+            notes.append(f"the view {own!r}, which is {view!r} there {what}")
         _rescale(values, factor)
         if form.scale_key is not None:
             keys[form.scale_key] = theirs
@@ -358,8 +379,9 @@ def _written_state(
             )
         if value.dtype == torch.int8:
             value = as_numbers(entry)
-        if key == MOMENTUM and side.summed:
-            value = _times(value.to(torch.promote_types(value.dtype, p.dtype)), _sum_of(group))
+        if key == MOMENTUM and side.summed != is_summed(group):
+            factor = over_average(group) if side.summed else 1 / over_average(group)
+            value = times(value.to(torch.promote_types(value.dtype, p.dtype)), factor)
         if key == MOMENTUM and form.flat and value.ndim > 2:
             value = value.flatten(1)
         state[theirs] = value.to(p.dtype, copy=True) if key == MOMENTUM else value.clone()
@@ -373,5 +395,11 @@ def _written_state(
     return {**side.marks, **state}
 
 
-def _sum_of(group: Mapping[str, Any]) -> float:
+def is_summed(group: Mapping[str, Any]) -> bool:
+    """Whether the momentum of a group of ours is a sum: where a step takes a fraction of it."""
+    return bool(group["fraction"] < 1)
+
+
+def over_average(group: Mapping[str, Any]) -> float:
+    """How many times a running average its sum is."""
     return float(1 / (1 - group["momentum"]))
