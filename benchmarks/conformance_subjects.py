@@ -323,7 +323,14 @@ ENTRIES = {
     "dtensor_muon": Entry(
         "dtensor-muon", f"{EAGER}; {CAUTIOUS}; {LOOP}; flatten=True for convolutions"
     ),
-    "gram_newton_schulz": Entry("gram-newton-schulz", f"{EAGER}; ns_use_kernels=False"),
+    "gram_newton_schulz": Entry(
+        "gram-newton-schulz",
+        f"{EAGER}; ns_use_kernels=False",
+        notes={
+            "a_resumed_run_goes_on": "The new optimizer keeps the learning rate that it was made "
+            "with; the saved one is dropped."
+        },
+    ),
     "heavyball": Entry("heavyball", EAGER),
     "emerging": Entry(
         "emerging-optimizers", "typing.override from typing_extensions: it asks for Python 3.12"

@@ -34,6 +34,7 @@ __all__ = [
     "dispatch_mode",
     "has_float64",
     "held_parameters",
+    "inner_optimizer",
     "is_unsharded",
     "is_watched_by_func",
     "local_box",
@@ -167,6 +168,16 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
 def held_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's own parameters, without the names that have none."""
     return {name: p for name, p in own_parameters(module).items() if p is not None}
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of Accelerate, Fabric and Lightning, whose classes are the
+    optimizer's own or extend torch's, and whose hooks nobody calls.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, torch.optim.Optimizer) and inner is not optimizer:
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
 
 
 def own_modules(module: nn.Module) -> Mapping[str, nn.Module | None]:

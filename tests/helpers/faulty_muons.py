@@ -53,7 +53,10 @@ class Plain(Optimizer):
             for group in groups[:1] if self.fault == "first group only" else groups:
                 together = self._norm_of_all(group) if self.fault == "one norm for all" else None
                 for i, p in enumerate(group["params"]):
-                    if self.fault != "own parameters only" or i % dist.get_world_size() == 0:
+                    if self.fault == "decays own parameters only":
+                        own = i % dist.get_world_size() == dist.get_rank()
+                        self._train(p, group if own else {**group, "weight_decay": 0.0}, together)
+                    elif self.fault != "own parameters only" or i % dist.get_world_size() == 0:
                         self._train(p, group, together)
         return None if self.fault == "loss is lost" else loss
 
@@ -80,12 +83,16 @@ class Plain(Optimizer):
             (g.to_local() if isinstance(g, DTensor) else g).mul_(0.5)
         if fault == "takes gradients away":
             p.grad = None
+        if fault == "fails on empty shards" and isinstance(U, DTensor) and not U.to_local().numel():
+            raise RuntimeError("an empty shard")
         if fault == "own shard" and isinstance(U, DTensor):
             local = self._direction(U.to_local()) if U.to_local().numel() else U.to_local()
             like = {"shape": U.shape, "stride": U.stride()}
             D = DTensor.from_local(local, U.device_mesh, U.placements, **like)
         elif isinstance(U, DTensor):
             whole = self._direction(U.full_tensor())
+            if fault == "factor of a shard":
+                whole *= self._factor(U.to_local().shape) / self._factor(U.shape)
             if fault == "gathers twice":
                 U.full_tensor()
             D = distribute_tensor(whole, U.device_mesh, U.placements, src_data_rank=None)
@@ -98,6 +105,8 @@ class Plain(Optimizer):
         p.mul_(1 - decay * factor)
         if fault == "promotes":
             p.data = p.data.float()
+        if fault == "ascends":
+            D = -D
         p.sub_((lr * D).to(p.dtype))
 
     def _momentum(self, p: Tensor, g: Tensor) -> Tensor:
@@ -168,6 +177,11 @@ class Plain(Optimizer):
             return self._polar(U) * float(U.norm()) / together
         if fault == "only normalized":
             return U / U.norm()
+        if fault == "orthogonal factor of QR":
+            Q = torch.linalg.qr(U if U.shape[0] >= U.shape[1] else U.mT).Q
+            return Q if U.shape[0] >= U.shape[1] else Q.mT
+        if fault == "turns squares" and U.shape[0] == U.shape[1]:
+            U = U.mT
         return self._polar(U / largest)
 
     def _polar(self, U: Tensor) -> Tensor:
@@ -192,7 +206,11 @@ class Plain(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        made_with = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        if self.fault == "keeps its own groups":
+            for group, lr in zip(self.param_groups, made_with, strict=True):
+                group["lr"] = lr
         if self.fault == "state keeps its dtype":
             for state in self.state.values():
                 state["momentum"] = state["momentum"].float()
@@ -235,7 +253,12 @@ FACTORS = {
 
 # A fault, and the laws that it breaks: these, and no others.
 FAULTS: dict[str, set[str]] = {
-    "only normalized": {*FACTORS, "singular_values_are_alike", "low_rank_is_bounded"},
+    "only normalized": {
+        *FACTORS,
+        "the_update_is_near_the_polar_factor",
+        "singular_values_are_alike",
+        "low_rank_is_bounded",
+    },
     "one norm for all": {
         *FACTORS,
         "many_are_as_one_by_one",
@@ -305,6 +328,10 @@ FAULTS: dict[str, set[str]] = {
         "the_momentum_survives_in_bfloat16",
     },
     "narrow": {"float64_keeps_its_range"},
+    "keeps its own groups": {"a_resumed_run_goes_on"},
+    "ascends": {"the_update_is_near_the_polar_factor"},
+    "orthogonal factor of QR": {"the_update_is_near_the_polar_factor"},
+    "turns squares": {"the_update_is_near_the_polar_factor"},
     "another momentum": {"the_momentum_is_the_documented_one"},
 }
 RANK_FAULTS: dict[str, set[str]] = {
@@ -317,10 +344,15 @@ RANK_FAULTS: dict[str, set[str]] = {
         "fsdp2_sends_no_more_than_an_all_gather",
     },
     "own parameters only": {"ddp_equals_one_process", "fsdp2_equals_one_process"},
+    "decays own parameters only": {"ddp_equals_one_process", "fsdp2_equals_one_process"},
+    "factor of a shard": {"fsdp2_equals_one_process"},
     "sends twice": {"ddp_sends_no_more_than_an_all_gather"},
 }
 
 # Where ranks find them.
 SUBJECTS = SimpleNamespace(
-    **{fault.replace(" ", "_") or "plain": plain(fault) for fault in ["", *RANK_FAULTS]}
+    **{
+        fault.replace(" ", "_") or "plain": plain(fault)
+        for fault in ["", "fails on empty shards", *RANK_FAULTS]
+    }
 )

@@ -701,6 +701,30 @@ def test_a_monitor_that_nobody_has_any_more_lets_its_file_go(tmp_path: Path) -> 
 # --- mistakes -----------------------------------------------------------------------------------
 
 
+def test_a_trainers_wrapper_is_taken_off() -> None:
+    """Fabric and Lightning make a class that extends the optimizer's, and step the one inside."""
+    model = mlp()
+    inner = MuonW(model, lr=0.01)
+    wrapper: Any = type("FabricMuonW", (MuonW,), {"__init__": lambda self: None})()
+    wrapper.__dict__.update(inner.__dict__)
+    wrapper.optimizer = inner
+    monitor = Monitor(wrapper, every=1)
+    train(model, inner, 1)
+    assert monitor.latest is not None
+    assert len(monitor.latest["matrices"]) == len(monitor.header["matrices"]) > 0
+    monitor.close()
+
+
+def test_names_may_come_from_an_iterator() -> None:
+    model = mlp()
+    optimizer = MuonW(model, lr=0.01)
+    monitor = Monitor(optimizer, every=1, spectra=iter(["update"]), fields=iter(["update_norm"]))  # type: ignore[arg-type]
+    train(model, optimizer, 1)
+    assert monitor.latest is not None
+    assert all("update_norm" in each for each in monitor.latest["matrices"])
+    monitor.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "remedy"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import math
 import pickle
@@ -508,6 +509,107 @@ def test_heads_are_given_by_hand() -> None:
     other = heads.q[0]._replace(param="a.mi.weight")
     with pytest.raises(ValueError, match=r"did you mean 'a\.mix\.weight'"):
         QKClip(model, optimizer, heads=[copy_with(heads, q=(other, heads.q[1]))])
+
+
+def bare_heads(model: nn.Module) -> AttentionHeads:
+    rows = tuple(HeadSlice("a.mix.weight", 0, i * 8, i * 8 + 8) for i in range(6))
+    inner: Any = model["a"]  # type: ignore[index]
+    return AttentionHeads("a", inner, 2, 2, 8, k=rows[:2], v=rows[2:4], q=rows[4:])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda h: {"heads": 3}, "heads=3 and kv_heads=2, expected a multiple"),
+        (lambda h: {"kv_heads": 0}, "heads=2 and kv_heads=0, expected a multiple"),
+        (lambda h: {"q": h.q[:1]}, "has 1 slices of q, expected 2"),
+        (lambda h: {"kv_heads": 1}, "has 2 slices of k, expected 1"),
+        (lambda h: {"q": (h.q[0], h.q[0])}, "expected rows of its own"),
+        (lambda h: {"k": (h.q[0], h.k[1])}, "expected rows of its own"),
+        (lambda h: {"q": (h.q[0]._replace(start=-4, stop=0), h.q[1])}, "expected rows of its own"),
+    ],
+)
+def test_heads_that_contradict_themselves_are_refused(change: Any, complaint: str) -> None:
+    model = nn.ModuleDict({"a": Bare()})
+    heads = bare_heads(model)
+    with pytest.raises(ValueError, match=complaint):
+        QKClip(model, still(model), heads=[dataclasses.replace(heads, **change(heads))])
+    with pytest.raises(ValueError, match="describes one attention module twice"):
+        QKClip(model, still(model), heads=[heads, heads])
+    QKClip(model, still(model), heads=[heads])  # nothing of those is left
+
+
+def test_clipping_that_has_no_effect_is_told() -> None:
+    """A norm that is no module cannot be seen before."""
+
+    class Normed(Bare):
+        def forward(self, x: Tensor) -> Tensor:
+            k, v, q = self.mix(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            q, k = F.rms_norm(q, (8,)), F.rms_norm(k, (8,))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    for kind, is_told in ((Normed, True), (Bare, False)):
+        model = nn.ModuleDict({"a": kind().double()})
+        clip = QKClip(model, optimizer := still(model), 0.01, heads=[bare_heads(model)])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(8):
+                step(model["a"], optimizer, batch(0))
+        about = [str(w.message) for w in told if "as large as before" in str(w.message)]
+        assert len(about) == is_told
+        clip.close()
+
+
+def test_norms_in_a_part_of_their_own_and_adapters_are_seen() -> None:
+    model = Net()
+    model.layers[0].norm = nn.ModuleDict({"query_norm": nn.RMSNorm(8)})
+    with pytest.raises(ValueError, match=r"normalizes q or k by norm\.query_norm"):
+        QKClip(model, still(model))
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(16, 2, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 16, bias=False)})
+
+    model = Net()
+    model.layers[1].q_proj = Adapted(model.layers[1].q_proj)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"q_proj.*has an adapter \(LoRA\) beside it"):
+        QKClip(model, still(model))
+
+
+def test_passes_within_a_closure_that_are_not_seen_are_told() -> None:
+    model = Net()
+    clip = QKClip(model, optimizer := still(model), 0.1)
+    model.eval()
+
+    def closure() -> Tensor:
+        loss: Tensor = model(batch(0)).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="saw no attention module run"):
+        optimizer.step(closure)  # type: ignore[arg-type]
+    clip.close()
+
+
+def test_a_trainers_wrapper_is_taken_off() -> None:
+    class Wrapper(torch.optim.Optimizer):  # as Accelerate's, which has no hooks of its own
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        param_groups = property(lambda self: self.optimizer.param_groups)  # type: ignore[assignment]
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+    model = Net()
+    wrapper = Wrapper(still(model))
+    clip = QKClip(model, wrapper, 0.01)
+    step(model, wrapper.optimizer, batch(0))
+    assert clip.step == 1
+    assert (logits_of(clip)["layers.0"] > 0).all()
 
 
 def copy_with(heads: AttentionHeads, **changes: Any) -> AttentionHeads:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from muonkit.testing import LAWS, Finding
-from muonkit.testing.rank_laws import on_this_rank
+from muonkit.testing import LAWS, Finding, rank_laws
+from muonkit.testing.rank_laws import counted_bytes, on_this_rank
 from tests.helpers import sampling
 from tests.helpers.faulty_muons import RANK_FAULTS
 from tests.helpers.paths import ROOT
@@ -38,7 +39,58 @@ def plain(fault: str) -> list[Finding]:
     return _tried(f"{FAULTY}:SUBJECTS.{fault.replace(' ', '_') or 'plain'}")
 
 
-@pytest.mark.parametrize(("world_size", "case"), CASES.ids())
+@CASES.on(2)
+def bytes_of_collectives() -> dict[str, int]:
+    """Of 1,000 bytes, to and from rank 0."""
+    me, sent = dist.get_rank(), {}
+    one = torch.zeros(250)
+    two = [torch.zeros(250) for _ in range(2)]
+    for name, collective in {
+        "gather": lambda: dist.gather(one, two if me == 0 else None),
+        "scatter": lambda: dist.scatter(one, two if me == 0 else None),
+        "reduce": lambda: dist.reduce(one, 0),
+        "broadcast": lambda: dist.broadcast(one, 0),
+        "all_reduce": lambda: dist.all_reduce(one),
+        "all_gather": lambda: dist.all_gather(two, one),
+    }.items():
+        with counted_bytes() as counted:
+            collective()
+        sent[name] = sum(counted)
+    return sent
+
+
+BYTES = next(one for one in CASES.ids() if one[1].startswith("bytes_of_collectives"))
+
+
+@pytest.mark.parametrize(("world_size", "case"), [BYTES])
+def test_bytes_of_a_collective_are_counted_once(
+    world_size: int, case: CaseName, ranks: Ranks
+) -> None:
+    root, other = ranks.outcome(world_size, case).check()
+    together = {name: root[name] + other[name] for name in root}
+    assert together == {
+        **dict.fromkeys(("gather", "scatter", "reduce", "broadcast"), 1000),
+        **dict.fromkeys(("all_reduce", "all_gather"), 2000),
+    }
+    assert (root["gather"], other["gather"]) == (0, 1000)
+    assert (root["scatter"], other["scatter"]) == (1000, 0)
+
+
+def test_an_error_on_one_rank_is_told_and_the_next_law_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank_laws, "GRACE", 1.0)
+    laws = [
+        "fsdp2_equals_one_process-on-4-ranks",
+        "ddp_sends_no_more_than_an_all_gather-on-4-ranks",
+    ]
+    one, other = rank_laws.check_on_ranks(f"{FAULTY}:SUBJECTS.fails_on_empty_shards", 4, laws)
+    found = {finding.law: finding for finding in (one, other)}
+    assert "RuntimeError: an empty shard" in found[laws[0]].message
+    assert found[laws[1]].verdict == "pass"
+
+
+@pytest.mark.parametrize(("world_size", "case"), [one for one in CASES.ids() if one != BYTES])
 def test_laws(world_size: int, case: CaseName, ranks: Ranks) -> None:
     fault = case.values.get("fault", "")
     of_all = ranks.outcome(world_size, case).check()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from muonkit._text import shown, unknown
+from muonkit._torch import inner_optimizer
 from muonkit.groups import parameter_names
 from muonkit.monitor.records import (
     FIELDS,
@@ -91,7 +92,8 @@ class Monitor:
     taken out or replaced since the last one; a file then gets a new header.
 
     Args:
-        optimizer: a `Muon` or `MuonW` with at least one matrix.
+        optimizer: a `Muon` or `MuonW` with at least one matrix; of a trainer's wrapper (as
+            Accelerate's, Fabric's and Lightning's) it is the one inside.
         every: steps from sample to sample.
         to: where samples go: a path that ends in .jsonl, a callable that takes the sample (a dict
             of its own, which it may change), or a list of these. A recording that is there is
@@ -136,6 +138,10 @@ class Monitor:
         fields: Sequence[str] | None = None,
         max_bytes: int | None = MOST_BYTES,
     ) -> None:
+        optimizer = inner_optimizer(optimizer)
+        # They are gone through twice, here and in the check.
+        spectra = spectra if isinstance(spectra, str) else tuple(spectra)
+        fields = fields if fields is None or isinstance(fields, str) else tuple(fields)
         _check(optimizer, every, spectra, start, fields, max_bytes)
         self.every, self.step = int(every), int(start)
         self.latest: dict[str, Any] | None = None
@@ -150,7 +156,11 @@ class Monitor:
         self._sampler: Sampler | None = None
         self._skipped, self._due = 0, False
         self._traffic = TrafficRecords(optimizer)
-        self._know()
+        try:
+            self._know()
+        except Exception:
+            shut(self._owned)  # another monitor may have the file
+            raise
         disable: Any = torch.compiler.disable  # a compiled step calls these as they are
         self._hooks = [
             optimizer.register_step_pre_hook(disable(self._before_step)),

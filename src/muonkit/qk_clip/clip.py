@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from muonkit._shards import unplaced_shard
 from muonkit._text import shown, unknown
+from muonkit._torch import inner_optimizer
 from muonkit.distributed.layout import is_dtensor, local, own_layout
 from muonkit.distributed.meshes import group_of, other_ranks
 from muonkit.distributed.placement import Axis
@@ -103,6 +104,7 @@ class QKClip:
         measure: bool = True,
         process_group: Any = None,
     ) -> None:
+        optimizer = inner_optimizer(optimizer)
         _check(optimizer, tau, alpha, every)
         self.tau, self.alpha, self.every = float(tau), float(alpha), int(every)
         self.step = 0
@@ -117,6 +119,9 @@ class QKClip:
         self._groups()
         self._most: dict[str, Tensor] = {}
         self._ever = self._warned = False
+        # Of the last measurement, by module: the largest logits, and what they were clipped by.
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+        self._looks = 0
         self._open: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
         self._of_module = {attention.module: attention for attention in self._attentions}
@@ -275,13 +280,7 @@ class QKClip:
         if not self.measures or closure is not None:
             return
         if self._ever:
-            if not self._most and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "QK-clip saw no attention module run before this step, and clips nothing in "
-                    "it: were the passes compiled, or in eval mode? It is not told again",
-                    stacklevel=2,
-                )
+            self._warn_if_blind()
             return
         missing = [a.name for a in self._attentions if a.name not in self._most]
         if len(missing) == len(self._attentions):
@@ -300,8 +299,19 @@ class QKClip:
             )
         self._ever = True
 
+    def _warn_if_blind(self) -> None:
+        if not self._most and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "QK-clip saw no attention module run before this step, and clips nothing in it: "
+                "were the passes compiled, or in eval mode? It is not told again",
+                stacklevel=3,
+            )
+
     def _after_step(self, *_: Any) -> None:
         measured = self.measures
+        if measured:
+            self._warn_if_blind()  # a closure has run the passes within the step
         self.step += 1
         most, self._most = self._most, {}
         if measured:
@@ -319,9 +329,31 @@ class QKClip:
             eta = torch.where(over, self.tau / shared, 1.0)
             self.latest["max_logits"][attention.name] = logits
             self.latest["eta"][attention.name] = eta
+            if self.step > 1:
+                self._see_effect(attention, shared)
+            self._before[attention.name] = shared, eta
             factors = torch.cat([eta, eta.new_ones(1)])  # the last one: of what stays as it is
             for scaled in attention.scaled:
                 self._scale(scaled, factors)
+
+    def _see_effect(self, attention: Attention, shared: Tensor) -> None:
+        """Warn where logits stay as large as they were before q and k were scaled by less than a
+        half: of the first looks alone, since they wait for the device.
+        """
+        before = self._before.get(attention.name)
+        if before is None or self._looks >= _LOOKS * len(self._attentions):
+            return
+        self._looks += 1
+        logits, eta = before
+        if ((eta < 0.5) & (shared > self.tau) & (shared > 0.9 * logits)).any().item():
+            self._looks = _LOOKS * len(self._attentions)
+            warnings.warn(
+                f"the logits of {shown(attention.name)} are as large as before its q and k were "
+                "scaled down: something between these and the product gives them their size "
+                "(QK-norm, an adapter), and QK-clip only shrinks the weights. Train this module "
+                "without it (heads=[...] leaves modules out)",
+                stacklevel=4,
+            )
 
     def _over_ranks(self, most: Mapping[str, Tensor]) -> Tensor:
         """The largest logits of all heads, of one module after the other, over all ranks."""
@@ -447,6 +479,10 @@ def _check(optimizer: Any, tau: Any, alpha: Any, every: Any) -> None:
         )
     if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
         raise ValueError(f"every is a whole number of steps, at least 1, got {every!r}")
+
+
+# How many measurements are compared with the one before.
+_LOOKS = 5
 
 
 # --- the hooks of attention modules ---------------------------------------------------------------

@@ -28,7 +28,8 @@ _Places = dict[str, "tuple[Site, list[Site]]"]
 # What normalizes each head's q or k before the product. DeepSeek's q_a_layernorm and kv_a_layernorm
 # normalize the latent that heads are made of: these have other names.
 _NORM = re.compile(
-    r"(q|k|qk|query|key)_?(layer_?)?norm|(layer_?)?norm_?(q|k|qk|query|key)|(q|k)_ln|ln_?(q|k)"
+    r"(q|k|qk|query|key)_?(layer_?|rms_?)?norm|(layer_?|rms_?)?norm_?(q|k|qk|query|key)"
+    r"|(q|k|query|key)_?(ln|rms)|(ln|rms)_?(q|k|query|key)"
 )
 
 
@@ -106,12 +107,16 @@ def attentions_of(
         for sites in survey(unwrap(model), []).sites.values()
         for site in sites
     }
+    modules = [each.module for each in found]
+    if len(set(map(id, modules))) != len(modules):
+        raise ValueError("heads describes one attention module twice, which would be clipped twice")
     return [_attention(places, each, alpha) for each in found]
 
 
 def _attention(places: _Places, heads: AttentionHeads, alpha: float) -> Attention:
-    for name, child in heads.module.named_children():
-        if _NORM.fullmatch(name) and not isinstance(child, nn.Identity):
+    _check_heads(heads)
+    for name, child in heads.module.named_modules():  # Flux has both norms in a part of their own
+        if _NORM.fullmatch(name.rpartition(".")[2]) and not isinstance(child, nn.Identity):
             raise ValueError(
                 f"{shown(heads.name)} normalizes q or k by {name} (QK-norm), so that scaling their "
                 "rows changes no logit, and the gains of the norms bound the logits by themselves: "
@@ -126,10 +131,53 @@ def _attention(places: _Places, heads: AttentionHeads, alpha: float) -> Attentio
     ):
         for i, part in enumerate(slices):
             _mark(places, heads.module, scaled, part, i // per_group, power)
+    _check_rows(heads)
+    for path in scaled:
+        if "base_layer" in path.split("."):
+            raise ValueError(
+                f"{shown(path)} has an adapter (LoRA) beside it, which is not scaled with it: "
+                "train this model without QKClip, or merge the adapter; heads=[...] leaves "
+                "modules out"
+            )
     query = scaled[heads.q[0].param], [(part.start, part.stop) for part in heads.q]
     return Attention(
         heads.name, heads.module, heads.heads, heads.kv_heads, query, list(scaled.values())
     )
+
+
+def _check_heads(heads: AttentionHeads) -> None:
+    """Raises:
+    ValueError: the description of an attention contradicts itself.
+    """
+    count, kv = heads.heads, heads.kv_heads
+    if not (count > 0 and kv > 0 and count % kv == 0):
+        raise ValueError(
+            f"{shown(heads.name)} has heads={count} and kv_heads={kv}, expected a multiple of it"
+        )
+    for what, slices, expected in (
+        ("q", heads.q, count),
+        ("q_rope", heads.q_rope, count if heads.q_rope else 0),
+        ("k", heads.k, kv),
+    ):
+        if len(slices) != expected:
+            raise ValueError(
+                f"{shown(heads.name)} has {len(slices)} slices of {what}, expected {expected}: one "
+                "for each head"
+            )
+
+
+def _check_rows(heads: AttentionHeads) -> None:
+    """Raises:
+    ValueError: two heads have a row in common, or one has none.
+    """
+    taken: set[tuple[str, int, int]] = set()
+    for part in (*heads.q, *heads.q_rope, *heads.k):
+        rows = {(part.param, part.dim, row) for row in range(part.start, part.stop)}
+        if not 0 <= part.start < part.stop or taken & rows:
+            raise ValueError(
+                f"{shown(heads.name)}: expected rows of its own from 0 for every head, got {part}"
+            )
+        taken |= rows
 
 
 def _mark(

@@ -8,7 +8,7 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -148,8 +148,9 @@ class Subject:
         """
         make: Any = getattr(self, layout) if blocks is None else self.heads
         given: tuple[Any, ...] = (list(params),) if blocks is None else (list(params), blocks)
-        # An optimizer that does not decay need not know the word.
-        decay = {"weight_decay": weight_decay} if self.decay or weight_decay else {}
+        # An optimizer that does not decay need not know the word; one that does has it at zero.
+        known = self.decay or weight_decay or "weight_decay" in _parameters(make)
+        decay = {"weight_decay": weight_decay} if known else {}
         made: Optimizer = make(*given, lr=lr, **decay)
         if not callable(getattr(made, "step", None)) or not hasattr(made, "param_groups"):
             raise TypeError(
@@ -216,6 +217,13 @@ def _made_by(found: Any, spec: str) -> Any:
     """A `make` as a subject; what cannot be called as one, but without arguments, is called."""
     is_make = isinstance(found, type) or _takes(found, [], lr=1.0, weight_decay=0.0)
     return found() if not is_make and _takes(found) else Subject(found, name=spec)
+
+
+def _parameters(function: Any) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def _takes(function: Any, *args: Any, **kwargs: Any) -> bool:

@@ -55,12 +55,14 @@ class Outcome:
         values: what each rank returned; None where it did not.
         errors: each rank's traceback, or why there is none; None where the case ended well.
         poisoned: whether the ranks are no longer in step, so that nothing can follow.
+        ran: whether it was begun.
     """
 
     name: str
     values: tuple[Any, ...]
     errors: tuple[str | None, ...]
     poisoned: bool = False
+    ran: bool = True
 
     @property
     def ok(self) -> bool:
@@ -95,6 +97,7 @@ def run(
     grace: float = 5.0,
     init: bool = True,
     preload: Callable[[], None] = preload,
+    failed: Callable[[Any], bool] = lambda value: False,
 ) -> dict[str, Outcome]:
     """Run the cases, one after the other, on `world_size` ranks that speak gloo.
 
@@ -104,6 +107,7 @@ def run(
         timeout: seconds that one case may take.
         grace: seconds that the other ranks have to end a case that one rank left by an error.
         preload: called before the processes are begun.
+        failed: whether a value says that a rank left the case by an error.
     """
     if not isinstance(cases, Mapping):
         cases = {case.__name__: case for case in cases}
@@ -115,9 +119,9 @@ def run(
         for name, case in cases.items():
             if reason:
                 errors = (f"not run: {reason}\n",) * world_size
-                outcomes[name] = Outcome(name, (None,) * world_size, errors)
+                outcomes[name] = Outcome(name, (None,) * world_size, errors, ran=False)
                 continue
-            outcomes[name] = outcome = processes.run(name, case, timeout, grace)
+            outcomes[name] = outcome = processes.run(name, case, timeout, grace, failed)
             if not outcome.ok and not outcome.poisoned and init:
                 # All ranks raised. That they did so at the same point is to be seen.
                 outcome = processes.run(f"after {name}", _in_step, grace, grace)
@@ -166,7 +170,14 @@ class _Processes:
             process.join()
         self._folder.cleanup()
 
-    def run(self, name: str, case: Case, timeout: float, grace: float) -> Outcome:
+    def run(
+        self,
+        name: str,
+        case: Case,
+        timeout: float,
+        grace: float,
+        failed: Callable[[Any], bool] = lambda value: False,
+    ) -> Outcome:
         deadline = time.monotonic() + timeout
         self._told = {path: path.stat().st_size for path in self._path.glob("*[0-9]")}
         answers: dict[int, tuple[Any, str | None]] = {}
@@ -189,7 +200,8 @@ class _Processes:
                     answers[rank] = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, OSError):
                     lost[rank] = self._death(rank)
-                if rank in lost or answers[rank][1] is not None:
+                value, error = answers.get(rank, (None, None))
+                if rank in lost or error is not None or failed(value):
                     deadline = min(deadline, time.monotonic() + grace)
         values = tuple(answers.get(rank, (None, None))[0] for rank in range(self.world_size))
         errors = tuple(
