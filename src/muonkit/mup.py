@@ -60,6 +60,7 @@ RULES: dict[str, Powers] = {
     "hidden": Powers(lr=0, decay=0),  # by Muon: the scale "spectral" is the whole rule
     "embedding": Powers(lr=0, decay=0),  # one-hot inputs: entries and their updates of order 1
     "head": Powers(lr=1, decay=-1),  # entries add up over the width: updates of order 1 / width
+    "one output": Powers(lr=1, decay=-1),  # a gate's row: it adds up over the width as a head does
     "vector": Powers(lr=0, decay=0),  # gains, biases, and filters whose fan-in does not grow
 }
 
@@ -132,8 +133,10 @@ def route(
     _number("weight_decay", weight_decay)
     base_width = _whole("base_width", base_width)
     routes = routing.route(model, rules, scale="spectral", decay_1d=decay_1d)
-    found = roles(model, routes, tied=tied)
-    width = _whole("width", _width(routes, found) if width is None else width)
+    found, facts = roles(model, routes, tied=tied), survey(unwrap(model))
+    if width is None and not DECAYS[decay] and not any(map(_follows_width, found.values())):
+        width = base_width  # nothing depends on it
+    width = _whole("width", _width(routes, found, facts) if width is None else width)
     factor = base_width / width
     given = {"muon": lr, "adamw": lr if adamw_lr is None else adamw_lr}
 
@@ -146,7 +149,6 @@ def route(
             options["weight_decay"] = weight_decay * factor ** (powers.decay + DECAYS[decay])
         return replace(r, options={**options, **r.options})
 
-    facts = survey(unwrap(model))
     changed = []
     for r in routes:
         if r.algorithm == "frozen":
@@ -209,7 +211,7 @@ def init_(
     for r in routes:
         if found[r.name] in ("hidden", "embedding", "head"):
             _refuse_unreachable(r)
-    padding = _padding_rows(model)
+    padding, facts = _padding_rows(model), survey(unwrap(model))
     for r in routes:
         role = found[r.name]
         if role == "hidden":
@@ -218,7 +220,7 @@ def init_(
             r.param.normal_(std=embedding_std, generator=generator)
             r.param[padding.get(id(r.param), [])] = 0
         elif role == "head":
-            r.param.normal_(std=head_std / _fan_in(r), generator=generator)
+            r.param.normal_(std=head_std / _fan_in(r, facts), generator=generator)
     return model
 
 
@@ -304,7 +306,11 @@ def _role(r: Route, facts: Survey, tied: str) -> str:
         return "embedding" if looked_up else "head"
     if looked_up:
         return "embedding"
-    if "lr" in r.options or not _grows(r, facts):
+    if "lr" in r.options:
+        return "vector"
+    if _has_one_output(r, facts):
+        return "one output"
+    if not _grows(r, facts):
         return "vector"
     raise RoutingError(
         f"muP has no rule for {r.name} {r.shape} trained by AdamW ({r.reason}): give its lr with "
@@ -325,13 +331,38 @@ def _grows(r: Route, facts: Survey) -> bool:
         return True
 
 
-def _fan_in(r: Route) -> int:
+def _has_one_output(r: Route, facts: Survey) -> bool:
+    """Whether it is the weight of a hidden layer with one output: a vector of its inputs."""
+    site = facts.sites[id(r.param)][0]
+    widths = site.linears.widths(site.owner)
+    return site.label == "weight" and widths is not None and (1, r.param.numel()) == widths
+
+
+def _fan_in(r: Route, facts: Survey) -> int:
+    """How many inputs add up in an output of a head: the columns of its matrix; of one that is no
+    layer of its own, whose storage nothing says, what is left beside the first dim.
+    """
+    with contextlib.suppress(Undecided):
+        view = judge(facts.sites[id(r.param)], r.param, facts, hidden=True).view
+        if view is not None:
+            return blocks_of(view, r.shape)[0].cols
     return r.param.numel() // max(1, r.shape[0])
 
 
-def _width(routes: Routes, found: dict[str, str]) -> int:
+def _inputs(r: Route, facts: Survey) -> int:
+    """The width that a head takes: of a convolution its channels."""
+    site = facts.sites[id(r.param)][0]
+    widths = site.linears.widths(site.owner)
+    return _fan_in(r, facts) if widths is None else widths[1]
+
+
+def _follows_width(role: str) -> bool:
+    return role in RULES and RULES[role] != Powers(lr=0, decay=0)
+
+
+def _width(routes: Routes, found: dict[str, str], facts: Survey) -> int:
     """The inputs of the model's output heads."""
-    heads = {r.name: _fan_in(r) for r in routes if found[r.name] == "head"}
+    heads = {r.name: _inputs(r, facts) for r in routes if found[r.name] == "head"}
     if len(set(heads.values())) == 1:
         return next(iter(heads.values()))
     shown = ", ".join(f"{name} has {inputs}" for name, inputs in heads.items())

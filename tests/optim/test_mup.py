@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from muonkit import Muon, MuonW, Rule, mup, route
 from muonkit.lab.models import GPT
 from muonkit.newton_schulz.coefficients import SCHEDULES
-from muonkit.routing.routes import RoutingError
+from muonkit.routing.routes import Route, RoutingError
 from muonkit.views import blocks_of
 from tests.helpers.optim import VIEWED, parameter
 
@@ -202,7 +202,7 @@ def test_a_width_is_given_where_it_does_not_follow() -> None:
     routes = mup.route(Holder(parameter(6, 10)), rules, base_width=5, width=10, lr=0.1)
     assert routes[0].options["lr"] == 0.1
     with pytest.raises(ValueError, match="it has no output head; give width="):
-        mup.route(Holder(parameter(6, 10)), rules, base_width=5, lr=0.1)
+        mup.route(Holder(parameter(6, 10)), rules, base_width=5, lr=0.1, decay="width")
     two = nn.ModuleDict({"a_head": nn.Linear(8, 3), "b_head": nn.Linear(4, 3)})
     with pytest.raises(ValueError, match=r"a_head.weight has 8, b_head.weight has 4\); give width"):
         mup.route(two, base_width=4, lr=0.1)
@@ -445,3 +445,83 @@ def test_deviations_out_of_range_change_nothing(options: dict[str, float]) -> No
     with pytest.raises(ValueError, match="should be >= 0 and finite but is"):
         mup.init_(model, **options)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class Conv1D(nn.Module):
+    """Of transformers: stored in × out."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.ones(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+
+class Critics(nn.Module):
+    """An ensemble of linear layers, E × in × out."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.ensemble_size = inputs, outputs, 5
+        self.weight = nn.Parameter(torch.ones(5, inputs, outputs))
+
+
+HEADS = {
+    "linear": lambda w: nn.Linear(w, 50),
+    "stored in × out": lambda w: Conv1D(50, w),
+    "one output": lambda w: nn.Linear(w, 1),
+    "1×1 convolution": lambda w: nn.Conv2d(w, 3, 1),
+    "3×3 convolution": lambda w: nn.Conv2d(w, 3, 3),
+    "transposed convolution": lambda w: nn.ConvTranspose2d(w, 3, 4, 2, 1),
+    "ensemble": lambda w: Critics(w, 3),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_is_scaled_by_what_it_takes_however_it_is_stored(head: str) -> None:
+    def model(width: int) -> nn.Module:
+        return nn.ModuleDict(
+            {"up": nn.Linear(8, width), "fc": nn.Linear(width, width), "head": HEADS[head](width)}
+        )
+
+    def head_of(width: int) -> Route:
+        routes = mup.route(model(width), base_width=64, lr=0.01, weight_decay=0.1)
+        return next(r for r in routes if r.name == "head.weight")
+
+    for width in (64, 256):
+        options = head_of(width).options
+        assert options["lr"] == pytest.approx(0.01 * 64 / width)
+        assert options["weight_decay"] == pytest.approx(0.1 * width / 64)
+    narrow, wide = (
+        mup.init_(model(w), generator=torch.Generator().manual_seed(0)) for w in (64, 1024)
+    )
+    stds = [float(dict(m.named_parameters())["head.weight"].detach().std()) for m in (narrow, wide)]
+    # (64 entries and more: a deviation is off by up to a quarter.)
+    assert stds[0] / stds[1] == pytest.approx(16, rel=0.25)
+
+
+def test_a_hidden_layer_with_one_output_learns_as_a_head_does() -> None:
+    for width in (64, 256):
+        model = nn.ModuleDict(
+            {
+                "up": nn.Linear(8, width),
+                "moe": nn.ModuleDict(
+                    {"gate": nn.Linear(width, 1, bias=False), "fc": nn.Linear(width, width)}
+                ),
+                "head": nn.Linear(width, 5),
+            }
+        )
+        routes = {r.name: r for r in mup.route(model, base_width=64, lr=0.01, weight_decay=0.1)}
+        assert routes["moe.gate.weight"].options["lr"] == pytest.approx(0.01 * 64 / width)
+        assert routes["moe.gate.weight"].options["weight_decay"] == pytest.approx(0.1 * width / 64)
+        gate = dict(model.named_parameters())["moe.gate.weight"]
+        kept = gate.detach().clone()
+        mup.init_(model)
+        assert torch.equal(gate, kept)
+
+
+def test_no_width_is_asked_for_where_nothing_depends_on_it() -> None:
+    tied = nn.ModuleDict({"emb": nn.Embedding(50, 64), "head": nn.Linear(64, 50, bias=False)})
+    tied["head"].weight = tied["emb"].weight  # type: ignore[assignment]
+    assert mup.route(tied, base_width=32, lr=0.02, tied="embedding")
+    with pytest.raises(ValueError, match="width does not follow"):
+        mup.route(tied, base_width=32, lr=0.02, tied="embedding", decay="width")
