@@ -157,7 +157,7 @@ def from_muonkit(
             found.append(Parameter(name, p, group["algorithm"], read, place))
     refuse(problems, f"cannot be converted to {target!r}")
     optimizers = [] if theirs is None else [theirs] if isinstance(theirs, Optimizer) else [*theirs]
-    layout = _layout_of(form, optimizers, found) if optimizers else _own_layout(form, found)
+    layout = _own_layout(form, found) if theirs is None else _layout_of(form, optimizers, found)
     notes = [(note, each.name) for each in found for note in each.read.notes]
     made, dicts = [], []
     for number, part in enumerate(layout):
