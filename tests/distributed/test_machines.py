@@ -42,7 +42,7 @@ def mixed() -> contextlib.AbstractContextManager[None]:
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+    return nn.Sequential(nn.Linear(6, 96), nn.ReLU(), nn.Linear(96, 96), nn.Linear(96, 4))
 
 
 def stepped(optimizer: torch.optim.Optimizer, count: int = 1) -> None:
@@ -84,7 +84,7 @@ def mixed_nodes_are_told_before_anything_is_written(compiled: bool) -> None:
 def equal_nodes_step_and_ask_once(compiled: bool) -> None:
     with internals.requests_counted() as requests:
         # A shape that no other case has, where ranks have told different dtypes.
-        optimizer = Muon([nn.Parameter(torch.ones(11 + compiled, 3))], lr=0.1)
+        optimizer = Muon([nn.Parameter(torch.ones(111 + compiled, 99))], lr=0.1)
         if compiled:
             optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore
         dist.barrier()
@@ -105,8 +105,12 @@ def nothing_is_refused_where_auto_is_the_same() -> None:
             stepped(MuonW(model(), lr=0.1, **options))
         stepped(MuonW(model(), lr=0.1, ns_coefficients="polar_express"))  # always float32
         stepped(MuonW(model().double(), lr=0.1))  # always float64
+        # Small matrices are in float32 on every CPU.
+        fused = {"params": [nn.Parameter(torch.ones(3 * 95, 97))], "view": "split(rows=3)"}
+        stepped(Muon([fused], lr=0.1))
+        stepped(Muon([("part", nn.Parameter(torch.ones(96, 97)))], lr=0.1, fraction=0.9))
         # Stages of a pipeline: nobody's copies.
-        stage = nn.Parameter(torch.ones(4, 6))
+        stage = nn.Parameter(torch.ones(100, 96))
         optimizer = Muon([(f"stage{rank}.weight", stage)], lr=0.1)
         dist.barrier()
         stepped(optimizer)
@@ -116,7 +120,7 @@ def nothing_is_refused_where_auto_is_the_same() -> None:
 def one_rank_alone_waits_for_nobody() -> None:
     with mixed():
         if dist.get_rank() == 1:
-            stepped(Muon([nn.Parameter(torch.ones(5, 3))], lr=0.1), 2)
+            stepped(Muon([nn.Parameter(torch.ones(105, 99))], lr=0.1), 2)
     dist.barrier()
 
 
@@ -134,9 +138,9 @@ def some_rank_refuses(optimizer: Muon) -> None:
 @CASES.on(2)
 def added_parameters_are_compared_too() -> None:
     with mixed():
-        first = nn.Parameter(torch.ones(4, 7, dtype=torch.float64))
+        first = nn.Parameter(torch.ones(104, 97, dtype=torch.float64))
         optimizer = Muon([first], lr=0.1)
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 7))]})
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(104, 97))]})
         dist.barrier()
         # What was added is told at the first step; the last to tell it sees the other.
         some_rank_refuses(optimizer)
@@ -148,14 +152,14 @@ def a_process_group_that_comes_later_or_again() -> None:
     with shared_folder() as folder, mixed():
         dist.barrier()
         dist.destroy_process_group()
-        early = Muon([nn.Parameter(torch.ones(9, 2))], lr=0.1)
+        early = Muon([nn.Parameter(torch.ones(109, 98))], lr=0.1)
         _init(folder / "one", rank)
         some_rank_refuses(early)
         # A group of another life: what was told in the first is not held against it.
         dist.destroy_process_group()
         _init(folder / "two", rank)
         with multiplying("float32"):
-            optimizer = Muon([nn.Parameter(torch.ones(9, 2))], lr=0.1)
+            optimizer = Muon([nn.Parameter(torch.ones(109, 98))], lr=0.1)
             dist.barrier()
             stepped(optimizer)
 

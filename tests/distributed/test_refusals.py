@@ -258,13 +258,14 @@ def tells_that_auto_is_another_dtype_elsewhere() -> None:
         with pytest.MonkeyPatch.context() as patch:
             internals.cpu_has(patch, have)
             _orthogonalize_dtype.fastest_dtype.cache_clear()
-            p = _parameter(4, 6)
+            Muon([_parameter(4, 6)], process_group=dist.group.WORLD).step()  # float32 on both
+            p = _parameter(96, 100)
             optimizer = Muon([p], process_group=dist.group.WORLD)
             with pytest.raises(RuntimeError) as error:
                 optimizer.step()
     finally:
         _orthogonalize_dtype.fastest_dtype.cache_clear()
-    assert torch.equal(p, torch.ones(4, 6))
+    assert torch.equal(p, torch.ones(96, 100))
     text = str(error.value)
     assert re.search(r"group 0's products: \w+ in float32 on rank 0, but .* in bfloat16 on", text)
     assert "ns_dtype='float32'" in text

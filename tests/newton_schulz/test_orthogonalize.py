@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muonkit import _torch, orthogonalize
 from muonkit._torch import cpu_capabilities
@@ -22,7 +24,7 @@ from muonkit.newton_schulz import orthogonalizer
 from muonkit.newton_schulz.coefficients import SCHEDULES, resolve
 from muonkit.newton_schulz.dtypes import fastest_dtype
 from muonkit.newton_schulz.forms import FORMS
-from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, choose, resolve_dtype
+from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, Choice, choose, resolve_dtype
 from tests.helpers import internals
 
 # Every schedule with every form, dtype and shape is 1,900 cases: see tests/helpers/sampling.py.
@@ -394,8 +396,45 @@ def test_auto_is_what_a_cpu_multiplies_fastest(cpu: str, monkeypatch: pytest.Mon
     features, name, reason = CPUS[cpu]
     _pretend(monkeypatch, *features)
     _holds(torch.device("cpu"), getattr(torch, name))
-    told = choose("keller", 5, "auto", "auto", torch.float32, torch.device("cpu"), 8, 8)
-    assert (told.dtype, reason in told.dtype_reason) == (getattr(torch, name), True), told
+
+    def told(rows: int, cols: int) -> Choice:
+        return choose("keller", 5, "auto", "auto", torch.float32, torch.device("cpu"), rows, cols)
+
+    large, dtype = told(96, 768), getattr(torch, name)
+    assert (large.dtype, reason in large.dtype_reason) == (dtype, True), large
+    for small in (told(95, 768), told(768, 95)):
+        assert (small.dtype, reason in small.dtype_reason) == (
+            torch.float32 if cpu == "AMX" else dtype,
+            True,
+        )
+    # Matrix units take a large product as fast as it goes: blocks would only cut it up.
+    assert told(2048, 2048).blocks == (1 if dtype == torch.bfloat16 else 16)
+
+
+@pytest.mark.usefixtures("_fresh_hardware_answers")
+def test_what_is_computed_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of a CPU with AMX, by shape, eager and compiled."""
+    _pretend(monkeypatch, "amx_bf16")
+
+    for run in (orthogonalize, torch.compile(orthogonalize, backend="eager", dynamic=True)):
+        for rows, cols in ((95, 130), (130, 95), (96, 130), (130, 96)):
+            with _Asked() as asked:
+                run(torch.randn(2, rows, cols))
+            small = min(rows, cols) < 96
+            assert asked.dtypes == [torch.float32 if small else torch.bfloat16]
+
+
+class _Asked(TorchDispatchMode):
+    """The dtypes in which Newton-Schulz is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.muonkit.newton_schulz_.default:
+            self.dtypes.append(args[4])
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("_fresh_hardware_answers")
@@ -417,10 +456,10 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
 
 
 def _holds(where: torch.device, expected: torch.dtype) -> None:
-    assert resolve_dtype("auto", torch.float32, where) == expected
-    assert resolve_dtype("auto", torch.bfloat16, where) == expected
-    assert resolve_dtype("auto", torch.float64, where) == torch.float64
-    assert resolve_dtype("auto", torch.float32, where, strict=True) == torch.float32
+    assert resolve_dtype("auto", torch.float32, where, small=False) == expected
+    assert resolve_dtype("auto", torch.bfloat16, where, small=False) == expected
+    assert resolve_dtype("auto", torch.float64, where, small=False) == torch.float64
+    assert resolve_dtype("auto", torch.float32, where, small=False, strict=True) == torch.float32
 
 
 def test_the_reason_for_a_dtype_is_told() -> None:

@@ -31,7 +31,7 @@ SENSITIVE = [
 
 
 def auto() -> str:
-    dtype = resolve_dtype("auto", torch.float32, torch.device("cpu"))
+    dtype = resolve_dtype("auto", torch.float32, torch.device("cpu"), small=False)
     return str(dtype).removeprefix("torch.")
 
 

@@ -25,7 +25,9 @@ from muonkit._torch import default_store
 from muonkit.distributed.meshes import listed
 from muonkit.groups import parameter_names
 from muonkit.newton_schulz.coefficients import resolve
-from muonkit.newton_schulz.dtypes import fastest_dtype
+from muonkit.newton_schulz.dtypes import fastest_dtype, is_small
+from muonkit.selection import selected_shape
+from muonkit.views import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -92,9 +94,15 @@ def _answers(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
         for name, p in zip(parameter_names(group), group["params"], strict=True):
             if p.dtype != torch.float64:
                 device: torch.device = p.device
-                dtype = str(fastest_dtype(device.type, device.index).dtype)
-                dtypes[device.type] = dtype.removeprefix("torch.")
                 found.setdefault(device.type, []).append((name, *p.shape))
+                small = all(
+                    is_small(*selected_shape(group, block.rows, block.cols))
+                    for block in blocks_of(group["view"], p.shape)
+                )
+                dtype = str(fastest_dtype(device.type, device.index, small).dtype)
+                dtype = dtype.removeprefix("torch.")
+                # Where there are both, bfloat16: a rank without it has float32 for all.
+                dtypes[device.type] = min(dtypes.get(device.type, dtype), dtype)
     return {(device, _digest(shapes)): dtypes[device] for device, shapes in found.items()}
 
 

@@ -7,8 +7,9 @@ it promises:
   768 x 768 matrices: 146 GFLOP/s in float32, 83 in bfloat16; a whole step took 1.7 to 2.4 times as
   long in bfloat16.
 - x86 with neither: float32. Measured with AVX2: bfloat16 takes about 100 times as long.
-- x86 with AMX: bfloat16. Not measured by us; a core's tiles do 512 multiply-adds of bfloat16 a
-  cycle, its AVX-512 units 32 of float32.
+- x86 with AMX: bfloat16, but float32 for matrices of fewer than 96 rows or columns, which do not
+  fill its tiles. Measured on a Xeon, one thread: 1,016 GFLOP/s in bfloat16 at 768 x 768, 162 in
+  float32; at 64 x 64 19 and 82. docs/decisions.md has whole orthogonalizations by size.
 - Arm with BFMMLA and a torch with the Arm Compute Library (its Linux wheels): bfloat16. Not
   measured by us; published for Graviton 3 (pytorch/pytorch#91763): BERT is 1.9 times as fast with
   products in bfloat16. A torch without that library (macOS) does not use BFMMLA: float32.
@@ -37,6 +38,7 @@ __all__ = [
     "Fastest",
     "dtype_reason",
     "fastest_dtype",
+    "is_small",
     "products_dtype",
     "resolve_dtype",
     "without_autocast",
@@ -50,20 +52,33 @@ NS_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+_FEWEST_ROWS_ON_AMX = 96
+
+
+def is_small(rows: int, cols: int) -> bool:
+    """Whether matrices of this shape leave the tiles of AMX half empty."""
+    # A branch, that a graph for shapes of any size has a bool of it.
+    return True if rows < _FEWEST_ROWS_ON_AMX or cols < _FEWEST_ROWS_ON_AMX else False  # noqa: SIM210
+
+
 def products_dtype(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
     device: torch.device,
     iterations: Iterations,
+    small: bool,
 ) -> torch.dtype:
     """The dtype that these iterations are computed in.
 
     The exact factor has no products to choose a dtype for: it is decomposed in at least float32.
 
+    Args:
+        small: `is_small` of the matrices.
+
     Raises:
         ValueError: as `resolve_dtype`.
     """
-    dtype = resolve_dtype(ns_dtype, input_dtype, device, iterations.strict)
+    dtype = resolve_dtype(ns_dtype, input_dtype, device, small, iterations.strict)
     if iterations.exact:
         return torch.promote_types(torch.promote_types(input_dtype, torch.float32), dtype)
     return dtype
@@ -73,11 +88,13 @@ def resolve_dtype(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
     device: torch.device,
+    small: bool,
     strict: bool = False,
 ) -> torch.dtype:
     """The dtype of the matrix products that `ns_dtype` stands for on this device.
 
     Args:
+        small: `is_small` of the matrices.
         strict: the schedule diverges in 16 bits (`Schedule.strict`).
 
     Raises:
@@ -100,7 +117,7 @@ def resolve_dtype(
         return torch.float64  # whoever keeps float64 weights asked for its precision
     if strict:
         return torch.float32
-    return fastest_dtype(device.type, device.index).dtype
+    return fastest_dtype(device.type, device.index, small).dtype
 
 
 def dtype_reason(
@@ -108,6 +125,7 @@ def dtype_reason(
     input_dtype: torch.dtype,
     device: torch.device,
     iterations: Iterations,
+    small: bool,
 ) -> str:
     """Why `products_dtype` is what it is."""
     if iterations.exact:
@@ -118,7 +136,7 @@ def dtype_reason(
         return "auto: the input's"
     if iterations.strict:
         return "auto: the schedule has no safety factor and diverges in 16 bits"
-    return f"auto: {fastest_dtype(device.type, device.index).reason}"
+    return f"auto: {fastest_dtype(device.type, device.index, small).reason}"
 
 
 class Fastest(NamedTuple):
@@ -129,10 +147,14 @@ class Fastest(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def fastest_dtype(device_type: str, index: int | None) -> Fastest:
-    """The dtype that "auto" stands for on this device; the module's docstring has the rule."""
+def fastest_dtype(device_type: str, index: int | None, small: bool = False) -> Fastest:
+    """The dtype that "auto" stands for on this device; the module's docstring has the rule.
+
+    Args:
+        small: for matrices that are (`is_small`).
+    """
     if device_type == "cpu":
-        return _fastest_on_cpu()
+        return _fastest_on_cpu(small)
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
         if major >= 8 and not _is_old_amd(index):
@@ -151,9 +173,12 @@ def _is_old_amd(index: int | None) -> bool:
     return name in ("gfx900", "gfx906") or name.startswith("gfx10")
 
 
-def _fastest_on_cpu() -> Fastest:
+def _fastest_on_cpu(small: bool) -> Fastest:
     have = cpu_capabilities()
     if have["amx_bf16"]:
+        if small:
+            reason = f"this CPU has AMX, for matrices of {_FEWEST_ROWS_ON_AMX} rows and more"
+            return Fastest(torch.float32, reason)
         return Fastest(torch.bfloat16, "this CPU has AMX")
     if have["arm_bf16"]:
         if have["onednn_acl"]:

@@ -20,6 +20,7 @@ from muonkit.newton_schulz.coefficients import DEFAULT_STEPS, KELLER, Triple, re
 from muonkit.newton_schulz.dtypes import (
     NS_DTYPES,
     dtype_reason,
+    is_small,
     products_dtype,
     resolve_dtype,
     without_autocast,
@@ -67,7 +68,8 @@ def orthogonalize(
         ns_form: how the polynomial is evaluated; "auto" chooses.
         ns_dtype: the dtype of the matrix products; "auto" is the one that the hardware multiplies
             fastest, of bfloat16 and float32: bfloat16 on GPUs (of NVIDIA's from Ampere on), on
-            CPUs with AMX, and on Arm CPUs with BFMMLA where torch has the Arm Compute Library;
+            CPUs with AMX for matrices of at least 96 rows and columns, and on Arm CPUs with BFMMLA
+            where torch has the Arm Compute Library;
             float32 elsewhere (on CPUs with AVX-512's bf16 instructions alone too, where bfloat16
             products take 1.8 times as long). float64 input stays float64, and the schedules without
             a safety factor, which diverge in 16 bits, get float32.
@@ -94,7 +96,9 @@ def orthogonalize(
     options = ns_coefficients, ns_steps, ns_form, ns_dtype
     if not _is_transformed(G):
         return orthogonalize_(G.clone(memory_format=torch.contiguous_format), *options)
-    exact, triples, margin, dtype, balanced = _constants(*options, G.dtype, G.device)
+    exact, triples, margin, dtype, balanced = _constants(
+        *options, G.dtype, G.device, is_small(rows, cols)
+    )
     if G.numel() == 0:
         return G.clone()
     with without_autocast(G.device):
@@ -132,7 +136,7 @@ def orthogonalize_(
     """
     rows, cols = X.shape[-2:]
     exact, triples, margin, dtype, balanced = _constants(
-        ns_coefficients, ns_steps, ns_form, ns_dtype, X.dtype, X.device
+        ns_coefficients, ns_steps, ns_form, ns_dtype, X.dtype, X.device, is_small(rows, cols)
     )
     if X.numel():
         batch = X if X.ndim == 3 else X.view(-1, rows, cols)
@@ -186,10 +190,11 @@ def choose(
     Raises:
         ValueError, TypeError: as `orthogonalize`.
     """
+    small = is_small(rows, cols)
     exact, triples, margin, dtype, _ = _constants(
-        ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device
+        ns_coefficients, ns_steps, ns_form, ns_dtype, input_dtype, device, small
     )
-    reason = dtype_reason(ns_dtype, input_dtype, device, resolve(ns_coefficients, ns_steps))
+    reason = dtype_reason(ns_dtype, input_dtype, device, resolve(ns_coefficients, ns_steps), small)
     if exact:
         return Choice(True, (), (), 1.0, dtype, reason, "svd", 1, 0)
     m, n = sorted((rows, cols))
@@ -208,7 +213,7 @@ def check_choice(
         ValueError, TypeError: as `orthogonalize`.
     """
     cpu = torch.device("cpu")
-    _constants(ns_coefficients, ns_steps, ns_form, ns_dtype, torch.float32, cpu)
+    _constants(ns_coefficients, ns_steps, ns_form, ns_dtype, torch.float32, cpu, False)
 
 
 @constant_result
@@ -219,14 +224,15 @@ def _constants(
     ns_dtype: str | torch.dtype,
     input_dtype: torch.dtype,
     device: torch.device,
+    small: bool,
 ) -> tuple[bool, tuple[Triple, ...], float, torch.dtype, bool]:
-    """Those fields of `Choice` that do not depend on a shape, exact, triples, margin and dtype,
-    and whether rows are balanced first.
+    """Of `Choice` exact, triples, margin and dtype, which depend on a shape only by its being
+    small, and whether rows are balanced first.
 
     They are a plain tuple, which torch.compile takes for a constant.
     """
     iterations = resolve(ns_coefficients, ns_steps)
-    dtype = products_dtype(ns_dtype, input_dtype, device, iterations)
+    dtype = products_dtype(ns_dtype, input_dtype, device, iterations, small)
     check_form(ns_form)
     margin = iterations.margin
     if iterations.strict:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from muonkit.newton_schulz import triton as kernels
+from muonkit.newton_schulz.dtypes import fastest_dtype
 from muonkit.newton_schulz.scratch import scratch
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ KERNEL = 0
 
 # The smallest block of rows in plain torch; with smaller ones the products lose more of their rate
 # than they save. Measured on a CPU, and on an H100 in float32 (docs/performance.md); a guess in 16
-# bits on a GPU without the kernel, and elsewhere.
+# bits on a GPU without the kernel, and elsewhere. In bfloat16 on a CPU with matrix units (AMX,
+# measured from 384 to 4096 rows; BFMMLA, a guess) there are none: an orthogonalization in blocks
+# takes 1.6 to 2.4 times as long.
 _SMALLEST_BLOCK = {"cpu": 96, "cuda": 256}
 _SMALLEST_BLOCK_ELSEWHERE = 1024
 # Two blocks save a quarter of a product, about what cutting and mirroring cost for small ones.
@@ -37,6 +40,8 @@ def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
     """
     if kernels.pays(m, dtype, device):
         return kernels.row_blocks(m, dtype)
+    if device.type == "cpu" and dtype == torch.bfloat16 == fastest_dtype("cpu", None).dtype:
+        return 1
     smallest = _SMALLEST_BLOCK.get(device.type, _SMALLEST_BLOCK_ELSEWHERE)
     if device.type == "cuda" and dtype.itemsize == 2:
         smallest = _SMALLEST_BLOCK_ELSEWHERE
