@@ -386,8 +386,8 @@ def computed_dtype(grad: torch.dtype, momentum: torch.dtype) -> torch.dtype:
 
 
 def update_dtype(computed: torch.dtype, param: torch.dtype) -> torch.dtype:
-    """The dtype of the update of a parameter whose momentum is computed in another: no wider one,
-    beyond float32, where a momentum or a gradient is kept in float64.
+    """The dtype that an update is orthogonalized in: the one that its momentum was computed in, but
+    no wider than float32 where the parameter is not wider either.
     """
     most = torch.promote_types(param, torch.float32)
     return most if computed.itemsize > most.itemsize else computed

@@ -118,7 +118,8 @@ def route(
         adamw_lr: of AdamW's parameters at the base width: the change of an entry in a step. None is
             `lr`.
         weight_decay: of everything that is decayed, at the base width; each step takes lr times it.
-        width: the model's width, in the units of `base_width`. None: the inputs of its output head.
+        width: the model's width, in the units of `base_width`. None: the inputs of its output head
+            (of a convolution its channels), which it needs where a multiplier depends on the width.
         decay: how decay goes with width, a key of `DECAYS`.
         tied: what to do with an embedding that is the output head too, one of `TIED`.
 
@@ -133,7 +134,8 @@ def route(
     _number("weight_decay", weight_decay)
     base_width = _whole("base_width", base_width)
     routes = routing.route(model, rules, scale="spectral", decay_1d=decay_1d)
-    found, facts = roles(model, routes, tied=tied), survey(unwrap(model))
+    facts = survey(unwrap(model))
+    found = _roles(routes, facts, tied)
     if width is None and not DECAYS[decay] and not any(map(_follows_width, found.values())):
         width = base_width  # nothing depends on it
     width = _whole("width", _width(routes, found, facts) if width is None else width)
@@ -204,14 +206,15 @@ def init_(
     """
     _choice("init", init, INITS)
     routes = routing.route(model, rules, scale="spectral")
-    found = roles(model, routes, tied=tied)
+    facts = survey(unwrap(model))
+    found = _roles(routes, facts, tied)
     if embedding_std is not None:
         _number("embedding_std", embedding_std)
     _number("head_std", head_std)
     for r in routes:
         if found[r.name] in ("hidden", "embedding", "head"):
             _refuse_unreachable(r)
-    padding, facts = _padding_rows(model), survey(unwrap(model))
+    padding = _padding_rows(model)
     for r in routes:
         role = found[r.name]
         if role == "hidden":
@@ -279,8 +282,11 @@ def roles(model: nn.Module, routes: Routes, *, tied: str = "refuse") -> dict[str
         RoutingError: a parameter that no rule of muP is for.
         ValueError: no such choice.
     """
+    return _roles(routes, survey(unwrap(model)), tied)
+
+
+def _roles(routes: Routes, facts: Survey, tied: str) -> dict[str, str]:
     _choice("tied", tied, TIED)
-    facts = survey(unwrap(model))
     return {r.name: _role(r, facts, tied) for r in routes}
 
 

@@ -715,6 +715,20 @@ def test_a_trainers_wrapper_is_taken_off() -> None:
     monitor.close()
 
 
+def test_a_monitor_that_was_refused_leaves_its_file_to_the_next(tmp_path: Path) -> None:
+    optimizer = MuonW(mlp(), lr=0.01)
+    group = optimizer.param_groups[0]
+    names, path = list(group["param_names"]), tmp_path / "run.jsonl"
+    group["param_names"] = names[1:]
+    with pytest.raises(ValueError, match="names") as raised:
+        Monitor(optimizer, to=path)
+    group["param_names"] = names
+    Monitor(optimizer, to=path).close()
+    assert (
+        raised.traceback
+    )  # the error is still held, as a notebook holds it, and what it refers to
+
+
 def test_names_may_come_from_an_iterator() -> None:
     model = mlp()
     optimizer = MuonW(model, lr=0.01)

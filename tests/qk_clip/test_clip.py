@@ -527,6 +527,9 @@ def bare_heads(model: nn.Module) -> AttentionHeads:
         (lambda h: {"q": (h.q[0], h.q[0])}, "expected rows of its own"),
         (lambda h: {"k": (h.q[0], h.k[1])}, "expected rows of its own"),
         (lambda h: {"q": (h.q[0]._replace(start=-4, stop=0), h.q[1])}, "expected rows of its own"),
+        # Counted from the end they are rows of v, which no head has.
+        (lambda h: {"q": (h.q[0]._replace(start=-24, stop=-16), h.q[1])}, "expected rows of its"),
+        (lambda h: {"q": (h.q[0]._replace(start=32, stop=32), h.q[1])}, "expected rows of its own"),
     ],
 )
 def test_heads_that_contradict_themselves_are_refused(change: Any, complaint: str) -> None:

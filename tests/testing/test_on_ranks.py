@@ -40,6 +40,11 @@ def plain(fault: str) -> list[Finding]:
 
 
 @CASES.on(2)
+def coarsely_judged() -> Finding:
+    return on_this_rank(f"{FAULTY}:COARSE", "fsdp2_equals_one_process-on-2-ranks")
+
+
+@CASES.on(2)
 def bytes_of_collectives() -> dict[str, int]:
     """Of 1,000 bytes, to and from rank 0."""
     me, sent = dist.get_rank(), {}
@@ -59,7 +64,17 @@ def bytes_of_collectives() -> dict[str, int]:
     return sent
 
 
-BYTES = next(one for one in CASES.ids() if one[1].startswith("bytes_of_collectives"))
+BYTES, COARSE = (
+    next(one for one in CASES.ids() if one[1] == name)
+    for name in ("bytes_of_collectives", "coarsely_judged")
+)
+
+
+@pytest.mark.parametrize(("world_size", "case"), [COARSE])
+def test_a_factor_of_a_shard_is_seen_at_the_tolerance_of_16_bits(
+    world_size: int, case: CaseName, ranks: Ranks
+) -> None:
+    assert {one.verdict for one in ranks.outcome(world_size, case).check()} == {"fail"}
 
 
 @pytest.mark.parametrize(("world_size", "case"), [BYTES])
@@ -90,7 +105,9 @@ def test_an_error_on_one_rank_is_told_and_the_next_law_is_tried(
     assert found[laws[1]].verdict == "pass"
 
 
-@pytest.mark.parametrize(("world_size", "case"), [one for one in CASES.ids() if one != BYTES])
+@pytest.mark.parametrize(
+    ("world_size", "case"), [one for one in CASES.ids() if one not in (BYTES, COARSE)]
+)
 def test_laws(world_size: int, case: CaseName, ranks: Ranks) -> None:
     fault = case.values.get("fault", "")
     of_all = ranks.outcome(world_size, case).check()

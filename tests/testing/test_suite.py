@@ -282,3 +282,13 @@ def test_every_law_states_itself_in_a_sentence() -> None:
     for law in LAWS.values():
         assert law.states.endswith("."), law.name
         assert law.elsewhere, law.name
+
+
+def test_decay_that_is_not_claimed_is_zero_where_it_can_be_said() -> None:
+    """torch's Muon decays by 0.1 unless it is told otherwise."""
+
+    def make(params: Any, *, lr: float, weight_decay: float = 0.1) -> torch.optim.Muon:
+        return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay)
+
+    (finding,) = check(Subject(make, decay=False), ["zero_moves_nothing"])
+    assert finding.verdict == "pass", finding

@@ -160,12 +160,16 @@ def from_muonkit(
     layout = _own_layout(form, found) if theirs is None else _layout_of(form, optimizers, found)
     notes = [(note, each.name) for each in found for note in each.read.notes]
     made, dicts = [], []
+    # What does not matter to a result stays as it is in their groups: fused, foreach.
+    ignored = [key for side in form.sides.values() for key in side.ignored]
     for number, part in enumerate(layout):
         merged = [{**form.filled, **_merged(members, notes)} for members in part]
-        if optimizers:  # what says nothing of the training stays theirs (fused, foreach)
-            for options, group in zip(merged, optimizers[number].param_groups, strict=True):
-                ignored = {key for side in form.sides.values() for key in side.ignored}
-                options |= {k: group[k] for k in ignored if k in group and k not in options}
+        if theirs is not None:
+            kept = [
+                {key: group[key] for key in ignored if key in group}
+                for group in optimizers[number].param_groups
+            ]
+            merged = [{**own, **options} for own, options in zip(kept, merged, strict=True)]
         dicts.append(_their_state(part, merged))
         pairs = zip(merged, part, strict=True)
         made.append([{**options, "params": [e.param for e in each]} for options, each in pairs])

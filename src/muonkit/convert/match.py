@@ -47,10 +47,10 @@ class Named:
             (plain,) = without_wrappers([name])
             self.by_name.setdefault(plain, p)
 
-    def has(self, name: str) -> bool:
-        """Whether the model has a parameter of this name, with or without wrappers'."""
+    def called(self, name: str) -> Tensor | None:
+        """The model's parameter of this name, with or without those of wrappers."""
         (plain,) = without_wrappers([name])
-        return name in self.by_name or plain in self.by_name
+        return self.by_name.get(name, self.by_name.get(plain))
 
     def find(self, item: Any) -> str:
         """The model's name of an entry in a list of parameters (a tensor or a name).
@@ -59,9 +59,8 @@ class Named:
             ValueError: the model does not have it.
         """
         p = item[1] if isinstance(item, tuple) and len(item) == 2 else item
-        if isinstance(p, str):
-            (plain,) = without_wrappers([p])
-            p = self.by_name.get(p, self.by_name.get(plain, p))
+        if isinstance(p, str) and (found := self.called(p)) is not None:
+            p = found
         if isinstance(p, Tensor) and id(p) in self.name_of:
             return self.name_of[id(p)]
         what = f"a tensor of shape {tuple(p.shape)}" if isinstance(p, Tensor) else repr(p)[:80]
@@ -136,7 +135,8 @@ def _in_order(saved: Mapping[str, Any], items: Any, named: Named) -> list[Any]:
         )
     if len(names) == len(keys):
         for name, item in zip(names, listed, strict=True):
-            if named.has(name) and named.find(name) != (other := named.find(item)):
+            known = named.called(name) is not None
+            if known and named.find(name) != (other := named.find(item)):
                 raise ValueError(
                     f"params has {other} where the state dict has the name {name}: leave params= "
                     "out, and its names decide; or delete 'param_names' from its groups"

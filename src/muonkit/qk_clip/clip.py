@@ -86,7 +86,8 @@ class QKClip:
         TypeError: the optimizer is none of torch's.
         ValueError: tau, alpha or every out of range; no attention module is found; q or k is
             normalized by head (QK-norm bounds logits by itself), is not trained by the optimizer,
-            or belongs to several attention modules; several ranks, and nothing says which of them
+            has an adapter beside it, or belongs to several attention modules; heads that contradict
+            themselves; several ranks, and nothing says which of them
             train the same parameters.
         RuntimeError: in a forward pass, an attention module that did not call torch's attention; in
             a step, before it: no attention module ran since the last one.
@@ -119,9 +120,7 @@ class QKClip:
         self._groups()
         self._most: dict[str, Tensor] = {}
         self._ever = self._warned = False
-        # Of the last measurement, by module: the largest logits, and what they were clipped by.
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}
-        self._looks = 0
+        self._compared = 0  # how many measurements were, each with the one before
         self._open: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
         self._of_module = {attention.module: attention for attention in self._attentions}
@@ -280,7 +279,6 @@ class QKClip:
         if not self.measures or closure is not None:
             return
         if self._ever:
-            self._warn_if_blind()
             return
         missing = [a.name for a in self._attentions if a.name not in self._most]
         if len(missing) == len(self._attentions):
@@ -299,19 +297,15 @@ class QKClip:
             )
         self._ever = True
 
-    def _warn_if_blind(self) -> None:
-        if not self._most and not self._warned:
+    def _after_step(self, *_: Any) -> None:
+        measured = self.measures
+        if measured and not self._most and not self._warned:
             self._warned = True
             warnings.warn(
                 "QK-clip saw no attention module run before this step, and clips nothing in it: "
                 "were the passes compiled, or in eval mode? It is not told again",
-                stacklevel=3,
+                stacklevel=2,
             )
-
-    def _after_step(self, *_: Any) -> None:
-        measured = self.measures
-        if measured:
-            self._warn_if_blind()  # a closure has run the passes within the step
         self.step += 1
         most, self._most = self._most, {}
         if measured:
@@ -321,6 +315,7 @@ class QKClip:
     def _clip(self, most: Mapping[str, Tensor]) -> None:
         self._settle()
         flat = self._over_ranks(most)
+        before = self.latest
         self.latest = {"step": self.step, "max_logits": {}, "eta": {}}
         of_modules = torch.split(flat, [a.heads for a in self._attentions])
         for attention, logits in zip(self._attentions, of_modules, strict=True):
@@ -329,31 +324,34 @@ class QKClip:
             eta = torch.where(over, self.tau / shared, 1.0)
             self.latest["max_logits"][attention.name] = logits
             self.latest["eta"][attention.name] = eta
-            if self.step > 1:
-                self._see_effect(attention, shared)
-            self._before[attention.name] = shared, eta
             factors = torch.cat([eta, eta.new_ones(1)])  # the last one: of what stays as it is
             for scaled in attention.scaled:
                 self._scale(scaled, factors)
+        if before is not None and self._compared < _COMPARED:
+            self._compared += 1
+            self._see_effect(before, self.latest)
 
-    def _see_effect(self, attention: Attention, shared: Tensor) -> None:
-        """Warn where logits stay as large as they were before q and k were scaled by less than a
-        half: of the first looks alone, since they wait for the device.
+    def _see_effect(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Warn once where logits are as large as in the measurement before, after which their q and
+        k were scaled by less than a half. This waits for the device.
         """
-        before = self._before.get(attention.name)
-        if before is None or self._looks >= _LOOKS * len(self._attentions):
-            return
-        self._looks += 1
-        logits, eta = before
-        if ((eta < 0.5) & (shared > self.tau) & (shared > 0.9 * logits)).any().item():
-            self._looks = _LOOKS * len(self._attentions)
-            warnings.warn(
-                f"the logits of {shown(attention.name)} are as large as before its q and k were "
-                "scaled down: something between these and the product gives them their size "
-                "(QK-norm, an adapter), and QK-clip only shrinks the weights. Train this module "
-                "without it (heads=[...] leaves modules out)",
-                stacklevel=4,
+        for attention in self._attentions:
+            eta = before["eta"][attention.name]
+            old, new = (
+                each["max_logits"][attention.name].view(attention.kv_heads, -1).amax(1)
+                for each in (before, now)
             )
+            if ((eta < 0.5) & (new > self.tau) & (new > 0.9 * old)).any().item():
+                self._compared = _COMPARED
+                warnings.warn(
+                    f"the logits of {shown(attention.name)} in step {now['step']} are as large as "
+                    f"before its q and k were scaled down in step {before['step']}: either they "
+                    "grew back, or something between these and the product gives them their size "
+                    "(QK-norm, an adapter), and QK-clip only shrinks the weights; then train this "
+                    "module without it (heads=[...] leaves modules out). It is not told again",
+                    stacklevel=4,
+                )
+                return
 
     def _over_ranks(self, most: Mapping[str, Tensor]) -> Tensor:
         """The largest logits of all heads, of one module after the other, over all ranks."""
@@ -481,8 +479,8 @@ def _check(optimizer: Any, tau: Any, alpha: Any, every: Any) -> None:
         raise ValueError(f"every is a whole number of steps, at least 1, got {every!r}")
 
 
-# How many measurements are compared with the one before.
-_LOOKS = 5
+# How many measurements are compared with the one before: each comparison waits for the device.
+_COMPARED = 5
 
 
 # --- the hooks of attention modules ---------------------------------------------------------------

@@ -131,7 +131,6 @@ def _attention(places: _Places, heads: AttentionHeads, alpha: float) -> Attentio
     ):
         for i, part in enumerate(slices):
             _mark(places, heads.module, scaled, part, i // per_group, power)
-    _check_rows(heads)
     for path in scaled:
         if "base_layer" in path.split("."):
             raise ValueError(
@@ -152,7 +151,8 @@ def _check_heads(heads: AttentionHeads) -> None:
     count, kv = heads.heads, heads.kv_heads
     if not (count > 0 and kv > 0 and count % kv == 0):
         raise ValueError(
-            f"{shown(heads.name)} has heads={count} and kv_heads={kv}, expected a multiple of it"
+            f"{shown(heads.name)} has heads={count} and kv_heads={kv}, expected a multiple of "
+            "kv_heads, both above 0"
         )
     for what, slices, expected in (
         ("q", heads.q, count),
@@ -164,20 +164,6 @@ def _check_heads(heads: AttentionHeads) -> None:
                 f"{shown(heads.name)} has {len(slices)} slices of {what}, expected {expected}: one "
                 "for each head"
             )
-
-
-def _check_rows(heads: AttentionHeads) -> None:
-    """Raises:
-    ValueError: two heads have a row in common, or one has none.
-    """
-    taken: set[tuple[str, int, int]] = set()
-    for part in (*heads.q, *heads.q_rope, *heads.k):
-        rows = {(part.param, part.dim, row) for row in range(part.start, part.stop)}
-        if not 0 <= part.start < part.stop or taken & rows:
-            raise ValueError(
-                f"{shown(heads.name)}: expected rows of its own from 0 for every head, got {part}"
-            )
-        taken |= rows
 
 
 def _mark(
@@ -217,7 +203,12 @@ def _mark(
                 f"{shown(path)} has {len(rows.group)} entries along dim {dim}, expected the heads "
                 f"within it, got {part}"
             )
-        for row in range(part.start, part.stop):
+        mine = range(part.start, part.stop)
+        if part.start < 0 or not mine or any(rows.group[row] != -1 for row in mine):
+            raise ValueError(
+                f"{shown(path)}: expected rows of its own from 0 for every head, got {part}"
+            )
+        for row in mine:
             rows.group[row], rows.power[row] = group, power
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from muonkit._torch import held_parameters, own_parameters
+from muonkit.routing.linears import has_shape
 from muonkit.routing.names import ONE_ATTENDS, TWO_ATTEND, makes
 from muonkit.routing.places import EMBEDDINGS, Models, name_set, weights
 from muonkit.routing.verdicts import is_vector
@@ -270,7 +271,7 @@ class _Search:
             own = {
                 label: param
                 for label, param in held_parameters(node.module).items()
-                if not isinstance(param, nn.parameter.UninitializedParameter)
+                if has_shape(param)
             }
             matrices = [label for label, p in own.items() if not is_vector(p)]
             # A module that holds one matrix, which is a head whatever it is called; beside layers,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["EMBEDDING_CLASS", "Linears", "OwnLinear", "Standing", "class_of"]
+__all__ = ["EMBEDDING_CLASS", "Linears", "OwnLinear", "Standing", "class_of", "has_shape"]
 
 EMBEDDING_CLASS = re.compile(r"Embedding|(?<!Patch)(?<!Un)Emb(ed)?$")
 _NAMED = re.compile(
@@ -188,7 +188,7 @@ class Linears:
         if widths is None or not isinstance(module, nn.Module):
             return False
         both = (widths, widths[::-1])
-        weights = [p for p in self.weights(module) if _has_shape(p)]
+        weights = [p for p in self.weights(module) if has_shape(p)]
         return any(tuple(p.shape) in both for p in weights) or _stack_of(module) is not None
 
     def weights(self, module: nn.Module) -> list[nn.Parameter]:
@@ -208,7 +208,7 @@ class Linears:
         own_ones = {
             label: p
             for label, p in held_parameters(module).items()
-            if _has_shape(p) and tuple(p.shape[:2]) in both and not is_vector(p)
+            if has_shape(p) and tuple(p.shape[:2]) in both and not is_vector(p)
         }
         are_one = len(own_ones) == 1 or all(map(_PART.search, own_ones))
         return list(own_ones.values()) if are_one else []
@@ -230,17 +230,18 @@ def _stack_of(module: nn.Module) -> nn.Parameter | None:
         return None
     weight = next((w for label in _WEIGHTS if (w := _weight_of(module, label)) is not None), None)
     widths = widths_of(module)
-    if weight is None or widths is None or not _has_shape(weight) or weight.ndim != 3:
+    if weight is None or widths is None or not has_shape(weight) or weight.ndim != 3:
         return None
     return weight if weight.shape[1:] in (widths, widths[::-1]) else None
 
 
 def _size(param: nn.Parameter) -> int:
     # A lazy module's weight has no shape yet; routing refuses it later, by name.
-    return param.numel() if _has_shape(param) else 0
+    return param.numel() if has_shape(param) else 0
 
 
-def _has_shape(param: Tensor) -> bool:
+def has_shape(param: Tensor) -> bool:
+    """Whether a parameter is no lazy module's that has not run."""
     return not isinstance(param, nn.parameter.UninitializedParameter)
 
 
@@ -289,7 +290,7 @@ def _find(place: Standing) -> _Found | None:
 def _label(module: nn.Module) -> str | None:
     """The name of the one matrix that a module holds beside vectors."""
     own = held_parameters(module)
-    if not all(map(_has_shape, own.values())):
+    if not all(map(has_shape, own.values())):
         return None
     lists = own_modules(module).get("parametrizations")
     names = [name for name, p in own.items() if not is_vector(p)]
@@ -316,7 +317,7 @@ def _tables(places: Iterable[Standing]) -> set[tuple[int, int]]:
     return {
         (table.shape[0], table.shape[1])
         for table in tables
-        if table is not None and _has_shape(table) and table.ndim == 2
+        if table is not None and has_shape(table) and table.ndim == 2
     }
 
 

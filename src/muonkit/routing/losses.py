@@ -4,13 +4,14 @@ proxies.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
 from muonkit._torch import held_parameters
-from muonkit.routing.linears import class_of
+from muonkit.routing.linears import class_of, has_shape
 from muonkit.routing.numbers import CLASSES, first_number
 from muonkit.routing.places import CONVS, EMBEDDINGS, TRANSPOSED_CONVS, name_set
 from muonkit.routing.verdicts import is_vector
@@ -37,28 +38,28 @@ _CLASS = re.compile(rf"(?!.*with_?loss)({_LOSS}|{_MARGIN})", re.IGNORECASE)
 _PLACE = re.compile(_LOSS)
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_loss(kind: str) -> bool:
+    return _CLASS.fullmatch(kind) is not None
+
+
 def gives_loss(site: Site) -> bool:
     """Whether a module is a loss or a classifier with a margin: by its class, or one that this
     extends, or by its name in the model, if its class is none of torch's.
     """
-    classes = class_of(site.owner).__mro__
-    if any(_CLASS.fullmatch(kind.__name__) for kind in classes):
+    if any(_is_loss(kind.__name__) for kind in class_of(site.owner).__mro__):
         return True
     return _PLACE.fullmatch(site.owner_name) is not None and not isinstance(site.owner, _LAYERS)
 
 
 def counts_classes(site: Site, param: nn.Parameter) -> bool:
-    """Whether a module's only matrix has a row or column for each class of which it states how many
-    there are.
+    """Whether one side of a module's only matrix, and not both, is the number of classes that the
+    module states.
     """
-    count = first_number([site.owner], CLASSES)
-    if count is None or site.label not in _LABELS or isinstance(site.owner, _LAYERS):
+    if site.label not in _LABELS or isinstance(site.owner, _LAYERS) or param.ndim != 2:
         return False
-    own = held_parameters(site.owner).values()
-    others = [p for p in own if p is not param and not _is_lazy(p) and not is_vector(p)]
-    is_one_side = [extent == count for extent in param.shape].count(True) == 1
-    return param.ndim == 2 and is_one_side and not others
-
-
-def _is_lazy(param: nn.Parameter) -> bool:
-    return isinstance(param, nn.parameter.UninitializedParameter)
+    count = first_number([site.owner], CLASSES)
+    others = (p for p in held_parameters(site.owner).values() if p is not param)
+    return [extent == count for extent in param.shape].count(True) == 1 and not any(
+        has_shape(p) and not is_vector(p) for p in others
+    )

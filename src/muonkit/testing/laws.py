@@ -299,11 +299,11 @@ def shape_of(tensor: Tensor) -> str:
 # --- the orthogonalization ----------------------------------------------------------------------
 
 
-@law(elsewhere="an update that is turned, or another factor of the gradient than its polar one")
+@law(elsewhere="without it an optimizer that ignored its gradient kept every law")
 def the_update_is_near_the_polar_factor(subject: Subject) -> None:
-    """Where the gradient's singular values lie between 0.25 and 1, the first update points where
-    the polar factor does, U V^T of the gradient's singular value decomposition, and against the
-    gradient: their cosine is above 0.9, on wide, tall and square matrices."""
+    """Where the gradient's singular values lie between 0.25 and 1, what the first step subtracts
+    has a cosine above 0.9 with the gradient's polar factor (U V^T of its singular value
+    decomposition), on wide, tall and square matrices."""
     # Singular values in [0.68, 1.14], Keller Jordan's, have a cosine of 0.97 with ones.
     for rows, cols in (*SHAPES, (16, 16)):
         with given(f"a {rows} × {cols} gradient"):
@@ -315,7 +315,7 @@ def the_update_is_near_the_polar_factor(subject: Subject) -> None:
                 raise Broken(f"the cosine is {cosine:.3g}")
 
 
-@law(elsewhere="schedules of one step, or with another table's safety factor")
+@law(elsewhere="schedules that are cut short, or have another table's safety factor")
 def singular_values_are_alike(subject: Subject) -> None:
     """Where the gradient's singular values lie between 0.25 and 1, those of the update lie within a
     factor of 2 of one another."""
@@ -722,8 +722,8 @@ def decay_is_decoupled(subject: Subject) -> None:
 
 
 def _resumed(subject: Subject, load: bool) -> Tensor:
-    """What two steps move after two others and another learning rate: from the saved state with
-    new objects, or without a break."""
+    """What two steps at another learning rate move after two others: from the saved state with new
+    objects, or without a break."""
     shapes = ((4, 6), (6, 4))
     steps = [[matrix(*s, seed=10 * i + j) for j, s in enumerate(shapes)] for i in range(4)]
     params = [nn.Parameter(torch.zeros(s)) for s in shapes]
@@ -746,9 +746,8 @@ def _resumed(subject: Subject, load: bool) -> Tensor:
 
 @law("checkpoint", elsewhere="wrappers without .state: checkpoints lose the momentum")
 def a_resumed_run_goes_on(subject: Subject) -> None:
-    """Saved with a learning rate that was changed after two steps, and loaded into a new optimizer
-    of the same weights that was made with the first one, a run takes the steps of one that was not
-    interrupted."""
+    """The learning rate is changed after two steps, and the state saved. Loaded into a new
+    optimizer, which was made with the rate before, it goes on as if it had not been interrupted."""
     with given("a 4 × 6 and a 6 × 4 parameter, two steps before and two after"):
         expected = _resumed(subject, load=False)
         got = _resumed(subject, load=True)

@@ -150,13 +150,17 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _train(
-    subject: Subject, layout: str, shapes: Shapes = SHAPES, counted: bool = False
+    subject: Subject,
+    layout: str,
+    shapes: Shapes = SHAPES,
+    counted: bool = False,
+    decay: float = 0.0,
 ) -> tuple[list[Tensor], int, list[Tensor]]:
     """Weights after some steps, gathered whole; bytes of the last step; gathered gradients."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     placed = functools.partial(LAYOUTS[layout], mesh)
     params = [nn.Parameter(placed(w)) for w in _weights(shapes)]
-    optimizer = subject.optimizer(params, lr=0.1, weight_decay=_decay(subject), layout=layout)
+    optimizer = subject.optimizer(params, lr=0.1, weight_decay=decay, layout=layout)
     sent = 0
     for step in range(STEPS):
         for p, g in zip(params, _gradients(step, shapes), strict=True):
@@ -170,13 +174,9 @@ def _train(
     return [_whole(p.detach()) for p in params], sent, gradients
 
 
-def _decay(subject: Subject) -> float:
-    return DECAY if subject.decay else 0.0
-
-
-def _alone(subject: Subject) -> list[Tensor]:
+def _alone(subject: Subject, decay: float) -> list[Tensor]:
     params = [nn.Parameter(w) for w in _weights()]
-    optimizer = subject.optimizer(params, lr=0.1, weight_decay=_decay(subject))
+    optimizer = subject.optimizer(params, lr=0.1, weight_decay=decay)
     for step in range(STEPS):
         for p, g in zip(params, _gradients(step), strict=True):
             p.grad = g
@@ -185,9 +185,19 @@ def _alone(subject: Subject) -> list[Tensor]:
 
 
 def _equals_one_process(subject: Subject, layout: str) -> None:
-    expected = _alone(subject)
+    for decay in _decays(subject):
+        _equals_with(subject, layout, decay)
+
+
+def _decays(subject: Subject) -> tuple[float, ...]:
+    """None first: what decay moves would cover what an update is off by."""
+    return (0.0, DECAY) if subject.decay else (0.0,)
+
+
+def _equals_with(subject: Subject, layout: str, decay: float) -> None:
+    expected = _alone(subject, decay)
     with given(f"{_SHAPES} parameters on {dist.get_world_size()} ranks"):
-        got, _, _ = _train(subject, layout)
+        got, _, _ = _train(subject, layout, decay=decay)
     for one, two, before in zip(got, expected, _weights(), strict=True):
         with given(f"a {shape_of(before)} parameter on {dist.get_world_size()} ranks, 3 steps"):
             same(subject, one - before, two - before, "what one process computes")
@@ -202,7 +212,7 @@ def ddp_equals_one_process(subject: Subject) -> None:
     """With a copy of every parameter and gradient on each rank, all ranks end with one process's
     weights, and all with the same ones, bit for bit."""
     _equals_one_process(subject, "ddp")
-    for tensor in _train(subject, "ddp")[0]:
+    for tensor in _train(subject, "ddp", decay=_decays(subject)[-1])[0]:
         with given(f"a {shape_of(tensor)} parameter on {dist.get_world_size()} ranks"):
             copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
             dist.all_gather(copies, tensor.contiguous())

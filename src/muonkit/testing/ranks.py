@@ -124,7 +124,7 @@ def run(
             outcomes[name] = outcome = processes.run(name, case, timeout, grace, failed)
             if not outcome.ok and not outcome.poisoned and init:
                 # All ranks raised. That they did so at the same point is to be seen.
-                outcome = processes.run(f"after {name}", _in_step, grace, grace)
+                outcome = processes.run(f"after {name}", _in_step, grace, grace, failed)
             if not outcome.ok and outcome.poisoned:
                 reason = f"case {name!r} left the ranks out of step"
     return outcomes
@@ -176,7 +176,7 @@ class _Processes:
         case: Case,
         timeout: float,
         grace: float,
-        failed: Callable[[Any], bool] = lambda value: False,
+        failed: Callable[[Any], bool],
     ) -> Outcome:
         deadline = time.monotonic() + timeout
         self._told = {path: path.stat().st_size for path in self._path.glob("*[0-9]")}
