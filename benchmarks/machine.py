@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from harness import timed
 
+from muonkit._torch import cpu_capabilities
+
 # (rows, inner, cols) of the products whose best rate is the machine's: square ones, and the wide
 # and the deep ones that a 3072 x 768 matrix is made of.
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (768, 3072, 768), (768, 768, 3072))
@@ -29,7 +31,7 @@ def facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": _capability(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -37,6 +39,12 @@ def facts() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
+
+
+def _capability() -> str:
+    """The vector instructions that torch uses, as "AVX2", and whether it has AMX beside them."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{kind} with AMX" if cpu_capabilities()["amx_bf16"] else kind
 
 
 def _cpu_name() -> str:

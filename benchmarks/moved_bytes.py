@@ -32,7 +32,7 @@ from muonkit.newton_schulz import orthogonalizer
 from muonkit.newton_schulz.forms import choose_form, segments
 from muonkit.newton_schulz.symmetric import block_count
 
-NAMES = ("muonkit", "torch fp32", "pytorch_optimizer gram fp32")
+NAMES = ("muonkit fp32", "torch fp32", "pytorch_optimizer gram fp32")
 DEFAULT = ("gpt-12x128", "gpt-2x384", "one-layer-768", "resnet-20", "vit-tiny")
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ITEMSIZE = 4

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muonkit.newton_schulz.dtypes import fastest_dtype
+
 LR = 0.02
 DECAY = 0.1
 MOMENTUM = 0.95
@@ -130,7 +132,7 @@ def groups_by_view(given: Given) -> list[dict[str, Any]]:
 # --- ours ------------------------------------------------------------------------------------
 
 
-def muonkit(given: Given, form: str = "auto", dtype: str = "float32") -> Any:
+def muonkit(given: Given, form: str = "auto", dtype: str = "auto") -> Any:
     from muonkit import Muon
 
     return Muon(groups_by_view(given), lr=LR, weight_decay=DECAY, ns_dtype=dtype, ns_form=form)
@@ -288,13 +290,22 @@ ALL_VIEWS = frozenset({"matrix", "flatten", "experts"})
 CONVOLUTIONS = frozenset({"matrix", "flatten"})
 EXPERTS = frozenset({"matrix", "experts"})
 
+# What "auto" is to all but small matrices: muonkit too runs as shipped.
+OUR_PRODUCTS = str(fastest_dtype("cpu", None).dtype).removeprefix("torch.")
+
 EXPERT_SCALE = "the scale of experts is taken from the whole stack's shape"
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("muonkit", muonkit, views=ALL_VIEWS),
-        Peer("muonkit standard", functools.partial(muonkit, form="standard"), views=ALL_VIEWS),
+        Peer("muonkit", muonkit, products=OUR_PRODUCTS, views=ALL_VIEWS),
+        Peer("muonkit fp32", functools.partial(muonkit, dtype="float32"), views=ALL_VIEWS),
+        Peer(
+            "muonkit standard",
+            functools.partial(muonkit, form="standard"),
+            products=OUR_PRODUCTS,
+            views=ALL_VIEWS,
+        ),
         Peer("torch", torch_muon, products="bfloat16"),
         Peer("torch fp32", torch_muon, patches=torch_patches),
         Peer(

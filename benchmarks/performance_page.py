@@ -20,6 +20,14 @@ def merged_sets(records: list[Record]) -> dict[str, Record]:
     return {name: result for record in records for name, result in record["sets"].items()}
 
 
+def by_cpu(records: list[Record]) -> dict[str, list[Record]]:
+    """The records by what a CPU can do, "AVX2" first, as its files are older."""
+    found: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["machine"]["capability"] != "AVX2"):
+        found.setdefault(record["machine"]["capability"], []).append(record)
+    return found
+
+
 def step_summary(sets: dict[str, Record]) -> str:
     rows = []
     for name, s in sets.items():
@@ -50,7 +58,7 @@ def _reversed(row: Record) -> list[float]:
     return list(reversed(row["times_muonkit"]))
 
 
-def step_details(name: str, s: Record) -> str:
+def step_details(name: str, s: Record, cpu: str) -> str:
     rows = []
     for peer, r in sorted(s["rows"].items(), key=lambda item: item[1]["ms"]):
         rows.append(
@@ -69,7 +77,7 @@ def step_details(name: str, s: Record) -> str:
         )
     head = ["implementation", "products", "ms", "× muonkit", "of the limit", "operations", "calls"]
     head += ["first step, s", "distance", "rounds"]
-    return f"### {name}\n\n" + table(head, rows)
+    return f"#### {name}, {cpu}\n\n" + table(head, rows)
 
 
 def step_notes(sets: dict[str, Record]) -> str:
@@ -95,16 +103,24 @@ def step_notes(sets: dict[str, Record]) -> str:
 
 
 def step_block(records: list[Record]) -> str:
-    sets = merged_sets(records)
-    parts = [machine_lines(records), step_summary(sets)]
-    parts += [step_details(name, s) for name, s in sets.items()]
-    notes = step_notes(sets)
+    parts, notes_of = [], {}
+    for cpu, some in by_cpu(records).items():
+        sets = merged_sets(some)
+        parts += [f"### {cpu}", machine_lines(some), step_summary(sets)]
+        parts += [step_details(name, s, cpu) for name, s in sets.items()]
+        notes_of |= {f"{name}, {cpu}": s for name, s in sets.items()}
+    notes = step_notes(notes_of)
     return "\n\n".join([*parts, "### Notes\n\n" + notes] if notes else parts)
 
 
 def memory_block(records: list[Record]) -> str:
     rows = []
-    for name, s in merged_sets(records).items():
+    named = {
+        f"{name}, {cpu}": s
+        for cpu, some in by_cpu(records).items()
+        for name, s in merged_sets(some).items()
+    }
+    for name, s in named.items():
         ours = s["rows"]["muonkit"]
         cells = [name, mib(ours["state_bytes"]), mib(ours["peak_bytes"])]
         for peer in ("torch fp32", s["best_peer"]):
@@ -153,6 +169,7 @@ def overhead_block(records: list[Record]) -> str:
         rows.append(
             [
                 what_and_how_much(r)[0],
+                r["machine"]["capability"],
                 f"{r['parameters'] / 1e6:.2f} M",
                 what_and_how_much(r)[1],
                 f"{r['muonw']['step_ms']:.1f}",
@@ -162,20 +179,22 @@ def overhead_block(records: list[Record]) -> str:
                 f"{r['adamw']['share']:.1%}",
             ]
         )
-    head = ["model", "parameters", "a step", "MuonW, ms", "AdamW, ms", "ratio"]
+    head = ["model", "CPU", "parameters", "a step", "MuonW, ms", "AdamW, ms", "ratio"]
     head += ["MuonW's share", "AdamW's share"]
     return machine_lines(records) + "\n\n" + table(head, rows)
 
 
 def whole_steps(records: list[Record]) -> list[tuple[str, str, str, str]]:
-    """Size, step with MuonW, with AdamW, and their ratio, as the README quotes them."""
+    """Size, step with MuonW, with AdamW, and their ratio, as the README quotes them: on a GPU and
+    on a CPU with AVX2.
+    """
     found = []
     for r in records:
         if r["kind"] == "gpu":
             ms = [1e3 * statistics.median(s) for s in r["training"]["seconds"].values()]
             size = f"{r['training']['tokens']:,} tokens"
             found.append((size, *ms, r["training"]["times_adamw"][1]))
-        elif r["kind"] == "overhead":
+        elif r["kind"] == "overhead" and r["machine"]["capability"] == "AVX2":
             ms = [r[name]["step_ms"] for name in ("muonw", "adamw")]
             found.append((what_and_how_much(r)[1], *ms, r["ratio"][1]))
     return [

@@ -42,6 +42,7 @@ from sets import SETS, TINY, Workload, cheapest_flops, matrices, standard_flops
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from muonkit import Muon
 from muonkit.newton_schulz import scratch
 
 OURS = "muonkit"
@@ -213,31 +214,39 @@ def state_bytes(state: Any) -> int:
     return sum(state_bytes(v) for v in values) if isinstance(state, dict | list | tuple) else 0
 
 
+def _products(runner: Runner) -> str:
+    """The dtypes of its matrix products: of ours as the optimizer says, which "auto" is by size."""
+    optimizer = runner.made.optimizer
+    if not isinstance(optimizer, Muon):
+        return runner.peer.products
+    found = {str(each["ns_dtype"]).removeprefix("torch.") for each in optimizer.describe()}
+    return " and ".join(sorted(found))
+
+
 def row(
     name: str, runner: Runner, results: list[dict[str, float]], budget: float
 ) -> dict[str, Any]:
     """What is written of one implementation."""
     slow = runner.estimate > budget
     calls, peak = (None, None) if slow else profile(runner)
-    peer = runner.peer
     seconds = harness.column(results, name)
-    needs = {e.view for e in runner.workload.entries} - peer.views
+    needs = {e.view for e in runner.workload.entries} - runner.peer.views
     return {
         "ms": harness.ms(statistics.median(seconds)),
         "quartiles_ms": harness.ms(harness.quartiles(seconds)),
         "times_muonkit": harness.quartiles(harness.ratios(results, name, OURS)),
         "rounds": len(seconds),
         "first_ms": runner.first_seconds * 1e3,
-        "products": peer.products,
+        "products": _products(runner),
         "distance_of_first_step": runner.distance,
         "writes_gradients": runner.writes_gradients,
         "given_as_matrices": sorted(needs),
         "operations": None if slow else operations(runner),
-        "calls": None if peer.compiled else calls,  # its own kernels would not be among them
+        "calls": None if runner.peer.compiled else calls,  # its own kernels would not be among them
         "state_bytes": state_bytes(dict(runner.made.optimizer.state)),
         "peak_bytes": peak,
-        "version": importlib.metadata.version(peer.package) if peer.package else None,
-        "differs": peer.differs,
+        "version": importlib.metadata.version(runner.peer.package) if runner.peer.package else None,
+        "differs": runner.peer.differs,
         "seconds": seconds,
     }
 

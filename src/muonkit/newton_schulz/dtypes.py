@@ -9,7 +9,8 @@ it promises:
 - x86 with neither: float32. Measured with AVX2: bfloat16 takes about 100 times as long.
 - x86 with AMX: bfloat16, but float32 for matrices of fewer than 96 rows or columns, which do not
   fill its tiles. Measured on a Xeon, one thread: 1,016 GFLOP/s in bfloat16 at 768 x 768, 162 in
-  float32; at 64 x 64 19 and 82. docs/decisions.md has whole orthogonalizations by size.
+  float32; at 64 x 64 19 and 82. docs/performance.md has whole orthogonalizations by
+  size.
 - Arm with BFMMLA and a torch with the Arm Compute Library (its Linux wheels): bfloat16. Not
   measured by us; published for Graviton 3 (pytorch/pytorch#91763): BERT is 1.9 times as fast with
   products in bfloat16. A torch without that library (macOS) does not use BFMMLA: float32.
