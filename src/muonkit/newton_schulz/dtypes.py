@@ -58,7 +58,7 @@ _FEWEST_ROWS_ON_AMX = 96
 
 def is_small(rows: int, cols: int) -> bool:
     """Whether matrices of this shape leave the tiles of AMX half empty."""
-    # A branch, that a graph for shapes of any size has a bool of it.
+    # A branch, so that a graph for shapes of any size gets a bool.
     return True if rows < _FEWEST_ROWS_ON_AMX or cols < _FEWEST_ROWS_ON_AMX else False  # noqa: SIM210
 
 
