@@ -109,8 +109,7 @@ def main() -> int:
     if options.plot and steps:
         from step import plot
 
-        steps = next(iter(performance_page.by_cpu(steps).values()))  # a plot is of one machine
-
+        steps = next(iter(performance_page.by_cpu(steps).values()))  # a plot is of one kind
         dates = {record["machine"]["date"] for record in steps}
         span = {"date": " to ".join(sorted({min(dates), max(dates)}))}
         plot(performance_page.merged_sets(steps), steps[-1]["machine"] | span, options.plot)

@@ -21,11 +21,20 @@ def merged_sets(records: list[Record]) -> dict[str, Record]:
 
 
 def by_cpu(records: list[Record]) -> dict[str, list[Record]]:
-    """The records by what a CPU can do, "AVX2" first, as its files are older."""
+    """The records by what the CPU can do, "AVX2" first: most of the page speaks of it."""
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["machine"]["capability"] != "AVX2"):
         found.setdefault(record["machine"]["capability"], []).append(record)
     return found
+
+
+def sets_of_all(records: list[Record]) -> dict[str, Record]:
+    """The sets of every kind of CPU, by both names."""
+    return {
+        f"{name}, {cpu}": s
+        for cpu, some in by_cpu(records).items()
+        for name, s in merged_sets(some).items()
+    }
 
 
 def step_summary(sets: dict[str, Record]) -> str:
@@ -103,24 +112,18 @@ def step_notes(sets: dict[str, Record]) -> str:
 
 
 def step_block(records: list[Record]) -> str:
-    parts, notes_of = [], {}
+    parts = []
     for cpu, some in by_cpu(records).items():
         sets = merged_sets(some)
         parts += [f"### {cpu}", machine_lines(some), step_summary(sets)]
         parts += [step_details(name, s, cpu) for name, s in sets.items()]
-        notes_of |= {f"{name}, {cpu}": s for name, s in sets.items()}
-    notes = step_notes(notes_of)
+    notes = step_notes(sets_of_all(records))
     return "\n\n".join([*parts, "### Notes\n\n" + notes] if notes else parts)
 
 
 def memory_block(records: list[Record]) -> str:
     rows = []
-    named = {
-        f"{name}, {cpu}": s
-        for cpu, some in by_cpu(records).items()
-        for name, s in merged_sets(some).items()
-    }
-    for name, s in named.items():
+    for name, s in sets_of_all(records).items():
         ours = s["rows"]["muonkit"]
         cells = [name, mib(ours["state_bytes"]), mib(ours["peak_bytes"])]
         for peer in ("torch fp32", s["best_peer"]):

@@ -229,8 +229,9 @@ def row(
     """What is written of one implementation."""
     slow = runner.estimate > budget
     calls, peak = (None, None) if slow else profile(runner)
+    peer = runner.peer
     seconds = harness.column(results, name)
-    needs = {e.view for e in runner.workload.entries} - runner.peer.views
+    needs = {e.view for e in runner.workload.entries} - peer.views
     return {
         "ms": harness.ms(statistics.median(seconds)),
         "quartiles_ms": harness.ms(harness.quartiles(seconds)),
@@ -242,11 +243,11 @@ def row(
         "writes_gradients": runner.writes_gradients,
         "given_as_matrices": sorted(needs),
         "operations": None if slow else operations(runner),
-        "calls": None if runner.peer.compiled else calls,  # its own kernels would not be among them
+        "calls": None if peer.compiled else calls,  # its own kernels would not be among them
         "state_bytes": state_bytes(dict(runner.made.optimizer.state)),
         "peak_bytes": peak,
-        "version": importlib.metadata.version(runner.peer.package) if runner.peer.package else None,
-        "differs": runner.peer.differs,
+        "version": importlib.metadata.version(peer.package) if peer.package else None,
+        "differs": peer.differs,
         "seconds": seconds,
     }
 

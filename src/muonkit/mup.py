@@ -119,7 +119,8 @@ def route(
             `lr`.
         weight_decay: of everything that is decayed, at the base width; each step takes lr times it.
         width: the model's width, in the units of `base_width`. None: the inputs of its output head
-            (of a convolution its channels), which it needs where a multiplier depends on the width.
+            (of a convolution its channels). A model without a head needs it given, unless nothing
+            depends on the width.
         decay: how decay goes with width, a key of `DECAYS`.
         tied: what to do with an embedding that is the output head too, one of `TIED`.
 

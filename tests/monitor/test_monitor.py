@@ -724,9 +724,7 @@ def test_a_monitor_that_was_refused_leaves_its_file_to_the_next(tmp_path: Path) 
         Monitor(optimizer, to=path)
     group["param_names"] = names
     Monitor(optimizer, to=path).close()
-    assert (
-        raised.traceback
-    )  # the error is still held, as a notebook holds it, and what it refers to
+    assert raised.traceback  # a notebook too holds the error, and what that refers to
 
 
 def test_names_may_come_from_an_iterator() -> None:

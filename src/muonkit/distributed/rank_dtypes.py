@@ -1,10 +1,11 @@
 """Whether "auto" is the same dtype on every rank, where the ranks' optimizers exchange nothing.
 
 Under plain DDP every rank steps by itself, and copies stay equal because all ranks compute the
-same. On nodes of different kinds "auto" may be bfloat16 on one and float32 on another: the copies
-would drift apart without a word. A collective could hang (an optimizer may be made on one rank
-only), so each rank writes what "auto" is to it into the store at which the ranks met, and looks
-once, at its first step and without waiting, at what the others have written by then.
+same. On nodes of different kinds "auto" may be bfloat16 on one and float32 on another (unless all
+matrices are small): the copies would drift apart without a word. A collective could hang (an
+optimizer may be made on one rank only), so each rank writes what "auto" is to it into the store at
+which the ranks met, and looks once, at its first step and without waiting, at what the others have
+written by then.
 
 The ranks that are compared are those whose optimizers train parameters of the same names and
 shapes on the same kind of device: stages of a pipeline differ in these, and need not agree. Costs:
@@ -84,7 +85,8 @@ def look_at_others(token: str) -> None:
 def _answers(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
     """(device, digest of the parameters) -> dtype, for those whose dtype the hardware decides."""
     found: dict[str, list[Any]] = {}
-    dtypes: dict[str, str] = {}
+    devices: dict[str, torch.device] = {}
+    large: set[str] = set()  # kinds of devices with matrices that are not small
     for group in groups:
         if group["algorithm"] != "muon" or group["ns_dtype"] != "auto":
             continue
@@ -93,17 +95,21 @@ def _answers(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
             continue
         for name, p in zip(parameter_names(group), group["params"], strict=True):
             if p.dtype != torch.float64:
-                device: torch.device = p.device
-                found.setdefault(device.type, []).append((name, *p.shape))
-                small = all(
-                    is_small(*selected_shape(group, block.rows, block.cols))
-                    for block in blocks_of(group["view"], p.shape)
-                )
-                dtype = str(fastest_dtype(device.type, device.index, small).dtype)
-                dtype = dtype.removeprefix("torch.")
-                # Where there are both, bfloat16: a rank without it has float32 for all.
-                dtypes[device.type] = min(dtypes.get(device.type, dtype), dtype)
-    return {(device, _digest(shapes)): dtypes[device] for device, shapes in found.items()}
+                devices[p.device.type] = p.device
+                found.setdefault(p.device.type, []).append((name, *p.shape))
+                blocks = blocks_of(group["view"], p.shape)
+                if not all(is_small(*selected_shape(group, b.rows, b.cols)) for b in blocks):
+                    large.add(p.device.type)
+    # Only where "auto" depends on the size are small matrices in another dtype than the others;
+    # then they are in float32 on every rank, and the others tell.
+    return {
+        (kind, _digest(shapes)): _fastest(devices[kind], small=kind not in large)
+        for kind, shapes in found.items()
+    }
+
+
+def _fastest(device: torch.device, small: bool) -> str:
+    return str(fastest_dtype(device.type, device.index, small).dtype).removeprefix("torch.")
 
 
 def _digest(shapes: Iterable[Any]) -> str:

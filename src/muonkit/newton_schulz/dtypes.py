@@ -7,10 +7,10 @@ it promises:
   768 x 768 matrices: 146 GFLOP/s in float32, 83 in bfloat16; a whole step took 1.7 to 2.4 times as
   long in bfloat16.
 - x86 with neither: float32. Measured with AVX2: bfloat16 takes about 100 times as long.
-- x86 with AMX: bfloat16, but float32 for matrices of fewer than 96 rows or columns, which do not
-  fill its tiles. Measured on a Xeon, one thread: 1,016 GFLOP/s in bfloat16 at 768 x 768, 162 in
-  float32; at 64 x 64 19 and 82. docs/performance.md has whole orthogonalizations by
-  size.
+- x86 with AMX: bfloat16, but float32 for matrices of fewer than 96 rows or columns, of which a
+  single one takes up to 4 times as long in bfloat16. Measured on a Xeon, one thread: 1,016 GFLOP/s
+  in bfloat16 at 768 x 768, 162 in float32; at 64 x 64 19 and 82. docs/performance.md has whole
+  orthogonalizations by size.
 - Arm with BFMMLA and a torch with the Arm Compute Library (its Linux wheels): bfloat16. Not
   measured by us; published for Graviton 3 (pytorch/pytorch#91763): BERT is 1.9 times as fast with
   products in bfloat16. A torch without that library (macOS) does not use BFMMLA: float32.
@@ -57,7 +57,7 @@ _FEWEST_ROWS_ON_AMX = 96
 
 
 def is_small(rows: int, cols: int) -> bool:
-    """Whether matrices of this shape leave the tiles of AMX half empty."""
+    """Whether matrices of this shape are too small for AMX to pay."""
     # A branch, so that a graph for shapes of any size gets a bool.
     return True if rows < _FEWEST_ROWS_ON_AMX or cols < _FEWEST_ROWS_ON_AMX else False  # noqa: SIM210
 
@@ -178,7 +178,8 @@ def _fastest_on_cpu(small: bool) -> Fastest:
     have = cpu_capabilities()
     if have["amx_bf16"]:
         if small:
-            reason = f"this CPU has AMX, for matrices of {_FEWEST_ROWS_ON_AMX} rows and more"
+            reason = f"this CPU has AMX, but these matrices have fewer than {_FEWEST_ROWS_ON_AMX} "
+            reason += "rows or columns"
             return Fastest(torch.float32, reason)
         return Fastest(torch.bfloat16, "this CPU has AMX")
     if have["arm_bf16"]:

@@ -69,10 +69,10 @@ def orthogonalize(
         ns_dtype: the dtype of the matrix products; "auto" is the one that the hardware multiplies
             fastest, of bfloat16 and float32: bfloat16 on GPUs (of NVIDIA's from Ampere on), on
             CPUs with AMX for matrices of at least 96 rows and columns, and on Arm CPUs with BFMMLA
-            where torch has the Arm Compute Library;
-            float32 elsewhere (on CPUs with AVX-512's bf16 instructions alone too, where bfloat16
-            products take 1.8 times as long). float64 input stays float64, and the schedules without
-            a safety factor, which diverge in 16 bits, get float32.
+            where torch has the Arm Compute Library; float32 elsewhere (on CPUs with AVX-512's bf16
+            instructions alone too, where bfloat16 products take 1.8 times as long). float64 input
+            stays float64, and the schedules without a safety factor, which diverge in 16 bits, get
+            float32.
 
     Returns:
         A tensor of G's shape and dtype.

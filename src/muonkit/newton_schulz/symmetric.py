@@ -25,8 +25,8 @@ KERNEL = 0
 # The smallest block of rows in plain torch; with smaller ones the products lose more of their rate
 # than they save. Measured on a CPU, and on an H100 in float32 (docs/performance.md); a guess in 16
 # bits on a GPU without the kernel, and elsewhere. In bfloat16 on a CPU with matrix units (AMX,
-# measured from 384 to 4096 rows; BFMMLA, a guess) there are none: an orthogonalization in blocks
-# takes 1.6 to 2.4 times as long.
+# measured from 384 to 4096 rows; BFMMLA, a guess) there are none: an orthogonalization in blocks of
+# 96 takes 1.3 to 2.6 times as long.
 _SMALLEST_BLOCK = {"cpu": 96, "cuda": 256}
 _SMALLEST_BLOCK_ELSEWHERE = 1024
 # Two blocks save a quarter of a product, about what cutting and mirroring cost for small ones.
@@ -40,7 +40,7 @@ def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
     """
     if kernels.pays(m, dtype, device):
         return kernels.row_blocks(m, dtype)
-    if device.type == "cpu" and dtype == torch.bfloat16 == fastest_dtype("cpu", None).dtype:
+    if device.type == "cpu" and dtype == torch.bfloat16 and _multiplies_bfloat16(device):
         return 1
     smallest = _SMALLEST_BLOCK.get(device.type, _SMALLEST_BLOCK_ELSEWHERE)
     if device.type == "cuda" and dtype.itemsize == 2:
@@ -49,6 +49,11 @@ def block_count(m: int, dtype: torch.dtype, device: torch.device) -> int:
     while m >= 2 * smallest * blocks:
         blocks *= 2
     return blocks if blocks >= _FEWEST_BLOCKS else 1
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for it, which are then its fastest."""
+    return fastest_dtype(device.type, device.index).dtype == torch.bfloat16
 
 
 def method(X: Tensor) -> int:

@@ -87,8 +87,7 @@ class QKClip:
         ValueError: tau, alpha or every out of range; no attention module is found; q or k is
             normalized by head (QK-norm bounds logits by itself), is not trained by the optimizer,
             has an adapter beside it, or belongs to several attention modules; heads that contradict
-            themselves; several ranks, and nothing says which of them
-            train the same parameters.
+            themselves; several ranks, and nothing says which of them train the same parameters.
         RuntimeError: in a forward pass, an attention module that did not call torch's attention; in
             a step, before it: no attention module ran since the last one.
     """
