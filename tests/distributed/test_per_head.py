@@ -21,9 +21,11 @@ from tests.helpers.ranks import Cases, Ranks, shared_folder
 CASES = Cases(needs="transformers")
 
 STEPS, SAVED_AFTER = 3, 2
-# Of one tensor's largest magnitude: a few roundings of the dtype, in which the products are taken
-# too. Measured: 2.2e-6 and 1.4e-14; 1.5e-13 with adamuon, which divides by small entries.
-EXACT = {torch.float32: 5e-6, torch.float64: 1e-12}
+# Of one tensor's largest magnitude. In float32 ranks and one process take products of other shapes,
+# in another order. Measured: 2.2e-6 on an AMD EPYC and with AVX-512, 9.4e-6 with MKL held to AVX2
+# on an Intel Xeon, where one process and the ranks are each 6.4e-6 from float64. In float64
+# 1.4e-14, and 1.5e-13 with adamuon, which divides by small entries.
+EXACT = {torch.float32: measures.STEEPEST, torch.float64: 1e-12}
 FAMILIES = ["gpt2", "llama", "qwen3", "falcon grouped", "falcon multi-query", "deepseek_v3"]
 LAYOUTS = ["tp", "fsdp2", "fsdp2_tp", "ddp", "zero1"]
 
@@ -157,7 +159,6 @@ def _read(model: nn.Module, optimizer: MuonW, folder: Path) -> None:
     )
 
 
-@pytest.mark.sampled
 @pytest.mark.sampled
 @pytest.mark.parametrize(("world_size", "case"), CASES.ids())
 def test_heads_on_ranks(world_size: int, case: str, ranks: Ranks) -> None:
