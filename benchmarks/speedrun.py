@@ -78,10 +78,12 @@ def block(record: Record) -> str:
                 mean((seconds for _, seconds in at_goal), 0) if at_goal else "—",
                 mean((run["seconds"] for run in runs), 0),
                 f"{runs[0]['flops']:.3g}",
+                ", ".join(sorted({run["dtype"] for run in runs})),
             ]
         )
     head = ["optimizer", "seeds", "accuracy, %", "of one view, %", f"at {GOAL:.0%}",
-            "epochs to it", "seconds to it", "seconds in all", "FLOPs of a run"]  # fmt: skip
+            "epochs to it", "seconds to it", "seconds in all", "FLOPs of a run",
+            "dtype"]  # fmt: skip
     each = "; ".join(
         f"{TITLES[run['optimizer']]}, seed {run['seed']}: "
         + ", ".join(f"{epoch['accuracy'] * 100:.2f}" for epoch in run["epochs"])

@@ -36,6 +36,7 @@ def test_the_speedruns_table_has_epochs_and_seconds_to_the_goal(script: Any) -> 
             for i, accuracy in enumerate(accuracies[:-1])
         ]
         found = {"accuracy": accuracies[-1], "accuracy_one_view": accuracies[-2], "flops": 2.83e14}
+        found["dtype"] = "bfloat16"
         return {**found, "optimizer": optimizer, "seed": seed, "epochs": epochs, "seconds": 130.0}
 
     runs = [run("muonw", 0, 0.9, 0.941, 0.945), run("muonw", 1, 0.9, 0.93, 0.941)]
@@ -45,4 +46,5 @@ def test_the_speedruns_table_has_epochs_and_seconds_to_the_goal(script: Any) -> 
     text = speedrun.block({"machine": machine, "runs": runs})
     assert "| MuonW | 2 | 94.30 ± 0.28 | 93.55 ± 0.78 | 2 of 2 | 2.0 ± 0.0 | 125 ± 7 |" in text
     assert "| SGD, Nesterov, lookahead | 1 | 91.00 | 90.00 | 0 of 1 | — | — | 130 |" in text
+    assert "| 2.83e+14 | bfloat16 |" in text
     assert "MuonW, seed 0: 90.00, 94.10; " in text

@@ -100,11 +100,15 @@ def test_views_are_weighed_and_flips_are_averaged(speedrun: Any) -> None:
     assert torch.equal(found[4][1][:, :, :-1, :-1], x[:, :, 1:, 1:])
 
 
-@pytest.mark.parametrize("optimizer", ["muonw", "muon", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [("muonw", "bf16"), ("muonw", "fp32"), ("muon", "fp32"), ("sgd", "fp32")],
+)
 def test_it_learns_and_a_stopped_run_goes_on_exactly(
-    optimizer: str, speedrun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, dtype: str, speedrun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*SMALL, "--optimizer", optimizer, "--json", str(tmp_path / "found.json")]
+    words = [*SMALL, "--optimizer", optimizer, "--dtype", dtype]
+    words += ["--json", str(tmp_path / "found.json")]
 
     def run(folder: str) -> dict[str, Any]:
         assert speedrun.main([*words, "--checkpoint", str(tmp_path / folder)]) == 0
@@ -136,6 +140,23 @@ def test_it_learns_and_a_stopped_run_goes_on_exactly(
         speedrun.main(
             [*words, "--widths", "8", "8", "8", "--checkpoint", str(tmp_path / "stopped")]
         )
+
+
+def test_products_are_of_the_dtype_that_is_asked_for(
+    speedrun: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits(*words: str) -> Tensor:
+        run = speedrun.Run(images_of(speedrun), speedrun.arguments([*SMALL, *words]), 0)
+        x, y = next(run.images.batches(0, 0, 50))
+        kept: Tensor = run.loss(x, y)[1]
+        return kept
+
+    exact, coarse = logits("--dtype", "fp32"), logits("--dtype", "bf16")
+    far = ((coarse - exact).norm() / exact.norm()).item()
+    assert 1e-4 < far < 0.1  # a few roundings of bf16, 4e-3 each
+    for has_amx, expected in ((True, coarse), (False, exact)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has_amx: {"amx_bf16": has})
+        assert torch.equal(logits(), expected)
 
 
 def test_muons_filters_keep_their_norm_and_the_bias_stops(speedrun: Any) -> None:
