@@ -47,6 +47,7 @@ class Plan:
         length: options of `muonkit compare` that say how long to train.
         seeds: runs per optimizer.
         points: values in each sweep's grid.
+        sweep_seeds: seeds that choose in a sweep.
         claim: what a public tutorial says of MuonW against AdamW at its default learning rate,
             after as many epochs.
     """
@@ -55,6 +56,7 @@ class Plan:
     length: tuple[str, ...]
     seeds: int
     points: int
+    sweep_seeds: int = 2
     claim: str | None = None
 
 
@@ -101,6 +103,12 @@ def merged(words: Sequence[str], further: Sequence[str]) -> list[str]:
     return [*kept, *further]
 
 
+def without_sweep(words: Sequence[str]) -> list[str]:
+    """Options with a value each, but for those of a sweep."""
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for pair in pairs if not pair[0].startswith("--sweep") for word in pair]
+
+
 def compare(words: Sequence[str], out: Path) -> Record:
     """What `muonkit compare WORDS` finds, and the words; SystemExit with its status if it fails."""
     command = ["compare", *words]
@@ -123,12 +131,13 @@ def run(task: str, plan: Plan, options: argparse.Namespace) -> None:
     further = [*(QUICK if options.quick else ()), *options.further]
     optimizers = options.optimizers or ",".join(plan.optimizers)
     words = [task, "--optimizers", optimizers, "--sweep", "--sweep-decay", "--sweep-full"]
-    words += ["--sweep-points", str(plan.points)]
+    words += ["--sweep-points", str(plan.points), "--sweep-seeds", str(plan.sweep_seeds)]
     out = options.out / task
     record = compare(merged([*words, *shared], further), out)
     if plan.claim:
         words = [task, "--optimizers", "adamw", "--lr", f"adamw={UNTUNED!r}", *shared]
-        record["untuned"] = compare(merged(words, further), options.out / f"{task}-untuned")
+        words = merged(words, without_sweep(further))
+        record["untuned"] = compare(words, options.out / f"{task}-untuned")
         budgets = [r["config"]["budget"] for r in (record, record["untuned"])]
         if budgets[0] != budgets[1]:
             raise ValueError(f"{task}: tuned runs of {budgets[0]}, untuned ones of {budgets[1]}")

@@ -65,13 +65,29 @@ def test_the_lead_is_over_the_better_adamw(monkeypatch: pytest.MonkeyPatch, tmp_
         (400, "adamw"), (400, "adamw-0.99"), (400, "muonw"), (1600, "adamw"), (1600, "muonw"),
     ]  # fmt: skip
     asked.clear()
+    # Not swept: with what 1,600 steps found.
+    length.main(["--jobs", "1", "--steps", "4000", "--optimizers", "muonw"])
+    (words,) = asked
+    assert not any("sweep" in word for word in words)
+    given = dict(itertools.pairwise(words))
+    assert {
+        "--lr": "0.01",
+        "--embedding-lr": "0.04",
+        "--weight-decay": "0.1",
+    }.items() <= given.items()
+    with pytest.raises(
+        SystemExit, match=r"4000 steps take what 1600 found, which .* lacks for adamw-0.99"
+    ):
+        length.main(["--jobs", "1", "--steps", "4000", "--optimizers", "adamw-0.99"])
+    asked.clear()
     length.main(["--page-only"])
     written = page.read_text()
     # From 5 down to 1 MuonW is at 2, where AdamW ends, after three quarters of the steps; in
     # seconds, which are 4 against 3 of a step, it took as long. (1.005: the mean of both seeds.)
     assert "| 400 | 1.0050 ± 0.0071 | 2.0050 ± 0.0071 | `adamw-0.99` | 5e-05 | 300 ± 0 |" in written
     assert "| 1.33 | 1.00 |" in written
-    assert "Not yet run: 1,600 steps, `adamw-0.99`; 4,000 steps" in written
+    assert "4,000 steps were not swept: each has the rates and the decay of 1,600." in written
+    assert "Not yet run: 1,600 steps, `adamw-0.99`; 4,000 steps, `adamw`" in written
     assert "| 1,600 | 1.0050 ± 0.0071 | 3.0050 ± 0.0071 | `adamw` |" in written  # so far
     assert not asked
     with pytest.raises(SystemExit, match="runs of another setting"):

@@ -407,7 +407,9 @@ def test_evidence_end_to_end(evidence: Any, tmp_path: Path) -> None:
     assert evidence.main([*words, "--page-only"]) == 0
     assert page.read_text().count(evidence.NOT_RUN) == 2
 
-    assert evidence.main([*words, "--", "--steps", "15", "--evaluations", "3"]) == 0
+    # The untuned one has no sweep, so none of its options.
+    further = ["--steps", "15", "--sweep-seeds", "1", "--evaluations", "3"]
+    assert evidence.main([*words, "--", *further]) == 0
     kept = json.loads((tmp_path / "kept" / "digits.json").read_text())
     assert "</svg>" in (tmp_path / "kept" / "digits-loss-steps.svg").read_text()
     text = page.read_text()
@@ -415,6 +417,8 @@ def test_evidence_end_to_end(evidence: Any, tmp_path: Path) -> None:
     assert "stale" not in text
     assert "muonkit compare digits --optimizers muonw,adamw --sweep --sweep-decay" in text
     assert "--epochs" not in text
+    assert "--sweep-seeds 1" in kept["command"]
+    assert "sweep" not in kept["untuned"]["command"]
     # Every figure is one of the runs', and what was untuned is not among the tuned.
     losses_of = {
         name: [r["val_loss"] for r in record["runs"] if r["optimizer"] == "adamw"]
