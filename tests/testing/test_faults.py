@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from muonkit.testing import LAWS, check
+from muonkit import Muon
+from muonkit.testing import LAWS, Subject, check
 from tests.helpers import sampling
 from tests.helpers.faulty_muons import FAULTS, plain
 
@@ -38,6 +39,33 @@ def test_what_never_moves_a_weight_breaks_every_law_on_what_it_moves() -> None:
 
 def test_a_plain_muon_keeps_them() -> None:
     assert [str(finding) for finding in check(plain("")) if finding.verdict != "pass"] == []
+
+
+@pytest.mark.parametrize(
+    ("law", "options"),
+    [
+        ("the_momentum_is_the_documented_one", {"momentum": 0.94}),
+        ("the_momentum_is_the_documented_one", {"momentum": 0.96}),
+        ("the_momentum_is_the_documented_one", {"momentum": 0.94, "nesterov": False}),
+        ("singular_values_are_alike", {"ns_steps": 2}),
+        ("singular_values_are_alike", {"ns_steps": 3}),
+    ],
+    ids=str,
+)
+def test_what_is_nearly_right_breaks_a_law_with_coarse_products(
+    law: str, options: dict[str, Any]
+) -> None:
+    nesterov = options.get("nesterov", True)
+
+    def subject(**given: Any) -> Subject:
+        def make(params: Any, *, lr: float, weight_decay: float) -> Muon:
+            return Muon(params, lr=lr, weight_decay=weight_decay, ns_dtype="bfloat16", **given)
+
+        return Subject(make, momentum=0.95, nesterov=nesterov, products=torch.bfloat16)
+
+    (right,) = check(subject(nesterov=nesterov), [law])
+    (wrong,) = check(subject(**options), [law])
+    assert (right.verdict, wrong.verdict) == ("pass", "fail")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
