@@ -60,11 +60,17 @@ _OTHER_GROUPS = (
 def spelled_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with the names of stages and functions in their place: any process can
     load names, `torch.load(weights_only=True)` among them.
+
+    A group whose momentum a scheduler cycles has one, AdamW's too: torch looks in flattened state
+    dicts for whatever the groups of a fresh optimizer have, once its scheduler is made.
     """
     groups = [
         {key: value if key == "params" else spelled(value) for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
+    for group in groups:
+        if group["algorithm"] == "adamw" and "max_momentum" in group:  # see `adopt_momentum`
+            group.setdefault("momentum", group["betas"][0])
     return {**state_dict, "param_groups": groups}
 
 

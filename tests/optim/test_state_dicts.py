@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from muonkit import Muon, MuonW
 from tests.helpers.optim import mlp, momentum_of, parameter, set_gradients, train
@@ -71,6 +71,34 @@ def test_pitfall_42_a_flattened_state_of_stages_is_loaded_by_other_stages(
         train_by_name(*expected, [2])
         for p, q in zip(model.parameters(), expected[0].parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_state_goes_on_under_a_scheduler_that_cycles_momentum(flat: bool, steps: int) -> None:
+    """Every group has a momentum once the scheduler is made; in a step AdamW's becomes beta1."""
+
+    def made() -> tuple[nn.Module, MuonW, OneCycleLR]:
+        model = mlp()
+        optimizer = MuonW(model)
+        return model, optimizer, OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+
+    def go_on(model: nn.Module, optimizer: MuonW, scheduler: OneCycleLR, seeds: range) -> None:
+        for seed in seeds:
+            train(model, optimizer, 1, seed=seed)
+            scheduler.step()
+
+    first, second = made(), made()
+    go_on(*first, range(steps))
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = get_optimizer_state_dict(*first[:2], options=options)
+    second[0].load_state_dict(first[0].state_dict())
+    set_optimizer_state_dict(*second[:2], copy.deepcopy(saved), options=options)
+    second[2].load_state_dict(first[2].state_dict())
+    for each in (first, second):
+        go_on(*each, range(steps, steps + 3))
+    for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 # torch 2.9 looks for all keys itself, and raises a KeyError that names the first.
