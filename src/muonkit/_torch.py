@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,16 @@ def measurable(tensor: Tensor) -> Tensor:
 _MACHINE = platform.machine().lower()
 
 
+def _onednn_may_use(instructions: str) -> bool:
+    """Whether oneDNN's own variable, in either of its names, leaves it these instructions."""
+    limits = (os.environ.get(f"{name}_MAX_CPU_ISA", "").upper() for name in ("ONEDNN", "DNNL"))
+    return all(limit in ("", "ALL", "DEFAULT") or instructions in limit for limit in limits)
+
+
 def cpu_capabilities() -> dict[str, bool]:
     """What decides in which dtype this CPU multiplies fastest, by torch's names.
 
-    - "amx_bf16", "avx512_bf16": of x86.
+    - "amx_bf16", "avx512_bf16": of x86; AMX if oneDNN may use it, which alone has products for it.
     - "arm_bf16": BFMMLA.
     - "onednn_acl": this torch has oneDNN with the Arm Compute Library, whose products use BFMMLA
       (those of a torch without it, on macOS, do not).
@@ -131,6 +138,8 @@ def cpu_capabilities() -> dict[str, bool]:
             "arm_bf16": arm and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         }
     mkldnn: Any = torch.backends.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled and _onednn_may_use("AMX")):
+        found["amx_bf16"] = False
     acl = getattr(mkldnn, "is_acl_available", lambda: torch.ops.mkldnn._is_mkldnn_acl_supported())
     found["onednn_acl"] = arm and bool(mkldnn.is_available()) and bool(acl())
     return found

@@ -16,6 +16,7 @@ from muonkit._compile import copy_each_, scheduled
 from muonkit.distributed.exchange import Pending
 from muonkit.distributed.plan_batches import Item, make_batches
 from muonkit.int8 import MomentumScale, Scales, dequantized, scale_region
+from muonkit.newton_schulz.dtypes import is_small, size_decides
 from muonkit.newton_schulz.scratch import scratch
 from muonkit.selection import (
     by_rows,
@@ -390,7 +391,7 @@ def planned(
         kinds.append((tuple(p.shape), p.dtype, p.device, copies[index] if copies else ()))
     plan = _planned if torch.compiler.is_compiling() else _kept_plan
     asked = group["view"], kept_state(group), group["fraction"], group["bytes_in_flight"]
-    return plan(tuple(kinds), *asked)
+    return plan(tuple(kinds), *asked, size_decides(group["ns_dtype"], "cpu"))
 
 
 def _planned(
@@ -399,6 +400,7 @@ def _planned(
     stage_state: str,
     fraction: float,
     cap: int | None,
+    small_apart: bool,
 ) -> _Batches:
     items: list[Item] = []
     blocks: list[tuple[int, Block, Block]] = []
@@ -411,7 +413,9 @@ def _planned(
                 # The cap is on whole matrices, from which lines are taken.
                 whole_size = block.rows * block.cols * dtype.itemsize
                 itemsize = -(-whole_size // (size[0] * size[1]))
-                key = dtype, device, copies
+                # A matrix is in the dtype of its own shape, whatever it is computed with.
+                small = small_apart and device.type == "cpu" and is_small(*size)
+                key = dtype, device, copies, small
                 items.append(Item(key, device.type, block.batch, *size, itemsize))
                 blocks.append((index, block, rows))
     batches = make_batches(tuple(items), cap)

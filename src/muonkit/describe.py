@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from muonkit.batching import planned
 from muonkit.groups import NS_OPTIONS, is_trained, momentum_dtype, scale_of, stage_names
+from muonkit.newton_schulz.coefficients import resolve
 from muonkit.newton_schulz.orthogonalizer import choose
 from muonkit.selection import selected_shape
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Mapping
 
     from muonkit.newton_schulz.orthogonalizer import Choice
 
-__all__ = ["describe_group", "flops_of", "products_of"]
+__all__ = ["describe_group", "flops_of", "hardware_decides", "products_of"]
 
 
 def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,6 +58,16 @@ def describe_group(number: int, group: dict[str, Any]) -> list[dict[str, Any]]:
             )
             row["matrices"] += block.batch
     return list(rows.values())
+
+
+def hardware_decides(group: Mapping[str, Any]) -> bool:
+    """Whether the dtype of the products of a group of Muon's depends on the hardware."""
+    if str(group["ns_dtype"]) != "auto":
+        return False
+    iterations = resolve(group["ns_coefficients"], group["ns_steps"])
+    if iterations.strict or iterations.exact:
+        return False
+    return any(p.dtype != torch.float64 and is_trained(p) for p in group["params"])
 
 
 def flops_of(

@@ -806,6 +806,9 @@ class Muon(Optimizer):
     def describe(self) -> list[dict[str, Any]]:
         """The settings of each kind of matrix, with every "auto" replaced by what it chose.
 
+        In a step of whole matrices in one process, all with a gradient: blocks (`period`) and the
+        rows that ranks select by themselves (`selection="local"`) have other shapes.
+
         Returns:
             One dict per param group and matrix shape: group, algorithm, and for AdamW parameters,
             their number; for Muon view, matrices, rows, cols, computed_as (the shape that small

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
 from muonkit import Muon, MuonW
 from muonkit.distributed.meshes import make_domain
 from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
-from tests.helpers import internals
+from tests.helpers import internals, zoo
 from tests.helpers.ranks import Cases, Ranks, run, shared_folder
 
 CASES = Cases()
@@ -54,7 +55,8 @@ def stepped(optimizer: torch.optim.Optimizer, count: int = 1) -> None:
 
 
 def told(error: pytest.ExceptionInfo[RuntimeError]) -> None:
-    mine, other = ["float32", "bfloat16"][:: 1 - 2 * dist.get_rank()]
+    answers = ["float32", "bfloat16 (float32 for small matrices)"]
+    mine, other = answers[:: 1 - 2 * dist.get_rank()]
     text = str(error.value)
     assert f"is {mine} on rank {dist.get_rank()}" in text, text
     assert f"{other} on rank {1 - dist.get_rank()}:" in text, text
@@ -90,8 +92,8 @@ def equal_nodes_step_and_ask_once(compiled: bool) -> None:
         dist.barrier()
         stepped(optimizer)
         # A rank's word and count at construction and once more at the first step (the process
-        # group might be a new one), and one look.
-        assert len(requests) <= 5, requests
+        # group might be a new one), and a look at each other answer.
+        assert len(requests) <= 6, requests
         del requests[:]
         stepped(optimizer, 3)
         assert not requests
@@ -105,15 +107,57 @@ def nothing_is_refused_where_auto_is_the_same() -> None:
             stepped(MuonW(model(), lr=0.1, **options))
         stepped(MuonW(model(), lr=0.1, ns_coefficients="polar_express"))  # always float32
         stepped(MuonW(model().double(), lr=0.1))  # always float64
-        # Small matrices are in float32 on every CPU.
-        fused = {"params": [nn.Parameter(torch.ones(3 * 95, 97))], "view": "split(rows=3)"}
-        stepped(Muon([fused], lr=0.1))
-        stepped(Muon([("part", nn.Parameter(torch.ones(96, 97)))], lr=0.1, fraction=0.9))
         # Stages of a pipeline: nobody's copies.
         stage = nn.Parameter(torch.ones(100, 96))
         optimizer = Muon([(f"stage{rank}.weight", stage)], lr=0.1)
         dist.barrier()
         stepped(optimizer)
+
+
+@CASES.on(2)
+def what_is_compared_is_the_hardware_whatever_the_options() -> None:
+    """Equal ranks are not refused for options, nor unequal ones let go on after an edit of them."""
+    rank = dist.get_rank()
+    with multiplying("bfloat16"):  # with AMX the dtype depends on the shape that is computed
+        for number, options in enumerate(
+            ({"fraction": [1.0, 0.25][rank]}, {"view": ["matrix", "split(rows=2)"][rank]})
+        ):
+            group = {"params": [nn.Parameter(torch.ones(128, 130 + number))], **options}
+            optimizer = Muon([group], lr=0.1)
+            dist.barrier()
+            stepped(optimizer)
+        optimizer = Muon([nn.Parameter(torch.ones(128, 132))], lr=0.1)
+        dist.barrier()
+        optimizer.param_groups[0]["fraction"] = 0.25
+        stepped(optimizer)
+    with mixed():
+        optimizer = Muon([nn.Parameter(torch.ones(128, 133))], lr=0.1, ns_dtype="float32")
+        dist.barrier()
+        stepped(optimizer, 2)
+        optimizer.param_groups[0]["ns_dtype"] = "auto"
+        some_rank_refuses(optimizer)
+        optimizer = Muon([nn.Parameter(torch.ones(64, 134))], lr=0.1)  # small on both
+        dist.barrier()
+        some_rank_refuses(optimizer)
+        frozen = nn.Parameter(torch.ones(96, 135), requires_grad=False)
+        doubles = nn.Parameter(torch.ones(96, 135, dtype=torch.float64))
+        optimizer = Muon([frozen, doubles], lr=0.1)
+        dist.barrier()
+        doubles.grad = torch.ones_like(doubles)
+        optimizer.step()  # frozen, and float64 everywhere
+
+
+@CASES.on(2)
+def ranks_that_share_a_step_compare_it_too() -> None:
+    """Where what is computed, a shard's selected rows, has a shape that no rank states."""
+    with mixed():
+        shard = torch.ones(49, 100)
+        mesh = zoo.mesh((2,), ("dp",))
+        p = nn.Parameter(DTensor.from_local(shard, mesh, [Shard(0)], run_check=False))
+        optimizer = Muon([p], lr=0.1, fraction=0.965, selection="local")
+        p.grad = DTensor.from_local(shard, mesh, [Shard(0)], run_check=False)
+        with pytest.raises(RuntimeError, match=r'group 0\'s products.*"auto" is'):
+            optimizer.step()
 
 
 @CASES.on(2)

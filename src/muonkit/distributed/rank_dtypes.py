@@ -1,16 +1,17 @@
 """Whether "auto" is the same dtype on every rank, where the ranks' optimizers exchange nothing.
 
 Under plain DDP every rank steps by itself, and copies stay equal because all ranks compute the
-same. On nodes of different kinds "auto" may be bfloat16 on one and float32 on another (unless all
-matrices are small): the copies would drift apart without a word. A collective could hang (an
-optimizer may be made on one rank only), so each rank writes what "auto" is to it into the store at
-which the ranks met, and looks once, at its first step and without waiting, at what the others have
+same. On nodes of different kinds "auto" may be bfloat16 on one and float32 on another: the copies
+would drift apart without a word. A collective could hang (an optimizer may be made on one rank
+only), so each rank writes what "auto" is on its hardware into the store at which the ranks met, and
+looks once, at its first step in which that matters and without waiting, at what the others have
 written by then.
 
 The ranks that are compared are those whose optimizers train parameters of the same names and
-shapes on the same kind of device: stages of a pipeline differ in these, and need not agree. Costs:
-two requests to the store at construction and three at the first step; later none. Where ranks share
-parameters, `muonkit.distributed.exchange.check_ranks_agree` compares instead.
+shapes on the same kind of device, whatever their options, which may be edited: stages of a pipeline
+differ in these, and need not agree. Costs: two requests to the store at construction and four at
+the first step; later none. Where ranks share parameters,
+`muonkit.distributed.exchange.check_ranks_agree` compares instead.
 """
 
 from __future__ import annotations
@@ -23,12 +24,10 @@ import torch
 
 from muonkit._compile import constant_result
 from muonkit._torch import default_store
+from muonkit.describe import hardware_decides
 from muonkit.distributed.meshes import listed
-from muonkit.groups import parameter_names
-from muonkit.newton_schulz.coefficients import resolve
-from muonkit.newton_schulz.dtypes import fastest_dtype, is_small
-from muonkit.selection import selected_shape
-from muonkit.views import blocks_of
+from muonkit.groups import is_trained, parameter_names
+from muonkit.newton_schulz.dtypes import AUTO_IN_WORDS, auto_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -37,16 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = ["look_at_others", "post"]
 
-# The answers that there are: `muonkit.newton_schulz.dtypes.fastest_dtype`.
-_ANSWERS = ("bfloat16", "float32")
-
 # Optimizers that have not looked yet, by what they are called in a compiled step: a string, which
 # the compiler takes for a constant.
 _waiting: weakref.WeakValueDictionary[str, Optimizer] = weakref.WeakValueDictionary()
 
 
 def post(optimizer: Optimizer) -> str:
-    """Tell the other ranks what "auto" is on this one, if there are any and it matters.
+    """Tell the other ranks what "auto" is on this one, if there are any.
 
     Returns:
         What `look_at_others` is to be called with at the first step.
@@ -68,7 +64,10 @@ def look_at_others(token: str) -> None:
     optimizer = _waiting.get(token)
     if optimizer is None:
         return
-    answers = _answers(optimizer.param_groups)
+    groups = optimizer.param_groups
+    if not any(group["algorithm"] == "muon" and hardware_decides(group) for group in groups):
+        return  # until an option is edited
+    answers = _answers(groups)
     _post(answers)  # the process group, or parameters, may have come after the optimizer
     for (device, digest), mine in answers.items():
         for other, ranks in _differing(device, digest, mine).items():
@@ -83,33 +82,16 @@ def look_at_others(token: str) -> None:
 
 
 def _answers(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """(device, digest of the parameters) -> dtype, for those whose dtype the hardware decides."""
+    """(device, digest of the parameters) -> what "auto" is there, in words."""
     found: dict[str, list[Any]] = {}
     devices: dict[str, torch.device] = {}
-    large: set[str] = set()  # kinds of devices with matrices that are not small
     for group in groups:
-        if group["algorithm"] != "muon" or group["ns_dtype"] != "auto":
-            continue
-        iterations = resolve(group["ns_coefficients"], group["ns_steps"])
-        if iterations.strict or iterations.exact:
-            continue
-        for name, p in zip(parameter_names(group), group["params"], strict=True):
-            if p.dtype != torch.float64:
-                devices[p.device.type] = p.device
-                found.setdefault(p.device.type, []).append((name, *p.shape))
-                blocks = blocks_of(group["view"], p.shape)
-                if not all(is_small(*selected_shape(group, b.rows, b.cols)) for b in blocks):
-                    large.add(p.device.type)
-    # Only where "auto" depends on the size are small matrices in another dtype than the others;
-    # then they are in float32 on every rank, and the others tell.
-    return {
-        (kind, _digest(shapes)): _fastest(devices[kind], small=kind not in large)
-        for kind, shapes in found.items()
-    }
-
-
-def _fastest(device: torch.device, small: bool) -> str:
-    return str(fastest_dtype(device.type, device.index, small).dtype).removeprefix("torch.")
+        if group["algorithm"] == "muon":
+            for name, p in zip(parameter_names(group), group["params"], strict=True):
+                if is_trained(p):
+                    devices[p.device.type] = p.device
+                    found.setdefault(p.device.type, []).append((name, *p.shape))
+    return {(kind, _digest(shapes)): auto_in_words(devices[kind]) for kind, shapes in found.items()}
 
 
 def _digest(shapes: Iterable[Any]) -> str:
@@ -134,19 +116,19 @@ def _post(answers: Mapping[tuple[str, str], str]) -> None:
     store = _store()
     if store is None:
         return
-    for (device, digest), dtype in answers.items():
+    for (device, digest), answer in answers.items():
         # The count spares the others to ask for each rank: 4,096 ranks would ask 16 million times.
         # It may be too high (a rank that tells twice, ranks of an earlier life): it is a hint.
-        _try(store.set, _key(device, digest, torch.distributed.get_rank()), dtype)
-        _try(store.add, _key(device, digest, dtype), 1)
+        _try(store.set, _key(device, digest, torch.distributed.get_rank()), answer)
+        _try(store.add, _key(device, digest, answer), 1)
 
 
 def _differing(device: str, digest: str, mine: str) -> dict[str, list[int]]:
-    """The ranks that have told another dtype, by that."""
+    """The ranks that have told something else, by that."""
     store = _store()
     if store is None:
         return {}
-    hints = [_try(store.add, _key(device, digest, d), 0) for d in _ANSWERS if d != mine]
+    hints = [_try(store.add, _key(device, digest, d), 0) for d in AUTO_IN_WORDS if d != mine]
     if not any(hints):
         return {}
     found: dict[str, list[int]] = {}

@@ -26,6 +26,7 @@ from muonkit.distributed.plan_batches import Item, cap_of, make_batches
 from muonkit.distributed.selected import BucketLines, SelectedLines, lines_of
 from muonkit.groups import computed_dtype, momentum_dtype, scaled_block, update_dtype
 from muonkit.int8 import Scales, scale_cut
+from muonkit.newton_schulz.dtypes import is_small, size_decides
 from muonkit.selection import put, selects, take
 
 if TYPE_CHECKING:
@@ -156,10 +157,16 @@ class _Bucket:
         """Rows, columns and matrices of what is computed together, equal shapes side by side."""
         shapes = {matrix: sharded.computed(matrix) for matrix in owned}
         kind = sharded.domain.device.type
+        small_apart = size_decides(sharded.group["ns_dtype"], kind)
         # Copies that are computed again elsewhere must come out the same to the bit: matrices of
-        # other ranks' choice do not share their batch.
+        # other ranks' choice do not share their batch. And a matrix is in the dtype of its own
+        # shape, whatever it is computed with.
+        keys = {
+            matrix: (sharded.tensor(matrix).repeat, small_apart and is_small(*shape))
+            for matrix, shape in shapes.items()
+        }
         items = [
-            Item(sharded.tensor(matrix).repeat, kind, 1, *shape, sharded.dtype.itemsize)
+            Item(keys[matrix], kind, 1, *shape, sharded.dtype.itemsize)
             for matrix, shape in shapes.items()
         ]
         return [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from muonkit.describe import flops_of, products_of
+from muonkit.describe import flops_of, hardware_decides, products_of
 from muonkit.distributed.layout import local
 from muonkit.distributed.machines import machine
 from muonkit.distributed.outbound import Outbound
@@ -20,6 +20,7 @@ from muonkit.distributed.planner import GroupToPlan, ParamToPlan, check_blocks, 
 from muonkit.distributed.sharded import ShardedGroup, exchange_dtype, stage_dtype
 from muonkit.gradients import lies_elsewhere
 from muonkit.groups import is_trained, parameter_names
+from muonkit.newton_schulz.dtypes import auto_in_words
 from muonkit.options import OPTION_KEYS, PLANNING, spelled
 from muonkit.period import PERIOD_STEP, has_period
 from muonkit.selection import selected_shape
@@ -114,7 +115,7 @@ def choices_to_compare(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> di
             continue
         kinds = {
             (block.rows, block.cols, p.dtype)
-            for p in group["params"]
+            for p in filter(is_trained, group["params"])
             for block in blocks_of(group["view"], p.shape)
             if block.rows * block.cols
         }
@@ -122,7 +123,11 @@ def choices_to_compare(layouts: Layouts, groups: Sequence[dict[str, Any]]) -> di
             products_of(group, *selected_shape(group, rows, cols), dtype, device)
             for rows, cols, dtype in kinds
         }
-        compared[products_label(number)] = ", ".join(sorted(products))
+        said = sorted(products)
+        if hardware_decides(group):
+            # Of what is really computed (blocks, rows of shards) the shapes are others.
+            said.append(f'"auto" is {auto_in_words(device)}')
+        compared[products_label(number)] = ", ".join(said)
     return compared
 
 

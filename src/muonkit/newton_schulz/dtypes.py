@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from muonkit._compile import constant_result
 from muonkit._text import unknown
 from muonkit._torch import cpu_capabilities
 
@@ -35,13 +36,16 @@ if TYPE_CHECKING:
     from muonkit.newton_schulz.coefficients import Iterations
 
 __all__ = [
+    "AUTO_IN_WORDS",
     "NS_DTYPES",
     "Fastest",
+    "auto_in_words",
     "dtype_reason",
     "fastest_dtype",
     "is_small",
     "products_dtype",
     "resolve_dtype",
+    "size_decides",
     "without_autocast",
 ]
 
@@ -60,6 +64,29 @@ def is_small(rows: int, cols: int) -> bool:
     """Whether matrices of this shape are too small for AMX to pay."""
     # A branch, so that a graph for shapes of any size gets a bool.
     return True if rows < _FEWEST_ROWS_ON_AMX or cols < _FEWEST_ROWS_ON_AMX else False  # noqa: SIM210
+
+
+def size_decides(ns_dtype: str | torch.dtype, device_type: str) -> bool:
+    """Whether small matrices (`is_small`) are computed in another dtype than others."""
+    return str(ns_dtype) == "auto" and device_type == "cpu" and _size_decides()
+
+
+@constant_result
+def _size_decides() -> bool:
+    return fastest_dtype("cpu", None, True).dtype != fastest_dtype("cpu", None, False).dtype
+
+
+_FOR_SMALL = "bfloat16 (float32 for small matrices)"
+#: All that `auto_in_words` may say.
+AUTO_IN_WORDS = ("bfloat16", "float32", _FOR_SMALL)
+
+
+def auto_in_words(device: torch.device) -> str:
+    """What "auto" is on a device. Ranks that differ in it differ in some matrices, if not in the
+    same ones.
+    """
+    large, small = (fastest_dtype(device.type, device.index, s).dtype for s in (False, True))
+    return str(large).removeprefix("torch.") if large == small else _FOR_SMALL
 
 
 def products_dtype(
