@@ -316,6 +316,35 @@ def test_what_only_looks_like_class_weights_of_a_loss_is_none() -> None:
     )
 
 
+class Classes(nn.Module):
+    """A classifier of a user's own, which says nothing of its widths."""
+
+    def __init__(self, *shape: int, name: str = "weight") -> None:
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.randn(*shape)))
+
+
+@pytest.mark.parametrize("name", ["weight", "W", "kernel"])
+@pytest.mark.parametrize("shape", [(100, D), (D, 100)])
+def test_one_raw_matrix_behind_an_encoder_is_the_head(shape: tuple[int, int], name: str) -> None:
+    """ArcFace's classes: the encoder's own last layer is hidden then."""
+
+    def encoder() -> nn.Module:
+        return mlp(20, D, D)
+
+    in_root = Classes(*shape, name=name)
+    in_root.backbone = encoder()
+    assert heads(in_root) == {name}
+    behind = Holder(encoder=encoder(), margin=Classes(*shape, name=name))
+    assert heads(behind) == {f"margin.{name}".removesuffix(".weight")}
+    # It takes something else, stands before it, or the encoder is none by its name.
+    other = Holder(encoder=encoder(), margin=Classes(100, D + 1, name=name))
+    before = Holder(margin=Classes(*shape, name=name), encoder=encoder())
+    unnamed = Holder(layers=encoder(), margin=Classes(*shape, name=name))
+    for model, last in ((other, "encoder.2"), (before, "encoder.2"), (unnamed, "layers.2")):
+        assert heads(model) == {last}
+
+
 class EnsembleLinear(Holder):
     """As many linear layers side by side, as critics and models of dynamics have them."""
 

@@ -77,6 +77,9 @@ _RAW_HEADS = re.compile(r"(text|image|visual|audio)_projection|lm_head|unembed(d
 # Raw output heads of a root module whose other parts are layers.
 _RAW_OUTPUT = re.compile(r"(W_)?(head|classifier|logits)(_(weight|proj|matrix))?")
 
+# The one matrix of a root, or of a part without layers, behind its encoder: classes of ArcFace's.
+_RAW_WEIGHT = re.compile(r"weights?|W|w|kernel")
+
 # Modules without weights after which a layer gives features, not an output.
 _FEATURES_AFTER = (
     nn.ReLU,
@@ -291,6 +294,13 @@ class _Search:
                 if _is_output_of_root(node, label) and param.ndim == 2:
                     self.holders.add(id(node))
                     yield id(param), f"output head (named {label!r})"
+                    continue
+                encoder = _encoder_before(node) if matrices == [label] else None
+                weighs = _RAW_WEIGHT.fullmatch(label) and param.ndim == 2 and not node.is_layer
+                if weighs and encoder is not None and encoder.gives in param.shape:
+                    self.holders.add(id(self.root))
+                    yield id(param), f"output head (takes what {encoder.name!r} gives)"
+                    continue
                 if not (named or held) or param.ndim != 2:
                     continue
                 holds_blocks = any(id(each) in self.in_stack for each in node.below())
@@ -410,6 +420,22 @@ def _is_output_of_root(node: Node, label: str) -> bool:
     widths = {given} if node.main else {table.embedding_dim for table in tables}
     param = own_parameters(node.module)[label]
     return param is not None and not widths.isdisjoint(param.shape)
+
+
+def _encoder_before(node: Node) -> Node | None:
+    """The part with layers that a root ends in, where `node` is the root or a part of it without
+    layers that comes after, if that is called an encoder.
+    """
+    if node.parent is None:
+        before = node.main
+    elif node.parent.parent is None and not node.kids:
+        beside = list(node.parent.kids.values())
+        before = [kid for kid in beside[: beside.index(node)] if kid.layers]
+        if node.parent.main != before:
+            return None
+    else:
+        return None
+    return before[-1] if before and _is_encoder(before[-1]) else None
 
 
 def _has_twin(node: Node) -> bool:
