@@ -137,6 +137,19 @@ def test_refusals() -> None:
     nested = torch.nested.nested_tensor([q[0], q[1]], layout=torch.jagged)
     with pytest.raises(ValueError, match="nested tensors"):
         max_logits(nested, nested)
+    with pytest.raises(ValueError, match=r"torch\.func"):
+        torch.vmap(max_logits)(q[:, None], q[:, None])
+
+
+def test_queries_of_three_dims_are_examples_where_there_is_one_head() -> None:
+    q, k = draw((3,), (1, 1), (7, 7))
+    for heads, expected in ((1, max_logits(q, k)), (3, max_logits(q[:, 0], k[:, 0]))):
+        found: list[Tensor] = []
+        with Watch(found.append, heads):
+            F.scaled_dot_product_attention(query=q[:, 0], key=k[:, 0], value=k[:, 0])
+            F.scaled_dot_product_attention(q, k, k)
+        assert torch.equal(found[0], expected)
+        assert found[1].shape == (1,)
 
 
 def test_a_watch_sees_every_call_and_changes_nothing() -> None:

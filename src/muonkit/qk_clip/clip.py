@@ -207,7 +207,7 @@ class QKClip:
             before = self._most.get(attention.name)
             self._most[attention.name] = mine if before is None else torch.maximum(before, mine)
 
-        watch: Any = Watch(found)
+        watch: Any = Watch(found, attention.heads)
         watch.__enter__()
         self._open.append((attention.module, watch))
 

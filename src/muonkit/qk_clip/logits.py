@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from muonkit._torch import is_watched_by_func
 from muonkit.distributed.layout import is_dtensor, local
 from muonkit.newton_schulz.dtypes import without_autocast
 
@@ -62,8 +63,8 @@ def max_logits(
         the query, and the maximum is rounded as that is.
 
     Raises:
-        ValueError: heads that are no multiple of key heads; nested tensors; DTensors cut along the
-            sequence (context parallelism).
+        ValueError: heads that are no multiple of key heads; nested tensors; those of torch.func;
+            DTensors cut along the sequence (context parallelism).
     """
     query, key, attn_mask, offset = _plain(query, key, attn_mask, is_causal)
     with without_autocast(query.device):  # float16 has no logit above 65,504
@@ -136,6 +137,12 @@ def _plain(
             "QK-clip does not measure nested tensors: pass padded ones with a mask, or measure the "
             "logits yourself, QKClip(..., measure=False) and clip(max_logits)"
         )
+    if is_watched_by_func(query) or is_watched_by_func(key):
+        raise ValueError(
+            "QK-clip does not measure attention below a transformation of torch.func (vmap, grad): "
+            "call it on whole batches, or measure the logits yourself, QKClip(..., measure=False) "
+            "and clip(max_logits)"
+        )
     for tensor in (query, key):
         if is_dtensor(tensor) and any(
             placement.is_shard() and placement.dim % tensor.ndim >= tensor.ndim - 2
@@ -176,9 +183,12 @@ class Watch(TorchFunctionMode):
         active: False for one that an interrupted forward pass left entered: it only passes on.
     """
 
-    def __init__(self, found: Callable[[Tensor], None]) -> None:
+    def __init__(self, found: Callable[[Tensor], None], heads: int | None = None) -> None:
+        """`heads` are those of the module; of a module with one, queries of three dims are
+        (batch, L, width).
+        """
         super().__init__()
-        self._found = found
+        self._found, self._single = found, heads == 1
         self.calls = 0
         self.active = True
 
@@ -189,7 +199,10 @@ class Watch(TorchFunctionMode):
         measure = _MEASURES.get(func) if self.active else None
         if measure is not None:
             self.calls += 1
-            self._found(measure(*args, **kwargs))
+            most = measure(*args, **kwargs)
+            query = args[0] if args else kwargs["query"]
+            alone = self._single and measure is _of_call and query.ndim == 3
+            self._found(most.amax(0, keepdim=True) if alone else most)
         return func(*args, **kwargs)
 
 
