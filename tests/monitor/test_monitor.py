@@ -651,6 +651,37 @@ def test_a_sink_that_raises_ends_no_training() -> None:
     assert [sample["step"] for sample in seen] == [1, 2]
 
 
+def test_a_sink_of_two_monitors_is_closed_by_the_last() -> None:
+    """As of a generator's and a discriminator's optimizer, which one tracker follows."""
+
+    class Sink:
+        def __init__(self) -> None:
+            self.samples, self.closed = 0, 0
+
+        def __call__(self, sample: dict[str, Any]) -> None:
+            assert not self.closed
+            self.samples += 1
+
+        def close(self) -> None:
+            self.closed += 1
+
+    sink = Sink()
+    params = [parameter(4, 3), parameter(3, 5)]
+    optimizers = [Muon([p]) for p in params]
+    first, second = (Monitor(optimizer, every=1, to=sink) for optimizer in optimizers)
+    set_gradients(params)
+    first.close()
+    first.close()
+    assert not sink.closed
+    optimizers[1].step()
+    assert sink.samples == 1
+    second.close()
+    assert sink.closed == 1
+    with Monitor(optimizers[0], to=sink):  # as often as it is given
+        pass
+    assert sink.closed == 2
+
+
 def test_a_sink_that_cannot_be_closed_holds_nothing_up(tmp_path: Path) -> None:
     p = parameter(4, 3)
 

@@ -10,6 +10,7 @@ import os
 import stat
 import warnings
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -308,7 +309,12 @@ def sinks_of(
             if isinstance(sink, JsonLines):
                 sink.close()
         raise
+    _users.update(map(id, sinks))
     return sinks
+
+
+# How many monitors that are not closed give samples to a sink, by its id.
+_users: Counter[int] = Counter()
 
 
 def deliver(sinks: list[Callable[..., Any]], record: dict[str, Any]) -> None:
@@ -337,8 +343,12 @@ def _named(sink: Any) -> str:
 
 
 def shut(sinks: Sequence[Any]) -> None:
-    """Close every sink that can be closed, whatever the others raise."""
+    """Close every sink that can be closed and that no other monitor uses, whatever others raise."""
     for sink in sinks:
+        _users[id(sink)] -= 1
+        if _users[id(sink)] > 0:
+            continue
+        del _users[id(sink)]
         close: Callable[[], Any] | None = getattr(sink, "close", None)
         try:
             if close is not None:
