@@ -109,6 +109,14 @@ def without_sweep(words: Sequence[str]) -> list[str]:
     return [word for pair in pairs if not pair[0].startswith("--sweep") for word in pair]
 
 
+def as_tuned(row: Record) -> list[str]:
+    """The words that give an optimizer the rates and the decay of another comparison's row."""
+    words = ["--lr", repr(row["lr"]), "--weight-decay", repr(row["weight_decay"])]
+    if row.get("embedding_lr") is not None:
+        words += ["--embedding-lr", repr(row["embedding_lr"])]
+    return words
+
+
 def compare(words: Sequence[str], out: Path) -> Record:
     """What `muonkit compare WORDS` finds, and the words; SystemExit with its status if it fails."""
     command = ["compare", *words]

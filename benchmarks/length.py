@@ -24,7 +24,7 @@ from statistics import fmean
 
 import harness
 from curves import Runs
-from evidence import compare, machines, merged, outcomes, split
+from evidence import as_tuned, compare, machines, merged, outcomes, split, without_sweep
 from parts import Record, replace_block, table
 
 from muonkit.lab.results import Figure, figure, p_value, welch
@@ -49,7 +49,7 @@ def kept(path: Path, options: argparse.Namespace) -> Runs:
     return Runs(path, "gpt-length", {"words": words}, ("steps", "optimizer"))
 
 
-def as_tuned(runs: Runs, steps: int, name: str) -> list[str]:
+def tuned_before(runs: Runs, steps: int, name: str) -> list[str]:
     """The words that give an optimizer what a shorter length found.
 
     Raises:
@@ -62,23 +62,21 @@ def as_tuned(runs: Runs, steps: int, name: str) -> list[str]:
             f"run --steps {TUNED_BY[steps]} first, or leave it out of --optimizers"
         )
     (row,) = found["rows"]
-    words = ["--lr", repr(row["lr"]), "--weight-decay", repr(row["weight_decay"])]
-    if row["embedding_lr"] is not None:
-        words += ["--embedding-lr", repr(row["embedding_lr"])]
-    return words
+    return as_tuned(row)
 
 
 def run(runs: Runs, options: argparse.Namespace) -> None:
     """Train what the file lacks, the shortest first, `--jobs` of them at a time."""
     words = runs.record["setting"]["words"]
-    unswept = [word for word in words if word not in SWEEP]
+    task, *rest = (word for word in words if word not in SWEEP)
+    unswept = [task, *without_sweep(rest)]
 
     def train(steps: int, name: str) -> Record:
         asked = ["--steps", str(steps), "--optimizers", name]
         out = options.out / f"{steps}-{name}"
         if steps not in TUNED_BY:
             return compare([*words, *asked], out)
-        return compare([*unswept, *asked, *as_tuned(runs, steps, name)], out)
+        return compare([*unswept, *asked, *tuned_before(runs, steps, name)], out)
 
     keys = [(steps, name) for steps in options.steps for name in options.optimizers]
     runs.fill(keys, train, options.jobs)

@@ -28,7 +28,7 @@ import harness
 import machine
 import torch
 from curves import Runs
-from evidence import compare, machines, merged, outcomes, split
+from evidence import as_tuned, compare, machines, merged, outcomes, split
 from parts import Record, machine_line, replace_block, spread, table
 
 from muonkit.lab.data import Batch
@@ -74,7 +74,7 @@ def kept(ranking: str, options: argparse.Namespace) -> Runs:
     return Runs(options.results / f"{ranking}.json", "stages", setting, ("stage",))
 
 
-def as_tuned(name: str, ranking: str) -> list[str]:
+def tuned_before(name: str, ranking: str) -> list[str]:
     """The words that give a stage what another ranking found; none where this one sweeps.
 
     Raises:
@@ -87,7 +87,7 @@ def as_tuned(name: str, ranking: str) -> list[str]:
     for each in kept:
         if each["stage"] == name:
             (row,) = each["rows"]
-            return ["--lr", repr(row["lr"]), "--weight-decay", repr(row["weight_decay"])]
+            return as_tuned(row)
     raise SystemExit(f"{ranking} takes rates from {file}, which lacks {name}: run that one first")
 
 
@@ -97,7 +97,7 @@ def run(runs: Runs, options: argparse.Namespace) -> None:
     ranking = runs.record["setting"]["ranking"]
 
     def train(name: str) -> Record:
-        tuned = as_tuned(name, ranking)
+        tuned = tuned_before(name, ranking)
         found = compare([task, "--optimizers", name, *words, *tuned], options.out / ranking / name)
         return found | {"state_bytes": state_bytes(task, name)}
 

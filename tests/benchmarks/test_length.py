@@ -90,5 +90,12 @@ def test_the_lead_is_over_the_better_adamw(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "Not yet run: 1,600 steps, `adamw-0.99`; 4,000 steps, `adamw`" in written
     assert "| 1,600 | 1.0050 ± 0.0071 | 3.0050 ± 0.0071 | `adamw` |" in written  # so far
     assert not asked
+    monkeypatch.setattr(length, "FILE", tmp_path / "other.json")
+    for steps in ("1600", "4000"):
+        words = ["--jobs", "1", "--steps", steps, "--optimizers", "muonw"]
+        length.main([*words, "--", "--sweep-points", "3"])
+    swept, unswept = asked
+    assert "--sweep-points" in swept
+    assert not any("sweep" in word for word in unswept)
     with pytest.raises(SystemExit, match="runs of another setting"):
         length.main(["--steps", "400", "--", "--seeds", "2"])

@@ -139,12 +139,43 @@ def what_is_compared_is_the_hardware_whatever_the_options() -> None:
         optimizer = Muon([nn.Parameter(torch.ones(64, 134))], lr=0.1)  # small on both
         dist.barrier()
         some_rank_refuses(optimizer)
+        thawed = nn.Parameter(torch.ones(128, 136), requires_grad=False)
+        optimizer = Muon([thawed], lr=0.1)
+        dist.barrier()
+        if not rank:  # whoever steps first is told too
+            with pytest.raises(RuntimeError) as error:
+                stepped(optimizer)
+            told(error)
+        dist.barrier()
         frozen = nn.Parameter(torch.ones(96, 135), requires_grad=False)
         doubles = nn.Parameter(torch.ones(96, 135, dtype=torch.float64))
         optimizer = Muon([frozen, doubles], lr=0.1)
         dist.barrier()
         doubles.grad = torch.ones_like(doubles)
         optimizer.step()  # frozen, and float64 everywhere
+
+
+@CASES.on(2)
+def a_matrix_on_ranks_is_not_rounded_by_its_companions() -> None:
+    """With AMX: whichever of them a rank owns, and however they are laid out."""
+    shapes = ((64, 128), (128, 64), (128, 128), (96, 200))
+    torch.manual_seed(0)
+    gradients = [torch.randn(*shape) for shape in shapes]
+
+    def moved(some: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+        params = [nn.Parameter(torch.zeros_like(g)) for g in some]
+        optimizer = Muon(params, lr=1.0, **options)
+        for p, g in zip(params, some, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        return [p.detach() for p in params]
+
+    with multiplying("bfloat16"):
+        alone = [moved([g])[0] for g in gradients]
+        for zero in (0, 1):
+            shared = moved(gradients, process_group=dist.group.WORLD, zero=zero)
+            for one, other in zip(alone[:2], shared[:2], strict=True):
+                assert (one - other).norm() <= 1e-5 * one.norm()
 
 
 @CASES.on(2)

@@ -337,7 +337,9 @@ def test_one_raw_matrix_behind_an_encoder_is_the_head(shape: tuple[int, int], na
     assert heads(in_root) == {name}
     behind = Holder(encoder=encoder(), margin=Classes(*shape, name=name))
     assert heads(behind) == {f"margin.{name}".removesuffix(".weight")}
-    # It takes something else, stands before it, or the encoder is none by its name.
+    # It takes something else, stands before it or a layer, or the encoder is none by its name.
+    between = Holder(encoder=encoder(), margin=Classes(*shape, name=name), fc=nn.Linear(D, 3))
+    assert heads(between) == {"fc"}
     other = Holder(encoder=encoder(), margin=Classes(100, D + 1, name=name))
     before = Holder(margin=Classes(*shape, name=name), encoder=encoder())
     unnamed = Holder(layers=encoder(), margin=Classes(*shape, name=name))

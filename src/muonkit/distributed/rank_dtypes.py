@@ -7,10 +7,10 @@ only), so each rank writes what "auto" is on its hardware into the store at whic
 looks once, at its first step in which that matters and without waiting, at what the others have
 written by then.
 
-The ranks that are compared are those whose optimizers train parameters of the same names and
-shapes on the same kind of device, whatever their options, which may be edited: stages of a pipeline
-differ in these, and need not agree. Costs: two requests to the store at construction and four at
-the first step; later none. Where ranks share parameters,
+The ranks that are compared are those whose optimizers have parameters of the same names and shapes
+on the same kind of device, whatever their options and whether they are frozen, which may be edited:
+stages of a pipeline differ in names or shapes, and need not agree. Costs: two requests to the store
+at construction and four at the first step; later none. Where ranks share parameters,
 `muonkit.distributed.exchange.check_ranks_agree` compares instead.
 """
 
@@ -26,7 +26,7 @@ from muonkit._compile import constant_result
 from muonkit._torch import default_store
 from muonkit.describe import hardware_decides
 from muonkit.distributed.meshes import listed
-from muonkit.groups import is_trained, parameter_names
+from muonkit.groups import parameter_names
 from muonkit.newton_schulz.dtypes import AUTO_IN_WORDS, auto_in_words
 
 if TYPE_CHECKING:
@@ -88,9 +88,8 @@ def _answers(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
     for group in groups:
         if group["algorithm"] == "muon":
             for name, p in zip(parameter_names(group), group["params"], strict=True):
-                if is_trained(p):
-                    devices[p.device.type] = p.device
-                    found.setdefault(p.device.type, []).append((name, *p.shape))
+                devices[p.device.type] = p.device
+                found.setdefault(p.device.type, []).append((name, *p.shape))
     return {(kind, _digest(shapes)): auto_in_words(devices[kind]) for kind, shapes in found.items()}
 
 
