@@ -476,18 +476,23 @@ def test_skipped_and_refused_steps() -> None:
             assert len(monitor.latest["matrices"]) == 1
 
 
-def test_after_a_step_that_raised_nobody_listens() -> None:
+def test_the_sample_of_a_step_that_raised_is_taken_in_the_next() -> None:
     p = parameter(4, 3)
     optimizer = Muon([p], nonfinite="raise")
     with Monitor(optimizer, every=5) as monitor:
         set_gradients([p])
         assert p.grad is not None
         p.grad[0, 0] = math.nan
-        with pytest.raises(FloatingPointError):
-            optimizer.step()
+        for _ in range(2):
+            with pytest.raises(FloatingPointError):
+                optimizer.step()
+        assert monitor.latest is None
         set_gradients([p])
         optimizer.step()
-        assert monitor.latest is None  # the second step is not sampled
+        assert monitor.latest is not None
+        assert monitor.latest["step"] == 3
+        optimizer.step()
+        assert monitor.latest["step"] == 3  # the fourth is not sampled
         assert internals.observer_of(optimizer) is None
 
 

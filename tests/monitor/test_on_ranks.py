@@ -179,7 +179,9 @@ def a_gradient_that_is_not_finite(layout: str, policy: str) -> None:
             return
         assert sample["step"] == (2 if policy == "skip" else 1)
         assert sample["skipped"] == (policy == "skip")
-        measures.train(model, optimizer, 2, 4)  # and it goes on
+        measures.train(model, optimizer, 2, 3)  # and it goes on
+        assert monitor.latest["step"] == (2 if policy == "skip" else 3)
+        measures.train(model, optimizer, 3, 4)
         assert monitor.latest["step"] == 4
         assert not monitor.latest["skipped"]
 

@@ -86,7 +86,7 @@ class Monitor:
     take the same steps; each ends with the same sample, whose numbers are one process's to the
     rounding of the dtype. Whole matrices are measured by the ranks that compute them: a sampled
     step has three more exchanges to the owners, and one of the results. With `period` a sample
-    waits for the next step of whole matrices.
+    waits for the next step of whole matrices; where a step raises, its sample is taken in the next.
 
     Matrices and parameters are those in the optimizer's groups at each sample, whatever was added,
     taken out or replaced since the last one; a file then gets a new header.
@@ -198,7 +198,7 @@ class Monitor:
 
     def _before_step(self, *_: Any) -> None:
         self.step += 1
-        self._listen(None)  # the last step may have raised
+        self._listen(None)  # the last step may have raised: then its sample is still due
         self._due = self._due or self.step == 1 or self.step % self.every == 0
         if self._due:
             _refuse_meta(self._optimizer)
@@ -208,7 +208,6 @@ class Monitor:
             shared = self._optimizer._layouts.domain is not None
             if shared and any(map(in_blocks, self._optimizer.param_groups)):
                 return  # no matrix is whole in this step
-            self._due = False
             sampler = Sampler(self._optimizer, self._spectra)
             self._skipped = self._optimizer.skipped_steps
             with torch.no_grad():
@@ -220,6 +219,7 @@ class Monitor:
         self._listen(None)
         if sampler is None:
             return
+        self._due = False
         skipped = self._optimizer.skipped_steps != self._skipped
         with torch.no_grad():
             sample = self._sample(sampler, skipped)
