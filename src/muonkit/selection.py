@@ -149,9 +149,8 @@ def take(matrices: Tensor, lines: Tensor, rows: bool) -> Tensor:
 
 def put(taken: Tensor, lines: Tensor, rows: bool, count: int) -> Tensor:
     """The inverse of `take`: matrices of `count` lines, zero in all but these."""
-    n, *shape = taken.shape
-    shape[0 if rows else 1] = count
-    whole = taken.new_zeros(n, *shape)
+    n, height, width = taken.shape
+    whole = taken.new_zeros((n, count, width) if rows else (n, height, count))
     if rows:
         whole.flatten(0, 1).index_copy_(0, _flat(whole, lines), taken.flatten(0, 1))
         return whole
