@@ -66,20 +66,23 @@ def tuned_before(runs: Runs, steps: int, name: str) -> list[str]:
 
 
 def run(runs: Runs, options: argparse.Namespace) -> None:
-    """Train what the file lacks, the shortest first, `--jobs` of them at a time."""
+    """Train what the file lacks, one length after another, `--jobs` runs at a time."""
     words = runs.record["setting"]["words"]
     task, *rest = (word for word in words if word not in SWEEP)
     unswept = [task, *without_sweep(rest)]
+    # A length may take what a shorter one found.
+    for steps in sorted(options.steps):
+        keys = [(steps, name) for name in options.optimizers if runs.find((steps, name)) is None]
+        jobs_of_each = max(1, options.jobs // max(1, len(keys)))
 
-    def train(steps: int, name: str) -> Record:
-        asked = ["--steps", str(steps), "--optimizers", name]
-        out = options.out / f"{steps}-{name}"
-        if steps not in TUNED_BY:
-            return compare([*words, *asked], out)
-        return compare([*unswept, *asked, *tuned_before(runs, steps, name)], out)
+        def train(steps: int, name: str, jobs: int = jobs_of_each) -> Record:
+            asked = ["--steps", str(steps), "--optimizers", name, "--jobs", str(jobs)]
+            out = options.out / f"{steps}-{name}"
+            if steps not in TUNED_BY:
+                return compare([*words, *asked], out)
+            return compare([*unswept, *asked, *tuned_before(runs, steps, name)], out)
 
-    keys = [(steps, name) for steps in options.steps for name in options.optimizers]
-    runs.fill(keys, train, options.jobs)
+        runs.fill(keys, train, options.jobs)
 
 
 def losses(found: Record) -> list[float | None]:
@@ -171,7 +174,7 @@ def main(words: Sequence[str]) -> None:
     )
     names = (OURS, *RIVALS)
     parser.add_argument("--optimizers", nargs="+", choices=names, default=list(names))
-    parser.add_argument("--jobs", type=int, default=2, help="optimizers at a time, a thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--page-only", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, help="[default: runs/length; -quick with --quick]")

@@ -97,5 +97,10 @@ def test_the_lead_is_over_the_better_adamw(monkeypatch: pytest.MonkeyPatch, tmp_
     swept, unswept = asked
     assert "--sweep-points" in swept
     assert not any("sweep" in word for word in unswept)
+    asked.clear()
+    # Two of them at a time, each with two of its own.
+    words = ["--jobs", "4", "--steps", "400", "--optimizers", "muonw", "adamw"]
+    length.main([*words, "--", "--sweep-points", "3"])
+    assert [dict(itertools.pairwise(words))["--jobs"] for words in asked] == ["2", "2"]
     with pytest.raises(SystemExit, match="runs of another setting"):
         length.main(["--steps", "400", "--", "--seeds", "2"])
