@@ -36,6 +36,7 @@ __all__ = [
     "has_float64",
     "held_parameters",
     "inner_optimizer",
+    "is_part_of_vmap",
     "is_unsharded",
     "is_watched_by_func",
     "local_box",
@@ -149,6 +150,16 @@ def is_watched_by_func(tensor: Tensor) -> bool:
     """Whether a transformation of torch.func wraps the tensor."""
     watched: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return watched
+
+
+def is_part_of_vmap(tensor: Tensor) -> bool:
+    """Whether the tensor is one of a batch under torch.vmap, in whatever else wraps it."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def is_unsharded(module: nn.Module) -> bool:

@@ -296,7 +296,7 @@ class _Search:
                     yield id(param), f"output head (named {label!r})"
                     continue
                 encoder = _encoder_before(node) if matrices == [label] else None
-                weighs = _RAW_WEIGHT.fullmatch(label) and param.ndim == 2 and not node.is_layer
+                weighs = _RAW_WEIGHT.fullmatch(label) and param.ndim == 2
                 if weighs and encoder is not None and encoder.gives in param.shape:
                     self.holders.add(id(encoder))
                     yield id(param), f"output head (takes what {encoder.name!r} gives)"
