@@ -43,6 +43,7 @@ __all__ = [
     "local_tensor",
     "measurable",
     "never_begin_a_graph",
+    "onednn_is_on",
     "own_modules",
     "own_parameters",
     "reduce_scatter",
@@ -116,10 +117,16 @@ def _onednn_may_use(instructions: str) -> bool:
     return all(limit in ("", "ALL", "DEFAULT") or instructions in limit for limit in limits)
 
 
+def onednn_is_on() -> bool:
+    """Whether products may be oneDNN's: `torch.backends.mkldnn.enabled`, which may change."""
+    return bool(torch.backends.mkldnn.enabled)
+
+
 def cpu_capabilities() -> dict[str, bool]:
     """What decides in which dtype this CPU multiplies fastest, by torch's names.
 
     - "amx_bf16", "avx512_bf16": of x86; AMX if oneDNN may use it, which alone has products for it.
+    - "amx_held_back": AMX that oneDNN may not use.
     - "arm_bf16": BFMMLA.
     - "onednn_acl": this torch has oneDNN with the Arm Compute Library, whose products use BFMMLA
       (those of a torch without it, on macOS, do not).
@@ -139,8 +146,9 @@ def cpu_capabilities() -> dict[str, bool]:
             "arm_bf16": arm and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         }
     mkldnn: Any = torch.backends.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled and _onednn_may_use("AMX")):
-        found["amx_bf16"] = False
+    free = bool(mkldnn.is_available()) and onednn_is_on() and _onednn_may_use("AMX")
+    found["amx_held_back"] = found["amx_bf16"] and not free
+    found["amx_bf16"] &= free
     acl = getattr(mkldnn, "is_acl_available", lambda: torch.ops.mkldnn._is_mkldnn_acl_supported())
     found["onednn_acl"] = arm and bool(mkldnn.is_available()) and bool(acl())
     return found
