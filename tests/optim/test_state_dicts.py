@@ -110,6 +110,8 @@ def test_betas_that_are_edited_win_over_what_a_scheduler_left(when: str) -> None
     scheduler.step()
     saved = copy.deepcopy(optimizer.state_dict())
     other = MuonW(model)
+    plain = other.state_dict()["param_groups"]
+    assert not any("momentum" in g for g in plain if g["algorithm"] == "adamw")
 
     def edit(groups: list[dict[str, Any]]) -> None:
         for group in groups:
