@@ -96,10 +96,14 @@ def best_rival(found: dict[str, Record]) -> str | None:
     return min(means, key=means.__getitem__) if means else None
 
 
-def lead(ours: Record, theirs: Record) -> list[str]:
+def lead(ours: Record, theirs: Record, timed: Record | None) -> list[str]:
     """Steps in which MuonW reaches the rival's final loss of the same seed; times fewer than it
-    took; and times fewer seconds, by the mean milliseconds of a step of each. A dash where a seed
-    did not reach it.
+    took; and times fewer seconds, forward and backward taking what they took where that was least:
+    they are the same for both, and only what else a machine does tells them apart. A dash where a
+    seed did not reach it.
+
+    Args:
+        timed: an AdamW whose seconds are of the CPU that MuonW's are of; None: there is none.
     """
     ends = {result.seed: result.val_loss for result, _ in outcomes(theirs)}
     reached = []
@@ -111,10 +115,21 @@ def lead(ours: Record, theirs: Record) -> list[str]:
     if steps is None or None in reached:
         return ["—" if steps is None else steps.text(0), "—", "—"]
     fewer = max(result.steps for result, _ in outcomes(theirs)) / steps.mean
-    mine, other = (fmean(r.step_ms for r, _ in outcomes(found)) for found in (ours, theirs))
-    # Times of two kinds of CPU are not to be divided.
-    alike = len({found["environment"]["processor"] for found in (ours, theirs)}) == 1
-    return [steps.text(0), f"{fewer:.2f}", f"{fewer * other / mine:.2f}" if alike else "—"]
+    if timed is None:
+        return [steps.text(0), f"{fewer:.2f}", "—"]
+    both = [[result for result, _ in outcomes(found)] for found in (ours, timed)]
+    passes = min(fmean(r.step_ms - r.optimizer_ms for r in results) for results in both)
+    mine, other = (passes + fmean(r.optimizer_ms for r in results) for results in both)
+    return [steps.text(0), f"{fewer:.2f}", f"{fewer * other / mine:.2f}"]
+
+
+def on_the_same_cpu(found: dict[str, Record], rival: str) -> Record | None:
+    """An AdamW that ran on MuonW's kind of CPU, the rival if it did: its beta2 is nothing to its
+    seconds, and times of two kinds of CPU are not to be divided.
+    """
+    cpu = found[OURS]["environment"]["processor"]
+    there = (found[name] for name in (rival, *RIVALS) if name in found)
+    return next((each for each in there if each["environment"]["processor"] == cpu), None)
 
 
 def said_of(loss: Figure | None) -> str:
@@ -132,7 +147,8 @@ def block(record: Record) -> str:
             continue
         ours, theirs = losses(found[OURS]), losses(found[rival])
         cells = [f"{steps:,}", said_of(figure(ours)), said_of(figure(theirs)), f"`{rival}`"]
-        leads.append([*cells, p_value(welch(ours, theirs)), *lead(found[OURS], found[rival])])
+        reached = lead(found[OURS], found[rival], on_the_same_cpu(found, rival))
+        leads.append([*cells, p_value(welch(ours, theirs)), *reached])
     chosen: list[list[str]] = []
     for each in record["runs"]:
         (row,) = each["rows"]
@@ -149,7 +165,8 @@ def block(record: Record) -> str:
     words = " ".join(record["setting"]["words"])
     said = (
         f"`muonkit compare {words}` of each, by `python benchmarks/length.py`: "
-        f"{machines(record['runs'])}. Mean ± standard deviation over seeds."
+        f"{machines(record['runs'])}. Mean ± standard deviation over seeds. Seconds are reckoned "
+        "with the same forward and backward for both, the shorter of theirs, on one kind of CPU."
     )
     for steps in sorted(TUNED_BY.keys() & by_length.keys()):
         said += (

@@ -3,10 +3,10 @@
     python benchmarks/speedrun.py --optimizers muonw sgd --seeds 2 --jobs 2
     python benchmarks/speedrun.py --page-only
 
-Every run is examples/cifar_speedrun.py as its command starts it. On CPUs it takes an hour or more:
-it is kept after every epoch in --out, and a finished one in the file, so the same command goes on
-where it was stopped. What follows `--` goes to the example. Each of the runs that go side by side
-(--jobs) has --threads threads.
+Every run is examples/cifar_speedrun.py as its command starts it. It takes 15 to 18 minutes of a
+core with AMX, and 1.5 hours of one with AVX2: it is kept after every epoch in --out, and a finished
+one in the file, so the same command goes on where it was stopped. What follows `--` goes to the
+example. Each of the runs that go side by side (--jobs) has --threads threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from parts import Record, machine_line, replace_block, table
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "evidence" / "cifar-speedrun.json"
 PAGE = ROOT / "docs" / "evidence.md"
-GOAL = 0.94
+GOAL, TRAIN_IMAGES = 0.94, 50_000
 TITLES = {
     "muonw": "MuonW",
     "muon": "Muon, and SGD for biases and head",
@@ -52,12 +52,12 @@ def train(optimizer: str, seed: int, out: Path, threads: int, further: list[str]
 
 def to_goal(run: Record) -> tuple[float, float] | None:
     """Epochs and seconds to the goal: by one view after an epoch, or by six at the end."""
+    # The last epoch may be a part of one.
+    whole = run["steps"] / (TRAIN_IMAGES // run["batch_size"])
     for each in run["epochs"]:
         if each["accuracy"] >= GOAL:
-            return each["epoch"], each["seconds"]
-    if run["accuracy"] >= GOAL:
-        return run["epochs"][-1]["epoch"], run["seconds"]
-    return None
+            return min(each["epoch"], whole), each["seconds"]
+    return (whole, run["seconds"]) if run["accuracy"] >= GOAL else None
 
 
 def block(record: Record) -> str:

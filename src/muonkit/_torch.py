@@ -36,12 +36,14 @@ __all__ = [
     "has_float64",
     "held_parameters",
     "inner_optimizer",
+    "is_part_of_vmap",
     "is_unsharded",
     "is_watched_by_func",
     "local_box",
     "local_tensor",
     "measurable",
     "never_begin_a_graph",
+    "onednn_is_on",
     "own_modules",
     "own_parameters",
     "reduce_scatter",
@@ -115,10 +117,16 @@ def _onednn_may_use(instructions: str) -> bool:
     return all(limit in ("", "ALL", "DEFAULT") or instructions in limit for limit in limits)
 
 
+def onednn_is_on() -> bool:
+    """Whether products may be oneDNN's: `torch.backends.mkldnn.enabled`, which may change."""
+    return bool(torch.backends.mkldnn.enabled)
+
+
 def cpu_capabilities() -> dict[str, bool]:
     """What decides in which dtype this CPU multiplies fastest, by torch's names.
 
     - "amx_bf16", "avx512_bf16": of x86; AMX if oneDNN may use it, which alone has products for it.
+    - "amx_held_back": AMX that oneDNN may not use.
     - "arm_bf16": BFMMLA.
     - "onednn_acl": this torch has oneDNN with the Arm Compute Library, whose products use BFMMLA
       (those of a torch without it, on macOS, do not).
@@ -138,8 +146,9 @@ def cpu_capabilities() -> dict[str, bool]:
             "arm_bf16": arm and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         }
     mkldnn: Any = torch.backends.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled and _onednn_may_use("AMX")):
-        found["amx_bf16"] = False
+    free = bool(mkldnn.is_available()) and onednn_is_on() and _onednn_may_use("AMX")
+    found["amx_held_back"] = found["amx_bf16"] and not free
+    found["amx_bf16"] &= free
     acl = getattr(mkldnn, "is_acl_available", lambda: torch.ops.mkldnn._is_mkldnn_acl_supported())
     found["onednn_acl"] = arm and bool(mkldnn.is_available()) and bool(acl())
     return found
@@ -149,6 +158,16 @@ def is_watched_by_func(tensor: Tensor) -> bool:
     """Whether a transformation of torch.func wraps the tensor."""
     watched: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return watched
+
+
+def is_part_of_vmap(tensor: Tensor) -> bool:
+    """Whether the tensor is one of a batch under torch.vmap, in whatever else wraps it."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def is_unsharded(module: nn.Module) -> bool:

@@ -121,6 +121,8 @@ def merge_saved(
         structure = {key: own[key] for key in _STRUCTURE if key in own}
         saved = dict(saved)
         spell_(saved)
+        if own["algorithm"] == "adamw" and "betas" in saved:
+            saved.pop("momentum", None)  # beta1, once more: `spelled_groups`
         group = unspelled({**own, **saved, **structure}, own)
         if "param_names" not in own:
             group.pop("param_names", None)

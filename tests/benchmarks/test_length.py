@@ -23,8 +23,9 @@ def found(name: str, steps: int, worse: float) -> dict[str, Any]:
     points = [steps * part / 4 for part in range(5)]
     run = {
         "optimizer": name, "lr": lr, "diverged": False, "steps": steps, "train_loss": end,
-        "accuracy": None, "seconds": 1.0, "step_ms": 4.0 if name == "muonw" else 3.0,
-        "optimizer_ms": 0.1, "weight_decay": None, "embedding_lr": 0.04, "part": 1,
+        "accuracy": None, "seconds": 1.0, "step_ms": 4.0 if name == "muonw" else 7.0,
+        "optimizer_ms": 1.5 if name == "muonw" else 0.5, "weight_decay": None,
+        "embedding_lr": 0.04, "part": 1,
     }  # fmt: skip
     runs = []
     for seed in (0, 1):
@@ -33,7 +34,8 @@ def found(name: str, steps: int, worse: float) -> dict[str, Any]:
         curve = {"steps": points, "seconds": points, "losses": losses}
         runs.append(run | {"seed": seed, "val_loss": last, "curve": curve})
     row = {"optimizer": name, "lr": lr, "embedding_lr": 0.04, "weight_decay": 0.1}
-    facts = {"processor": "a CPU", "torch": "2", "written": "2026-11-28T00:00:00"}
+    cpu = "another CPU" if name == "adamw-0.99" else "a CPU"
+    facts = {"processor": cpu, "torch": "2", "written": "2026-11-28T00:00:00"}
     return {"rows": [row], "runs": runs, "sweep": runs, "environment": facts, "command": "x"}
 
 
@@ -82,14 +84,19 @@ def test_the_lead_is_over_the_better_adamw(monkeypatch: pytest.MonkeyPatch, tmp_
     asked.clear()
     length.main(["--page-only"])
     written = page.read_text()
-    # From 5 down to 1 MuonW is at 2, where AdamW ends, after three quarters of the steps; in
-    # seconds, which are 4 against 3 of a step, it took as long. (1.005: the mean of both seeds.)
+    # From 5 down to 1 MuonW is at 2, where AdamW ends, after three quarters of the steps; with 2.5
+    # ms of forward and backward for both a step takes 4 against 3, and so it took as long: the
+    # seconds are of the AdamW that ran on MuonW's CPU. (1.005: the mean of both seeds.)
     assert "| 400 | 1.0050 ± 0.0071 | 2.0050 ± 0.0071 | `adamw-0.99` | 5e-05 | 300 ± 0 |" in written
     assert "| 1.33 | 1.00 |" in written
     assert "4,000 steps were not swept: each has the rates and the decay of 1,600." in written
     assert "Not yet run: 1,600 steps, `adamw-0.99`; 4,000 steps, `adamw`" in written
     assert "| 1,600 | 1.0050 ± 0.0071 | 3.0050 ± 0.0071 | `adamw` |" in written  # so far
     assert not asked
+    apart = {name: found(name, 400, 1.0) for name in ("muonw", "adamw-0.99")}
+    timed = length.on_the_same_cpu(apart, "adamw-0.99")
+    assert timed is None
+    assert length.lead(apart["muonw"], apart["adamw-0.99"], timed)[-1] == "—"
     monkeypatch.setattr(length, "FILE", tmp_path / "other.json")
     for steps in ("1600", "4000"):
         words = ["--jobs", "1", "--steps", steps, "--optimizers", "muonw"]

@@ -30,11 +30,11 @@ def multiplying(dtype: str) -> Iterator[None]:
     before = _orthogonalize_dtype.cpu_capabilities
     try:
         _orthogonalize_dtype.cpu_capabilities = lambda: found  # type: ignore[assignment]
-        _orthogonalize_dtype.fastest_dtype.cache_clear()
+        internals.forget_hardware()
         yield
     finally:
         _orthogonalize_dtype.cpu_capabilities = before
-        _orthogonalize_dtype.fastest_dtype.cache_clear()
+        internals.forget_hardware()
 
 
 def mixed() -> contextlib.AbstractContextManager[None]:

@@ -38,7 +38,6 @@ from torch.nn.parallel import DistributedDataParallel
 from muonkit import Muon, MuonW, RoutingError, route
 from muonkit.distributed.machines import MACHINES
 from muonkit.distributed.meshes import ascends
-from muonkit.newton_schulz import dtypes as _orthogonalize_dtype
 from tests.helpers import internals, measures, zoo
 from tests.helpers.ranks import Cases, Ranks, run
 
@@ -257,7 +256,7 @@ def tells_that_auto_is_another_dtype_elsewhere() -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             internals.cpu_has(patch, have)
-            _orthogonalize_dtype.fastest_dtype.cache_clear()
+            internals.forget_hardware()
             # It may be an option only that makes all matrices small, and so float32 on both.
             small = Muon([_parameter(4, 6)], process_group=dist.group.WORLD)
             with pytest.raises(
@@ -269,7 +268,7 @@ def tells_that_auto_is_another_dtype_elsewhere() -> None:
             with pytest.raises(RuntimeError) as error:
                 optimizer.step()
     finally:
-        _orthogonalize_dtype.fastest_dtype.cache_clear()
+        internals.forget_hardware()
     assert torch.equal(p, torch.ones(96, 100))
     text = str(error.value)
     assert re.search(

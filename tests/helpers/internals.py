@@ -79,6 +79,11 @@ def cpu_has(patch: pytest.MonkeyPatch, features: dict[str, bool]) -> None:
     patch.setattr(dtypes, "cpu_capabilities", lambda: features)
 
 
+def forget_hardware() -> None:
+    """What a CPU or a GPU multiplies fast is asked anew."""
+    dtypes._fastest_dtype.cache_clear()
+
+
 def spy_on_validation(patch: pytest.MonkeyPatch, looked_at: list[str]) -> None:
     """Note the name of every parameter that is held against its group's options."""
     original = validate._validate_parameter

@@ -482,7 +482,7 @@ def _slowed(outcome: Outcome, times: float) -> Outcome:
             ],
             [
                 "MuonW reached AdamW's final loss with 1 of 2 seeds in 10 of 20 steps, 1.0 of 2.0 "
-                "s; with that one; the final losses may differ by chance (p = 0.937).",
+                "s; the final losses may differ by chance (p = 0.937).",
                 "SGD did not reach AdamW's final loss in 20 steps: it ended at 3.0000 nats, AdamW "
                 "at 2.1000; mean of 2 seeds; the final losses may differ by chance (p = 0.070).",
             ],
@@ -534,13 +534,16 @@ def test_no_figure_is_cut_however_many_optimizers_and_narrow_the_console() -> No
 def test_the_verdict_of_runs_that_diverged() -> None:
     lost = (_result("muonw", 0, None), Curve([0], [0], [1.0]))
     assert verdicts([lost]) == ["Every run diverged."]
-    assert verdicts([lost, _outcome("adamw", 0, [4, 3])]) == ["MuonW diverged; one seed."]
+    assert verdicts([lost, _outcome("adamw", 0, [4, 3])]) == ["MuonW diverged with its only seed."]
+    # It came to AdamW's loss before it diverged: the table says no number of steps.
+    lost = (_result("muonw", 0, None), Curve([0, 10], [0, 1], [4.0, 1.0]))
+    assert rows([lost, _outcome("adamw", 0, [4, 3])])[0].steps_to_reference is None
     # With some seeds: they are no silent part of a mean, nor is AdamW's where it is left out.
     lost = (_result("muonw", 0, None), Curve([0], [0], [4.0]))
     others = [_outcome("muonw", 1, [4, 2, 1]), _outcome("adamw", 0, [4, 3, 2])]
     assert verdicts([lost, *others, _outcome("adamw", 1, [4, 3, 2])]) == [
-        "MuonW reached AdamW's final loss with 1 of 2 seeds in 10 of 100 steps, 1.0 of 2.0 s; with "
-        "that one. MuonW diverged with 1 of 2 seeds."
+        "MuonW reached AdamW's final loss with 1 of 2 seeds in 10 of 100 steps, 1.0 of 2.0 s. "
+        "MuonW diverged with 1 of 2 seeds."
     ]
     risen = [_outcome("adamw", seed, [4, 2, 1, 3.5, 4]) for seed in (0, 1)]
     assert verdicts([lost, _outcome("muonw", 1, [4, 3, 2, 3, 3.5]), *risen])[0].startswith(

@@ -486,6 +486,12 @@ BAD = {
     "return net, train, val, nn.CrossEntropyLoss(reduction='none')": (
         "returned a tensor of shape (6,) and torch.float32, expected a scalar: end it with .mean()"
     ),
+    "return net, train, val, lambda m, b: m(b[0]).argmax()": (
+        "returned a tensor in torch.int64, which has no gradient: expected a floating-point loss"
+    ),
+    "return net, train, [(x * float('nan'), y)], F.cross_entropy": (
+        "is nan on the first validation batch, before any step"
+    ),
     "return net, train, val, lambda m, b: m(b[0]).sum().item()": (
         "returned float, expected a scalar tensor: leave out float() or .item()"
     ),
@@ -598,12 +604,25 @@ def test_a_file_of_a_package_is_to_be_named_as_a_module(capsys: pytest.CaptureFi
     assert line.endswith("above the package: package.tasks in place of pack/tasks.py")
 
 
+def test_a_validation_loss_that_is_not_finite_before_any_step_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    body = "def task():\n    return net, train, [*val, (x * {0}, y)], F.cross_entropy\n"
+    words = ["compare", "mine.py:task", "--steps", "2", "--out", "out"]
+    for value, status in (("float('nan')", 1), ("1", 0)):
+        Path("mine.py").write_text(f"{HEAD}\n{body.format(value)}")
+        assert main([*words, "--same-task"][: len(words) + (status == 0)]) == status
+        said = capsys.readouterr().err
+        assert ("no optimizer can begin with a validation loss of nan, at" in said) == bool(status)
+
+
 def test_a_sweep_in_which_everything_diverged_names_no_best(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     body = (
-        "calls = []\ndef loss(model, batch):\n    calls.append(0)\n"
-        "    return model(batch[0]).square().mean() * (1 if len(calls) == 1 else math.nan)\n"
+        "calls = []\ndef loss(model, batch):\n    calls.extend([0] * model.training)\n"
+        "    lost = model.training and len(calls) > 1\n"
+        "    return model(batch[0]).square().mean() * (math.nan if lost else 1)\n"
         "def task():\n    return net, train, val, loss\n"
     )
     Path("mine.py").write_text(f"import math\n{HEAD}\n{body}")

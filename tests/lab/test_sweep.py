@@ -199,6 +199,23 @@ def test_a_rate_is_the_best_only_if_its_whole_runs_were_sound(
     assert f"adamw: lr 0.1 {said}" in capsys.readouterr().err
 
 
+def test_a_choice_at_the_edge_of_what_was_tried_is_said_to_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for best, edge in ((1e9, "largest"), (1e-9, "smallest"), (0.1, None)):
+        asked = comparison(
+            *("digits", ["adamw"]), lr={"adamw": 0.1}, sweep=True, sweep_embedding_lr=True
+        )
+        # Of embeddings' rates those that were tried beside the lr that was chosen.
+        session = Curves(asked, (0.1, best))
+        session.lines = Lines(Console(stderr=True, width=200))
+        session._chosen()
+        lr, rate = capsys.readouterr().err.splitlines()
+        end = "" if edge is None else f", and is the {edge} that was tried"
+        assert rate.endswith(f"has the lowest validation loss{end}")
+        assert ("that was tried" in lr) == (edge is not None)
+
+
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("name", "share"), [("adamw", 1.0), ("hyperball", 0.5)])
 def test_the_embeddings_sweep_is_centred_on_their_usual_rate(
@@ -313,25 +330,25 @@ def _outcome(
             [_outcome("muonw", [4, 3, 3], 0.1), _outcome("adamw", [4, 3, 2], 0.1)],
             "adamw",
             "MuonW does not pay here, neither in steps nor in seconds: AdamW's final loss was not "
-            "reached.",
+            "reached, with one seed (--seeds 3 tells more).",
         ),
         (
             [_outcome("muonw", [4, 3], 0.1, diverged=True), _outcome("adamw", [4, 3, 2], 0.1)],
             "adamw",
-            "MuonW diverged with 1 of 1 seeds.",
+            "MuonW diverged with its only seed.",
         ),
         ([_outcome("adamw", [4, 3, 2], 0.1)], "adamw", "Nothing else was compared."),
         (
             [_outcome("muonw", [4, 3, 1], 0.1), _outcome("adamw", [4, 2], 0.1, diverged=True)],
             "muonw",
             "It ended at the lowest validation loss, of those without a run that diverged. AdamW "
-            "diverged with 1 of 1 seeds.",
+            "diverged with its only seed.",
         ),
         (
             [_outcome("muonw", [4, 2, 3, 5], 0.1), _outcome("adamw", [4, 1, 3, 4], 0.1)],
             "adamw",
-            "It had the lowest validation loss, 1.0000, but AdamW's at least rose again: train for "
-            "fewer steps.",
+            "It had the lowest validation loss, 1.0000, but the loss rose again by the end "
+            "(AdamW's at least): train for fewer steps.",
         ),
         (
             [_outcome("muonw", [4, 1, 3], 0.1), _outcome("adamw", [4, 3, 2], 0.1)],
@@ -353,6 +370,41 @@ def test_what_to_train_with_is_what_paid_in_seconds(
     assert found is not None
     assert (found.optimizer, found.said) == (optimizer, said)
     assert advice([_outcome("muonw", [4, 3], 0.1, diverged=True)]) is None
+
+
+@pytest.mark.parametrize(
+    ("optimizer_ms", "optimizer", "said"),
+    [
+        (
+            20,
+            "muonw",
+            "It comes to AdamW's final loss in 0.700 s where AdamW takes 1.2 s: something else "
+            "used this machine, so this is reckoned with 50 ms of forward and backward for both, "
+            "and their own 20 and 10 ms.",
+        ),
+        (
+            90,
+            "adamw",
+            "MuonW does not pay in seconds here: to AdamW's final loss it needed 10 steps, 1.4 s "
+            "where AdamW takes 1.2 s: something else used this machine, so this is reckoned with "
+            "50 ms of forward and backward for both, and their own 90 and 10 ms.",
+        ),
+    ],
+)
+def test_where_the_machine_was_used_seconds_are_reckoned(
+    optimizer_ms: float, optimizer: str, said: str
+) -> None:
+    """MuonW's forward and backward took 110 ms, AdamW's 50."""
+    both = []
+    for name, ends, own, passes in (
+        ("muonw", [4, 2, 1], optimizer_ms, 110),
+        ("adamw", [4, 3, 2], 10, 50),
+    ):
+        result, curve = _outcome(name, ends, 0.1)
+        both.append((replace(result, step_ms=passes + own, optimizer_ms=own), curve))
+    found = advice(both)
+    assert found is not None
+    assert (found.optimizer, found.said) == (optimizer, said)
 
 
 # --- the command ---

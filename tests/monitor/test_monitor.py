@@ -682,9 +682,17 @@ def test_a_sink_of_two_monitors_is_closed_by_the_last() -> None:
     assert sink.samples == 1
     second.close()
     assert sink.closed == 1
-    with Monitor(optimizers[0], to=sink):  # as often as it is given
+    with Monitor(optimizers[0], to=[sink, sink]):  # as often as it is given, and once each time
         pass
     assert sink.closed == 2
+    # A monitor that nobody has any more, and that nobody closed, has no sinks.
+    lost = Muon([parameter(4, 3)])
+    Monitor(lost, to=sink)
+    del lost
+    gc.collect()
+    with Monitor(optimizers[0], to=sink):
+        pass
+    assert sink.closed == 3
 
 
 def test_a_sink_that_cannot_be_closed_holds_nothing_up(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from muonkit import Muon, _torch, orthogonalize
 from muonkit._torch import cpu_capabilities
 from muonkit.newton_schulz import orthogonalizer
 from muonkit.newton_schulz.coefficients import SCHEDULES, resolve
-from muonkit.newton_schulz.dtypes import fastest_dtype
 from muonkit.newton_schulz.forms import FORMS
 from muonkit.newton_schulz.orthogonalizer import NS_DTYPES, Choice, choose, resolve_dtype
 from tests.helpers import internals
@@ -377,9 +376,9 @@ def test_a_strict_schedule_keeps_clear_of_its_edge() -> None:
 
 @pytest.fixture
 def _fresh_hardware_answers() -> Iterator[None]:
-    fastest_dtype.cache_clear()
+    internals.forget_hardware()
     yield
-    fastest_dtype.cache_clear()
+    internals.forget_hardware()
 
 
 CPUS = {
@@ -561,6 +560,35 @@ def test_amx_counts_where_onednn_may_use_it(name: str, monkeypatch: pytest.Monke
         warnings.simplefilter("ignore")  # of TF32
         with mkldnn.flags(enabled=False):
             assert not cpu_capabilities()["amx_bf16"]
+            assert cpu_capabilities()["amx_held_back"]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.usefixtures("_fresh_hardware_answers")
+def test_auto_follows_onednn_when_it_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it off, AMX stands idle and a step of bfloat16 products takes 20 times as long."""
+    monkeypatch.setattr(_torch, "_MACHINE", "x86_64")
+    have = {"amx_bf16": True, "avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    for each in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(each, raising=False)
+    mkldnn: Any = torch.backends.mkldnn
+    cpu = torch.device("cpu")
+
+    def told() -> tuple[torch.dtype, str]:
+        choice = choose("keller", 5, "auto", "auto", torch.float32, cpu, 256, 256)
+        return choice.dtype, choice.dtype_reason
+
+    for _ in range(2):
+        assert told() == (torch.bfloat16, "auto: this CPU has AMX")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TF32
+            with mkldnn.flags(enabled=False):
+                dtype, reason = told()
+        assert dtype == torch.float32
+        assert reason.startswith("auto: this CPU has AMX, but oneDNN may not use it")
 
 
 def test_misuse_is_refused() -> None:

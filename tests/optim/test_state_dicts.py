@@ -101,6 +101,33 @@ def test_a_state_goes_on_under_a_scheduler_that_cycles_momentum(flat: bool, step
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("when", ["in the state dict", "after it is loaded"])
+def test_betas_that_are_edited_win_over_what_a_scheduler_left(when: str) -> None:
+    model = mlp()
+    optimizer = MuonW(model)
+    scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    train(model, optimizer, 1)
+    scheduler.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = MuonW(model)
+    plain = other.state_dict()["param_groups"]
+    assert not any("momentum" in g for g in plain if g["algorithm"] == "adamw")
+
+    def edit(groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            if group["algorithm"] == "adamw":
+                group["betas"] = (0.5, 0.6)
+
+    if when == "in the state dict":
+        edit(saved["param_groups"])
+    other.load_state_dict(saved)
+    if when == "after it is loaded":
+        edit(other.param_groups)
+    train(model, other, 1)
+    betas = {g["betas"] for g in other.param_groups if g["algorithm"] == "adamw"}
+    assert betas == {(0.5, 0.6)}
+
+
 # torch 2.9 looks for all keys itself, and raises a KeyError that names the first.
 OUR_WORDS = pytest.mark.skipif(
     torch.__version__.startswith("2.9."), reason="torch 2.9 refuses before it asks the optimizer"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from muonkit import MuonW, QKClip, RoutingError
 from muonkit.lab.models import GPT
 from muonkit.routing.attention import AttentionHeads, HeadSlice
-from tests.qk_clip.models import Net, batch
+from tests.qk_clip.models import WIDTH, Net, batch
 
 IDS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -686,6 +686,63 @@ def test_bad_models_and_optimizers() -> None:
     QKClip(model, optimizer)
     with pytest.raises(ValueError, match="has a QKClip already"):
         QKClip(model, optimizer)
+
+
+class OneHead(nn.Module):
+    """Attention of one head in three dims: (batch, time, WIDTH)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 1
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.register_module(name, nn.Linear(WIDTH, WIDTH).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x) for f in (self.q_proj, self.k_proj, self.v_proj))
+        out: Tensor = self.o_proj(F.scaled_dot_product_attention(q, k, v))
+        return out
+
+
+def test_one_head_in_three_dims_has_one_logit_over_all_examples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH).double(), OneHead(), nn.Linear(WIDTH, 4).double())
+    optimizer = still(model)
+    clip = QKClip(model, optimizer, tau=0.1)
+    x = model[0](batch(0))
+    dense = model[1].q_proj(x) @ model[1].k_proj(x).mT / WIDTH**0.5
+    step(model, optimizer, batch(0))
+    torch.testing.assert_close(logits_of(clip)["1"], dense.amax().detach()[None])
+
+
+def test_gradients_of_torch_func_are_measured_as_those_of_backward() -> None:
+    """A transformation of whole batches is nothing to a clip."""
+
+    def by_func(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        def loss(params: dict[str, Tensor]) -> Tensor:
+            out: Tensor = torch.func.functional_call(model, params, (x,))
+            return out.square().mean()
+
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        found: dict[str, Tensor] = torch.func.grad(loss)(params)
+        return found
+
+    found = []
+    for with_func in (True, False):
+        model = Net()
+        optimizer = MuonW(model, lr=0.02)
+        clip = QKClip(model, optimizer, tau=0.01)
+        for number in range(3):
+            if with_func:
+                gradients = by_func(model, batch(number))
+                for name, p in model.named_parameters():
+                    p.grad = gradients[name]
+            else:
+                optimizer.zero_grad()
+                model(batch(number)).square().mean().backward()
+            optimizer.step()
+        found.append(logits_of(clip))
+    for name, logits in found[0].items():
+        torch.testing.assert_close(logits, found[1][name])
 
 
 def test_qk_norm_needs_no_clip() -> None:

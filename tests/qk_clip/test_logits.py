@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -137,8 +138,15 @@ def test_refusals() -> None:
     nested = torch.nested.nested_tensor([q[0], q[1]], layout=torch.jagged)
     with pytest.raises(ValueError, match="nested tensors"):
         max_logits(nested, nested)
-    with pytest.raises(ValueError, match=r"torch\.func"):
-        torch.vmap(max_logits)(q[:, None], q[:, None])
+    q = q[:, None]
+    both: list[tuple[Any, Any]] = [(0, 0), (None, 0), (0, None)]
+    for dims in both:
+        given = [q if dim == 0 else q[0] for dim in dims]
+        with pytest.raises(ValueError, match=r"below torch\.vmap: call it on whole batches"):
+            torch.vmap(max_logits, in_dims=dims)(*given)
+    per_example = torch.vmap(torch.func.grad(lambda one: max_logits(one, one).sum() + one.sum()))
+    with pytest.raises(ValueError, match=r"below torch\.vmap"):
+        per_example(q)
 
 
 def test_queries_of_three_dims_are_examples_where_there_is_one_head() -> None:
@@ -150,6 +158,14 @@ def test_queries_of_three_dims_are_examples_where_there_is_one_head() -> None:
             F.scaled_dot_product_attention(q, k, k)
         assert torch.equal(found[0], expected)
         assert found[1].shape == (1,)
+    # Without examples too, as a module that takes one sequence calls it.
+    with Watch(found.append, 1):
+        F.scaled_dot_product_attention(q[0, 0], k[0, 0], k[0, 0])
+    assert torch.equal(found[-1], max_logits(q[0], k[0]))
+    attention = torch.nn.MultiheadAttention(WIDTH, 1, dtype=q.dtype)
+    with Watch(found.append, 1):
+        attention(q[:, 0], k[:, 0], k[:, 0])
+    assert found[-1].shape == (1,)
 
 
 def test_a_watch_sees_every_call_and_changes_nothing() -> None:

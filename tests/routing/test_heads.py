@@ -347,6 +347,55 @@ def test_one_raw_matrix_behind_an_encoder_is_the_head(shape: tuple[int, int], na
         assert heads(model) == {last}
 
 
+def test_a_raw_matrix_behind_an_encoder_is_the_head_in_a_wrapper_and_beside_a_loss() -> None:
+    def model(**more: nn.Module) -> nn.Module:
+        classes = Classes(100, D)
+        for name, part in more.items():
+            setattr(classes, name, part)
+        return Holder(backbone=mlp(20, D, D), margin=classes)
+
+    in_root = Classes(100, D)
+    in_root.backbone = mlp(20, D, D)
+    for whole, head in (
+        (Holder(model=in_root), "model"),
+        (Holder(model=Holder(net=in_root), criterion=nn.CrossEntropyLoss()), "model.net"),
+        (Holder(model=model()), "model.margin"),
+        (model(ce=nn.CrossEntropyLoss()), "margin"),
+        (model(drop=nn.Dropout(0.1)), "margin"),
+        (nn.ModuleDict({"backbone": mlp(20, D, D), "margin": Classes(100, D)}), "margin"),
+    ):
+        assert heads(whole) == {head}, head
+    two = Holder(backbone=mlp(20, D, D), a=Classes(100, D), b=Classes(20, D))
+    assert heads(two) == {"a", "b"}
+    # Of a part of its own with layers, of a layer, or with a second matrix it is none.
+    for margin in (model(fc=nn.Linear(D, D)), Holder(backbone=mlp(20, D, D), margin=nn.GRU(D, D))):
+        assert "margin" not in heads(margin)
+    several = Classes(100, D)
+    several.register_parameter("centers", nn.Parameter(torch.randn(100, D)))
+    assert "margin" not in heads(Holder(backbone=mlp(20, D, D), margin=several))
+
+
+def test_raw_matrices_that_follow_one_another_behind_an_encoder_are_hidden() -> None:
+    """Graph convolutions in one's own writing: all but the last are hidden, wherever they stand."""
+    encoder = nn.Linear(20, D)
+    square = {f"conv{n}": Classes(D, D) for n in range(3)}
+    found = by_name(Holder(encoder=encoder, **square, out=Classes(D, 7)))
+    assert {found[f"conv{n}.weight"].algorithm for n in range(3)} == {"muon"}
+    wide = heads(Holder(encoder=encoder, conv1=Classes(D, 2 * D), conv2=Classes(2 * D, 7)))
+    assert "conv1" not in wide
+    for after in (nn.LayerNorm(D), nn.ReLU()):
+        assert "conv.W" not in heads(
+            Holder(encoder=encoder, conv=Classes(D, D, name="W"), act=after)
+        )
+
+
+def test_the_head_of_another_tower_stays_one_beside_a_raw_matrix() -> None:
+    decoder, encoder = mlp(D, 2 * D, 20), mlp(20, D, D)
+    model = Holder(decoder=decoder, backbone=encoder)
+    model.register_parameter("weight", nn.Parameter(torch.randn(100, D)))
+    assert heads(model) == {"decoder.2", "weight"}
+
+
 class EnsembleLinear(Holder):
     """As many linear layers side by side, as critics and models of dynamics have them."""
 

@@ -375,10 +375,20 @@ class Session:
         return found
 
     def _say_found(self, name: str, chosen: Chosen, what: str, value: float) -> None:
-        run = chosen.run(name)
-        losses = [r.val_loss for tried, r in self.results.items() if replace(tried, seed=0) == run]
+        run, spec, field = chosen.run(name), get_optimizer(name), what.replace(" ", "_")
+        losses, tried = [], []
+        for other, result in self.results.items():
+            if replace(other, seed=0) == run:
+                losses.append(result.val_loss)
+            if replace(other, seed=0, part=1, **{field: getattr(run, field)}) == run:
+                rate = spec.embedding_rate(other.lr, other.embedding_lr)
+                decay = spec.decay(other.weight_decay)
+                tried.append({"lr": other.lr, "embedding_lr": rate, "weight_decay": decay}[field])
         is_sound = losses and None not in losses
         found = "has the lowest validation loss" if is_sound else "is kept: every run diverged"
+        edges = {min(tried): "smallest", max(tried): "largest"} if tried else {}
+        if is_sound and value in edges:
+            found += f", and is the {edges[value]} that was tried"
         self.lines.say(f"{name}: {what} {value:g} {found}")
 
     def _losses(self, runs: Sequence[Run]) -> list[float]:

@@ -152,7 +152,12 @@ class OwnLoss:
                 else f"{self.name} returned {type(loss).__name__}, expected a scalar tensor: end "
                 "it with 'return loss', and nothing beside it"
             )
-        if loss.numel() != 1 or not loss.is_floating_point():
+        if not loss.is_floating_point():
+            raise TaskError(
+                f"{self.name} returned a tensor in {loss.dtype}, which has no gradient: expected "
+                "a floating-point loss"
+            )
+        if loss.numel() != 1:
             raise TaskError(
                 f"{self.name} returned a tensor of shape {tuple(loss.shape)} and {loss.dtype}, "
                 "expected a scalar: end it with .mean()"
@@ -348,7 +353,12 @@ class _Own:
             if digest_of(batch) != given[0]:
                 self.data.see_untouched()
             with torch.no_grad():
-                right = self.loss.measure(model, held_out).right
+                measured = self.loss.measure(model, held_out)
+            if not math.isfinite(measured.loss.item()):
+                raise TaskError(
+                    f"the loss of {self.spec} is {measured.loss.item()} on the first validation "
+                    "batch, before any step: no optimizer can begin there"
+                )
             if digest_of(held_out) != given[1]:
                 self.data.see_untouched()
             if self.loss.digest() != of_loss:
@@ -356,7 +366,7 @@ class _Own:
                     f"the loss of {self.spec} changes tensors of its own, so that each run would "
                     f"begin with those that the one before has left: {_OF_MODEL}"
                 )
-            return right is not None
+            return measured.right is not None
 
 
 def _shared(one: nn.Module, other: nn.Module) -> list[str]:

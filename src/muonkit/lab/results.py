@@ -129,7 +129,10 @@ def _row(outcomes: Sequence[Outcome], reference: Sequence[Result]) -> Row:
     results = [result for result, _ in outcomes]
     first = results[0]
     ends = {result.seed: result.val_loss for result in reference if result.val_loss is not None}
-    reached = [curve.reaches(ends.get(result.seed, -math.inf)) for result, curve in outcomes]
+    reached = [
+        None if result.diverged else curve.reaches(ends.get(result.seed, -math.inf))
+        for result, curve in outcomes
+    ]
     took = {result.seed: result.seconds for result in reference}
     came = [result.seed for result, point in zip(results, reached, strict=True) if point]
     against = reference if first.optimizer != REFERENCE else []
@@ -205,7 +208,8 @@ def _is_sound(row: Row) -> bool:
 
 def _diverged(row: Row) -> str:
     """Of a row in which some runs diverged."""
-    return f"{title_of(row.optimizer)} diverged with {row.diverged} of {row.seeds} seeds"
+    of = "its only seed" if row.seeds == 1 else f"{row.diverged} of {row.seeds} seeds"
+    return f"{title_of(row.optimizer)} diverged with {of}"
 
 
 def _rises(outcomes: Sequence[Outcome]) -> bool:
@@ -246,7 +250,7 @@ def _risen_verdict(row: Row, reference: Row, unit: str) -> str:
     name = title_of(row.optimizer)
     ours, theirs = row.lowest_val_loss, reference.lowest_val_loss
     if ours is None or theirs is None or row.val_loss is None:
-        return f"{name} diverged; {_seeds(row.seeds)}."
+        return f"{_diverged(row)}."
     lost = f" {_diverged(row)}." if row.diverged else ""
     return (
         f"{name}'s lowest validation loss was {_shown_loss(ours.mean)}{unit}, AdamW's "
@@ -260,7 +264,7 @@ def _verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
     name, theirs = title_of(row.optimizer), reference.val_loss
     assert theirs is not None
     if row.val_loss is None:
-        return f"{name} diverged; {_seeds(row.seeds)}."
+        return f"{_diverged(row)}."
     digits = _decimals(min(row.val_loss.mean, theirs.mean))
     ours = f"{row.val_loss.mean:.{digits}f}{unit}"
     ends = f"it ended at {ours}, AdamW at {theirs.mean:.{digits}f}"
@@ -281,31 +285,34 @@ def _verdict(row: Row, reference: Row, steps: int, unit: str) -> str:
         time = f"{took.mean:,.{digits}f} of {whole.mean:,.{digits}f} s"
     else:
         time = f"but {took.mean:,.{digits}f} s where AdamW took {whole.mean:,.{digits}f} s in all"
-    some, count = "", _seeds(reached.of)
+    some, count = "", f"; {_seeds(reached.of)}"
     if reached.of < reached.runs:
         some = f" with {reached.of} of {reached.runs} seeds"
-        count = "with that one" if reached.of == 1 else f"mean of these {reached.of}"
+        count = "" if reached.of == 1 else f"; mean of these {reached.of}"
     said = f"{name} reached AdamW's final loss{some} in {reached.mean:,.0f} of {steps:,} steps"
     apart = _uneven(row, reference)
     if apart:
-        return f"{said}; {count}{chance}{lost}. {apart}"
-    return f"{said}, {time}; {count}{chance}{lost}."
+        return f"{said}{count}{chance}{lost}. {apart}"
+    return f"{said}, {time}{count}{chance}{lost}."
 
 
 def _uneven(row: Row, reference: Row) -> str:
     """Why the seconds of two optimizers do not compare; empty where they do."""
-    passes = []
-    for each in (row, reference):
-        if each.step_ms is None or each.optimizer_ms is None:
-            return ""
-        passes.append(each.step_ms.mean - each.optimizer_ms.mean)
-    ours, theirs = passes
-    if min(passes) <= 0 or max(passes) < _UNEVEN * min(passes):
+    ours, theirs = _passes(row), _passes(reference)
+    least, most = min(ours, theirs), max(ours, theirs)
+    if least <= 0 or most == math.inf or most < _UNEVEN * least:
         return ""
     return (
-        f"The seconds do not compare: forward and backward took {ours:,.0f} ms a step in its runs "
-        f"and {theirs:,.0f} ms in AdamW's, so something else used this machine."
+        f"The seconds do not compare: forward and backward took {ours:,.3g} ms a step in its runs "
+        f"and {theirs:,.3g} ms in AdamW's, so something else used this machine."
     )
+
+
+def _passes(row: Row) -> float:
+    """Milliseconds of forward and backward in a step; infinite where nobody knows."""
+    if row.step_ms is None or row.optimizer_ms is None:
+        return math.inf
+    return row.step_ms.mean - row.optimizer_ms.mean
 
 
 def _shown_loss(loss: float) -> str:
@@ -350,18 +357,14 @@ def advice(outcomes: Sequence[Outcome]) -> Advice | None:
         return Advice(
             best.optimizer,
             f"It had the lowest validation loss, {_shown_loss(_mean(best.lowest_val_loss))}, but "
-            "AdamW's at least rose again: train for fewer steps.",
+            "the loss rose again by the end (AdamW's at least): train for fewer steps.",
         )
     there = [row for row in others if _reached(row)]
     if not there:
         return Advice(REFERENCE, _never_reached(others))
     if any(_uneven(row, reference) for row in there):
-        best = min(there, key=_steps)
-        return Advice(
-            best.optimizer,
-            "It needed the fewest steps; whether it pays in seconds was not measured, since "
-            "something else used this machine.",
-        )
+        steps = max(r.steps for r, _ in outcomes if r.optimizer == REFERENCE)
+        return _reckoned(there, reference, steps)
     best = min(there, key=_seconds)
     if _seconds(best) < _mean(reference.seconds):
         said = "It came to AdamW's final loss in the fewest seconds."
@@ -377,14 +380,46 @@ def advice(outcomes: Sequence[Outcome]) -> Advice | None:
     )
 
 
+def _reckoned(there: Sequence[Row], reference: Row, steps: int) -> Advice:
+    """Where something else used the machine in some runs: forward and backward, which are the same
+    for all, take what they took where that was least.
+    """
+    passes = min(_passes(row) for row in (*there, reference))
+
+    def seconds(row: Row, count: float) -> float:
+        return count * (passes + _mean(row.optimizer_ms)) / 1e3
+
+    best = min(there, key=lambda row: seconds(row, _steps(row)))
+    ours, theirs = seconds(best, _steps(best)), seconds(reference, steps)
+    reckoned = (
+        f"something else used this machine, so this is reckoned with {passes:,.3g} ms of forward "
+        f"and backward for both, and their own {_mean(best.optimizer_ms):,.3g} and "
+        f"{_mean(reference.optimizer_ms):,.3g} ms"
+    )
+    if ours < theirs:
+        return Advice(
+            best.optimizer,
+            f"It comes to AdamW's final loss in {_shown_seconds(ours)} s where AdamW takes "
+            f"{_shown_seconds(theirs)} s: {reckoned}.",
+        )
+    return Advice(
+        REFERENCE,
+        f"{title_of(best.optimizer)} does not pay in seconds here: to AdamW's final loss it needed "
+        f"{_steps(best):,.0f} steps, {_shown_seconds(ours)} s where AdamW takes "
+        f"{_shown_seconds(theirs)} s: {reckoned}.",
+    )
+
+
 def _never_reached(others: Sequence[Row]) -> str:
     """What to say where nothing came to AdamW's final loss with every seed."""
     some = [row for row in others if row.steps_to_reference is not None]
     if not some:
         names = " or ".join(title_of(row.optimizer) for row in others)
+        one = all(row.seeds == 1 for row in others)
+        few = ", with one seed (--seeds 3 tells more)" if one else ""
         return (
             f"{names} does not pay here, neither in steps nor in seconds: AdamW's final loss was "
-            "not reached."
+            f"not reached{few}."
         )
     said = (
         f"{title_of(row.optimizer)} came to AdamW's final loss with {row.steps_to_reference.of} of "

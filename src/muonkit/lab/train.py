@@ -371,7 +371,8 @@ class Trainer:
         """The same, at its step, and what to do: the last checkpoint is as it was."""
         located = TaskError(
             f"{error}, at step {self.step} of {self.run.title}: mend it, and the same command goes "
-            "on from the last checkpoint (after a change of the task's file with --same-task)"
+            "on from the last checkpoint, if there is one yet (after a change of the task's file "
+            "with --same-task)"
         )
         located.trace, located.exit_status = error.trace, 1
         return located
@@ -439,6 +440,8 @@ class Trainer:
         """Validate; False when the loss is not finite."""
         task = self.setting.task
         loss, right = evaluate(self.model, self.setting.data, task.objective, self.setting.place)
+        if not self.step and not math.isfinite(loss):
+            raise TaskError(f"no optimizer can begin with a validation loss of {loss}")
         accuracy = right if task.accuracy else None
         self._record("validation", loss=_finite(loss), accuracy=accuracy)
         self.reporter.evaluated(self.step, loss, accuracy)

@@ -24,7 +24,7 @@ from muonkit.monitor.records import (
     structure,
 )
 from muonkit.monitor.sample import KINDS, Sampler, global_rank, matrices_of
-from muonkit.monitor.sinks import FORMAT, JsonLines, copied, deliver, shut, sinks_of
+from muonkit.monitor.sinks import FORMAT, JsonLines, OpenSinks, copied, deliver, sinks_of
 from muonkit.monitor.spectra import LEVELS
 from muonkit.optim import Muon
 from muonkit.period import in_blocks
@@ -152,14 +152,14 @@ class Monitor:
         domain = optimizer._layouts.domain
         first = self._rank == 0 if domain is None else domain.position == 0
         self._sinks = sinks_of(to, first if writes is None else writes, max_bytes)
-        self._owned = list(self._sinks)
+        self._open_sinks = OpenSinks(self._sinks)
         self._sampler: Sampler | None = None
         self._skipped, self._due = 0, False
         self._traffic = TrafficRecords(optimizer)
         try:
             self._know()
         except Exception:
-            shut(self._owned)  # another monitor may have the file
+            self._open_sinks.close()  # another monitor may have the file
             raise
         disable: Any = torch.compiler.disable  # a compiled step calls these as they are
         self._hooks = [
@@ -180,8 +180,8 @@ class Monitor:
         self._hooks = []
         self._listen(None)
         _MONITORED.discard(self._optimizer)
-        owned, self._sinks, self._owned = self._owned, [], []
-        shut(owned)
+        self._sinks = []
+        self._open_sinks.close()
 
     def __enter__(self) -> Monitor:
         return self

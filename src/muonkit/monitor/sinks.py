@@ -10,7 +10,6 @@ import os
 import stat
 import warnings
 import weakref
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -25,7 +24,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from io import FileIO
 
-__all__ = ["FORMAT", "JsonLines", "Sink", "copied", "deliver", "is_torn", "shut", "sinks_of"]
+__all__ = [
+    "FORMAT",
+    "JsonLines",
+    "OpenSinks",
+    "Sink",
+    "copied",
+    "deliver",
+    "is_torn",
+    "sinks_of",
+]
 
 Sink: TypeAlias = "str | os.PathLike[str] | Callable[[dict[str, Any]], Any]"
 
@@ -309,12 +317,7 @@ def sinks_of(
             if isinstance(sink, JsonLines):
                 sink.close()
         raise
-    _users.update(map(id, sinks))
     return sinks
-
-
-# How many monitors that are not closed give samples to a sink, by its id.
-_users: Counter[int] = Counter()
 
 
 def deliver(sinks: list[Callable[..., Any]], record: dict[str, Any]) -> None:
@@ -342,21 +345,33 @@ def _named(sink: Any) -> str:
     return shortened(repr(sink), 80)
 
 
-def shut(sinks: Sequence[Any]) -> None:
-    """Close every sink that can be closed and that no other monitor uses, whatever others raise."""
-    for sink in sinks:
-        _users[id(sink)] -= 1
-        if _users[id(sink)] > 0:
-            continue
-        del _users[id(sink)]
-        close: Callable[[], Any] | None = getattr(sink, "close", None)
-        try:
-            if close is not None:
+class OpenSinks:
+    """What a monitor gives samples to, until it is closed; or until nobody has it any more."""
+
+    def __init__(self, sinks: Sequence[Any]) -> None:
+        self._sinks = list(sinks)
+        _open.add(self)
+
+    def close(self) -> None:
+        """Close every sink that can be closed and that no other monitor has, whatever others
+        raise; once.
+        """
+        sinks, self._sinks = self._sinks, []
+        used = {id(sink) for others in _open for sink in others._sinks}
+        for sink in sinks:
+            close: Callable[[], Any] | None = getattr(sink, "close", None)
+            if close is None or id(sink) in used:
+                continue
+            used.add(id(sink))  # it may be there twice
+            try:
                 close()
-        except Exception as error:
-            warnings.warn(
-                f"the monitor's sink {_named(sink)} could not be closed, {type(error).__name__}: "
-                f"{shown(error)}; its last samples may be missing",
-                UserWarning,
-                stacklevel=3,
-            )
+            except Exception as error:
+                warnings.warn(
+                    f"the monitor's sink {_named(sink)} could not be closed, "
+                    f"{type(error).__name__}: {shown(error)}; its last samples may be missing",
+                    UserWarning,
+                    stacklevel=3,
+                )
+
+
+_open: weakref.WeakSet[OpenSinks] = weakref.WeakSet()

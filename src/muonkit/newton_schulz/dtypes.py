@@ -28,7 +28,7 @@ import torch
 
 from muonkit._compile import constant_result
 from muonkit._text import unknown
-from muonkit._torch import cpu_capabilities
+from muonkit._torch import cpu_capabilities, onednn_is_on
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -174,13 +174,18 @@ class Fastest(NamedTuple):
     reason: str
 
 
-@functools.lru_cache(maxsize=64)
 def fastest_dtype(device_type: str, index: int | None, small: bool = False) -> Fastest:
     """The dtype that "auto" stands for on this device; the module's docstring has the rule.
 
     Args:
         small: for matrices that are (`is_small`).
     """
+    return _fastest_dtype(device_type, index, small, device_type == "cpu" and onednn_is_on())
+
+
+@functools.lru_cache(maxsize=64)
+def _fastest_dtype(device_type: str, index: int | None, small: bool, onednn: bool) -> Fastest:
+    """`fastest_dtype`, once for each state of what can be switched."""
     if device_type == "cpu":
         return _fastest_on_cpu(small)
     if device_type == "cuda":
@@ -214,6 +219,12 @@ def _fastest_on_cpu(small: bool) -> Fastest:
             return Fastest(torch.bfloat16, "this CPU has BFMMLA")
         return Fastest(
             torch.float32, "this CPU has BFMMLA, but this torch no Arm Compute Library to use it"
+        )
+    if have.get("amx_held_back"):
+        return Fastest(
+            torch.float32,
+            "this CPU has AMX, but oneDNN may not use it (torch.backends.mkldnn.enabled, "
+            "ONEDNN_MAX_CPU_ISA)",
         )
     if have["avx512_bf16"]:
         return Fastest(torch.float32, "this CPU has avx512_bf16 but no AMX: bfloat16 is slower")

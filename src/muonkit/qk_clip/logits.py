@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from muonkit._torch import is_watched_by_func
+from muonkit._torch import is_part_of_vmap
 from muonkit.distributed.layout import is_dtensor, local
 from muonkit.newton_schulz.dtypes import without_autocast
 
@@ -63,7 +63,7 @@ def max_logits(
         the query, and the maximum is rounded as that is.
 
     Raises:
-        ValueError: heads that are no multiple of key heads; nested tensors; those of torch.func;
+        ValueError: heads that are no multiple of key heads; nested tensors; those of torch.vmap;
             DTensors cut along the sequence (context parallelism).
     """
     query, key, attn_mask, offset = _plain(query, key, attn_mask, is_causal)
@@ -137,11 +137,10 @@ def _plain(
             "QK-clip does not measure nested tensors: pass padded ones with a mask, or measure the "
             "logits yourself, QKClip(..., measure=False) and clip(max_logits)"
         )
-    if is_watched_by_func(query) or is_watched_by_func(key):
+    if is_part_of_vmap(query) or is_part_of_vmap(key):
         raise ValueError(
-            "QK-clip does not measure attention below a transformation of torch.func (vmap, grad): "
-            "call it on whole batches, or measure the logits yourself, QKClip(..., measure=False) "
-            "and clip(max_logits)"
+            "QK-clip does not measure attention below torch.vmap: call it on whole batches, or "
+            "measure the logits yourself, QKClip(..., measure=False) and clip(max_logits)"
         )
     for tensor in (query, key):
         if is_dtensor(tensor) and any(
@@ -185,7 +184,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, found: Callable[[Tensor], None], heads: int | None = None) -> None:
         """`heads` are those of the module; of a module with one, queries of three dims are
-        (batch, L, width).
+        (batch, L, width), and of two (L, width).
         """
         super().__init__()
         self._found, self._single = found, heads == 1
@@ -199,10 +198,9 @@ class Watch(TorchFunctionMode):
         measure = _MEASURES.get(func) if self.active else None
         if measure is not None:
             self.calls += 1
-            most = measure(*args, **kwargs)
-            query = args[0] if args else kwargs["query"]
-            alone = self._single and measure is _of_call and query.ndim == 3
-            self._found(most.amax(0, keepdim=True) if alone else most)
+            single = self._single and measure is _of_call
+            most = _of_one_head(*args, **kwargs) if single else measure(*args, **kwargs)
+            self._found(most)
         return func(*args, **kwargs)
 
 
@@ -219,6 +217,15 @@ def _of_call(
 ) -> Tensor:
     """`max_logits` with the arguments of torch's attention."""
     return max_logits(query, key, attn_mask, is_causal, scale=scale)
+
+
+def _of_one_head(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`_of_call` of a module with one head, whose queries may have no dim for heads."""
+    pair = query, key
+    if query.ndim == 2:
+        pair = query[None], key[None]
+    most = _of_call(*pair, *args, **kwargs)
+    return most.amax(0, keepdim=True) if query.ndim == 3 else most
 
 
 @torch.no_grad()

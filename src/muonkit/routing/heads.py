@@ -296,9 +296,9 @@ class _Search:
                     yield id(param), f"output head (named {label!r})"
                     continue
                 encoder = _encoder_before(node) if matrices == [label] else None
-                weighs = _RAW_WEIGHT.fullmatch(label) and param.ndim == 2 and not node.is_layer
+                weighs = _RAW_WEIGHT.fullmatch(label) and param.ndim == 2
                 if weighs and encoder is not None and encoder.gives in param.shape:
-                    self.holders.add(id(self.root))
+                    self.holders.add(id(encoder))
                     yield id(param), f"output head (takes what {encoder.name!r} gives)"
                     continue
                 if not (named or held) or param.ndim != 2:
@@ -312,10 +312,10 @@ class _Search:
 
     def ends(self, node: Node, *, named: bool = False) -> list[Node]:
         """The layers whose results leave `node`; `named` where a name calls it a head."""
+        if id(node) in self.holders and not (named and node.is_layer):
+            return []
         if node.is_layer:
             return [node]
-        if id(node) in self.holders:
-            return []
         kids = node.main
         if not kids or _gives_hidden(node, named=named):
             return []
@@ -423,19 +423,52 @@ def _is_output_of_root(node: Node, label: str) -> bool:
 
 
 def _encoder_before(node: Node) -> Node | None:
-    """The part with layers that a root ends in, where `node` is the root or a part of it without
-    layers that comes after, if that is called an encoder.
+    """The part with layers that a model ends in, where `node` is the model or a part of it without
+    layers that comes after and is the last, if that part is called an encoder.
     """
-    if node.parent is None:
+    if _is_whole(node) and node.main:
         before = node.main
-    elif node.parent.parent is None and not node.kids:
+    elif node.parent is not None and _is_whole(node.parent) and not node.main:
         beside = list(node.parent.kids.values())
         before = [kid for kid in beside[: beside.index(node)] if kid.layers]
-        if node.parent.main != before:
+        if not before or node.parent.main != before or _goes_on(node, beside, before[-1].gives):
             return None
     else:
         return None
     return before[-1] if before and _is_encoder(before[-1]) else None
+
+
+def _is_whole(node: Node) -> bool:
+    """Whether a node is the root, or all that a root's wrappers hold."""
+    above = node.parent
+    if above is None:
+        return True
+    beside = [kid for kid in above.kids.values() if kid is not node]
+    return (
+        _is_whole(above)
+        and above.main == [node]
+        and not isinstance(above.module, (nn.Sequential, *_LISTS))
+        and not held_parameters(above.module)
+        and not any(held_parameters(kid.module) for kid in beside)
+    )
+
+
+def _goes_on(node: Node, beside: Sequence[Node], given: int | None) -> bool:
+    """Whether what a part's one raw matrix makes of the width `given` goes on: into a norm or an
+    activation, or into another raw matrix beside it.
+    """
+    later = beside[beside.index(node) + 1 :]
+    if any(isinstance(kid.module, _FEATURES_AFTER) or _is_norm(kid) for kid in later):
+        return True
+    others = [p for kid in beside if kid is not node and not kid.layers for p in _raw(kid)]
+    (mine,) = _raw(node)
+    if mine.shape[0] == mine.shape[1]:  # it goes into the next, or the one before into it
+        return bool(others)
+    return any(set(mine.shape) & set(p.shape) - {given} for p in others)
+
+
+def _raw(node: Node) -> list[nn.Parameter]:
+    return [p for p in held_parameters(node.module).values() if has_shape(p) and not is_vector(p)]
 
 
 def _has_twin(node: Node) -> bool:
