@@ -365,8 +365,13 @@ def test_a_raw_matrix_behind_an_encoder_is_the_head_in_a_wrapper_and_beside_a_lo
         (nn.ModuleDict({"backbone": mlp(20, D, D), "margin": Classes(100, D)}), "margin"),
     ):
         assert heads(whole) == {head}, head
-    two = Holder(backbone=mlp(20, D, D), a=Classes(100, D), b=Classes(20, D))
-    assert heads(two) == {"a", "b"}
+    for classes in (20, 100):  # a second task's, or centers of the same classes
+        two = Holder(backbone=mlp(20, D, D), a=Classes(100, D), b=Classes(classes, D))
+        assert heads(two) == {"a", "b"}
+    # What stands after it is of the encoder, or of nobody.
+    for after in (nn.ReLU(), nn.BatchNorm1d(D), Classes(5, 7)):
+        assert heads(Holder(backbone=mlp(20, D, D), a=Classes(100, D), b=after)) == {"a"}
+    assert heads(Holder(backbone=mlp(20, D, D), a=Classes(D, D), b=Classes(5, 7))) == {"a"}
     # Of a part of its own with layers, of a layer, or with a second matrix it is none.
     for margin in (model(fc=nn.Linear(D, D)), Holder(backbone=mlp(20, D, D), margin=nn.GRU(D, D))):
         assert "margin" not in heads(margin)
@@ -382,11 +387,12 @@ def test_raw_matrices_that_follow_one_another_behind_an_encoder_are_hidden() -> 
     found = by_name(Holder(encoder=encoder, **square, out=Classes(D, 7)))
     assert {found[f"conv{n}.weight"].algorithm for n in range(3)} == {"muon"}
     wide = heads(Holder(encoder=encoder, conv1=Classes(D, 2 * D), conv2=Classes(2 * D, 7)))
-    assert "conv1" not in wide
+    assert wide == set()  # nor is the encoder the last layer: what it gives goes on
     for after in (nn.LayerNorm(D), nn.ReLU()):
-        assert "conv.W" not in heads(
-            Holder(encoder=encoder, conv=Classes(D, D, name="W"), act=after)
-        )
+        one = Classes(D, D, name="W")
+        assert heads(Holder(encoder=encoder, conv=one, after=after)) == set()
+    normed = Holder(encoder=encoder, conv=Classes(2 * D, D), norm=nn.LayerNorm(2 * D))
+    assert heads(normed) == set()
 
 
 def test_the_head_of_another_tower_stays_one_beside_a_raw_matrix() -> None:

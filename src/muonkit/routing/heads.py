@@ -299,8 +299,9 @@ class _Search:
                 weighs = _RAW_WEIGHT.fullmatch(label) and param.ndim == 2
                 if weighs and encoder is not None and encoder.gives in param.shape:
                     self.holders.add(id(encoder))
-                    yield id(param), f"output head (takes what {encoder.name!r} gives)"
-                    continue
+                    if not _goes_on(node, param, encoder.gives):
+                        yield id(param), f"output head (takes what {encoder.name!r} gives)"
+                        continue
                 if not (named or held) or param.ndim != 2:
                     continue
                 holds_blocks = any(id(each) in self.in_stack for each in node.below())
@@ -424,14 +425,14 @@ def _is_output_of_root(node: Node, label: str) -> bool:
 
 def _encoder_before(node: Node) -> Node | None:
     """The part with layers that a model ends in, where `node` is the model or a part of it without
-    layers that comes after and is the last, if that part is called an encoder.
+    layers that comes after, if that part is called an encoder.
     """
     if _is_whole(node) and node.main:
         before = node.main
     elif node.parent is not None and _is_whole(node.parent) and not node.main:
         beside = list(node.parent.kids.values())
         before = [kid for kid in beside[: beside.index(node)] if kid.layers]
-        if not before or node.parent.main != before or _goes_on(node, beside, before[-1].gives):
+        if node.parent.main != before:
             return None
     else:
         return None
@@ -453,22 +454,29 @@ def _is_whole(node: Node) -> bool:
     )
 
 
-def _goes_on(node: Node, beside: Sequence[Node], given: int | None) -> bool:
-    """Whether what a part's one raw matrix makes of the width `given` goes on: into a norm or an
-    activation, or into another raw matrix beside it.
+def _goes_on(node: Node, matrix: nn.Parameter, given: int | None) -> bool:
+    """Whether what the one raw matrix of a part makes of the width `given` goes on: into a norm, or
+    into another raw matrix beside it; of a square one also into an activation.
     """
-    later = beside[beside.index(node) + 1 :]
-    if any(isinstance(kid.module, _FEATURES_AFTER) or _is_norm(kid) for kid in later):
-        return True
-    others = [p for kid in beside if kid is not node and not kid.layers for p in _raw(kid)]
-    (mine,) = _raw(node)
-    if mine.shape[0] == mine.shape[1]:  # it goes into the next, or the one before into it
-        return bool(others)
-    return any(set(mine.shape) & set(p.shape) - {given} for p in others)
-
-
-def _raw(node: Node) -> list[nn.Parameter]:
-    return [p for p in held_parameters(node.module).values() if has_shape(p) and not is_vector(p)]
+    if node.parent is None:
+        return False
+    beside = list(node.parent.kids.values())
+    is_square = matrix.shape[0] == matrix.shape[1]
+    made = {given} if is_square else set(matrix.shape) - {given}
+    for kid in beside[beside.index(node) + 1 :]:
+        if _is_norm(kid) and made & {p.numel() for p in held_parameters(kid.module).values()}:
+            return True
+        if is_square and isinstance(kid.module, _FEATURES_AFTER):
+            return True
+    raw = [
+        p
+        for kid in beside
+        if kid is not node and not kid.layers
+        for p in held_parameters(kid.module).values()
+        if has_shape(p) and not is_vector(p)
+    ]
+    # One of the same shape is another head, as a second task's; of square ones each is the next's.
+    return any(made & set(p.shape) for p in raw if is_square or p.shape != matrix.shape)
 
 
 def _has_twin(node: Node) -> bool:
