@@ -69,7 +69,7 @@ unit: $(STAMP) ## pytest, warnings as errors
 # step's by up to 3e-5), and compiles a scheduled number six times.
 OLDEST := .venv-oldest
 OLDEST_TORCH = torch==$(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\]$$/\1/p' pyproject.toml).*
-OLDEST_TESTS := $(addprefix tests/,convert distributed monitor newton_schulz optim routing testing \
+OLDEST_TESTS := $(addprefix tests/,convert distributed monitor newton_schulz optim qk_clip routing testing \
 	package/test_imports.py package/test_torch_names.py) \
 	$(addprefix --ignore=tests/,$(addsuffix .py,monitor/test_trackers optim/test_compiled_step optim/test_event_fuzz \
 	optim/test_gpu optim/test_magnitudes optim/test_modes optim/test_options routing/test_architectures \

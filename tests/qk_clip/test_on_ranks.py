@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from muonkit import MuonW, QKClip
+from muonkit._torch import whole_tensor
 from tests.helpers.ranks import CaseName, Cases, Ranks
 from tests.qk_clip.models import Net, batch
 
@@ -62,7 +63,7 @@ def train(
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        name.removeprefix("module."): (whole_tensor(p) if isinstance(p, DTensor) else p).detach()
         for name, p in model.named_parameters()
     }
 
