@@ -26,7 +26,12 @@ CASES = Cases()
 @contextlib.contextmanager
 def multiplying(dtype: str) -> Iterator[None]:
     """As on a CPU that multiplies fastest in this dtype."""
-    found = {"amx_bf16": dtype == "bfloat16", "avx512_bf16": False, "arm_bf16": False}
+    found = {
+        "amx_bf16": dtype == "bfloat16",
+        "amx_held_back": False,
+        "avx512_bf16": False,
+        "arm_bf16": False,
+    }
     before = _orthogonalize_dtype.cpu_capabilities
     try:
         _orthogonalize_dtype.cpu_capabilities = lambda: found  # type: ignore[assignment]

@@ -252,7 +252,12 @@ def tells_a_rank_that_clips_alone() -> None:
 @CASES.on(2)
 def tells_that_auto_is_another_dtype_elsewhere() -> None:
     """Rank 1 stands for a node whose CPUs multiply bfloat16 fastest, and rank 0 for one of AVX2."""
-    have = {"amx_bf16": bool(dist.get_rank()), "avx512_bf16": False, "arm_bf16": False}
+    have = {
+        "amx_bf16": bool(dist.get_rank()),
+        "amx_held_back": False,
+        "avx512_bf16": False,
+        "arm_bf16": False,
+    }
     try:
         with pytest.MonkeyPatch.context() as patch:
             internals.cpu_has(patch, have)

@@ -22,7 +22,7 @@ _MODULE = "muonkit.newton_schulz.dtypes"
 
 def answer(module: Any, dtype: str) -> None:
     """Make `muonkit.newton_schulz.dtypes` find AMX, or no units for bfloat16 at all."""
-    names = ("amx_bf16", "avx512_bf16", "arm_bf16", "onednn_acl")
+    names = ("amx_bf16", "amx_held_back", "avx512_bf16", "arm_bf16", "onednn_acl")
     found = {name: name == "amx_bf16" and dtype == "bfloat16" for name in names}
     module.cpu_capabilities = lambda: found
 

@@ -220,7 +220,7 @@ def _fastest_on_cpu(small: bool) -> Fastest:
         return Fastest(
             torch.float32, "this CPU has BFMMLA, but this torch no Arm Compute Library to use it"
         )
-    if have.get("amx_held_back"):
+    if have["amx_held_back"]:
         return Fastest(
             torch.float32,
             "this CPU has AMX, but oneDNN may not use it (torch.backends.mkldnn.enabled, "

@@ -271,12 +271,8 @@ class _Search:
     def _raw_heads(self) -> Iterator[tuple[int, str]]:
         """(id, why) of the parameters that a module holds itself and that are output heads."""
         for node in self.root.below():
-            own = {
-                label: param
-                for label, param in held_parameters(node.module).items()
-                if has_shape(param)
-            }
-            matrices = [label for label, p in own.items() if not is_vector(p)]
+            own = _matrices(node)
+            matrices = list(own)
             # A module that holds one matrix, which is a head whatever it is called; beside layers,
             # as a norm and what stands before it, it is called its weight.
             is_strong = _STRONG.fullmatch(node.name) and not node.name.startswith("pre_")
@@ -295,9 +291,10 @@ class _Search:
                     self.holders.add(id(node))
                     yield id(param), f"output head (named {label!r})"
                     continue
-                encoder = _encoder_before(node) if matrices == [label] else None
-                weighs = _RAW_WEIGHT.fullmatch(label) and param.ndim == 2
-                if weighs and encoder is not None and encoder.gives in param.shape:
+                weighs = matrices == [label] and _RAW_WEIGHT.fullmatch(label) and param.ndim == 2
+                known = node.is_layer or isinstance(node.module, EMBEDDINGS)
+                encoder = _encoder_before(node) if weighs and not known else None
+                if encoder is not None and encoder.gives in param.shape:
                     self.holders.add(id(encoder))
                     if not _goes_on(node, param, encoder.gives):
                         yield id(param), f"output head (takes what {encoder.name!r} gives)"
@@ -444,13 +441,12 @@ def _is_whole(node: Node) -> bool:
     above = node.parent
     if above is None:
         return True
-    beside = [kid for kid in above.kids.values() if kid is not node]
     return (
         _is_whole(above)
         and above.main == [node]
         and not isinstance(above.module, (nn.Sequential, *_LISTS))
         and not held_parameters(above.module)
-        and not any(held_parameters(kid.module) for kid in beside)
+        and not any(held_parameters(kid.module) for kid in above.kids.values() if kid is not node)
     )
 
 
@@ -468,15 +464,16 @@ def _goes_on(node: Node, matrix: nn.Parameter, given: int | None) -> bool:
             return True
         if is_square and isinstance(kid.module, _FEATURES_AFTER):
             return True
-    raw = [
-        p
-        for kid in beside
-        if kid is not node and not kid.layers
-        for p in held_parameters(kid.module).values()
-        if has_shape(p) and not is_vector(p)
-    ]
+    others = [kid for kid in beside if kid is not node and not kid.layers]
+    shapes = [p.shape for kid in others for p in _matrices(kid).values()]
     # One of the same shape is another head, as a second task's; of square ones each is the next's.
-    return any(made & set(p.shape) for p in raw if is_square or p.shape != matrix.shape)
+    return any(made & set(shape) for shape in shapes if is_square or shape != matrix.shape)
+
+
+def _matrices(node: Node) -> dict[str, nn.Parameter]:
+    """The parameters that a module holds itself, without vectors and those that have no shape."""
+    held = held_parameters(node.module).items()
+    return {label: p for label, p in held if has_shape(p) and not is_vector(p)}
 
 
 def _has_twin(node: Node) -> bool:
