@@ -375,6 +375,9 @@ def test_a_raw_matrix_behind_an_encoder_is_the_head_in_a_wrapper_and_beside_a_lo
     # A class of torch's says what it is: an embedding, as a codebook, is no classes.
     for table in (nn.Embedding(100, D), nn.EmbeddingBag(100, D)):
         assert heads(Holder(backbone=mlp(20, D, D), margin=table)) == {"backbone.2"}
+    # What has another part with a matrix of its own is no mere wrapper.
+    around = Holder(model=in_root, other=Classes(7, 9))
+    assert by_name(around)["model.weight"].algorithm == "muon"
     # Of a part of its own with layers, of a layer, or with a second matrix it is none.
     for margin in (model(fc=nn.Linear(D, D)), Holder(backbone=mlp(20, D, D), margin=nn.GRU(D, D))):
         assert "margin" not in heads(margin)
