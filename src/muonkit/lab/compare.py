@@ -386,7 +386,7 @@ class Session:
                 tried.append({"lr": other.lr, "embedding_lr": rate, "weight_decay": decay}[field])
         is_sound = losses and None not in losses
         found = "has the lowest validation loss" if is_sound else "is kept: every run diverged"
-        edges = {min(tried): "smallest", max(tried): "largest"}
+        edges = {min(tried): "smallest", max(tried): "largest"} if tried else {}
         if is_sound and value in edges:
             found += f", and is the {edges[value]} that was tried"
         self.lines.say(f"{name}: {what} {value:g} {found}")
